@@ -1,0 +1,1 @@
+"""Pretrain decoder language models by next-token prediction, in JAX."""

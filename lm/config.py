@@ -1,0 +1,435 @@
+"""Every knob, once.
+
+A config is a tree of dataclasses; `configs/NAME.py` has `get_config()`, a small
+program that changes `Config()`. Nothing here imports JAX. Derived values are
+properties, defaults live nowhere else, and `validate` refuses an impossible
+tree before anything is compiled, with the value, the rule and the remedy.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+  """A config that cannot work; the message says what to change."""
+
+
+@dataclasses.dataclass
+class RopeScaling:
+  """Llama 3.1's stretch of low rotary frequencies (arXiv:2407.21783)."""
+
+  factor: float = 8.0
+  low_frequency_factor: float = 1.0
+  high_frequency_factor: float = 4.0
+  original_length: int = 8192
+
+
+@dataclasses.dataclass
+class ModelConfig:
+  """One decoder; the fields select GPT-2, Llama, Qwen3, Gemma and others.
+
+  Parameters are stored in float32. Norms, softmax and loss run in float32
+  whatever `dtype` says.
+  """
+
+  vocab_size: int = 2048
+  n_layers: int = 4
+  d_model: int = 192
+  n_heads: int = 6
+  n_kv_heads: int = 6
+  d_head: int = 32
+  d_mlp: int = 768
+  # Longest sequence that the model may read, in tokens.
+  context_length: int = 256
+
+  norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+  norm_epsilon: float = 1e-6
+  # Gemma stores the scale's distance from one.
+  norm_unit_offset: bool = False
+  # Gemma 2 and 3 also normalise what each sub-layer adds to the residual.
+  post_norm: bool = False
+  # RMSNorm of queries and keys, per head (Qwen3, Gemma 3).
+  qk_norm: bool = False
+  mlp: Literal["gelu", "relu2", "swiglu", "geglu"] = "swiglu"
+  bias: bool = False
+
+  positions: Literal["rope", "learned"] = "rope"
+  rope_theta: float = 10_000.0
+  rope_scaling: RopeScaling | None = None
+  # Base of the rotary frequencies in windowed layers (Gemma 3); None: the same.
+  rope_theta_windowed: float | None = None
+  # Layer i sees the last `windows[i % len(windows)]` positions; None: all.
+  windows: tuple[int | None, ...] = (None,)
+  # Queries are divided by its square root; None: d_head (Gemma 2 differs).
+  query_scale_dim: int | None = None
+  attention_softcap: float | None = None
+  logit_softcap: float | None = None
+
+  tied_embedding: bool = True
+  # Gemma multiplies embeddings by sqrt(d_model).
+  scale_embedding: bool = False
+  # Standard deviation of the normal initialiser; residual outputs use it
+  # divided by sqrt(2 n_layers), as GPT-2 does.
+  init_scale: float = 0.02
+  embedding_dropout: float = 0.0
+  residual_dropout: float = 0.0
+
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  # `auto`: splash on TPU, cudnn on GPU, else reference.
+  attention: Literal["auto", "reference", "cudnn", "splash"] = "auto"
+  remat: Literal["none", "dots", "full"] = "none"
+  # False runs the layers as a Python loop: slower to compile, same numbers.
+  scan_layers: bool = True
+  # Positions of each sequence whose logits exist at one time in the loss.
+  loss_chunk: int = 256
+
+  @property
+  def gated(self) -> bool:
+    return self.mlp in ("swiglu", "geglu")
+
+
+@dataclasses.dataclass
+class TokenizerConfig:
+  """How text becomes ids; `model.vocab_size` is the size it must have.
+
+  `sentencepiece` without a `path` is trained on the training sources; with
+  one, that `.model` is used. `bytes` has an id per byte.
+  """
+
+  kind: Literal["sentencepiece", "bytes"] = "sentencepiece"
+  path: str | None = None
+  # Text that the trainer reads at most, in bytes, spread over all documents.
+  train_bytes: int = 10_000_000
+
+
+@dataclasses.dataclass
+class DataConfig:
+  """What is read. A source is `tfds:NAME[/CONFIG]:SPLIT[#FEATURE]`,
+  `text:GLOB` or `jsonl:GLOB#FIELD`.
+  """
+
+  train: tuple[str, ...] = ("tfds:python_stdlib:train",)
+  # Share of each training source in the batches; () is by size.
+  train_weights: tuple[float, ...] = ()
+  validation: tuple[str, ...] = ("tfds:python_stdlib:validation",)
+  # What a document of a `text:` source is.
+  text_unit: Literal["file", "line", "block"] = "file"
+  # Bytes that are not UTF-8: stop, put U+FFFD, or leave the document out.
+  invalid_utf8: Literal["error", "replace", "skip"] = "error"
+  # Token stores and TFDS builds live here; a store is named by its contents.
+  cache_dir: str = "data"
+  # Passes over the training sources; None is endless.
+  epochs: int | None = None
+  # Processes that tokenize; None is one per core.
+  workers: int | None = None
+  # Rows of a batch that are prepared ahead of the device.
+  prefetch_rows: int = 256
+
+
+@dataclasses.dataclass
+class SkipConfig:
+  """Leave out steps that are not finite or whose loss or gradient norm stands
+  more than `sigma` deviations above the mean of the last `window` steps.
+  """
+
+  window: int = 128
+  sigma: float = 6.0
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+  """Optimizer and schedule. Weight decay reaches matrices only."""
+
+  name: Literal["adamw", "lion", "adafactor", "muon"] = "muon"
+  peak_lr: float = 2e-2
+  # Muon gives embeddings, head and vectors to AdamW, at this peak.
+  adam_peak_lr: float = 3e-3
+  b1: float = 0.9
+  b2: float = 0.95
+  epsilon: float = 1e-8
+  momentum: float = 0.95
+  weight_decay: float = 0.0
+  # Global-norm clip of the gradient; None leaves it alone.
+  clip_norm: float | None = 1.0
+  schedule: Literal["constant", "linear", "cosine", "rsqrt", "wsd"] = "linear"
+  warmup_steps: int = 50
+  # Last part of the run in which `wsd` decays.
+  decay_fraction: float = 0.2
+  # Where the decay ends, as a fraction of the peak.
+  final_lr_fraction: float = 0.0
+  # Decay of the parameters' moving average; None keeps no average.
+  ema_decay: float | None = None
+  skip: SkipConfig | None = None
+
+
+@dataclasses.dataclass
+class MeshConfig:
+  """Devices along each axis. The product must be the number of devices; one
+  axis may be None, which takes what the others leave.
+  """
+
+  # `jit` shards by the table in lm/sharding.py; `pmap` is pure data parallel.
+  mode: Literal["jit", "pmap"] = "jit"
+  data: int | None = None
+  fsdp: int | None = 1
+  tensor: int | None = 1
+
+
+@dataclasses.dataclass
+class TrainConfig:
+  """Length and shape of a run."""
+
+  steps: int = 1000
+  # Sequences in one optimizer step, over all devices.
+  batch_size: int = 8
+  # Tokens in one sequence.
+  sequence_length: int = 256
+  # Parts that a batch is computed in, one after another.
+  microbatches: int = 1
+  log_every: int = 10
+  eval_every: int = 250
+  # Batches of the validation sources in one evaluation; None is all.
+  eval_batches: int | None = None
+
+
+@dataclasses.dataclass
+class CheckpointConfig:
+  """When to save, and what is kept: the last, every n-th and the best."""
+
+  save_every: int = 250
+  keep_last: int = 2
+  # Keep each step divisible by it; None keeps none on that ground.
+  keep_every: int | None = None
+  # Best by validation loss.
+  keep_best: int = 1
+
+
+@dataclasses.dataclass
+class Config:
+  seed: int = 0
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  tokenizer: TokenizerConfig = dataclasses.field(
+    default_factory=TokenizerConfig
+  )
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  optimizer: OptimizerConfig = dataclasses.field(
+    default_factory=OptimizerConfig
+  )
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+  checkpoint: CheckpointConfig = dataclasses.field(
+    default_factory=CheckpointConfig
+  )
+
+  @property
+  def tokens_per_step(self) -> int:
+    return self.train.batch_size * self.train.sequence_length
+
+
+# --- validation --------------------------------------------------------------
+
+
+def validate(config: Config) -> Config:
+  """Returns `config`, or raises ConfigError naming the first broken rule."""
+  _check_types(config, Config, "config")
+  m, t, o, d = config.model, config.train, config.optimizer, config.data
+  for path, value in _leaves(config):
+    if path.rsplit(".", 1)[-1] in _AT_LEAST_ONE and value is not None:
+      _require(value >= 1, path, value, "must be at least 1")
+  _require(
+    m.n_heads % m.n_kv_heads == 0,
+    "config.model.n_heads",
+    m.n_heads,
+    f"must be a multiple of n_kv_heads={m.n_kv_heads}",
+  )
+  _require(
+    m.positions != "rope" or m.d_head % 2 == 0,
+    "config.model.d_head",
+    m.d_head,
+    "must be even, since rotary positions turn pairs",
+  )
+  for path in ("embedding_dropout", "residual_dropout"):
+    rate = getattr(m, path)
+    _require(0 <= rate < 1, f"config.model.{path}", rate, "must be in [0, 1)")
+  _require(
+    len(m.windows) > 0 and all(w is None or w >= 1 for w in m.windows),
+    "config.model.windows",
+    m.windows,
+    "needs at least one entry, each None or at least 1",
+  )
+  _require(
+    t.sequence_length <= m.context_length,
+    "config.train.sequence_length",
+    t.sequence_length,
+    f"must be at most model.context_length={m.context_length}",
+  )
+  _require(
+    t.batch_size % t.microbatches == 0,
+    "config.train.batch_size",
+    t.batch_size,
+    f"must be a multiple of train.microbatches={t.microbatches}",
+  )
+  _require(len(d.train) > 0, "config.data.train", d.train, "names no source")
+  _require(
+    len(d.train_weights) in (0, len(d.train))
+    and all(w > 0 for w in d.train_weights),
+    "config.data.train_weights",
+    d.train_weights,
+    f"must be () or {len(d.train)} positive numbers, one per training source",
+  )
+  _require(
+    o.peak_lr > 0, "config.optimizer.peak_lr", o.peak_lr, "must be positive"
+  )
+  _require(
+    o.warmup_steps >= 0,
+    "config.optimizer.warmup_steps",
+    o.warmup_steps,
+    "must not be negative",
+  )
+  _require(
+    o.ema_decay is None or 0 < o.ema_decay < 1,
+    "config.optimizer.ema_decay",
+    o.ema_decay,
+    "must be None or in (0, 1)",
+  )
+  _require(
+    0 < o.decay_fraction <= 1,
+    "config.optimizer.decay_fraction",
+    o.decay_fraction,
+    "must be in (0, 1]",
+  )
+  axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  _require(
+    sum(a is None for a in axes) <= 1,
+    "config.mesh",
+    axes,
+    "at most one axis may be None",
+  )
+  _require(
+    config.mesh.mode == "jit" or axes[1:] == (1, 1),
+    "config.mesh",
+    axes,
+    "mode pmap is pure data parallel: set fsdp=1 and tensor=1",
+  )
+  return config
+
+
+# Counts, wherever in the tree they stand.
+_AT_LEAST_ONE = frozenset(
+  "vocab_size n_layers d_model n_heads n_kv_heads d_head d_mlp context_length"
+  " loss_chunk query_scale_dim train_bytes epochs workers prefetch_rows window"
+  " data fsdp tensor steps batch_size sequence_length microbatches log_every"
+  " eval_every eval_batches save_every keep_last keep_every".split()
+)
+
+
+def _require(holds: bool, path: str, value: Any, rule: str) -> None:
+  if not holds:
+    raise ConfigError(f"{path}={value!r}: {rule}")
+
+
+def _leaves(node: Any, path: str = "config"):
+  """Yields (path, value) of each field that is not itself a dataclass."""
+  for field in dataclasses.fields(node):
+    value = getattr(node, field.name)
+    if dataclasses.is_dataclass(value):
+      yield from _leaves(value, f"{path}.{field.name}")
+    else:
+      yield f"{path}.{field.name}", value
+
+
+def _check_types(value: Any, kind: Any, path: str) -> None:
+  """Raises ConfigError unless `value` is of the annotated type `kind`."""
+  if dataclasses.is_dataclass(kind):
+    if not isinstance(value, kind):  # type: ignore[arg-type]
+      raise ConfigError(f"{path}={value!r}: must be a {kind.__name__}")
+    known = typing.get_type_hints(kind)
+    for name in vars(value):
+      if name not in known:
+        raise ConfigError(f"{path}.{name}: {_unknown(name, known)}")
+    for name, hint in known.items():
+      _check_types(getattr(value, name), hint, f"{path}.{name}")
+    return
+  origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if origin in (types.UnionType, typing.Union):
+    if value is None and type(None) in args:
+      return
+    kinds = [a for a in args if a is not type(None)]
+    return _check_types(value, kinds[0], path)
+  if origin is Literal:
+    if value not in args:
+      raise ConfigError(f"{path}={value!r}: {_unknown(str(value), args)}")
+    return
+  if origin is tuple:
+    if not isinstance(value, tuple):
+      raise ConfigError(f"{path}={value!r}: must be a tuple")
+    for i, item in enumerate(value):
+      _check_types(item, args[0], f"{path}[{i}]")
+    return
+  accepted = (int, float) if kind is float else kind
+  if not isinstance(value, accepted) or (
+    isinstance(value, bool) and kind is not bool
+  ):
+    name = kind.__name__
+    raise ConfigError(
+      f"{path}={value!r}: must be of type {name}, not {type(value).__name__}"
+    )
+  if kind is float and not math.isfinite(value):
+    raise ConfigError(f"{path}={value!r}: must be finite")
+
+
+def _unknown(name: str, known: Any) -> str:
+  known = [str(k) for k in known]
+  near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+  hint = f"did you mean {near[0]!r}? " if near else ""
+  return f"unknown; {hint}Known: {', '.join(known)}"
+
+
+# --- JSON --------------------------------------------------------------------
+
+
+def to_json(config: Config) -> str:
+  return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_json(text: str) -> Config:
+  """Inverse of `to_json`; raises ConfigError on what is not a config."""
+  return validate(_from_dict(Config, json.loads(text), "config"))
+
+
+def _from_dict(kind: Any, value: Any, path: str) -> Any:
+  origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if value is None:
+    return None
+  if dataclasses.is_dataclass(kind):
+    known = typing.get_type_hints(kind)
+    for name in value:
+      if name not in known:
+        raise ConfigError(f"{path}.{name}: {_unknown(name, known)}")
+    return kind(  # type: ignore[operator]
+      **{
+        name: _from_dict(known[name], item, f"{path}.{name}")
+        for name, item in value.items()
+      }
+    )
+  if origin is tuple:
+    return tuple(_from_dict(args[0], item, path) for item in value)
+  if origin in (types.UnionType, typing.Union):
+    kinds = [a for a in args if a is not type(None)]
+    return _from_dict(kinds[0], value, path)
+  return value
+
+
+def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+  """Fields whose values differ: path -> (value in a, value in b)."""
+  left, right = dict(_leaves(a)), dict(_leaves(b))
+  return {
+    path: (left.get(path), right.get(path))
+    for path in sorted(left.keys() | right.keys())
+    if left.get(path) != right.get(path)
+  }
