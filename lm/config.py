@@ -236,11 +236,20 @@ class Config:
 
 def validate(config: Config) -> Config:
   """Returns `config`, or raises ConfigError naming the first broken rule."""
-  _check_types(config, Config, "config")
+  check_types(config, Config, "config")
   m, t, o, d = config.model, config.train, config.optimizer, config.data
   for path, value in _leaves(config):
-    if path.rsplit(".", 1)[-1] in _AT_LEAST_ONE and value is not None:
+    name = path.rsplit(".", 1)[-1]
+    if value is None:
+      continue
+    if name in _AT_LEAST_ONE:
       _require(value >= 1, path, value, "must be at least 1")
+    if name in _POSITIVE:
+      _require(value > 0, path, value, "must be positive")
+    if name in _NOT_NEGATIVE:
+      _require(value >= 0, path, value, "must not be negative")
+    if name in _BELOW_ONE:
+      _require(0 <= value < 1, path, value, "must be in [0, 1)")
   _require(
     m.n_heads % m.n_kv_heads == 0,
     "config.model.n_heads",
@@ -253,9 +262,13 @@ def validate(config: Config) -> Config:
     m.d_head,
     "must be even, since rotary positions turn pairs",
   )
-  for path in ("embedding_dropout", "residual_dropout"):
-    rate = getattr(m, path)
-    _require(0 <= rate < 1, f"config.model.{path}", rate, "must be in [0, 1)")
+  r = m.rope_scaling
+  _require(
+    r is None or r.low_frequency_factor < r.high_frequency_factor,
+    "config.model.rope_scaling",
+    r,
+    "low_frequency_factor must be below high_frequency_factor",
+  )
   _require(
     len(m.windows) > 0 and all(w is None or w >= 1 for w in m.windows),
     "config.model.windows",
@@ -283,25 +296,16 @@ def validate(config: Config) -> Config:
     f"must be () or {len(d.train)} positive numbers, one per training source",
   )
   _require(
-    o.peak_lr > 0, "config.optimizer.peak_lr", o.peak_lr, "must be positive"
-  )
-  _require(
-    o.warmup_steps >= 0,
-    "config.optimizer.warmup_steps",
-    o.warmup_steps,
-    "must not be negative",
-  )
-  _require(
-    o.ema_decay is None or 0 < o.ema_decay < 1,
-    "config.optimizer.ema_decay",
-    o.ema_decay,
-    "must be None or in (0, 1)",
-  )
-  _require(
     0 < o.decay_fraction <= 1,
     "config.optimizer.decay_fraction",
     o.decay_fraction,
     "must be in (0, 1]",
+  )
+  _require(
+    0 <= o.final_lr_fraction <= 1,
+    "config.optimizer.final_lr_fraction",
+    o.final_lr_fraction,
+    "must be in [0, 1]",
   )
   axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   _require(
@@ -319,12 +323,23 @@ def validate(config: Config) -> Config:
   return config
 
 
-# Counts, wherever in the tree they stand.
+# Rules that hold of a name wherever in the tree it stands; None passes.
 _AT_LEAST_ONE = frozenset(
   "vocab_size n_layers d_model n_heads n_kv_heads d_head d_mlp context_length"
   " loss_chunk query_scale_dim train_bytes epochs workers prefetch_rows window"
   " data fsdp tensor steps batch_size sequence_length microbatches log_every"
   " eval_every eval_batches save_every keep_last keep_every".split()
+)
+_POSITIVE = frozenset(
+  "norm_epsilon rope_theta rope_theta_windowed factor low_frequency_factor"
+  " high_frequency_factor attention_softcap logit_softcap peak_lr adam_peak_lr"
+  " epsilon clip_norm sigma".split()
+)
+_NOT_NEGATIVE = frozenset(
+  "seed init_scale weight_decay warmup_steps keep_best".split()
+)
+_BELOW_ONE = frozenset(
+  "embedding_dropout residual_dropout b1 b2 momentum ema_decay".split()
 )
 
 
@@ -343,33 +358,34 @@ def _leaves(node: Any, path: str = "config"):
       yield f"{path}.{field.name}", value
 
 
-def _check_types(value: Any, kind: Any, path: str) -> None:
+def check_types(value: Any, kind: Any, path: str) -> None:
   """Raises ConfigError unless `value` is of the annotated type `kind`."""
   if dataclasses.is_dataclass(kind):
     if not isinstance(value, kind):  # type: ignore[arg-type]
-      raise ConfigError(f"{path}={value!r}: must be a {kind.__name__}")
+      name = kind.__name__  # type: ignore[attr-defined]
+      raise ConfigError(f"{path}={value!r}: must be a {name}")
     known = typing.get_type_hints(kind)
     for name in vars(value):
       if name not in known:
-        raise ConfigError(f"{path}.{name}: {_unknown(name, known)}")
+        raise ConfigError(f"{path}.{name}: {unknown(name, known)}")
     for name, hint in known.items():
-      _check_types(getattr(value, name), hint, f"{path}.{name}")
+      check_types(getattr(value, name), hint, f"{path}.{name}")
     return
   origin, args = typing.get_origin(kind), typing.get_args(kind)
   if origin in (types.UnionType, typing.Union):
     if value is None and type(None) in args:
       return
     kinds = [a for a in args if a is not type(None)]
-    return _check_types(value, kinds[0], path)
+    return check_types(value, kinds[0], path)
   if origin is Literal:
     if value not in args:
-      raise ConfigError(f"{path}={value!r}: {_unknown(str(value), args)}")
+      raise ConfigError(f"{path}={value!r}: {unknown(str(value), args)}")
     return
   if origin is tuple:
     if not isinstance(value, tuple):
       raise ConfigError(f"{path}={value!r}: must be a tuple")
     for i, item in enumerate(value):
-      _check_types(item, args[0], f"{path}[{i}]")
+      check_types(item, args[0], f"{path}[{i}]")
     return
   accepted = (int, float) if kind is float else kind
   if not isinstance(value, accepted) or (
@@ -383,7 +399,7 @@ def _check_types(value: Any, kind: Any, path: str) -> None:
     raise ConfigError(f"{path}={value!r}: must be finite")
 
 
-def _unknown(name: str, known: Any) -> str:
+def unknown(name: str, known: Any) -> str:
   known = [str(k) for k in known]
   near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
   hint = f"did you mean {near[0]!r}? " if near else ""
@@ -399,7 +415,11 @@ def to_json(config: Config) -> str:
 
 def from_json(text: str) -> Config:
   """Inverse of `to_json`; raises ConfigError on what is not a config."""
-  return validate(_from_dict(Config, json.loads(text), "config"))
+  try:
+    tree = json.loads(text)
+  except json.JSONDecodeError as error:
+    raise ConfigError(f"config={text[:40]!r}...: not JSON: {error}") from error
+  return validate(_from_dict(Config, tree, "config"))
 
 
 def _from_dict(kind: Any, value: Any, path: str) -> Any:
@@ -407,17 +427,19 @@ def _from_dict(kind: Any, value: Any, path: str) -> Any:
   if value is None:
     return None
   if dataclasses.is_dataclass(kind):
+    if not isinstance(value, dict):
+      raise ConfigError(f"{path}={value!r}: must be an object of fields")
     known = typing.get_type_hints(kind)
     for name in value:
       if name not in known:
-        raise ConfigError(f"{path}.{name}: {_unknown(name, known)}")
+        raise ConfigError(f"{path}.{name}: {unknown(name, known)}")
     return kind(  # type: ignore[operator]
       **{
         name: _from_dict(known[name], item, f"{path}.{name}")
         for name, item in value.items()
       }
     )
-  if origin is tuple:
+  if origin is tuple and isinstance(value, list):
     return tuple(_from_dict(args[0], item, path) for item in value)
   if origin in (types.UnionType, typing.Union):
     kinds = [a for a in args if a is not type(None)]

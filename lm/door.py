@@ -1,0 +1,157 @@
+"""What every `python -m lm.VERB` does first: flags, config, errors.
+
+`--config=FILE` names a Python file with `get_config()`, and each
+`--config.FIELD=VALUE` then changes one field, read by the field's annotation:
+`None`, numbers and tuples as Python writes them, text as it stands. A mistake
+is one line on stderr and exit code 2, before anything is compiled or written.
+"""
+
+import ast
+import dataclasses
+import difflib
+import glob
+import os
+import runpy
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from absl import app, flags
+
+from lm import config as config_lib
+
+
+def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
+  """Parses the command line, calls `main` and exits with what it returns.
+
+  `main` gets the validated Config, or nothing where `takes_config` is False
+  (a door that reads its config from a checkpoint). Other flags are absl flags
+  that the door defines. A ConfigError from `main` ends as any mistake on the
+  command line does; every other exception is a bug and keeps its traceback.
+  """
+  overrides = []
+  if takes_config:
+    about = "Config file; each --config.FIELD=VALUE changes one of its fields."
+    flags.DEFINE_string("config", None, about)
+    overrides = [a for a in sys.argv if a.startswith("--config.")]
+
+  def parse(argv: list[str]) -> list[str]:
+    try:
+      return flags.FLAGS(argv)
+    except flags.Error as error:
+      sys.exit(_refuse(error))
+
+  def guarded(argv: list[str]) -> int | None:
+    try:
+      config = [load(flags.FLAGS.config, overrides)] if takes_config else []
+      if len(argv) > 1:
+        raise config_lib.ConfigError(
+          f"{argv[1]!r}: not a flag; write --FLAG=VALUE"
+        )
+      return main(*config)
+    except config_lib.ConfigError as error:
+      return _refuse(error)
+
+  argv = [a for a in sys.argv if a not in overrides]
+  app.run(guarded, argv=argv, flags_parser=parse)
+
+
+def _refuse(error: Exception) -> int:
+  print("error:", " ".join(str(error).split()), file=sys.stderr)
+  return 2
+
+
+def load(path: str | None, overrides: Sequence[str] = ()) -> config_lib.Config:
+  """The config of a file, changed by arguments `--config.FIELD=VALUE`.
+
+  Raises ConfigError where the file, a field or a value is not to be had.
+  """
+  if path is None:
+    raise config_lib.ConfigError("--config: missing; write --config=FILE.py")
+  config = _from_file(path)
+  config_lib.check_types(config, config_lib.Config, "config")
+  for argument in overrides:
+    field, equals, text = argument.removeprefix("--").partition("=")
+    if not equals:
+      raise config_lib.ConfigError(
+        f"{argument}: no value; write {argument}=VALUE"
+      )
+    _override(config, "config", field.split(".")[1:], text)
+  return config_lib.validate(config)
+
+
+def _from_file(path: str) -> config_lib.Config:
+  if not os.path.isfile(path):
+    files = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "*.py"))
+    near = difflib.get_close_matches(path, files, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise config_lib.ConfigError(f"--config={path}: no such file{hint}")
+  config = None
+  try:
+    names = runpy.run_path(path)
+    if "get_config" in names:
+      config = names["get_config"]()
+  except Exception as error:
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
+    where = f"{path}:{lines[-1]}" if lines else path
+    raise config_lib.ConfigError(
+      f"--config={where}: {type(error).__name__}: {error}"
+    ) from error
+  if not isinstance(config, config_lib.Config):
+    raise config_lib.ConfigError(
+      f"--config={path}: needs a function get_config() that returns a Config"
+    )
+  return config
+
+
+def _override(node: Any, path: str, names: list[str], text: str) -> None:
+  """Sets the field that `names` lead to from the dataclass `node` at `path`.
+
+  A sub-config that is None gets its defaults first, so that setting one of
+  its fields turns it on.
+  """
+  hints = typing.get_type_hints(type(node))
+  name, *rest = names
+  if name not in hints:
+    known = config_lib.unknown(name, hints)
+    raise config_lib.ConfigError(f"{path}.{name}={text}: {known}")
+  path = f"{path}.{name}"
+  kinds = [a for a in typing.get_args(hints[name]) if a is not types.NoneType]
+  optional = typing.get_origin(hints[name]) is types.UnionType
+  kind = kinds[0] if optional else hints[name]
+  if rest:
+    if not dataclasses.is_dataclass(kind):
+      raise config_lib.ConfigError(f"{path}: has no field {rest[0]!r}")
+    if getattr(node, name) is None:
+      setattr(node, name, kind())  # type: ignore[operator]
+    return _override(getattr(node, name), path, rest, text)
+  if dataclasses.is_dataclass(kind) and not (optional and text == "None"):
+    fields = ", ".join(typing.get_type_hints(kind))
+    or_none = " or None" if optional else ""
+    raise config_lib.ConfigError(
+      f"{path}={text!r}: set one of its fields{or_none}: {fields}"
+    )
+  value = None if optional and text == "None" else _read(text, kind)
+  config_lib.check_types(value, hints[name], path)
+  setattr(node, name, value)
+
+
+def _read(text: str, kind: Any) -> Any:
+  """The value that `text` spells for `kind`, or `text` where it spells none."""
+  origin = typing.get_origin(kind)
+  if kind is str or origin is Literal:
+    return text
+  if kind is bool:
+    return {"true": True, "false": False}.get(text.lower(), text)
+  try:
+    value = ast.literal_eval(text)
+  except (SyntaxError, ValueError):
+    value = text
+  if origin is tuple:
+    # One bare item, such as a single source, is a tuple of one.
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+  return value
