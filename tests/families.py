@@ -1,0 +1,133 @@
+"""One tiny config per published family, sizes as prime as each family allows.
+
+V 37, F 29, T <= 23; G differs from K; the smallest windows and caps that bite.
+"""
+
+import pathlib
+
+import numpy as np
+
+from lm import config as config_lib
+
+GPT2 = config_lib.ModelConfig(
+  vocab_size=37,
+  n_layers=2,
+  d_model=21,
+  n_heads=3,
+  n_kv_heads=3,
+  d_head=7,
+  d_mlp=29,
+  context_length=23,
+  norm="layernorm",
+  norm_epsilon=1e-5,
+  mlp="gelu",
+  bias=True,
+  positions="learned",
+)
+
+# The rotary planes have wavelengths 6, 16, 40, 100 and 250: scaling keeps two,
+# bends one and stretches two.
+LLAMA3 = config_lib.ModelConfig(
+  vocab_size=37,
+  n_layers=2,
+  d_model=18,
+  n_heads=6,
+  n_kv_heads=2,
+  d_head=10,
+  d_mlp=29,
+  context_length=23,
+  norm_epsilon=1e-5,
+  mlp="swiglu",
+  rope_theta=100.0,
+  rope_scaling=config_lib.RopeScaling(
+    factor=8.0,
+    low_frequency_factor=1.0,
+    high_frequency_factor=4.0,
+    original_length=64,
+  ),
+  tied_embedding=False,
+)
+
+QWEN3 = config_lib.ModelConfig(
+  vocab_size=37,
+  n_layers=2,
+  d_model=18,
+  n_heads=6,
+  n_kv_heads=2,
+  d_head=10,
+  d_mlp=29,
+  context_length=23,
+  norm_epsilon=1e-5,
+  qk_norm=True,
+  mlp="swiglu",
+  rope_theta=100.0,
+)
+
+GEMMA2 = config_lib.ModelConfig(
+  vocab_size=37,
+  n_layers=3,
+  d_model=18,
+  n_heads=6,
+  n_kv_heads=2,
+  d_head=10,
+  d_mlp=29,
+  context_length=23,
+  norm_unit_offset=True,
+  post_norm=True,
+  mlp="geglu",
+  rope_theta=100.0,
+  windows=(5, None),
+  query_scale_dim=7,
+  attention_softcap=2.0,
+  logit_softcap=3.0,
+  scale_embedding=True,
+)
+
+# Eight layers: the pattern of six starts again and stops within.
+GEMMA3 = config_lib.ModelConfig(
+  vocab_size=37,
+  n_layers=8,
+  d_model=18,
+  n_heads=6,
+  n_kv_heads=2,
+  d_head=10,
+  d_mlp=29,
+  context_length=23,
+  norm_unit_offset=True,
+  post_norm=True,
+  qk_norm=True,
+  mlp="geglu",
+  rope_theta=100.0,
+  rope_scaling=LLAMA3.rope_scaling,
+  rope_theta_windowed=20.0,
+  windows=(5, 5, 5, 5, 5, None),
+  query_scale_dim=7,
+  scale_embedding=True,
+)
+
+# Families that transformers implements too: the golden file has their logits.
+PUBLISHED = {
+  "gpt2": GPT2,
+  "llama3": LLAMA3,
+  "qwen3": QWEN3,
+  "gemma2": GEMMA2,
+  "gemma3": GEMMA3,
+}
+
+
+def golden(name: str) -> tuple[dict, np.ndarray, np.ndarray]:
+  """(float32 params, inputs [B, T], float64 logits [B, T, V]) by transformers.
+
+  Raises FileNotFoundError where tests/goldens/hf_tiny.npz is missing.
+  """
+  params: dict = {}
+  with np.load(pathlib.Path(__file__).parent / "goldens/hf_tiny.npz") as file:
+    prefix = f"{name}/params/"
+    for key in file:
+      if key.startswith(prefix):
+        *parents, leaf = key.removeprefix(prefix).split("/")
+        node = params
+        for parent in parents:
+          node = node.setdefault(parent, {})
+        node[leaf] = file[key]
+    return params, file[f"{name}/inputs"], file[f"{name}/logits"]

@@ -1,0 +1,249 @@
+"""Writes hf_tiny.npz: what Hugging Face transformers computes on tiny models.
+
+  python tests/goldens/make_reference.py        (from the root of the checkout)
+
+It needs torch and transformers, which the tests do not. Remake the file only
+when a family is added or its tiny config in tests/families.py changes; never
+because a test disagrees with it. Last made with transformers 5.23.0.
+
+The modelling code casts to float32 within norms, rotary angles and softmax.
+Here `torch.float32` itself is replaced by float64 before the models are
+imported, so the stored logits are float64 throughout.
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+import torch
+
+torch.set_default_dtype(torch.float64)
+torch.float32 = torch.float = torch.float64
+torch.Tensor.float = torch.Tensor.double
+
+import transformers  # noqa: E402
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import families  # noqa: E402
+import reference  # noqa: E402
+
+from lm import config as config_lib  # noqa: E402
+
+B, T = 2, 19
+
+
+def gpt2(cfg: config_lib.ModelConfig):
+  return transformers.GPT2LMHeadModel(
+    transformers.GPT2Config(
+      vocab_size=cfg.vocab_size,
+      n_positions=cfg.context_length,
+      n_embd=cfg.d_model,
+      n_layer=cfg.n_layers,
+      n_head=cfg.n_heads,
+      n_inner=cfg.d_mlp,
+      layer_norm_epsilon=cfg.norm_epsilon,
+      activation_function="gelu_new",
+      resid_pdrop=0.0,
+      embd_pdrop=0.0,
+      attn_pdrop=0.0,
+      **SPECIAL_TOKENS,
+      attn_implementation="eager",
+    )
+  )
+
+
+def _common(cfg: config_lib.ModelConfig) -> dict:
+  return SPECIAL_TOKENS | {
+    "vocab_size": cfg.vocab_size,
+    "hidden_size": cfg.d_model,
+    "intermediate_size": cfg.d_mlp,
+    "num_hidden_layers": cfg.n_layers,
+    "num_attention_heads": cfg.n_heads,
+    "num_key_value_heads": cfg.n_kv_heads,
+    "head_dim": cfg.d_head,
+    "max_position_embeddings": cfg.context_length,
+    "rms_norm_eps": cfg.norm_epsilon,
+    "tie_word_embeddings": cfg.tied_embedding,
+    "attn_implementation": "eager",
+  }
+
+
+def _rope(theta: float, scaling: config_lib.RopeScaling | None) -> dict:
+  if scaling is None:
+    return {"rope_type": "default", "rope_theta": theta}
+  return {
+    "rope_type": "llama3",
+    "rope_theta": theta,
+    "factor": scaling.factor,
+    "low_freq_factor": scaling.low_frequency_factor,
+    "high_freq_factor": scaling.high_frequency_factor,
+    "original_max_position_embeddings": scaling.original_length,
+  }
+
+
+def llama3(cfg: config_lib.ModelConfig):
+  return transformers.LlamaForCausalLM(
+    transformers.LlamaConfig(
+      **_common(cfg),
+      rope_parameters=_rope(cfg.rope_theta, cfg.rope_scaling),
+    )
+  )
+
+
+def qwen3(cfg: config_lib.ModelConfig):
+  return transformers.Qwen3ForCausalLM(
+    transformers.Qwen3Config(
+      **_common(cfg),
+      rope_parameters=_rope(cfg.rope_theta, cfg.rope_scaling),
+    )
+  )
+
+
+def _layer_types(cfg: config_lib.ModelConfig) -> list[str]:
+  windows = [cfg.windows[i % len(cfg.windows)] for i in range(cfg.n_layers)]
+  return [
+    "full_attention" if w is None else "sliding_attention" for w in windows
+  ]
+
+
+def gemma2(cfg: config_lib.ModelConfig):
+  return transformers.Gemma2ForCausalLM(
+    transformers.Gemma2Config(
+      **_common(cfg),
+      rope_parameters=_rope(cfg.rope_theta, cfg.rope_scaling),
+      query_pre_attn_scalar=cfg.query_scale_dim,
+      attn_logit_softcapping=cfg.attention_softcap,
+      final_logit_softcapping=cfg.logit_softcap,
+      sliding_window=cfg.windows[0],
+      layer_types=_layer_types(cfg),
+    )
+  )
+
+
+def gemma3(cfg: config_lib.ModelConfig):
+  return transformers.Gemma3ForCausalLM(
+    transformers.Gemma3TextConfig(
+      **_common(cfg),
+      rope_parameters={
+        "full_attention": _rope(cfg.rope_theta, cfg.rope_scaling),
+        "sliding_attention": _rope(cfg.rope_theta_windowed, None),
+      },
+      query_pre_attn_scalar=cfg.query_scale_dim,
+      sliding_window=cfg.windows[0],
+      layer_types=_layer_types(cfg),
+    )
+  )
+
+
+SPECIAL_TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+
+
+# --- our weights under their names -------------------------------------------
+
+
+def gpt2_state(params: dict, cfg: config_lib.ModelConfig) -> dict:
+  """GPT-2 keeps [in, out] matrices, and q, k and v in one."""
+  D, L = cfg.d_model, params["layers"]
+  state = {
+    "transformer.wte.weight": params["embed"],
+    "transformer.wpe.weight": params["position_embed"],
+    "transformer.ln_f.weight": params["final_norm"]["scale"],
+    "transformer.ln_f.bias": params["final_norm"]["bias"],
+    "lm_head.weight": params["embed"],
+  }
+  for i in range(cfg.n_layers):
+    a, m = (
+      {k: v[i] for k, v in L[part].items()} for part in ("attention", "mlp")
+    )
+    qkv = [a[n].reshape(D, -1) for n in "qkv"]
+    qkv_bias = [a[f"{n}_bias"].reshape(-1) for n in "qkv"]
+    layer = {
+      "ln_1.weight": L["attention_norm"]["scale"][i],
+      "ln_1.bias": L["attention_norm"]["bias"][i],
+      "ln_2.weight": L["mlp_norm"]["scale"][i],
+      "ln_2.bias": L["mlp_norm"]["bias"][i],
+      "attn.c_attn.weight": np.concatenate(qkv, axis=1),
+      "attn.c_attn.bias": np.concatenate(qkv_bias),
+      "attn.c_proj.weight": a["o"].reshape(-1, D),
+      "attn.c_proj.bias": a["o_bias"],
+      "mlp.c_fc.weight": m["up"],
+      "mlp.c_fc.bias": m["up_bias"],
+      "mlp.c_proj.weight": m["down"],
+      "mlp.c_proj.bias": m["down_bias"],
+    }
+    state |= {f"transformer.h.{i}.{k}": v for k, v in layer.items()}
+  return state
+
+
+def llama_state(params: dict, cfg: config_lib.ModelConfig) -> dict:
+  """Llama and its heirs keep [out, in] matrices, each projection its own."""
+  D, L = cfg.d_model, params["layers"]
+  tied = cfg.tied_embedding
+  state = {
+    "model.embed_tokens.weight": params["embed"],
+    "model.norm.weight": params["final_norm"]["scale"],
+    "lm_head.weight": params["embed"] if tied else params["head"].T,
+  }
+  # Gemma's post_attention_layernorm is what its name says; Llama's stands
+  # before the MLP.
+  norms = {"input_layernorm": "attention_norm"}
+  if cfg.post_norm:
+    norms |= {
+      "post_attention_layernorm": "attention_post_norm",
+      "pre_feedforward_layernorm": "mlp_norm",
+      "post_feedforward_layernorm": "mlp_post_norm",
+    }
+  else:
+    norms |= {"post_attention_layernorm": "mlp_norm"}
+  for i in range(cfg.n_layers):
+    a = L["attention"]
+    layer = {k: L[v]["scale"][i] for k, v in norms.items()}
+    for n in "qkv":
+      layer[f"self_attn.{n}_proj"] = a[n][i].reshape(D, -1).T
+    layer["self_attn.o_proj"] = a["o"][i].reshape(-1, D).T
+    for n in ("q_norm", "k_norm") if cfg.qk_norm else ():
+      layer[f"self_attn.{n}"] = a[n]["scale"][i]
+    for n in ("gate", "up", "down"):
+      layer[f"mlp.{n}_proj"] = L["mlp"][n][i].T
+    state |= {f"model.layers.{i}.{k}.weight": v for k, v in layer.items()}
+  return state
+
+
+def main() -> None:
+  arrays = {}
+  for seed, (name, cfg) in enumerate(families.PUBLISHED.items()):
+    params = reference.random_params(cfg, seed)
+    model = {
+      "gpt2": gpt2,
+      "llama3": llama3,
+      "qwen3": qwen3,
+      "gemma2": gemma2,
+      "gemma3": gemma3,
+    }[name](cfg).eval()
+    state = (gpt2_state if name == "gpt2" else llama_state)(params, cfg)
+    state = {
+      k: torch.tensor(np.ascontiguousarray(v), dtype=torch.float64)
+      for k, v in state.items()
+    }
+    model.load_state_dict(state, strict=True)
+    inputs = np.random.default_rng(100 + seed).integers(
+      cfg.vocab_size, size=(B, T), dtype=np.int32
+    )
+    with torch.no_grad():
+      logits = model(torch.tensor(inputs, dtype=torch.int64)).logits
+    assert logits.dtype == torch.float64
+    arrays[f"{name}/inputs"] = inputs
+    arrays[f"{name}/logits"] = logits.numpy()
+    reference.map_tree(
+      lambda path, x, name=name: arrays.__setitem__(
+        "/".join((name, "params", *path)), x
+      ),
+      params,
+    )
+  np.savez_compressed(pathlib.Path(__file__).with_name("hf_tiny.npz"), **arrays)
+
+
+if __name__ == "__main__":
+  main()

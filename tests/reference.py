@@ -1,0 +1,277 @@
+"""The decoder family once more, in plain float64 NumPy, for tests.
+
+Written from the papers and from what the published checkpoints' modelling
+code computes, apart from `lm.model`, so that the two can only agree by both
+being right. One loop over layers, one over query heads; no speed.
+
+Parameters are a nested dict of arrays, layers stacked on a leading axis L:
+
+  embed [V, D], position_embed [context_length, D], head [D, V]
+  layers:
+    attention_norm, attention_post_norm, mlp_norm, mlp_post_norm:
+      scale [L, D], bias [L, D]
+    attention: q [L, D, N, H], k and v [L, D, K, H], o [L, N, H, D],
+      q_bias [L, N, H], k_bias and v_bias [L, K, H], o_bias [L, D],
+      q_norm and k_norm: scale [L, H]
+    mlp: up and gate [L, D, F], down [L, F, D],
+      up_bias and gate_bias [L, F], down_bias [L, D]
+  final_norm: scale [D], bias [D]
+
+B batch, T query length, S key length, D model, F mlp, N query heads,
+K kv heads, G = N / K, H head, V vocabulary, L layers.
+"""
+
+import math
+
+import numpy as np
+
+from lm import config as config_lib
+
+
+def shapes(cfg: config_lib.ModelConfig) -> dict:
+  """The parameter tree, each array by its shape."""
+  L, D, F, V = cfg.n_layers, cfg.d_model, cfg.d_mlp, cfg.vocab_size
+  N, K, H = cfg.n_heads, cfg.n_kv_heads, cfg.d_head
+
+  def norm(*lead: int) -> dict:
+    biased = cfg.norm == "layernorm" and cfg.bias
+    return {"scale": (*lead, D)} | ({"bias": (*lead, D)} if biased else {})
+
+  attention: dict = {
+    "q": (L, D, N, H),
+    "k": (L, D, K, H),
+    "v": (L, D, K, H),
+    "o": (L, N, H, D),
+  }
+  mlp: dict = {"up": (L, D, F), "down": (L, F, D)}
+  if cfg.gated:
+    mlp["gate"] = (L, D, F)
+  if cfg.bias:
+    attention |= {"q_bias": (L, N, H), "k_bias": (L, K, H)}
+    attention |= {"v_bias": (L, K, H), "o_bias": (L, D)}
+    mlp |= {"up_bias": (L, F), "down_bias": (L, D)}
+    if cfg.gated:
+      mlp["gate_bias"] = (L, F)
+  if cfg.qk_norm:
+    attention |= {"q_norm": {"scale": (L, H)}, "k_norm": {"scale": (L, H)}}
+  layers = {
+    "attention_norm": norm(L),
+    "attention": attention,
+    "mlp_norm": norm(L),
+    "mlp": mlp,
+  }
+  if cfg.post_norm:
+    layers |= {"attention_post_norm": norm(L), "mlp_post_norm": norm(L)}
+  tree = {"embed": (V, D), "layers": layers, "final_norm": norm()}
+  if cfg.positions == "learned":
+    tree["position_embed"] = (cfg.context_length, D)
+  if not cfg.tied_embedding:
+    tree["head"] = (D, V)
+  return tree
+
+
+def map_tree(function, tree: dict, path: tuple[str, ...] = ()) -> dict:
+  """Applies `function(path, leaf)` throughout a nested dict."""
+  return {
+    name: map_tree(function, node, (*path, name))
+    if isinstance(node, dict)
+    else function((*path, name), node)
+    for name, node in sorted(tree.items())
+  }
+
+
+def random_params(cfg: config_lib.ModelConfig, seed: int = 0) -> dict:
+  """Float32 weights under which every array matters: no scale is 1, no bias 0.
+
+  Matrices have standard deviation 1 / sqrt(fan in), so that attention is far
+  from uniform and soft-caps bend. Values fit float16, so goldens compress.
+  """
+  rng = np.random.default_rng(seed)
+
+  def draw(path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
+    x = rng.standard_normal(shape)
+    match path[-1]:
+      case "scale":
+        x = 0.3 * x + (0.0 if cfg.norm_unit_offset else 1.0)
+      case "o":
+        x = x / math.sqrt(cfg.n_heads * cfg.d_head)
+      case "q" | "k" | "v" | "up" | "gate" | "down":
+        x = x / math.sqrt(shape[1])
+      case "head":
+        x = x / math.sqrt(shape[0])
+      case "embed" | "position_embed":
+        x = x / math.sqrt(shape[1])
+      case name if name.endswith("bias"):
+        x = 0.3 * x
+    return x.astype(np.float16).astype(np.float32)
+
+  return map_tree(draw, shapes(cfg))
+
+
+# --- layers ------------------------------------------------------------------
+
+
+def normalize(
+  x: np.ndarray, p: dict, cfg: config_lib.ModelConfig
+) -> np.ndarray:
+  """LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467)."""
+  if cfg.norm == "layernorm":
+    x = x - x.mean(-1, keepdims=True)
+  y = x / np.sqrt((x * x).mean(-1, keepdims=True) + cfg.norm_epsilon)
+  y = y * (p["scale"] + (1.0 if cfg.norm_unit_offset else 0.0))
+  return y + p["bias"] if "bias" in p else y
+
+
+def rms_normalize_heads(
+  x: np.ndarray, scale: np.ndarray, cfg: config_lib.ModelConfig
+) -> np.ndarray:
+  """RMSNorm over H of [B, T, heads, H], whatever `cfg.norm` is."""
+  y = x / np.sqrt((x * x).mean(-1, keepdims=True) + cfg.norm_epsilon)
+  return y * (scale + (1.0 if cfg.norm_unit_offset else 0.0))
+
+
+def inverse_frequencies(
+  cfg: config_lib.ModelConfig, windowed: bool
+) -> np.ndarray:
+  """Radians per position of each of the H / 2 planes (arXiv:2104.09864).
+
+  Llama 3.1 keeps planes that turn at least `high_frequency_factor` times in
+  the original length, divides by `factor` those that turn at most
+  `low_frequency_factor` times, and goes linearly from one to the other
+  between. A base of their own exempts windowed layers (Gemma 3).
+  """
+  own_base = windowed and cfg.rope_theta_windowed is not None
+  theta = cfg.rope_theta_windowed if own_base else cfg.rope_theta
+  scaling = None if own_base else cfg.rope_scaling
+  result = []
+  for i in range(cfg.d_head // 2):
+    frequency = theta ** (-2.0 * i / cfg.d_head)
+    if scaling is not None:
+      turns = scaling.original_length * frequency / (2 * math.pi)
+      low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+      kept = min(max((turns - low) / (high - low), 0.0), 1.0)
+      frequency = kept * frequency + (1 - kept) * frequency / scaling.factor
+    result.append(frequency)
+  return np.array(result)
+
+
+def rotate(
+  x: np.ndarray, positions: np.ndarray, frequencies: np.ndarray
+) -> np.ndarray:
+  """Turns plane (i, i + H / 2) of [B, T, heads, H] by position * frequency."""
+  half = x.shape[-1] // 2
+  turn = np.exp(1j * positions[:, :, None, None] * frequencies)
+  plane = (x[..., :half] + 1j * x[..., half:]) * turn
+  return np.concatenate([plane.real, plane.imag], axis=-1)
+
+
+def visible(
+  segments: np.ndarray, prefix: np.ndarray, window: int | None
+) -> np.ndarray:
+  """[B, T, S] bool: may query t read key s?"""
+  B, T = segments.shape
+  mask = np.zeros((B, T, T), bool)
+  for b in range(B):
+    for t in range(T):
+      for s in range(T):
+        mask[b, t, s] = (
+          segments[b, t] == segments[b, s] != 0
+          and (s <= t or prefix[b, s])
+          and (window is None or abs(t - s) < window)
+        )
+  return mask
+
+
+def attention(
+  x: np.ndarray,
+  p: dict,
+  cfg: config_lib.ModelConfig,
+  mask: np.ndarray,
+  positions: np.ndarray,
+  frequencies: np.ndarray,
+) -> np.ndarray:
+  """Grouped-query attention (arXiv:2305.13245); a query without keys adds 0."""
+  q = np.einsum("BTD,DNH->BTNH", x, p["q"]) + p.get("q_bias", 0.0)
+  k = np.einsum("BTD,DKH->BTKH", x, p["k"]) + p.get("k_bias", 0.0)
+  v = np.einsum("BTD,DKH->BTKH", x, p["v"]) + p.get("v_bias", 0.0)
+  if cfg.qk_norm:
+    q = rms_normalize_heads(q, p["q_norm"]["scale"], cfg)
+    k = rms_normalize_heads(k, p["k_norm"]["scale"], cfg)
+  if cfg.positions == "rope":
+    q = rotate(q, positions, frequencies)
+    k = rotate(k, positions, frequencies)
+  scale_dim = cfg.query_scale_dim or cfg.d_head
+  group = cfg.n_heads // cfg.n_kv_heads
+  out = np.zeros_like(x)
+  for n in range(cfg.n_heads):
+    keys, values = k[:, :, n // group], v[:, :, n // group]
+    scores = q[:, :, n] @ keys.transpose(0, 2, 1) / math.sqrt(scale_dim)
+    if cfg.attention_softcap is not None:
+      cap = cfg.attention_softcap
+      scores = cap * np.tanh(scores / cap)
+    largest = scores.max(-1, keepdims=True)
+    weights = np.where(mask, np.exp(scores - largest), 0.0)
+    total = weights.sum(-1, keepdims=True)
+    weights = weights / np.where(total == 0, 1.0, total)
+    out += weights @ values @ p["o"][n]
+  return out + p.get("o_bias", 0.0)
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+  """The tanh approximation (arXiv:1606.08415), as GPT-2 and Gemma use it."""
+  inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+  return 0.5 * x * (1 + np.tanh(inner))
+
+
+def mlp(x: np.ndarray, p: dict, cfg: config_lib.ModelConfig) -> np.ndarray:
+  """Feed-forward: plain, or gated as in arXiv:2002.05202."""
+  up = x @ p["up"] + p.get("up_bias", 0.0)
+  if cfg.gated:
+    gate = x @ p["gate"] + p.get("gate_bias", 0.0)
+  match cfg.mlp:
+    case "gelu":
+      hidden = gelu(up)
+    case "relu2":
+      hidden = np.maximum(up, 0.0) ** 2
+    case "swiglu":
+      hidden = gate / (1 + np.exp(-gate)) * up
+    case "geglu":
+      hidden = gelu(gate) * up
+  return hidden @ p["down"] + p.get("down_bias", 0.0)
+
+
+def forward(
+  params: dict,
+  cfg: config_lib.ModelConfig,
+  inputs: np.ndarray,
+  segments: np.ndarray,
+  positions: np.ndarray,
+  prefix: np.ndarray,
+) -> np.ndarray:
+  """Float64 logits [B, T, V] of rows of the Batch table, without dropout."""
+  params = map_tree(lambda _, x: np.asarray(x, np.float64), params)
+  x = params["embed"][inputs]
+  if cfg.scale_embedding:
+    x = x * math.sqrt(cfg.d_model)
+  if cfg.positions == "learned":
+    x = x + params["position_embed"][positions]
+  for i in range(cfg.n_layers):
+    p = map_tree(lambda _, a, i=i: a[i], params["layers"])
+    window = cfg.windows[i % len(cfg.windows)]
+    mask = visible(segments, prefix, window)
+    frequencies = inverse_frequencies(cfg, window is not None)
+    y = normalize(x, p["attention_norm"], cfg)
+    y = attention(y, p["attention"], cfg, mask, positions, frequencies)
+    if cfg.post_norm:
+      y = normalize(y, p["attention_post_norm"], cfg)
+    x = x + y
+    y = mlp(normalize(x, p["mlp_norm"], cfg), p["mlp"], cfg)
+    if cfg.post_norm:
+      y = normalize(y, p["mlp_post_norm"], cfg)
+    x = x + y
+  x = normalize(x, params["final_norm"], cfg)
+  head = params["embed"].T if cfg.tied_embedding else params["head"]
+  logits = x @ head
+  if cfg.logit_softcap is not None:
+    logits = cfg.logit_softcap * np.tanh(logits / cfg.logit_softcap)
+  return logits
