@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Trains a small model on the Python standard library's source, evaluates it
+# and lets it write. Needs a python3 (>= 3.11), two CPU cores and ten minutes.
+# Arguments go to lm.train, such as --config.train.steps=200. A second run
+# resumes: it ends at once where the first was complete.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/environment.sh
+
+workdir=runs/quickstart
+prompt='def main('
+environment
+say "Training in $workdir"
+python -m lm.train --config=configs/quickstart.py --workdir="$workdir" "$@"
+say "Evaluating on the validation files"
+python -m lm.evaluate --workdir="$workdir"
+say "Greedy continuation of '$prompt'"
+python -m lm.sample --workdir="$workdir" --prompt="$prompt" \
+  --temperature=0 --max_new_tokens=120
+say "Sampled continuation of '$prompt'"
+python -m lm.sample --workdir="$workdir" --prompt="$prompt" \
+  --temperature=0.8 --top_k=40 --top_p=0.95 --max_new_tokens=120 --seed=1
+say "Curves of loss and learning rate: $workdir/curves.png"

@@ -1,0 +1,50 @@
+"""Metadata and dependencies; tool settings are in pyproject.toml.
+
+Lower bounds are the versions that the tests run with, on Python 3.11 (JAX 0.10)
+and 3.12 (JAX 0.12), where they differ the older of the two.
+"""
+
+import setuptools
+
+setuptools.setup(
+  name="next-token",
+  version="0.1.0",
+  description="Pretrain decoder language models by next-token prediction",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=setuptools.find_packages(include=["lm", "lm.*"]),
+  install_requires=[
+    "absl-py>=2.5",
+    "array-record>=0.8.6",
+    "flax>=0.12.8",
+    "grain>=0.2.18",
+    "jax>=0.10",
+    "jaxtyping>=0.3.11",
+    "matplotlib>=3.11",
+    "numpy>=2.4",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "rich>=15",
+    "sentencepiece>=0.2.3",
+    "tensorboardX>=2.6.5",
+    "tensorflow-datasets>=4.9.10",
+    "tensorstore>=0.1.86",
+    "zstandard>=0.25",
+  ],
+  extras_require={
+    # Fused cross-entropy and attention.
+    "kernels": ["tokamax>=0.0.12"],
+    # Runs on TPUs; compiles for them anywhere.
+    "tpu": ["libtpu"],
+    # What benchmarks/ compares with.
+    "bench": ["torch>=2.13", "transformers>=5.23"],
+    "test": [
+      "beartype>=0.23",
+      "hypothesis>=6.170",
+      # The extra brings Node.js as a wheel: nothing but PyPI is needed.
+      "pyright[nodejs]>=1.1.414",
+      "pytest>=9.2",
+      "ruff>=0.17.6",
+    ],
+  },
+)

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Format, lint, types and tests in the project's own environment, .venv, which
+# is made first where there is none. Arguments go to pytest, such as -k config
+# or -m "" (also the slow tests). PYTHON=... names another interpreter.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/environment.sh
+
+environment test
+say "Format (ruff format --check)"
+python -m ruff format --check .
+say "Lint (ruff check)"
+python -m ruff check .
+say "Types (pyright)"
+python -m pyright
+say "Tests (pytest $*)"
+JAX_PLATFORMS=cpu python -m pytest "$@"
