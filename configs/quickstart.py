@@ -1,0 +1,33 @@
+"""A small model of the Python standard library's source, trained in minutes.
+
+  bash launch/quickstart.sh
+
+Hardware: 2 CPU cores, 10 minutes with installation.
+Size: 2.6M parameters, 2048 tokens a step.
+Evidence: not measured yet.
+"""
+
+from lm import config as config_lib
+
+
+def get_config() -> config_lib.Config:
+  config = config_lib.Config()
+  model = config.model
+  model.vocab_size = 2048
+  model.n_layers = 4
+  model.d_model = 192
+  model.n_heads, model.n_kv_heads, model.d_head = 6, 6, 32
+  model.d_mlp = 768
+  model.context_length = 256
+  model.mlp = "relu2"
+  model.qk_norm = True
+  model.tied_embedding = False
+
+  optimizer = config.optimizer
+  optimizer.name = "muon"
+  optimizer.peak_lr = 2e-2
+  optimizer.schedule = "linear"
+
+  config.train.batch_size = 8
+  config.train.sequence_length = 256
+  return config
