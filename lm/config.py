@@ -19,7 +19,7 @@ class ConfigError(ValueError):
   """A config that cannot work; the message says what to change."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(unsafe_hash=True)
 class RopeScaling:
   """Llama 3.1's stretch of low rotary frequencies (arXiv:2407.21783)."""
 
@@ -29,7 +29,8 @@ class RopeScaling:
   original_length: int = 8192
 
 
-@dataclasses.dataclass
+# Hashable, so that a compiled program can be looked up by its model.
+@dataclasses.dataclass(unsafe_hash=True)
 class ModelConfig:
   """One decoder; the fields select GPT-2, Llama, Qwen3, Gemma and others.
 

@@ -44,6 +44,14 @@ def spec(*axes: str | None) -> P | None:
   return partition(*axes) if has_mesh() else None
 
 
+def platform() -> str:
+  """Platform that a program traced here is compiled for: cpu, gpu or tpu."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.abstract_device is None:
+    return jax.default_backend()
+  return mesh.abstract_device.platform
+
+
 def start_processes() -> None:
   """Joins the other processes of a run, if the environment names any.
 
@@ -99,10 +107,8 @@ def make_mesh(config: config_lib.Config, devices=None) -> jax.sharding.Mesh:
 
 def local_rows(sharding: NamedSharding, n_rows: int) -> tuple[int, int]:
   """[first, last) of the global batch's rows that this process must read."""
-  slices = [
-    index[0].indices(n_rows)
-    for index in sharding.addressable_devices_indices_map((n_rows,)).values()
-  ]
+  indices = sharding.addressable_devices_indices_map((n_rows,))
+  slices = [index[0].indices(n_rows) for index in indices.values() if index]
   return min(s[0] for s in slices), max(s[1] for s in slices)
 
 

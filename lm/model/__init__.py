@@ -1,0 +1,1 @@
+"""The decoder, its loss, and its counts in closed form."""

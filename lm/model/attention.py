@@ -1,0 +1,337 @@
+"""Attention: who sees whom, the reference form, and the kernels.
+
+B batch, T query length, S key length, D model, N query heads, K kv heads,
+G = N / K, H head.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from lm import config as config_lib
+from lm import sharding
+from lm.model import layers
+
+# Low enough that exp() of it is 0, high enough that its sums stay finite.
+MASKED = -1e30
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["positions", "segments", "prefix"],
+  meta_fields=[],
+)
+@dataclasses.dataclass
+class Tokens:
+  """Where each token of a row stands; the mask follows from this alone.
+
+  `prefix` None says that no position is seen ahead, which kernels need to
+  know before they run.
+  """
+
+  positions: Int[Array, "B T"]
+  segments: Int[Array, "B T"]
+  prefix: Bool[Array, "B T"] | None
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["keys", "values", "tokens", "length"],
+  meta_fields=[],
+)
+@dataclasses.dataclass
+class Cache:
+  """Keys and values of what was read so far, one pair per layer.
+
+  Slots from `length` on are empty: their segment is 0. All rows write the
+  same slots; a row that is shorter leaves slots of segment 0 behind.
+  """
+
+  keys: tuple[Float[Array, "B S K H"], ...]
+  values: tuple[Float[Array, "B S K H"], ...]
+  tokens: Tokens
+  length: Int[Array, ""]
+
+
+def empty_cache(
+  cfg: config_lib.ModelConfig, n_rows: int, n_slots: int
+) -> Cache:
+  """A cache of S = n_slots slots, born sharded."""
+  shape = (n_rows, n_slots, cfg.n_kv_heads, cfg.d_head)
+  where = sharding.spec("batch", None, "kv_heads", None)
+  rows = sharding.spec("batch", None)
+
+  def zeros(shape, dtype, where):
+    return jnp.zeros(shape, dtype, out_sharding=where)
+
+  return Cache(
+    keys=tuple(zeros(shape, cfg.dtype, where) for _ in range(cfg.n_layers)),
+    values=tuple(zeros(shape, cfg.dtype, where) for _ in range(cfg.n_layers)),
+    tokens=Tokens(
+      zeros(shape[:2], jnp.int32, rows),
+      zeros(shape[:2], jnp.int32, rows),
+      zeros(shape[:2], bool, rows),
+    ),
+    length=jnp.zeros((), jnp.int32),
+  )
+
+
+def write(cache: Array, new: Array, slot: Int[Array, ""] | int) -> Array:
+  """`cache` with `new` in the slots from `slot` on (axis 1)."""
+  return jax.lax.dynamic_update_slice_in_dim(
+    cache, new.astype(cache.dtype), slot, axis=1
+  )
+
+
+def visible(
+  queries: Tokens, keys: Tokens, window: int | None
+) -> Bool[Array, "B T S"]:
+  """True where the query may see the key: the same document, not later
+  unless the key is in a prefix, and fewer than `window` positions away.
+  """
+  q_segment, k_segment = queries.segments[:, :, None], keys.segments[:, None]
+  distance = queries.positions[:, :, None] - keys.positions[:, None]
+  seen = distance >= 0
+  if keys.prefix is not None:
+    seen |= keys.prefix[:, None]
+  if window is not None:
+    seen &= jnp.abs(distance) < window
+  return seen & (q_segment == k_segment) & (k_segment != 0)
+
+
+def attend(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
+  queries: Tokens,
+  keys: Tokens,
+  *,
+  scale: float,
+  window: int | None,
+  softcap: float | None,
+  kernel: str,
+) -> Float[Array, "B T N H"]:
+  """softmax(scale q k) v over the keys that each query may see.
+
+  A query that sees nothing (padding) gets a finite value of no meaning.
+  """
+  if kernel == "splash":
+    return _splash(q * scale, k, v, queries, window, softcap)
+  if kernel == "cudnn":
+    return _cudnn(q, k, v, visible(queries, keys, window), scale)
+  B, T, N, H = q.shape
+  K = k.shape[2]
+  heads = ("batch", "kv_heads", None)
+  q = jax.lax.reshape(
+    q,
+    (B, T, K, N // K, H),
+    out_sharding=sharding.spec("batch", None, "kv_heads", None, None),
+  )
+  scores = jnp.einsum(
+    "BTKGH,BSKH->BKGTS",
+    q * scale,
+    k,
+    preferred_element_type=jnp.float32,
+    out_sharding=sharding.spec(*heads, None, None),
+  )
+  if softcap is not None:
+    scores = softcap * jnp.tanh(scores / softcap)
+  seen = visible(queries, keys, window)[:, None, None]
+  shares = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1)
+  out = jnp.einsum(
+    "BKGTS,BSKH->BTKGH",
+    shares.astype(v.dtype),
+    v,
+    out_sharding=sharding.spec("batch", None, "kv_heads", None, None),
+  )
+  return jax.lax.reshape(
+    out,
+    (B, T, N, H),
+    out_sharding=sharding.spec("batch", None, "heads", None),
+  )
+
+
+def choose_kernel(cfg: config_lib.ModelConfig, *, prefix: bool) -> str:
+  """Resolves `auto` by the platform that the program is compiled for.
+
+  Raises ConfigError where the named kernel cannot do what the model asks.
+  """
+  kernel = cfg.attention
+  if kernel == "auto":
+    kernel = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(
+      sharding.platform(), "reference"
+    )
+    if kernel == "cudnn" and (
+      cfg.attention_softcap is not None or cfg.dtype == "float32"
+    ):
+      kernel = "reference"  # cuDNN has neither soft-caps nor float32
+    if kernel == "splash" and prefix:
+      kernel = "reference"  # its masks are known before the batch is
+  if kernel == "cudnn" and cfg.attention_softcap is not None:
+    raise config_lib.ConfigError(
+      "config.model.attention='cudnn': cuDNN has no attention_softcap; set "
+      "attention='reference'"
+    )
+  if kernel == "cudnn" and cfg.dtype == "float32":
+    raise config_lib.ConfigError(
+      "config.model.attention='cudnn': cuDNN attention is bfloat16 only; set "
+      "dtype='bfloat16' or attention='reference'"
+    )
+  if kernel == "splash" and prefix:
+    raise config_lib.ConfigError(
+      "config.model.attention='splash': its mask is fixed when it is compiled, "
+      "so it has no prefixes; set attention='reference'"
+    )
+  return kernel
+
+
+def _per_shard(function, *in_axes, out_axes):
+  """`function` on each device's batch rows and heads, where there is a mesh."""
+  if not sharding.has_mesh():
+    return function
+  return jax.shard_map(
+    function,
+    in_specs=tuple(sharding.partition(*axes) for axes in in_axes),
+    out_specs=sharding.partition(*out_axes),
+    check_vma=False,
+  )
+
+
+def _cudnn(q, k, v, seen, scale):
+  def local(q, k, v, seen):
+    return jax.nn.dot_product_attention(
+      q, k, v, mask=seen[:, None], scale=scale, implementation="cudnn"
+    )
+
+  heads = ("batch", None, "heads", None)
+  kv = ("batch", None, "kv_heads", None)
+  run = _per_shard(local, heads, kv, kv, ("batch", None, None), out_axes=heads)
+  return run(q, k, v, seen)
+
+
+def _splash(q, k, v, tokens, window, softcap):
+  """JAX's TPU kernel; tiles that the mask empties are never computed.
+
+  Its window is in places within the row, which within a document is the same
+  as in positions.
+  """
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as splash,
+  )
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as masks,
+  )
+
+  def local(q, k, v, segments):
+    _, T, N, _ = q.shape
+    mask = (
+      masks.CausalMask((T, T))
+      if window is None
+      else masks.LocalMask((T, T), (window - 1, 0), 0)
+    )
+    # 512 fits the vector memory of every TPU and is a multiple of its lanes.
+    block = min(512, T)
+    sizes = splash.BlockSizes(
+      block_q=block,
+      block_kv=block,
+      block_kv_compute=block,
+      block_q_dkv=block,
+      block_kv_dkv=block,
+      block_kv_dkv_compute=block,
+      block_q_dq=block,
+      block_kv_dq=block,
+    )
+    kernel = splash.make_splash_mha(
+      masks.MultiHeadMask([mask] * N),
+      block_sizes=sizes,
+      head_shards=1,
+      q_seq_shards=1,
+      attn_logits_soft_cap=softcap,
+    )
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    ids = splash.SegmentIds(segments, segments)
+    out = jax.vmap(kernel)(q, k, v, ids)
+    return out.swapaxes(1, 2)
+
+  heads = ("batch", None, "heads", None)
+  kv = ("batch", None, "kv_heads", None)
+  run = _per_shard(local, heads, kv, kv, ("batch", None), out_axes=heads)
+  return run(q, k, v, tokens.segments)
+
+
+class Attention(nnx.Module):
+  """Grouped-query attention (arXiv:2305.13245) with rotary positions,
+  optional biases, and optional RMSNorm of queries and keys.
+  """
+
+  def __init__(self, cfg: config_lib.ModelConfig, *, rngs: nnx.Rngs):
+    D, N, K, H = cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.d_head
+    self.cfg = cfg
+    scale = cfg.init_scale
+    self.q = layers.weight(rngs, (D, N, H), ("embed", "heads", None), scale)
+    self.k = layers.weight(rngs, (D, K, H), ("embed", "kv_heads", None), scale)
+    self.v = layers.weight(rngs, (D, K, H), ("embed", "kv_heads", None), scale)
+    out_scale = scale / (2 * cfg.n_layers) ** 0.5
+    self.o = layers.weight(rngs, (N, H, D), ("heads", None, "embed"), out_scale)
+
+    def bias(*shape_and_axes):
+      shape, axes = zip(*shape_and_axes, strict=True)
+      return layers.vector(0.0, shape, axes) if cfg.bias else None
+
+    self.q_bias = bias((N, "heads"), (H, None))
+    self.k_bias = bias((K, "kv_heads"), (H, None))
+    self.v_bias = bias((K, "kv_heads"), (H, None))
+    self.o_bias = bias((D, None))
+    self.q_norm = layers.RMSNorm(H, cfg) if cfg.qk_norm else None
+    self.k_norm = layers.RMSNorm(H, cfg) if cfg.qk_norm else None
+
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    tokens: Tokens,
+    angles: tuple[Array, Array] | None,
+    window: int | None,
+    cached: tuple[Array, Array, Tokens, Array] | None = None,
+  ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
+    """Returns what to add to the residual, and the keys and values.
+
+    `cached` is this layer's (keys, values), where their tokens stand, and the
+    slot to write; the returned keys and values are then the whole cache.
+    """
+    cfg = self.cfg
+    heads = ("batch", None, "heads", None)
+    kv_heads = ("batch", None, "kv_heads", None)
+    q = layers.project("BTD,DNH->BTNH", x, self.q, *heads)
+    k = layers.project("BTD,DKH->BTKH", x, self.k, *kv_heads)
+    v = layers.project("BTD,DKH->BTKH", x, self.v, *kv_heads)
+    q = layers.add_bias(q, self.q_bias)
+    k = layers.add_bias(k, self.k_bias)
+    v = layers.add_bias(v, self.v_bias)
+    if self.q_norm is not None and self.k_norm is not None:
+      q, k = self.q_norm(q), self.k_norm(k)
+    if angles is not None:
+      q, k = layers.rotate(q, angles), layers.rotate(k, angles)
+    keys = tokens
+    if cached is not None:
+      old_k, old_v, keys, slot = cached
+      k, v = write(old_k, k, slot), write(old_v, v, slot)
+    has_prefix = keys.prefix is not None
+    out = attend(
+      q,
+      k,
+      v,
+      tokens,
+      keys,
+      scale=(cfg.query_scale_dim or cfg.d_head) ** -0.5,
+      window=window,
+      softcap=cfg.attention_softcap,
+      kernel="reference"
+      if cached is not None
+      else choose_kernel(cfg, prefix=has_prefix),
+    )
+    y = layers.project("BTNH,NHD->BTD", out, self.o, "batch", None, None)
+    return layers.add_bias(y, self.o_bias), (k, v)

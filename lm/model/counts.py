@@ -1,0 +1,59 @@
+"""Parameters and floating-point operations, in closed form."""
+
+from lm import config as config_lib
+
+
+def parameter_count(cfg: config_lib.ModelConfig) -> int:
+  """All weights of the model, embeddings included, a tied head once."""
+  D = cfg.d_model
+  norm = D * (2 if cfg.norm == "layernorm" and cfg.bias else 1)
+  norms = 4 if cfg.post_norm else 2
+  per_layer = _layer_matrices(cfg) + _layer_biases(cfg) + norms * norm
+  if cfg.qk_norm:
+    per_layer += 2 * cfg.d_head
+  total = cfg.vocab_size * D + cfg.n_layers * per_layer + norm
+  if cfg.positions == "learned":
+    total += cfg.context_length * D
+  if not cfg.tied_embedding:
+    total += D * cfg.vocab_size
+  return total
+
+
+def forward_flops(cfg: config_lib.ModelConfig, length: int) -> float:
+  """Floating-point operations per token of a sequence of `length`.
+
+  A multiply-add is two. Matrix products only; of attention only the pairs
+  that the causal mask and the windows leave, so no kernel is flattered for
+  work that it need not do.
+  """
+  head = cfg.vocab_size * cfg.d_model
+  matrices = cfg.n_layers * _layer_matrices(cfg) + head
+  pairs = sum(
+    _mean_visible(length, cfg.windows[i % len(cfg.windows)])
+    for i in range(cfg.n_layers)
+  )
+  scores_and_sums = 2 * cfg.n_heads * cfg.d_head
+  return 2 * (matrices + scores_and_sums * pairs)
+
+
+def train_flops(cfg: config_lib.ModelConfig, length: int) -> float:
+  """Per token, forward and backward; recomputation (remat) is not counted."""
+  return 3 * forward_flops(cfg, length)
+
+
+def _layer_matrices(cfg: config_lib.ModelConfig) -> int:
+  attention = cfg.d_model * cfg.d_head * 2 * (cfg.n_heads + cfg.n_kv_heads)
+  return attention + cfg.d_model * cfg.d_mlp * (3 if cfg.gated else 2)
+
+
+def _layer_biases(cfg: config_lib.ModelConfig) -> int:
+  if not cfg.bias:
+    return 0
+  attention = cfg.d_head * (cfg.n_heads + 2 * cfg.n_kv_heads) + cfg.d_model
+  return attention + cfg.d_mlp * (2 if cfg.gated else 1) + cfg.d_model
+
+
+def _mean_visible(length: int, window: int | None) -> float:
+  """Keys that a query of a sequence of `length` sees, on average."""
+  w = length if window is None else min(window, length)
+  return w - w * (w - 1) / (2 * length)

@@ -1,0 +1,273 @@
+"""The decoder: embedding, layers, final norm, head.
+
+B batch, T length, D model, V vocabulary, L layers. A model is a config and a
+pure dict of arrays; the functions below join the two. `forward` stops before
+the head, so that the loss need never hold all logits (lm/model/loss.py).
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from lm import config as config_lib
+from lm import sharding
+from lm.model import attention, layers
+
+Params = Any  # nested dict of arrays; the layers' have a leading axis L
+
+
+class Block(nnx.Module):
+  """Pre-norm attention and feed-forward, each added to the residual."""
+
+  def __init__(self, cfg: config_lib.ModelConfig, rngs: nnx.Rngs):
+    D = cfg.d_model
+    self.dropout = cfg.residual_dropout
+    self.attention_norm = layers.Norm(D, cfg)
+    self.attention = attention.Attention(cfg, rngs=rngs)
+    self.attention_post_norm = layers.Norm(D, cfg) if cfg.post_norm else None
+    self.mlp_norm = layers.Norm(D, cfg)
+    self.mlp = layers.MLP(cfg, rngs=rngs)
+    self.mlp_post_norm = layers.Norm(D, cfg) if cfg.post_norm else None
+
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    tokens: attention.Tokens,
+    angles: tuple[Array, Array] | None,
+    window: int | None,
+    keys: Key[Array, "B"] | None = None,
+    cached: tuple | None = None,
+  ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
+    y, new = self.attention(
+      self.attention_norm(x), tokens, angles, window, cached
+    )
+    if self.attention_post_norm is not None:
+      y = self.attention_post_norm(y)
+    rows = (
+      (None, None)
+      if keys is None
+      else jax.vmap(jax.random.split, out_axes=1)(keys)
+    )
+    x += layers.dropout(y, self.dropout, rows[0])
+    y = self.mlp(self.mlp_norm(x))
+    if self.mlp_post_norm is not None:
+      y = self.mlp_post_norm(y)
+    return x + layers.dropout(y, self.dropout, rows[1]), new
+
+
+class Decoder(nnx.Module):
+  """The weights. `layers` is one Block whose arrays have a leading axis L, or,
+  after `unroll`, a list of L Blocks.
+  """
+
+  def __init__(self, cfg: config_lib.ModelConfig, rngs: nnx.Rngs):
+    V, D, scale = cfg.vocab_size, cfg.d_model, cfg.init_scale
+    self.cfg = cfg
+    self.embed = layers.weight(rngs, (V, D), ("vocab", "embed"), scale)
+    if cfg.positions == "learned":
+      shape = (cfg.context_length, D)
+      self.position_embed = layers.weight(rngs, shape, (None, "embed"), scale)
+
+    @nnx.split_rngs(splits=cfg.n_layers)
+    @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
+    def stacked(rngs):
+      return Block(cfg, rngs)
+
+    self.layers = stacked(rngs)
+    self.final_norm = layers.Norm(D, cfg)
+    if not cfg.tied_embedding:
+      self.head = layers.weight(rngs, (D, V), ("embed", "vocab"), scale)
+
+  def unroll(self) -> "Decoder":
+    """The same model with a Block per layer, each with arrays of its own."""
+    graph, stacked = nnx.split(self.layers)
+    self.layers = nnx.List(
+      nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], stacked))
+      for i in range(self.cfg.n_layers)
+    )
+    return self
+
+  def __call__(
+    self,
+    inputs: Int[Array, "B T"],
+    tokens: attention.Tokens,
+    keys: Key[Array, "B"] | None = None,
+  ) -> Float[Array, "B T D"]:
+    """What the head reads; `keys`, one per row, turn dropout on."""
+    cfg = self.cfg
+    x = self._embed(inputs, tokens, keys)
+    angles = _angles(cfg, tokens)
+    if not cfg.scan_layers:
+      self.unroll()
+    run = functools.partial(_run_layer, cfg=cfg, tokens=tokens, angles=angles)
+    if isinstance(self.layers, nnx.List):
+      for i, layer in enumerate(self.layers):
+        graph, state = nnx.split(layer)
+        x = run(graph, x, state, i % len(cfg.windows), _at(keys, i))
+    else:
+      x = _scan(run, self.layers, x, keys, cfg)
+    return self.final_norm(x)
+
+  def extend(
+    self,
+    inputs: Int[Array, "B T"],
+    tokens: attention.Tokens,
+    cache: attention.Cache,
+  ) -> tuple[Float[Array, "B T D"], attention.Cache]:
+    """Reads T more tokens on top of the cache; the model must be unrolled."""
+    cfg, slot = self.cfg, cache.length
+    seen = jax.tree.map(
+      lambda old, new: attention.write(old, new, slot), cache.tokens, tokens
+    )
+    x = self._embed(inputs, tokens, None)
+    angles = _angles(cfg, tokens)
+    pairs = []
+    for i, layer in enumerate(self.layers):  # type: ignore[arg-type]
+      which = i % len(cfg.windows)
+      cached = (cache.keys[i], cache.values[i], seen, slot)
+      x, pair = layer(
+        x, tokens, angles[which], cfg.windows[which], cached=cached
+      )
+      pairs.append(pair)
+    new_keys, new_values = zip(*pairs, strict=True)
+    length = slot + inputs.shape[1]
+    return self.final_norm(x), attention.Cache(
+      new_keys, new_values, seen, length
+    )
+
+  def head_weight(self) -> Float[Array, "V D"]:
+    """The classifier over the vocabulary."""
+    return self.embed[...] if self.cfg.tied_embedding else self.head[...].T
+
+  def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """Scores of every next token, accumulated in float32."""
+    out = jnp.einsum(
+      "BTD,VD->BTV",
+      x,
+      self.head_weight().astype(x.dtype),
+      preferred_element_type=jnp.float32,
+      out_sharding=sharding.spec("batch", None, "vocab"),
+    )
+    cap = self.cfg.logit_softcap
+    return out if cap is None else cap * jnp.tanh(out / cap)
+
+  def _embed(self, inputs, tokens, keys):
+    cfg = self.cfg
+    dtype = jnp.dtype(cfg.dtype)
+    x = layers.look_up(self.embed[...], inputs, "vocab", dtype)
+    if cfg.scale_embedding:
+      x *= jnp.asarray(cfg.d_model**0.5, x.dtype)
+    if cfg.positions == "learned":
+      table = self.position_embed[...]
+      x += layers.look_up(table, tokens.positions, None, dtype)
+    return layers.dropout(x, cfg.embedding_dropout, _at(keys, cfg.n_layers))
+
+
+def _at(keys, i):
+  return None if keys is None else layers.fold_rows(keys, i)
+
+
+def _angles(cfg, tokens):
+  """Rotary angles for each entry of cfg.windows; None where there are none."""
+  if cfg.positions != "rope":
+    return [None] * len(cfg.windows)
+  kinds = {
+    False: (cfg.rope_theta, cfg.rope_scaling),
+    True: (cfg.rope_theta, cfg.rope_scaling)
+    if cfg.rope_theta_windowed is None
+    else (cfg.rope_theta_windowed, None),
+  }
+  windowed = [window is not None for window in cfg.windows]
+  made = {
+    kind: layers.rotary_angles(tokens.positions, cfg.d_head, *kinds[kind])
+    for kind in set(windowed)
+  }
+  return [made[kind] for kind in windowed]
+
+
+def _run_layer(graph, x, state, which, keys, *, cfg, tokens, angles):
+  """One layer under cfg.remat; `which` is its entry of cfg.windows."""
+
+  def layer(x, state, keys, tokens, angles):
+    y, _ = nnx.merge(graph, state)(x, tokens, angles, cfg.windows[which], keys)
+    return y
+
+  if cfg.remat == "full":
+    layer = jax.checkpoint(layer)
+  elif cfg.remat == "dots":
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    layer = jax.checkpoint(layer, policy=policy)
+  return layer(x, state, keys, tokens, angles[which])
+
+
+def _scan(run, stacked, x, keys, cfg):
+  """Scans over groups of len(cfg.windows) layers, then what is left over, so
+  that each layer's window is known when it is compiled.
+  """
+  graph, state = nnx.split(stacked)
+  period = len(cfg.windows)
+  whole = cfg.n_layers - cfg.n_layers % period
+
+  def group(x, group_and_states):
+    first, states = group_and_states
+    for which in range(period):
+      layer = jax.tree.map(lambda s, w=which: s[w], states)
+      x = run(graph, x, layer, which, _at(keys, first + which))
+    return x, None
+
+  if period == 1:
+    states = jax.tree.map(lambda s: s[:, None], state)
+  else:
+    states = jax.tree.map(
+      lambda s: s[:whole].reshape(whole // period, period, *s.shape[1:]), state
+    )
+  x, _ = jax.lax.scan(group, x, (jnp.arange(0, whole, period), states))
+  for i in range(whole, cfg.n_layers):
+    layer = jax.tree.map(lambda s, i=i: s[i], state)
+    x = run(graph, x, layer, i - whole, _at(keys, i))
+  return x
+
+
+# --- functions of (config, params) -------------------------------------------
+
+
+def init_params(cfg: config_lib.ModelConfig, key: Key[Array, ""]) -> Params:
+  """Fresh parameters; under jit with a mesh in context, born sharded."""
+  return nnx.to_pure_dict(nnx.state(Decoder(cfg, nnx.Rngs(params=key))))
+
+
+@functools.lru_cache
+def _graph(cfg: config_lib.ModelConfig) -> nnx.GraphDef:
+  """The structure alone, the same for every mesh."""
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+    return nnx.graphdef(nnx.eval_shape(lambda: Decoder(cfg, nnx.Rngs(0))))
+
+
+def bind(cfg: config_lib.ModelConfig, params: Params) -> Decoder:
+  """The model with these weights in place."""
+  return nnx.merge(_graph(cfg), params)
+
+
+def forward(
+  cfg: config_lib.ModelConfig,
+  params: Params,
+  inputs: Int[Array, "B T"],
+  positions: Int[Array, "B T"],
+  segments: Int[Array, "B T"],
+  prefix: Bool[Array, "B T"] | None = None,
+  *,
+  keys: Key[Array, "B"] | None = None,
+) -> Float[Array, "B T D"]:
+  """What the head reads, for a batch of the contract in docs/design."""
+  tokens = attention.Tokens(positions, segments, prefix)
+  return bind(cfg, params)(inputs, tokens, keys)
+
+
+def logits(
+  cfg: config_lib.ModelConfig, params: Params, hidden: Float[Array, "B T D"]
+) -> Float[Array, "B T V"]:
+  return bind(cfg, params).logits(hidden)

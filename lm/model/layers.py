@@ -1,0 +1,202 @@
+"""Weights, norms, rotary positions, dropout and the feed-forward.
+
+B batch, T query length, D model, F mlp, H head, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, Key
+
+from lm import config as config_lib
+from lm import sharding
+
+
+def weight(
+  rngs: nnx.Rngs,
+  shape: tuple[int, ...],
+  axes: tuple[str | None, ...],
+  scale: float,
+) -> nnx.Param:
+  """A float32 matrix, normal with deviation `scale`, born sharded."""
+  value = scale * jax.random.normal(rngs.params(), shape, jnp.float32)
+  return nnx.Param(value, out_sharding=sharding.spec(*axes))
+
+
+def vector(
+  value: float, shape: tuple[int, ...], axes: tuple[str | None, ...]
+) -> nnx.Param:
+  """A float32 bias or norm scale, filled with `value`."""
+  return nnx.Param(
+    jnp.full(shape, value, jnp.float32), out_sharding=sharding.spec(*axes)
+  )
+
+
+def project(
+  equation: str, x: Array, matrix: nnx.Param, *axes: str | None
+) -> Array:
+  """Contracts x with a weight in x's dtype; `axes` names the output's."""
+  return jnp.einsum(
+    equation, x, matrix[...].astype(x.dtype), out_sharding=sharding.spec(*axes)
+  )
+
+
+def add_bias(x: Array, bias: nnx.Param | None) -> Array:
+  """x + bias over the last dimensions; None is no bias."""
+  if bias is None:
+    return x
+  lead = (None,) * (x.ndim - bias[...].ndim)
+  return x + bias[...][(*lead, ...)].astype(x.dtype)
+
+
+class Norm(nnx.Module):
+  """RMSNorm (arXiv:1910.07467) or LayerNorm of the last dimension, in float32.
+
+  `norm_unit_offset` multiplies by 1 + scale, as Gemma does.
+  """
+
+  def __init__(self, size: int, cfg: config_lib.ModelConfig):
+    self.centred = cfg.norm == "layernorm"
+    self.offset = 1.0 if cfg.norm_unit_offset else 0.0
+    self.epsilon = cfg.norm_epsilon
+    self.scale = vector(1.0 - self.offset, (size,), (None,))
+    has_bias = self.centred and cfg.bias
+    self.bias = vector(0.0, (size,), (None,)) if has_bias else None
+
+  def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
+    y = x.astype(jnp.float32)
+    if self.centred:
+      y -= jnp.mean(y, axis=-1, keepdims=True)
+    y *= jax.lax.rsqrt(
+      jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon
+    )
+    lead = (None,) * (x.ndim - 1)
+    y *= (self.scale[...] + self.offset)[(*lead, ...)]
+    return add_bias(y, self.bias).astype(x.dtype)
+
+
+class RMSNorm(Norm):
+  """What normalises queries and keys, whatever `cfg.norm` says."""
+
+  def __init__(self, size: int, cfg: config_lib.ModelConfig):
+    super().__init__(size, cfg)
+    self.centred, self.bias = False, None
+
+
+class MLP(nnx.Module):
+  """Feed-forward: down(act(up x)), or gated, down(act(gate x) * up x)
+  (arXiv:2002.05202). `relu2` is arXiv:2109.08668's squared ReLU.
+  """
+
+  def __init__(self, cfg: config_lib.ModelConfig, *, rngs: nnx.Rngs):
+    D, F, scale = cfg.d_model, cfg.d_mlp, cfg.init_scale
+    self.activation = cfg.mlp
+    self.up = weight(rngs, (D, F), ("embed", "mlp"), scale)
+    self.gate = (
+      weight(rngs, (D, F), ("embed", "mlp"), scale) if cfg.gated else None
+    )
+    out_scale = scale / (2 * cfg.n_layers) ** 0.5
+    self.down = weight(rngs, (F, D), ("mlp", "embed"), out_scale)
+
+    def bias(size, axis):
+      return vector(0.0, (size,), (axis,)) if cfg.bias else None
+
+    self.up_bias = bias(F, "mlp")
+    self.gate_bias = bias(F, "mlp") if cfg.gated else None
+    self.down_bias = bias(D, None)
+
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    inner = ("batch", None, "mlp")
+    h = add_bias(project("BTD,DF->BTF", x, self.up, *inner), self.up_bias)
+    if self.gate is not None:
+      gate = project("BTD,DF->BTF", x, self.gate, *inner)
+      h = self._activate(add_bias(gate, self.gate_bias)) * h
+    else:
+      h = self._activate(h)
+    y = project("BTF,FD->BTD", h, self.down, "batch", None, None)
+    return add_bias(y, self.down_bias)
+
+  def _activate(self, x: Array) -> Array:
+    if self.activation == "swiglu":
+      return jax.nn.silu(x)
+    if self.activation == "relu2":
+      return jnp.square(jax.nn.relu(x))
+    return jax.nn.gelu(x, approximate=True)
+
+
+def look_up(
+  table: Float[Array, "rows D"],
+  ids: Int[Array, "B T"],
+  axis: str | None,
+  dtype: jnp.dtype,
+) -> Float[Array, "B T D"]:
+  """Rows of a table cut along (axis, embed), in the compute dtype.
+
+  The table is gathered over fsdp first: left to itself the partitioner may
+  gather the far larger result instead.
+  """
+  table = table.astype(dtype)
+  if sharding.has_mesh():
+    table = jax.sharding.reshard(table, sharding.partition(axis, None))
+  return table.at[ids].get(out_sharding=sharding.spec("batch", None, None))
+
+
+def rotary_angles(
+  positions: Int[Array, "B T"],
+  d_head: int,
+  theta: float,
+  scaling: config_lib.RopeScaling | None,
+) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
+  """Cosine and sine of position times frequency (arXiv:2104.09864)."""
+  pair = jnp.arange(0, d_head, 2, dtype=jnp.float32)
+  frequency = theta ** (-pair / d_head)
+  if scaling is not None:
+    # Llama 3.1: stretch wavelengths beyond original_length / low by `factor`,
+    # keep those below original_length / high, blend between.
+    turns = scaling.original_length * frequency / (2 * jnp.pi)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    keep = jnp.clip((turns - low) / (high - low), 0, 1)
+    frequency = frequency * (keep + (1 - keep) / scaling.factor)
+  angle = positions[..., None].astype(jnp.float32) * frequency[None, None, :]
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(
+  x: Float[Array, "B T heads H"],
+  angles: tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]],
+) -> Float[Array, "B T heads H"]:
+  """Turns the pairs (x[i], x[i + H/2]) by the angle of their position."""
+  cos, sin = (a[:, :, None, :].astype(x.dtype) for a in angles)
+  left, right = jnp.split(x, 2, axis=-1)
+  return jnp.concatenate(
+    [left * cos - right * sin, right * cos + left * sin], axis=-1
+  )
+
+
+def fold_rows(keys: Key[Array, "B"], data: int | Array) -> Key[Array, "B"]:
+  return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
+
+
+def dropout(
+  x: Float[Array, "B T D"], rate: float, keys: Key[Array, "B"] | None
+) -> Float[Array, "B T D"]:
+  """Zeroes a share `rate`, scales the rest by 1 / (1 - rate).
+
+  One key per row, so that a row's mask is the same on any mesh and in any
+  split into microbatches. None is no dropout.
+  """
+  if keys is None or rate == 0:
+    return x
+  draw = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))
+  return jnp.where(draw(keys), x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+def row_keys(
+  key: Key[Array, ""], first_row: int | Array, n_rows: int
+) -> Key[Array, "B"]:
+  """A key for each row of the global batch, laid out as the rows are."""
+  rows = first_row + jnp.arange(n_rows)
+  if sharding.has_mesh():
+    rows = jax.sharding.reshard(rows, P(sharding.RULES["batch"]))
+  return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)

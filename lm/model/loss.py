@@ -1,0 +1,233 @@
+"""Causal cross-entropy that never holds the float32 logits of a whole batch.
+
+B batch, T length, C positions of a chunk, D model, V vocabulary. Losses leave
+as sums; who divides by the weights does it once, over the global batch.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lm import sharding
+
+
+def cross_entropy(
+  x: Float[Array, "B T D"],
+  head: Float[Array, "V D"],
+  targets: Int[Array, "B T"],
+  weights: Float[Array, "B T"],
+  *,
+  chunk: int,
+  softcap: float | None = None,
+  z_loss: float = 0.0,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+  """Returns (sum of weight * (nll + z_loss * log Z ^ 2), sum of weight * nll).
+
+  Only the first is differentiable, in x and head. Its gradient is linear in
+  each token's logits, so it is made beside the loss, chunk by chunk, and
+  logits are computed once. Logits accumulate in float32; z-loss is PaLM's
+  (arXiv:2204.02311).
+  """
+  return _cross_entropy((chunk, softcap, z_loss), x, head, targets, weights)
+
+
+def token_nll(
+  x: Float[Array, "B T D"],
+  head: Float[Array, "V D"],
+  targets: Int[Array, "B T"],
+  *,
+  chunk: int,
+  softcap: float | None = None,
+) -> Float[Array, "B T"]:
+  """Negative log-likelihood of each target, in nats."""
+  rows = ("batch", None)
+
+  def local(x, head, targets):
+    head = _whole(head, x.dtype)
+
+    def one(_, piece):
+      scores, _ = _scores(piece[0], head, softcap)
+      nll, _, _ = _nll(scores, piece[1])
+      return None, nll
+
+    _, nll = _over_chunks(one, None, chunk, x, targets)
+    return nll
+
+  run = _per_shard(
+    local, (*rows, None), ("vocab", "embed"), rows, out_axes=rows
+  )
+  return run(x, head, targets)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(options, x, head, targets, weights):
+  rows = ("batch", None)
+  run = _per_shard(
+    functools.partial(_local_sums, options),
+    (*rows, None),
+    ("vocab", "embed"),
+    rows,
+    rows,
+    out_axes=((), ()),
+  )
+  return run(x, head, targets, weights)
+
+
+def _forward(options, x, head, targets, weights):
+  rows = ("batch", None)
+  run = _per_shard(
+    functools.partial(_local_sums_and_gradients, options),
+    (*rows, None),
+    ("vocab", "embed"),
+    rows,
+    rows,
+    out_axes=((), (), (*rows, None), ("vocab", "embed")),
+  )
+  loss, nll, dx, dhead = run(x, head, targets, weights)
+  return (loss, nll), (dx, dhead)
+
+
+def _backward(options, gradients, cotangents):
+  del options
+  dx, dhead = gradients
+  scale, _ = cotangents
+  return (dx * scale.astype(dx.dtype), dhead * scale, None, None)
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+# --- on one device: its rows, its part of the vocabulary ---------------------
+
+
+def _local_sums(options, x, head, targets, weights):
+  chunk, softcap, z_loss = options
+  head = _whole(head, x.dtype)
+
+  def one(sums, piece):
+    x, targets, weights = piece
+    scores, _ = _scores(x, head, softcap)
+    nll, log_z, _ = _nll(scores, targets)
+    return _add(sums, nll, log_z, weights, z_loss), None
+
+  zero = jnp.zeros((), jnp.float32)
+  sums, _ = _over_chunks(one, (zero, zero), chunk, x, targets, weights)
+  return tuple(_psum(s, ("data", "fsdp")) for s in sums)
+
+
+def _local_sums_and_gradients(options, x, head, targets, weights):
+  chunk, softcap, z_loss = options
+  whole = _whole(head, x.dtype)
+
+  def one(carry, piece):
+    *sums, dhead = carry
+    x, targets, weights = piece
+    scores, slope = _scores(x, whole, softcap)
+    nll, log_z, hit = _nll(scores, targets)
+    share = jnp.exp(scores - log_z[..., None])
+    share *= (1 + 2 * z_loss * log_z)[..., None]
+    d = (share - hit) * slope * weights[..., None]
+    # Both operands in the compute dtype: a float32 one would slow the matmul.
+    d = d.astype(x.dtype)
+    f32 = jnp.float32
+    dx = jnp.einsum("BCV,VD->BCD", d, whole, preferred_element_type=f32)
+    dhead += jnp.einsum("BCV,BCD->VD", d, x, preferred_element_type=f32)
+    dx = _psum(dx, ("tensor",)).astype(x.dtype)
+    return (*_add(sums, nll, log_z, weights, z_loss), dhead), dx
+
+  zero = jnp.zeros((), jnp.float32)
+  dhead = jnp.zeros(whole.shape, jnp.float32)
+  carry, dx = _over_chunks(one, (zero, zero, dhead), chunk, x, targets, weights)
+  loss, nll = (_psum(s, ("data", "fsdp")) for s in carry[:2])
+  dhead = _psum(carry[2], ("data",))
+  if sharding.has_mesh():
+    dhead = jax.lax.psum_scatter(dhead, "fsdp", scatter_dimension=1, tiled=True)
+  return loss, nll, dx, dhead.astype(head.dtype)
+
+
+def _scores(x, head, softcap):
+  """Float32 logits [B, C, V] of a chunk and d(logits) / d(x head)."""
+  scores = jnp.einsum(
+    "BCD,VD->BCV", x, head, preferred_element_type=jnp.float32
+  )
+  if softcap is None:
+    return scores, jnp.float32(1)
+  scores = softcap * jnp.tanh(scores / softcap)
+  return scores, 1 - jnp.square(scores / softcap)
+
+
+def _nll(scores, targets):
+  """Nats of each target, log of the partition sum, and the one-hot target."""
+  top = _pmax(jnp.max(scores, axis=-1))
+  total = jnp.sum(jnp.exp(scores - top[..., None]), axis=-1)
+  log_z = top + jnp.log(_psum(total, ("tensor",)))
+  size = scores.shape[-1]
+  first = jax.lax.axis_index("tensor") * size if sharding.has_mesh() else 0
+  # A gather over a sharded vocabulary would cross devices; a comparison stays.
+  hit = jnp.arange(size)[None, None, :] + first == targets[..., None]
+  chosen = _psum(jnp.sum(jnp.where(hit, scores, 0), axis=-1), ("tensor",))
+  return log_z - chosen, log_z, hit
+
+
+def _add(sums, nll, log_z, weights, z_loss):
+  loss, plain = sums
+  nll_sum = jnp.sum(weights * nll)
+  z_sum = z_loss * jnp.sum(weights * jnp.square(log_z)) if z_loss else 0.0
+  return loss + nll_sum + z_sum, plain + nll_sum
+
+
+def _over_chunks(step, carry, chunk, *arrays):
+  """Scans `step` over pieces [B, chunk, ...] of the arrays; its second results
+  [B, chunk, ...] come back joined along T. Padding has weight 0.
+  """
+  T = arrays[0].shape[1]
+  if T <= chunk:
+    return step(carry, arrays)
+  n = -(-T // chunk)
+
+  def cut(a):
+    pad = [(0, 0), (0, n * chunk - T)] + [(0, 0)] * (a.ndim - 2)
+    a = jnp.pad(a, pad)
+    return a.reshape(a.shape[0], n, chunk, *a.shape[2:]).swapaxes(0, 1)
+
+  def join(a):
+    a = a.swapaxes(0, 1)
+    return a.reshape(a.shape[0], n * chunk, *a.shape[3:])[:, :T]
+
+  carry, pieces = jax.lax.scan(step, carry, tuple(cut(a) for a in arrays))
+  return carry, jax.tree.map(join, pieces)
+
+
+# --- the mesh, or none --------------------------------------------------------
+
+
+def _per_shard(function, *in_axes, out_axes):
+  if not sharding.has_mesh():
+    return function
+  nested = out_axes and isinstance(out_axes[0], tuple)
+  return jax.shard_map(
+    function,
+    in_specs=tuple(sharding.partition(*axes) for axes in in_axes),
+    out_specs=tuple(sharding.partition(*axes) for axes in out_axes)
+    if nested
+    else sharding.partition(*out_axes),
+    check_vma=False,
+  )
+
+
+def _whole(head, dtype):
+  """This device's vocabulary rows over the full width, in `dtype`."""
+  head = head.astype(dtype)
+  if not sharding.has_mesh():
+    return head
+  return jax.lax.all_gather(head, "fsdp", axis=1, tiled=True)
+
+
+def _psum(x, axes):
+  return jax.lax.psum(x, axes) if sharding.has_mesh() else x
+
+
+def _pmax(x):
+  return jax.lax.pmax(x, "tensor") if sharding.has_mesh() else x
