@@ -114,6 +114,71 @@ PUBLISHED = {
   "gemma3": GEMMA3,
 }
 
+# What no single family has together: LayerNorm without biases, one kv head.
+RELU2 = config_lib.ModelConfig(
+  vocab_size=37,
+  n_layers=2,
+  d_model=17,
+  n_heads=5,
+  n_kv_heads=1,
+  d_head=6,
+  d_mlp=29,
+  context_length=23,
+  norm="layernorm",
+  qk_norm=True,
+  mlp="relu2",
+  rope_theta=100.0,
+)
+
+# Biases everywhere that they can be; fewer layers than windows.
+BIASED = config_lib.ModelConfig(
+  vocab_size=37,
+  n_layers=2,
+  d_model=17,
+  n_heads=6,
+  n_kv_heads=3,
+  d_head=10,
+  d_mlp=29,
+  context_length=23,
+  norm="layernorm",
+  post_norm=True,
+  qk_norm=True,
+  mlp="geglu",
+  bias=True,
+  rope_theta=100.0,
+  windows=(3, None, 2),
+  tied_embedding=False,
+)
+
+ALL = PUBLISHED | {"relu2": RELU2, "biased": BIASED}
+
+
+def packed_batch(
+  lengths: list[list[int]], n_tokens: int, vocab_size: int, seed: int = 0
+) -> dict[str, np.ndarray]:
+  """Rows of documents of these lengths, padded to n_tokens.
+
+  About a third of each document is its prefix; padding has random tokens, so
+  that reading it shows.
+  """
+  rng = np.random.default_rng(seed)
+  shape = (len(lengths), n_tokens)
+  batch = {
+    "inputs": rng.integers(vocab_size, size=shape, dtype=np.int32),
+    "segments": np.zeros(shape, np.int32),
+    "positions": np.zeros(shape, np.int32),
+    "prefix": np.zeros(shape, bool),
+  }
+  for row, documents in enumerate(lengths):
+    start = 0
+    for segment, length in enumerate(documents, 1):
+      here = (row, slice(start, start + length))
+      batch["segments"][here] = segment
+      batch["positions"][here] = np.arange(length)
+      batch["prefix"][row, start : start + (length + 1) // 3] = True
+      start += length
+  return batch
+
 
 def golden(name: str) -> tuple[dict, np.ndarray, np.ndarray]:
   """(float32 params, inputs [B, T], float64 logits [B, T, V]) by transformers.
