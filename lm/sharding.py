@@ -125,3 +125,20 @@ def place(rows: dict[str, np.ndarray], sharding: NamedSharding, n_rows: int):
     return jax.make_array_from_callback(shape, sharding, shard)
 
   return jax.tree.map(array, rows)
+
+
+def abstract(make, *args, mesh: jax.sharding.Mesh | None):
+  """Shapes, dtypes and shardings of what `make(*args)` would return on `mesh`
+  (None: whole, on the first device), computing nothing.
+  """
+  if mesh is None:
+    shapes = jax.eval_shape(make, *args)
+    whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = lambda _: whole  # noqa: E731
+  else:
+    with jax.set_mesh(mesh):
+      shapes = jax.eval_shape(make, *args)
+    place = lambda x: NamedSharding(mesh, x.sharding.spec)  # noqa: E731
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), shapes
+  )

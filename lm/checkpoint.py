@@ -1,0 +1,181 @@
+"""Checkpoints: one Orbax step directory holds all that a run is.
+
+`params` (and `ema`, the averaged parameters, where the run keeps them) is what
+evaluation and sampling read; `rest` is the remaining training state; `meta`
+has the config, the tokenizer and the fingerprint of the data. A step directory
+is complete or absent. Arrays are restored onto whatever mesh the reader has.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers as managers
+
+from lm import config as config_lib
+from lm import sharding
+from lm.model import decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+  """What a checkpoint says of itself.
+
+  `tokenizer` is `Tokenizer.to_json()`; `fingerprint` names the token stores.
+  """
+
+  step: int
+  config: config_lib.Config
+  tokenizer: str
+  fingerprint: str
+
+
+class Checkpoints:
+  """Saves and restores the steps of one run directory.
+
+  Saving is asynchronous: the arrays are copied off the devices before `save`
+  returns, and written while training goes on.
+  """
+
+  def __init__(self, workdir: str, keep: config_lib.CheckpointConfig):
+    policies: list[managers.PreservationPolicy] = [
+      managers.LatestN(n=keep.keep_last),
+      managers.BestN(
+        get_metric_fn=lambda metrics: metrics["loss"],
+        reverse=True,  # the best, which is the lowest, comes last
+        n=keep.keep_best,
+        keep_checkpoints_without_metrics=False,
+      ),
+    ]
+    if keep.keep_every is not None:
+      policies.append(managers.EveryNSteps(keep.keep_every))
+    self._manager = ocp.CheckpointManager(
+      _directory(workdir),
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=managers.AnyPreservationPolicy(policies),
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
+      ),
+    )
+
+  def latest_step(self) -> int | None:
+    return self._manager.latest_step()
+
+  def steps(self) -> list[int]:
+    return sorted(self._manager.all_steps())
+
+  def save(
+    self,
+    step: int,
+    params: Any,
+    ema: Any | None,
+    rest: Any,
+    meta: Meta,
+    loss: float | None,
+  ) -> None:
+    """Starts to save; `loss` is the validation loss of this step, if known."""
+    items = {
+      "params": ocp.args.StandardSave(params),
+      "rest": ocp.args.StandardSave(rest),
+      "meta": ocp.args.JsonSave(
+        {
+          "config": config_lib.to_json(meta.config),
+          "tokenizer": meta.tokenizer,
+          "fingerprint": meta.fingerprint,
+        }
+      ),
+    }
+    if ema is not None:
+      items["ema"] = ocp.args.StandardSave(ema)
+    metrics = None if loss is None else {"loss": loss}
+    self._manager.save(
+      step, args=ocp.args.Composite(**items), metrics=metrics, force=True
+    )
+
+  def restore(
+    self, step: int, params: Any, ema: Any | None, rest: Any
+  ) -> tuple[Any, Any | None, Any]:
+    """The three trees of `step`, laid out as the given abstract ones."""
+    items = {
+      "params": ocp.args.StandardRestore(params),
+      "rest": ocp.args.StandardRestore(rest),
+    }
+    if ema is not None:
+      items["ema"] = ocp.args.StandardRestore(ema)
+    found = self._manager.restore(step, args=ocp.args.Composite(**items))
+    return found["params"], found.get("ema"), found["rest"]
+
+  def wait(self) -> None:
+    """Returns once everything saved so far is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self._manager.close()
+
+
+def load_meta(workdir: str, step: int | None = None) -> Meta:
+  """Reads what the last checkpoint (or that of `step`) says of itself.
+
+  Raises ConfigError where there is none.
+  """
+  step = _find_step(workdir, step)
+  with _reader(workdir) as manager:
+    found = manager.restore(
+      step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+    )["meta"]
+  return Meta(
+    step=step,
+    config=config_lib.from_json(found["config"]),
+    tokenizer=found["tokenizer"],
+    fingerprint=found["fingerprint"],
+  )
+
+
+def load_params(
+  workdir: str,
+  model: config_lib.ModelConfig,
+  step: int | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+) -> decoder.Params:
+  """Parameters alone, straight into their shards on `mesh` (None: whole, on
+  the first device): the averaged ones where the run keeps an average.
+  """
+  step = _find_step(workdir, step)
+  target = sharding.abstract(
+    functools.partial(decoder.init_params, model), jax.random.key(0), mesh=mesh
+  )
+  averaged = (_directory(workdir) / str(step) / "ema").exists()
+  name = "ema" if averaged else "params"
+  with _reader(workdir) as manager:
+    args = ocp.args.Composite(**{name: ocp.args.StandardRestore(target)})
+    return manager.restore(step, args=args)[name]
+
+
+def _directory(workdir: str) -> epath.Path:
+  """Orbax wants absolute paths; object stores (gs://) are absolute."""
+  return epath.Path(workdir).resolve() / "checkpoints"
+
+
+def _reader(workdir: str) -> ocp.CheckpointManager:
+  options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+  return ocp.CheckpointManager(_directory(workdir), options=options)
+
+
+def _find_step(workdir: str, step: int | None) -> int:
+  steps = []
+  if _directory(workdir).exists():
+    with _reader(workdir) as manager:
+      steps = sorted(manager.all_steps())
+  if not steps:
+    raise config_lib.ConfigError(
+      f"--workdir={workdir}: has no checkpoint; train one there with "
+      f"python -m lm.train --config=configs/NAME.py --workdir={workdir}"
+    )
+  if step is not None and step not in steps:
+    raise config_lib.ConfigError(
+      f"--step={step}: no such checkpoint in {workdir}; it has {steps}"
+    )
+  return steps[-1] if step is None else step
