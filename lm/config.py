@@ -329,7 +329,8 @@ _AT_LEAST_ONE = frozenset(
   "vocab_size n_layers d_model n_heads n_kv_heads d_head d_mlp context_length"
   " loss_chunk query_scale_dim train_bytes epochs workers prefetch_rows window"
   " data fsdp tensor steps batch_size sequence_length microbatches log_every"
-  " eval_every eval_batches save_every keep_last keep_every".split()
+  " eval_every eval_batches save_every keep_last keep_every"
+  " original_length".split()
 )
 _POSITIVE = frozenset(
   "norm_epsilon rope_theta rope_theta_windowed factor low_frequency_factor"

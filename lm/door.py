@@ -154,4 +154,4 @@ def _read(text: str, kind: Any) -> Any:
   if origin is tuple:
     # One bare item, such as a single source, is a tuple of one.
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-  return value
+  return float(value) if kind is float and type(value) is int else value

@@ -1,0 +1,622 @@
+"""Config tree, JSON, mesh rules, command line, and the shipped configs."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import subprocess
+import sys
+import types
+import typing
+
+import jax
+import pytest
+
+from lm import config as config_lib
+from lm import door, sharding
+from lm.model import counts, decoder
+
+ROOT = pathlib.Path(__file__).parent.parent
+SHIPPED = sorted((ROOT / "configs").glob("*.py"))
+
+
+def full_config() -> config_lib.Config:
+  """The default with the optional sub-configs on."""
+  config = config_lib.Config()
+  config.model.rope_scaling = config_lib.RopeScaling()
+  config.optimizer.skip = config_lib.SkipConfig()
+  return config_lib.validate(config)
+
+
+def nodes(node, path="config"):
+  """(path, dataclass) of each part of the tree, the root first."""
+  yield path, node
+  for field in dataclasses.fields(node):
+    value = getattr(node, field.name)
+    if dataclasses.is_dataclass(value):
+      yield from nodes(value, f"{path}.{field.name}")
+
+
+FIELDS = [
+  (path, field.name, typing.get_type_hints(type(node))[field.name])
+  for path, node in nodes(full_config())
+  for field in dataclasses.fields(node)
+]
+
+
+def field_id(case):
+  return f"{case[0]}.{case[1]}"
+
+
+def with_value(path: str, name: str, value) -> config_lib.Config:
+  config = full_config()
+  setattr(dict(nodes(config))[path], name, value)
+  return config
+
+
+def message(config: config_lib.Config) -> str:
+  with pytest.raises(config_lib.ConfigError) as info:
+    config_lib.validate(config)
+  return str(info.value)
+
+
+# --- types -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", FIELDS, ids=field_id)
+def test_wrong_type_is_refused_with_path_and_value(case):
+  path, name, _ = case
+  wrong = {"a": "set"}
+  got = message(with_value(path, name, wrong))
+  assert got.startswith(f"{path}.{name}={wrong!r}: ")
+
+
+@pytest.mark.parametrize("case", FIELDS, ids=field_id)
+def test_none_is_accepted_where_the_annotation_says_so_and_only_there(case):
+  path, name, hint = case
+  config = with_value(path, name, None)
+  if types.NoneType in typing.get_args(hint):
+    # The one rule between None fields: one mesh axis at most takes the rest.
+    if path == "config.mesh":
+      config.mesh.data = config.mesh.data if name == "data" else 1
+    config_lib.validate(config)
+  else:
+    assert message(config).startswith(f"{path}.{name}=None: ")
+
+
+@pytest.mark.parametrize(
+  "path", [path for path, _ in nodes(full_config())], ids=str
+)
+def test_unknown_field_names_the_nearest(path):
+  node = dict(nodes(full_config()))[path]
+  near = dataclasses.fields(node)[0].name
+  got = message(with_value(path, near + "x", 1))
+  assert got.startswith(f"{path}.{near}x: unknown; did you mean {near!r}?")
+
+
+@pytest.mark.parametrize(
+  "case",
+  [case for case in FIELDS if typing.get_origin(case[2]) is typing.Literal],
+  ids=field_id,
+)
+def test_literal_takes_its_choices_and_names_the_nearest(case):
+  path, name, hint = case
+  for choice in typing.get_args(hint):
+    config_lib.check_types(choice, hint, path)
+    got = message(with_value(path, name, choice + "s"))
+    assert got.startswith(
+      f"{path}.{name}={choice + 's'!r}: unknown; did you mean {choice!r}?"
+    )
+
+
+@pytest.mark.parametrize(
+  "changes, expected",
+  [
+    ({"model.bias": 1}, "config.model.bias=1: must be of type bool, not int"),
+    (
+      {"model.n_layers": True},
+      "config.model.n_layers=True: must be of type int, not bool",
+    ),
+    (
+      {"model.n_layers": 4.0},
+      "config.model.n_layers=4.0: must be of type int, not float",
+    ),
+    (
+      {"optimizer.peak_lr": float("nan")},
+      "config.optimizer.peak_lr=nan: must be finite",
+    ),
+    (
+      {"data.train": ["text:a"]},
+      "config.data.train=['text:a']: must be a tuple",
+    ),
+    (
+      {"data.train": ("text:a", 7)},
+      "config.data.train[1]=7: must be of type str, not int",
+    ),
+    (
+      {"model.windows": (5, None, "7")},
+      "config.model.windows[2]='7': must be of type int, not str",
+    ),
+  ],
+  ids=str,
+)
+def test_subtle_types(changes, expected):
+  assert message(changed(changes)) == expected
+
+
+# --- rules -------------------------------------------------------------------
+
+
+def changed(changes: dict) -> config_lib.Config:
+  config = full_config()
+  for field, value in changes.items():
+    parent, _, name = f"config.{field}".rpartition(".")
+    setattr(dict(nodes(config))[parent], name, value)
+  return config
+
+
+def numeric(hint) -> bool:
+  return bool({int, float} & {hint, *typing.get_args(hint)}) and (
+    typing.get_origin(hint) is not tuple
+  )
+
+
+@pytest.mark.parametrize(
+  "case", [case for case in FIELDS if numeric(case[2])], ids=field_id
+)
+def test_no_number_may_be_negative(case):
+  """A sentinel of -1 means nothing here: absent is None."""
+  path, name, _ = case
+  got = message(with_value(path, name, -1))
+  assert got.startswith(f"{path}.{name}=-1: must ")
+
+
+RULES = [
+  ({"model.n_layers": 0}, "config.model.n_layers=0: must be at least 1"),
+  ({"optimizer.peak_lr": 0}, "config.optimizer.peak_lr=0: must be positive"),
+  ({"optimizer.b2": 1}, "config.optimizer.b2=1: must be in [0, 1)"),
+  (
+    {"model.n_heads": 7, "model.n_kv_heads": 3},
+    "config.model.n_heads=7: must be a multiple of n_kv_heads=3",
+  ),
+  (
+    {"model.d_head": 5},
+    "config.model.d_head=5: must be even, since rotary positions turn pairs",
+  ),
+  (
+    {
+      "model.rope_scaling": config_lib.RopeScaling(
+        low_frequency_factor=4.0, high_frequency_factor=4.0
+      )
+    },
+    "config.model.rope_scaling=RopeScaling(factor=8.0,"
+    " low_frequency_factor=4.0, high_frequency_factor=4.0,"
+    " original_length=8192): low_frequency_factor must be below"
+    " high_frequency_factor",
+  ),
+  (
+    {"model.windows": ()},
+    "config.model.windows=(): needs at least one entry, each None or at"
+    " least 1",
+  ),
+  (
+    {"model.windows": (0, None)},
+    "config.model.windows=(0, None): needs at least one entry, each None or at"
+    " least 1",
+  ),
+  (
+    {"train.sequence_length": 257},
+    "config.train.sequence_length=257: must be at most"
+    " model.context_length=256",
+  ),
+  (
+    {"train.batch_size": 7, "train.microbatches": 2},
+    "config.train.batch_size=7: must be a multiple of train.microbatches=2",
+  ),
+  ({"data.train": ()}, "config.data.train=(): names no source"),
+  (
+    {"data.train_weights": (0.5, 0.5)},
+    "config.data.train_weights=(0.5, 0.5): must be () or 1 positive numbers,"
+    " one per training source",
+  ),
+  (
+    {"data.train_weights": (0.0,)},
+    "config.data.train_weights=(0.0,): must be () or 1 positive numbers, one"
+    " per training source",
+  ),
+  (
+    {"optimizer.decay_fraction": 0.0},
+    "config.optimizer.decay_fraction=0.0: must be in (0, 1]",
+  ),
+  (
+    {"optimizer.final_lr_fraction": 1.1},
+    "config.optimizer.final_lr_fraction=1.1: must be in [0, 1]",
+  ),
+  (
+    {"mesh.data": None, "mesh.tensor": None},
+    "config.mesh=(None, 1, None): at most one axis may be None",
+  ),
+  (
+    {"mesh.mode": "pmap", "mesh.tensor": 2},
+    "config.mesh=(None, 1, 2): mode pmap is pure data parallel: set fsdp=1 and"
+    " tensor=1",
+  ),
+]
+
+
+@pytest.mark.parametrize("changes, expected", RULES, ids=str)
+def test_rule(changes, expected):
+  assert message(changed(changes)) == expected
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"model.positions": "learned", "model.d_head": 5},
+    {"model.n_heads": 6, "model.n_kv_heads": 3},
+    {"model.windows": (1, None)},
+    {"train.sequence_length": 256},
+    {"data.train_weights": (0.1,)},
+    {"optimizer.decay_fraction": 1.0, "optimizer.final_lr_fraction": 1.0},
+    {"mesh.mode": "pmap", "mesh.data": 8},
+    {"optimizer.weight_decay": 0.0, "model.init_scale": 0.0},
+  ],
+  ids=str,
+)
+def test_edge_of_a_rule_is_allowed(changes):
+  config_lib.validate(changed(changes))
+
+
+# --- mesh --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "axes, n_devices, shape",
+  [
+    ((None, 1, 1), 8, (8, 1, 1)),
+    ((1, None, 1), 8, (1, 8, 1)),
+    ((2, None, 2), 8, (2, 2, 2)),
+    ((2, 2, None), 4, (2, 2, 1)),
+    ((1, 1, 1), 1, (1, 1, 1)),
+  ],
+  ids=str,
+)
+def test_mesh_shape_fills_the_open_axis(axes, n_devices, shape):
+  config = config_lib.Config()
+  config.mesh.data, config.mesh.fsdp, config.mesh.tensor = axes
+  assert sharding.mesh_shape(config, n_devices) == shape
+
+
+@pytest.mark.parametrize(
+  "changes, n_devices, expected",
+  [
+    ({"mesh.data": 3}, 8, "config.mesh={'data': 3, 'fsdp': 1, 'tensor': 1}"),
+    (
+      {"mesh.tensor": 3},
+      8,
+      "config.mesh={'data': None, 'fsdp': 1, 'tensor': 3}",
+    ),
+    (
+      {"train.batch_size": 12},
+      8,
+      "config.train.batch_size / train.microbatches=12: must be a multiple of"
+      " mesh data * fsdp=8",
+    ),
+    (
+      {"train.microbatches": 2, "mesh.fsdp": 2, "mesh.data": 4},
+      8,
+      "config.train.batch_size / train.microbatches=4: must be a multiple of"
+      " mesh data * fsdp=8",
+    ),
+    (
+      {"model.d_model": 193, "mesh.fsdp": 2},
+      4,
+      "config.model.d_model=193: must be a multiple of mesh fsdp=2",
+    ),
+    *(
+      (
+        {f"model.{name}": value, "mesh.tensor": 2, **also},
+        4,
+        f"config.model.{name}={value}: must be a multiple of mesh tensor=2",
+      )
+      for name, value, also in (
+        ("n_heads", 5, {"model.n_kv_heads": 5}),
+        ("n_kv_heads", 3, {}),
+        ("d_mlp", 767, {}),
+        ("vocab_size", 2047, {}),
+      )
+    ),
+  ],
+  ids=str,
+)
+def test_mesh_that_does_not_fit_is_refused(changes, n_devices, expected):
+  with pytest.raises(config_lib.ConfigError) as info:
+    sharding.mesh_shape(changed(changes), n_devices)
+  assert str(info.value).startswith(expected)
+
+
+# --- JSON --------------------------------------------------------------------
+
+
+def test_json_round_trip_keeps_every_field():
+  config = full_config()
+  config.model.windows = (5, None)
+  config.data.train = ("text:a", "jsonl:b#c")
+  config.data.train_weights = (0.3, 0.7)
+  config.optimizer.ema_decay = 0.1
+  back = config_lib.from_json(config_lib.to_json(config))
+  assert back == config
+  assert config_lib.differences(back, config) == {}
+
+
+@pytest.mark.parametrize(
+  "text, expected",
+  [
+    ("not json", "config='not json'...: not JSON: "),
+    ("[]", "config=[]: must be an object of fields"),
+    ('{"model": 3}', "config.model=3: must be an object of fields"),
+    ('{"model": null}', "config.model=None: must be a ModelConfig"),
+    ('{"sead": 3}', "config.sead: unknown; did you mean 'seed'?"),
+    ('{"data": {"train": "ab"}}', "config.data.train='ab': must be a tuple"),
+    ('{"train": {"steps": 0}}', "config.train.steps=0: must be at least 1"),
+  ],
+)
+def test_from_json_refuses_what_is_not_a_config(text, expected):
+  with pytest.raises(config_lib.ConfigError) as info:
+    config_lib.from_json(text)
+  assert str(info.value).startswith(expected)
+
+
+def test_differences_names_changed_and_added_fields():
+  a, b = config_lib.Config(), config_lib.Config()
+  b.train.steps = 7
+  b.optimizer.skip = config_lib.SkipConfig()
+  assert config_lib.differences(a, b) == {
+    "config.train.steps": (1000, 7),
+    "config.optimizer.skip.window": (None, 128),
+    "config.optimizer.skip.sigma": (None, 6.0),
+  }
+
+
+# --- command line ------------------------------------------------------------
+
+
+@pytest.fixture
+def plain(tmp_path) -> str:
+  path = tmp_path / "plain.py"
+  path.write_text("from lm.config import Config as get_config\n")
+  return str(path)
+
+
+@pytest.mark.parametrize(
+  "override, expected",
+  [
+    ("mesh.data=2", 2),
+    ("seed=1_000", 1000),
+    ("optimizer.peak_lr=1e-3", 1e-3),
+    ("optimizer.peak_lr=1", 1.0),
+    ("optimizer.clip_norm=None", None),
+    ("optimizer.clip_norm=0.5", 0.5),
+    ("optimizer.name=lion", "lion"),
+    ("model.bias=true", True),
+    ("model.scan_layers=False", False),
+    ("model.windows=(64,None)", (64, None)),
+    ("model.windows=64", (64,)),
+    ('data.train=("text:a","text:b")', ("text:a", "text:b")),
+    ("data.train=text:a/*.txt", ("text:a/*.txt",)),
+    ("data.train_weights=[0.25]", (0.25,)),
+    ("data.train_weights=()", ()),
+    ("tokenizer.path=a=b.model", "a=b.model"),
+    ("tokenizer.path=None", None),
+    ("data.cache_dir=None", "None"),
+    ("data.cache_dir=7", "7"),
+    ("optimizer.skip.sigma=3", 3.0),
+    ("model.rope_scaling.original_length=4096", 4096),
+  ],
+)
+def test_override_is_read_by_the_annotation(plain, override, expected):
+  config = door.load(plain, [f"--config.{override}"])
+  value = config
+  for name in override.partition("=")[0].split("."):
+    value = getattr(value, name)
+  assert value == expected
+  assert type(value) is type(expected)
+
+
+def test_overrides_apply_in_order(plain):
+  skip = "--config.optimizer.skip"
+  config = door.load(plain, [f"{skip}.sigma=3", f"{skip}.window=5"])
+  assert config.optimizer.skip == config_lib.SkipConfig(window=5, sigma=3.0)
+  config = door.load(plain, [f"{skip}.sigma=3", f"{skip}=None"])
+  assert config.optimizer.skip is None
+
+
+@pytest.mark.parametrize(
+  "override, expected",
+  [
+    (
+      "optimizer.peak_rl=1",
+      "config.optimizer.peak_rl=1: unknown; did you mean 'peak_lr'?",
+    ),
+    ("optimiser.b1=1", "config.optimiser=1: unknown; did you mean 'optimizer'"),
+    ("seed.a=1", "config.seed: has no field 'a'"),
+    ("seed", "--config.seed: no value; write --config.seed=VALUE"),
+    ("seed=x", "config.seed='x': must be of type int, not str"),
+    ("seed=", "config.seed='': must be of type int, not str"),
+    ("seed=-1", "config.seed=-1: must not be negative"),
+    ("seed=None", "config.seed=None: must be of type int, not NoneType"),
+    (
+      "optimizer.peak_lr=nan",
+      "config.optimizer.peak_lr='nan': must be of type float, not str",
+    ),
+    (
+      "optimizer.skip=on",
+      "config.optimizer.skip='on': set one of its fields or None: window,",
+    ),
+    ("model=None", "config.model='None': set one of its fields: vocab_size,"),
+    ("model.windows=(1,x)", "config.model.windows[0]='(1,x)': must be of type"),
+  ],
+)
+def test_bad_override_is_refused(plain, override, expected):
+  with pytest.raises(config_lib.ConfigError) as info:
+    door.load(plain, [f"--config.{override}"])
+  assert str(info.value).startswith(expected)
+
+
+@pytest.mark.parametrize(
+  "source, expected",
+  [
+    ("def get_config(:", ": SyntaxError: invalid syntax"),
+    ("\n\nraise KeyError('a')", ":3: KeyError: 'a'"),
+    ("import lm.config\ndef get_config():\n  return 1 / 0", ":3: ZeroDiv"),
+    ("from lm import nothing", ":1: ImportError: cannot import name 'nothing'"),
+    ("x = 1", ": needs a function get_config() that returns a Config"),
+    ("get_config = dict", ": needs a function get_config() that returns"),
+  ],
+)
+def test_bad_config_file_is_refused_with_its_line(tmp_path, source, expected):
+  path = tmp_path / "bad.py"
+  path.write_text(source)
+  with pytest.raises(config_lib.ConfigError) as info:
+    door.load(str(path))
+  assert str(info.value).startswith(f"--config={path}{expected}")
+
+
+def test_unknown_field_set_in_a_config_file_is_refused(tmp_path):
+  path = tmp_path / "bad.py"
+  path.write_text(
+    "from lm import config\ndef get_config():\n"
+    "  c = config.Config()\n  c.model.n_layer = 3\n  return c\n"
+  )
+  with pytest.raises(config_lib.ConfigError, match="did you mean 'n_layers'"):
+    door.load(str(path))
+
+
+DOOR = """
+import sys
+from absl import flags
+from lm import config, door
+WORKDIR = flags.DEFINE_string("workdir", None, "Where.", required=True)
+def main(c):
+  if c.seed == 13:
+    raise config.ConfigError("config.seed=13: is\\nunlucky")
+  open(WORKDIR.value, "w").write(config.to_json(c))
+  print("ran")
+  return 5 if c.seed == 5 else None
+door.run(main)
+"""
+
+
+@pytest.fixture
+def call(tmp_path, plain):
+  """Runs a door in a process of its own, in an otherwise empty directory."""
+  script = tmp_path / "a_door.py"
+  script.write_text(DOOR)
+  empty = tmp_path / "empty"
+  empty.mkdir()
+
+  def run(*arguments, config=plain):
+    chosen = [] if config is None else [f"--config={config}"]
+    command = [sys.executable, str(script), *chosen, *arguments]
+    done = subprocess.run(
+      command,
+      cwd=empty,
+      env={"PYTHONPATH": str(ROOT)},
+      capture_output=True,
+      text=True,
+    )
+    return done, [path.name for path in empty.iterdir()]
+
+  return run
+
+
+def test_door_hands_the_changed_config_to_main(call, tmp_path):
+  done, written = call("--workdir=out", "--config.seed=5")
+  assert (done.returncode, done.stdout, done.stderr) == (5, "ran\n", "")
+  assert written == ["out"]
+  config = json.loads((tmp_path / "empty" / "out").read_text())
+  assert config["seed"] == 5
+
+
+@pytest.mark.parametrize(
+  "arguments, expected",
+  [
+    (
+      ["--config.sead=1"],
+      "config.sead=1: unknown; did you mean 'seed'? Known:",
+    ),
+    (["--config.seed=x"], "config.seed='x': must be of type int, not str"),
+    (
+      ["--config.seed", "1"],
+      "--config.seed: no value; write --config.seed=VAL",
+    ),
+    (["--config.seed=13"], "config.seed=13: is unlucky"),
+    (["stray"], "'stray': not a flag; write --FLAG=VALUE"),
+    (["--workdr=a"], "Unknown command line flag 'workdr'. Did you mean:"),
+    (["--config=plane.py"], "--config=plane.py: no such file"),
+  ],
+)
+def test_door_refuses_in_one_line_and_writes_nothing(call, arguments, expected):
+  done, written = call("--workdir=out", *arguments)
+  assert done.stderr.startswith(f"error: {expected}")
+  assert done.stderr.count("\n") == 1
+  assert (done.returncode, done.stdout, written) == (2, "", [])
+
+
+def test_door_names_what_is_missing(call):
+  done, _ = call("--workdir=out", config=None)
+  expected = "error: --config: missing; write --config=FILE.py\n"
+  assert (done.returncode, done.stderr) == (2, expected)
+  done, _ = call()
+  assert done.stderr.startswith("error: flag --workdir=None: ")
+
+
+def test_missing_config_file_names_the_nearest(plain):
+  with pytest.raises(config_lib.ConfigError) as info:
+    door.load(plain.replace("plain", "plane"))
+  assert str(info.value).endswith(f"no such file; did you mean {plain!r}?")
+
+
+# --- shipped configs ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_config_loads_and_round_trips(path):
+  config = door.load(str(path))
+  assert config_lib.from_json(config_lib.to_json(config)) == config
+  header = path.read_text().split('"""')[1]
+  assert f"--config=configs/{path.name}" in header or "quickstart.sh" in header
+  assert "\nHardware: " in header and "\nEvidence: " in header
+
+
+PARAMETERS = {
+  "gpt2_124m": 124_439_808,  # GPT-2 small on the Hugging Face hub
+  "llama3_70b": 70_553_706_496,
+  "llama3_8b": 8_030_261_248,
+  "llama_1b": 1_235_814_400,
+  # By hand: 2 * 2048 * 192 + 192 + 4 * (6 * 32 * 192 * 4 + 2 * 192 * 768
+  # + 2 * 192 + 2 * 32), the head apart.
+  "quickstart": 2_557_888,
+  # 367 * 32 + 32 + 2 * (32 * 8 * (4 + 2 + 2 + 4) + 3 * 32 * 64 + 2 * 32).
+  "tiny": 30_336,
+}
+
+
+def test_every_shipped_config_has_its_count():
+  assert [path.stem for path in SHIPPED] == list(PARAMETERS)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_parameter_counts_equal_the_published(path):
+  cfg = door.load(str(path)).model
+  assert counts.parameter_count(cfg) == PARAMETERS[path.stem]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_initialised_parameters_equal_the_count(path):
+  """Of real sizes, without memory."""
+  cfg = door.load(str(path)).model
+  key = jax.random.key(0)
+  shapes = jax.eval_shape(lambda: decoder.init_params(cfg, key))
+  sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)]
+  assert sum(sizes) == PARAMETERS[path.stem]

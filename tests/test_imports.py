@@ -1,0 +1,96 @@
+"""Imports run one way, and what must be light is light."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import jaxtyping
+import pytest
+
+from lm.model import layers
+
+LM = pathlib.Path(__file__).parent.parent / "lm"
+
+# Each room of lm/ imports itself and rooms of earlier rows only.
+ORDER = (
+  ("config",),
+  ("door", "sharding"),
+  ("model", "data"),
+  ("checkpoint",),
+  ("sample", "convert"),
+  ("evaluate",),
+  ("train",),
+  ("plan", "verify", "report"),
+)
+ROW = {room: row for row, rooms in enumerate(ORDER) for room in rooms}
+
+
+def imported_rooms(tree: ast.Module, package: list[str]) -> set[str]:
+  """First names under `lm` that a module inside `package` imports, anywhere."""
+  names = []
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      names += [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+      above = package[: len(package) - node.level + 1] if node.level else []
+      base = ".".join([*above, node.module] if node.module else above)
+      names += [f"{base}.{alias.name}" for alias in node.names]
+  paths = [name.split(".") for name in names]
+  return {path[1] for path in paths if path[0] == "lm" and len(path) > 1}
+
+
+def violations(path: pathlib.Path) -> list[str]:
+  package = ["lm", *path.relative_to(LM).parts[:-1]]
+  own = path.relative_to(LM).parts[0].removesuffix(".py")
+  rooms = imported_rooms(ast.parse(path.read_text()), package) - {own}
+  return [
+    f"{path.relative_to(LM.parent)} imports lm.{room}"
+    for room in sorted(rooms)
+    if own == "__init__" or ROW[room] >= ROW[own]
+  ]
+
+
+def test_imports_run_one_way():
+  assert [
+    v for path in sorted(LM.rglob("*.py")) for v in violations(path)
+  ] == []
+
+
+def test_every_form_of_import_is_seen():
+  source = """
+import lm.one
+from lm import two
+from lm.three.inner import name
+from . import sibling
+from .. import four
+def function():
+  from ..five import name
+"""
+  rooms = imported_rooms(ast.parse(source), ["lm", "own"])
+  assert rooms == {"one", "two", "three", "own", "four", "five"}
+
+
+@pytest.mark.parametrize("module", ["lm", "lm.config", "lm.door"])
+def test_light_modules_import_neither_jax_nor_numpy(module):
+  """So a mistake on the command line is reported in a blink."""
+  heavy = subprocess.run(
+    [
+      sys.executable,
+      "-c",
+      f"import sys, {module}; print({{'jax', 'numpy'}} & set(sys.modules))",
+    ],
+    cwd=LM.parent,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert heavy.stdout == "set()\n"
+
+
+def test_shape_annotations_are_executed():
+  """conftest.py hooks beartype, of the extra `test`, over lm/."""
+  positions = jnp.zeros((2, 3, 5), jnp.int32)
+  with pytest.raises(jaxtyping.TypeCheckError, match="positions"):
+    layers.rotary_angles(positions, d_head=4, theta=10_000.0, scaling=None)
