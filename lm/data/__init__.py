@@ -1,0 +1,1 @@
+"""Corpora, tokenizers, token stores and the batches made of them."""

@@ -1,0 +1,201 @@
+"""Batches of token stores, in an order that is a pure function of (seed, step).
+
+Window i of a store is its tokens [i T, (i + 1) T], one more than T so that
+each token but the first is a target once. Training shuffles windows by a keyed
+bijection, anew each epoch; validation takes them in order. grain runs both,
+so there is no state to lose: any step is reached in O(1).
+"""
+
+import collections
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from lm import config as config_lib
+from lm.data import objectives
+from lm.data import store as store_lib
+
+Batch = dict[str, np.ndarray]
+# Threads that read windows; TensorStore has its own besides.
+_THREADS = 2
+
+
+def n_windows(store: store_lib.TokenStore, length: int) -> int:
+  return _ceil(store.n_tokens - 1, length)
+
+
+def train_batches(
+  config: config_lib.Config,
+  prepared: store_lib.Prepared,
+  *,
+  start_step: int = 0,
+  rows: tuple[int, int] | None = None,
+) -> Iterator[Batch]:
+  """Batches from `start_step` on: the fields of the batch table.
+
+  `rows` are the rows [first, last) of each global batch that this process
+  reads, all by default. Ends after `data.epochs`, the last batch filled up
+  with rows of weight 0; without them it never ends. Close it, or drop it, to
+  stop its threads.
+  """
+  t = config.train
+  first, last = rows or (0, t.batch_size)
+  order = training_order(config, prepared)
+  n_batches = _ceil(len(order), t.batch_size)
+
+  def make(step: int) -> Batch:
+    at = range(step * t.batch_size + first, step * t.batch_size + last)
+    windows = [order[i] if i < len(order) else None for i in at]
+    return _batch(prepared.train, windows, t.sequence_length)
+
+  yield from _prefetched(config, make, start_step, n_batches)
+
+
+def training_order(
+  config: config_lib.Config, prepared: store_lib.Prepared
+) -> grain.MapDataset:
+  """(store, window) of each row of training, over all epochs.
+
+  By size, an epoch is one shuffle of all windows. With `train_weights` each
+  source has its own shuffle and repeats as its weight asks; an epoch is then
+  as many rows as all sources have windows.
+  """
+  length, weights = config.train.sequence_length, config.data.train_weights
+  # Far apart by construction: grain adds the number of the epoch to a seed.
+  seeds = np.random.SeedSequence(config.seed).generate_state(
+    len(prepared.train) + 1
+  )
+  windows = [
+    grain.MapDataset.range(n_windows(store, length)).map(_Tag(s))
+    for s, store in enumerate(prepared.train)
+  ]
+  n = sum(map(len, windows))
+  epochs = config.data.epochs
+  if not weights:
+    everything = grain.MapDataset.concatenate(windows)
+    return everything.shuffle(seed=int(seeds[-1])).repeat(epochs)
+  mixed = grain.MapDataset.mix(
+    [
+      w.shuffle(seed=int(seed)).repeat()
+      for w, seed in zip(windows, seeds[:-1], strict=True)
+    ],
+    weights,
+  )
+  return mixed if epochs is None else mixed[: epochs * n]
+
+
+def n_validation_batches(
+  config: config_lib.Config, store: store_lib.TokenStore
+) -> int:
+  """Batches of one source in an evaluation: all, or `train.eval_batches`."""
+  t = config.train
+  n = _ceil(n_windows(store, t.sequence_length), t.batch_size)
+  return n if t.eval_batches is None else min(n, t.eval_batches)
+
+
+def validation_batches(
+  config: config_lib.Config,
+  stores: list[store_lib.TokenStore],
+  *,
+  rows: tuple[int, int] | None = None,
+) -> Iterator[tuple[int, Batch]]:
+  """Yields (index of the store, batch), store after store, in fixed order.
+
+  Every token but bos is scored once, and the last batch of a store is filled
+  up with rows of weight 0. The bytes scored are those of the targets with
+  weight: `tokenizer.byte_lengths[targets] * weights`, summed; over a whole
+  store that is `store.n_bytes`.
+  """
+  t = config.train
+  first, last = rows or (0, t.batch_size)
+  for s, store in enumerate(stores):
+    n = n_windows(store, t.sequence_length)
+
+    def make(step: int, s: int = s, n: int = n) -> Batch:
+      at = range(step * t.batch_size + first, step * t.batch_size + last)
+      windows = [(s, i) if i < n else None for i in at]
+      return _batch(stores, windows, t.sequence_length)
+
+    n_batches = n_validation_batches(config, store)
+    for batch in _prefetched(config, make, 0, n_batches):
+      yield s, batch
+
+
+def _ceil(a: int, b: int) -> int:
+  return -(-a // b)  # Exact where a float is not: an endless order is long.
+
+
+class _Tag:
+  """Maps window i to (store, i)."""
+
+  def __init__(self, store: int):
+    self._store = store
+
+  def __call__(self, i: int) -> tuple[int, int]:
+    return self._store, i
+
+
+def _batch(
+  stores: list[store_lib.TokenStore],
+  windows: list[tuple[int, int] | None],
+  length: int,
+) -> Batch:
+  """The rows of `windows`; None is a row of padding."""
+  built = []
+  for window in windows:
+    # A window past the end is all padding.
+    s, i = window or (0, n_windows(stores[0], length))
+    tokens, documents = stores[s].window(i * length, length + 1)
+    built.append(objectives.causal(tokens, documents))
+  return {key: np.stack([row[key] for row in built]) for key in built[0]}
+
+
+def _prefetched(
+  config: config_lib.Config,
+  make: Callable[[int], Batch],
+  start: int,
+  stop: int,
+) -> Iterator[Batch]:
+  """Yields make(start), ..., make(stop - 1), made ahead by grain's threads."""
+  ahead = max(_THREADS, config.data.prefetch_rows // config.train.batch_size)
+  batches = grain.MapDataset.range(start, stop).map(make)
+  options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=ahead)
+  iterator = iter(batches.to_iter_dataset(options))
+  try:
+    yield from iterator
+  finally:
+    iterator.close()
+
+
+class DevicePrefetch:
+  """Iterates over placed batches, two of them ahead of the caller.
+
+  `place` starts the transfer of a host batch and returns without waiting, as
+  `sharding.place` does; with grain's threads behind `batches` no further one
+  is needed. `wait_seconds` adds up the time that the caller was held.
+  """
+
+  def __init__(self, batches: Iterator[Batch], place: Callable[[Batch], Any]):
+    self.wait_seconds = 0.0
+    self._batches = batches
+    self._place = place
+    self._placed: collections.deque[Any] = collections.deque()
+
+  def __iter__(self) -> "DevicePrefetch":
+    return self
+
+  def __next__(self) -> Any:
+    started = time.perf_counter()
+    try:
+      while len(self._placed) < 3:
+        self._placed.append(self._place(next(self._batches)))
+    except StopIteration:
+      pass  # What is placed is still to be handed out.
+    finally:
+      self.wait_seconds += time.perf_counter() - started
+    if not self._placed:
+      raise StopIteration
+    return self._placed.popleft()

@@ -1,0 +1,382 @@
+"""The token store: a corpus, tokenized once, read anywhere at random.
+
+A directory of TensorStore zarr3 arrays in sharded chunks and a manifest:
+`tokens` (uint16 or uint32 by vocabulary; a document is bos, text, eos), and by
+document `ends` (cumulative tokens), `n_bytes` (of UTF-8 text), `names` and
+`name_ends`. It is written beside its place and renamed, so that it is whole
+or absent, and named by its source and tokenizer, so that it is never stale.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import rich.console
+import rich.progress
+import tensorstore
+
+from lm import config as config_lib
+from lm.data import sources as sources_lib
+from lm.data import tokenizer as tokenizer_lib
+
+_VERSION = 1
+# Items of an inner chunk, the least that is read, and of a shard, a file.
+_CHUNK = 1 << 14
+_SHARD = 1 << 24
+# Text that is tokenized at a time, in characters; bounds the memory.
+_BATCH_CHARACTERS = 1 << 22
+_PARTIAL = ".partial"
+# Chunks that were read stay in memory up to this; all stores share it.
+_CONTEXT = tensorstore.Context({"cache_pool": {"total_bytes_limit": 1 << 28}})
+
+
+class TokenStore:
+  """A tokenized source; opened by `open_store`."""
+
+  def __init__(self, path: str, manifest: dict[str, Any], pad: int, bos: int):
+    self.path = path
+    self.spec: str = manifest["spec"]
+    self.fingerprint: str = manifest["source"]
+    self.n_tokens: int = manifest["n_tokens"]
+    self.n_documents: int = manifest["n_documents"]
+    # UTF-8 bytes of all documents.
+    self.n_bytes: int = manifest["n_bytes"]
+    self._pad, self._bos = pad, bos
+    self._tokens = _open_array(path, "tokens")
+
+  @functools.cached_property
+  def ends(self) -> np.ndarray:
+    """Tokens up to the end of each document: int64 [n_documents]."""
+    return _open_array(self.path, "ends").read().result()
+
+  @functools.cached_property
+  def document_bytes(self) -> np.ndarray:
+    """UTF-8 bytes of each document: int64 [n_documents]."""
+    return _open_array(self.path, "n_bytes").read().result()
+
+  @functools.cached_property
+  def names(self) -> list[str]:
+    ends = _open_array(self.path, "name_ends").read().result()
+    letters = _open_array(self.path, "names").read().result().tobytes()
+    starts = [0, *ends[:-1]]
+    return [letters[a:b].decode() for a, b in zip(starts, ends, strict=True)]
+
+  def document(self, i: int) -> np.ndarray:
+    """Tokens of document `i`, int32, from its bos to its eos."""
+    start = self.ends[i - 1] if i else 0
+    return self._tokens[start : self.ends[i]].read().result().astype(np.int32)
+
+  def window(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and documents, int32 [length], from token `start` on.
+
+    Documents are numbered from 1 within the window; past the end of the store
+    both are padding: the pad token, document 0.
+    """
+    n = min(length, self.n_tokens - start)
+    tokens = np.full(length, self._pad, np.int32)
+    tokens[:n] = self._tokens[start : start + n].read().result()
+    documents = np.zeros(length, np.int32)
+    # Text never holds bos, so that it tells where documents start.
+    opened = np.cumsum(tokens[:n] == self._bos)
+    documents[:n] = opened - opened[0] + 1
+    return tokens, documents
+
+
+@dataclasses.dataclass
+class Prepared:
+  """Everything that training reads, in the order of the config's sources."""
+
+  tokenizer: tokenizer_lib.Tokenizer
+  train: list[TokenStore]
+  validation: list[TokenStore]
+
+
+def prepare(config: config_lib.Config) -> Prepared:
+  """Tokenizer and stores of the config's sources, made where they are missing.
+
+  Of several processes one works and the others wait. Raises ConfigError where
+  a source, a document or the vocabulary does not fit.
+  """
+  data = config.data
+  train = [sources_lib.open_source(spec, data) for spec in data.train]
+  validation = [sources_lib.open_source(spec, data) for spec in data.validation]
+  tokenizer = _make_tokenizer(config, train)
+  stores = _make_stores([*train, *validation], tokenizer, data)
+  n = len(train)
+  return Prepared(tokenizer, stores[:n], stores[n:])
+
+
+def prepare_sources(
+  specs: Sequence[str],
+  tokenizer: tokenizer_lib.Tokenizer,
+  data: config_lib.DataConfig,
+) -> list[TokenStore]:
+  """Stores of any sources, for a tokenizer that is there already."""
+  sources = [sources_lib.open_source(spec, data) for spec in specs]
+  return _make_stores(sources, tokenizer, data)
+
+
+def open_store(path: str, tokenizer: tokenizer_lib.Tokenizer) -> TokenStore:
+  """Raises ConfigError where another tokenizer or version made the store."""
+  with open(os.path.join(path, "manifest.json")) as file:
+    manifest = json.load(file)
+  for key, value in (
+    ("version", _VERSION),
+    ("tokenizer", tokenizer.fingerprint),
+  ):
+    if manifest[key] != value:
+      raise config_lib.ConfigError(
+        f"token store {path}: made by {key} {manifest[key]}, but this is "
+        f"{value}; prepare the corpus again"
+      )
+  return TokenStore(path, manifest, tokenizer.pad, tokenizer.bos)
+
+
+def _make_tokenizer(
+  config: config_lib.Config, sources: Sequence[sources_lib.Source]
+) -> tokenizer_lib.Tokenizer:
+  """Loads the config's tokenizer, or trains it once and keeps it."""
+  if config.tokenizer.kind == "bytes" or config.tokenizer.path is not None:
+    return tokenizer_lib.load(config)
+  made_of = [
+    _VERSION,
+    tokenizer_lib.TRAINER,
+    config.model.vocab_size,
+    config.tokenizer.train_bytes,
+    [source.fingerprint() for source in sources],
+  ]
+  directory = config.data.cache_dir
+  path = os.path.join(directory, f"tokenizer-{_key(made_of)}.json")
+  if not os.path.exists(path):
+    with sources_lib.exclusive(directory):
+      if not os.path.exists(path):
+        texts = list(_sample(sources, config.tokenizer.train_bytes))
+        _require_text(texts, sources)
+        with rich.console.Console(stderr=True).status("training tokenizer"):
+          tokenizer = tokenizer_lib.train(config, texts)
+        with open(path + _PARTIAL, "w") as file:
+          file.write(tokenizer.to_json())
+        os.rename(path + _PARTIAL, path)
+  with open(path) as file:
+    return tokenizer_lib.Tokenizer.from_json(file.read())
+
+
+def _sample(
+  sources: Sequence[sources_lib.Source], n_bytes: int
+) -> Iterator[str]:
+  """Documents spread evenly over all sources, `n_bytes` in total at most."""
+  ends = np.cumsum([len(source) for source in sources])
+  n = int(ends[-1])
+  # A step near the golden section of n, with no common factor, visits every
+  # document once and has them evenly spread wherever it stops.
+  step = max(1, round(n * 0.6180339887))
+  while math.gcd(step, n) > 1:
+    step += 1
+  for k in range(n):
+    i = k * step % n
+    s = int(np.searchsorted(ends, i, side="right"))
+    document = sources[s][i - (int(ends[s - 1]) if s else 0)]
+    if document is None:
+      continue
+    raw = document.text.encode()
+    if len(raw) > n_bytes:
+      yield raw[:n_bytes].decode(errors="ignore")
+      return
+    n_bytes -= len(raw)
+    yield document.text
+
+
+def _make_stores(
+  sources: Sequence[sources_lib.Source],
+  tokenizer: tokenizer_lib.Tokenizer,
+  data: config_lib.DataConfig,
+) -> list[TokenStore]:
+  """A store of each source; those that are there are only opened."""
+  paths = [
+    os.path.join(
+      data.cache_dir,
+      "tokens-" + _key([_VERSION, source.fingerprint(), tokenizer.fingerprint]),
+    )
+    for source in sources
+  ]
+  if not all(os.path.isdir(path) for path in paths):
+    with sources_lib.exclusive(data.cache_dir):
+      _remove_leftovers(data.cache_dir)
+      for path, source in zip(paths, sources, strict=True):
+        if not os.path.isdir(path):
+          _build(path, source, tokenizer, data)
+  return [open_store(path, tokenizer) for path in paths]
+
+
+def _remove_leftovers(directory: str) -> None:
+  """Removes what a killed preparation left; the caller holds the lock."""
+  for name in os.listdir(directory):
+    if name.endswith(_PARTIAL):
+      path = os.path.join(directory, name)
+      shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+
+
+def _build(
+  path: str,
+  source: sources_lib.Source,
+  tokenizer: tokenizer_lib.Tokenizer,
+  data: config_lib.DataConfig,
+) -> None:
+  """Tokenizes `source` into a new store at `path`, whole or not at all."""
+  partial = path + _PARTIAL
+  tokens_dtype = "uint16" if tokenizer.size <= 1 << 16 else "uint32"
+  n_bytes = 0
+  try:
+    columns = {
+      "tokens": _Column(partial, "tokens", tokens_dtype),
+      "ends": _Column(partial, "ends", "int64"),
+      "n_bytes": _Column(partial, "n_bytes", "int64"),
+      "names": _Column(partial, "names", "uint8"),
+      "name_ends": _Column(partial, "name_ends", "int64"),
+    }
+    for documents in _batches(source):
+      n_bytes += _append(columns, documents, tokenizer, data)
+    if n_bytes == 0:
+      raise config_lib.ConfigError(
+        f"source {source.spec!r}: empty, holds no text"
+      )
+    for column in columns.values():
+      column.close()
+    manifest = {
+      "version": _VERSION,
+      "spec": source.spec,
+      "source": source.fingerprint(),
+      "tokenizer": tokenizer.fingerprint,
+      "n_tokens": columns["tokens"].n,
+      "n_documents": columns["ends"].n,
+      "n_bytes": n_bytes,
+    }
+    with open(os.path.join(partial, "manifest.json"), "w") as file:
+      json.dump(manifest, file, indent=2)
+    os.rename(partial, path)
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise
+
+
+def _batches(
+  source: sources_lib.Source,
+) -> Iterator[list[sources_lib.Document]]:
+  """Documents that hold text, some megabytes at a time, with a progress bar."""
+  documents, n_characters = [], 0
+  console = rich.console.Console(stderr=True)
+  with rich.progress.Progress(console=console, transient=True) as progress:
+    task = progress.add_task(f"tokenizing {source.spec}", total=len(source))
+    for i in range(len(source)):
+      document = source[i]
+      if document is not None and document.text:
+        documents.append(document)
+        n_characters += len(document.text)
+      if n_characters >= _BATCH_CHARACTERS or i == len(source) - 1:
+        yield documents
+        documents, n_characters = [], 0
+        progress.update(task, completed=i + 1)
+
+
+def _append(
+  columns: dict[str, "_Column"],
+  documents: list[sources_lib.Document],
+  tokenizer: tokenizer_lib.Tokenizer,
+  data: config_lib.DataConfig,
+) -> int:
+  """Writes `documents`; returns their bytes."""
+  if not documents:
+    return 0
+  encoded = tokenizer.encode_batch(
+    [document.text for document in documents],
+    threads=data.workers or os.cpu_count() or 1,
+  )
+  n_bytes = np.array([len(document.text.encode()) for document in documents])
+  assert n_bytes.sum() == sum(tokenizer.n_bytes(ids) for ids in encoded)
+  names = [document.name.encode() for document in documents]
+  bos, eos = [tokenizer.bos], [tokenizer.eos]
+  pieces = [part for ids in encoded for part in (bos, ids, eos)]
+  tokens, name_ends = columns["tokens"], columns["names"].n
+  ends = tokens.n + np.cumsum([len(ids) + 2 for ids in encoded])
+  columns["ends"].append(ends)
+  columns["n_bytes"].append(n_bytes)
+  columns["name_ends"].append(name_ends + np.cumsum([len(n) for n in names]))
+  columns["names"].append(np.frombuffer(b"".join(names), np.uint8))
+  tokens.append(np.concatenate(pieces))
+  return int(n_bytes.sum())
+
+
+class _Column:
+  """Writes one array from its start to an end that is not known yet."""
+
+  def __init__(self, path: str, name: str, dtype: str):
+    self.n = 0
+    self._held: list[np.ndarray] = []
+    self._dtype = dtype
+    self._store = tensorstore.open(
+      _spec(path, name),
+      create=True,
+      dtype=dtype,
+      shape=[1 << 56],
+      chunk_layout=tensorstore.ChunkLayout(
+        write_chunk_shape=[_SHARD], read_chunk_shape=[_CHUNK]
+      ),
+    ).result()
+
+  def append(self, values: np.ndarray) -> None:
+    self._held.append(values.astype(self._dtype))
+    self.n += len(values)
+    if sum(map(len, self._held)) >= _SHARD:
+      self._write(self.n // _SHARD * _SHARD)
+
+  def close(self) -> None:
+    self._write(self.n)
+    self._store.resize(
+      exclusive_max=[self.n], resize_metadata_only=True
+    ).result()
+
+  def _write(self, end: int) -> None:
+    """Writes what is held, up to item `end`; shards are written once."""
+    values = np.concatenate(self._held)
+    start = self.n - len(values)
+    self._store[start:end].write(values[: end - start]).result()
+    self._held = [values[end - start :]]
+
+
+def _spec(path: str, name: str) -> dict[str, Any]:
+  return {
+    "driver": "zarr3",
+    "kvstore": {
+      "driver": "file",
+      "path": os.path.abspath(os.path.join(path, name)) + "/",
+    },
+  }
+
+
+def _open_array(path: str, name: str) -> tensorstore.TensorStore:
+  # A store never changes, so that what is cached stays true.
+  return tensorstore.open(
+    {**_spec(path, name), "recheck_cached_data": False},
+    context=_CONTEXT,
+    open=True,
+    read=True,
+  ).result()
+
+
+def _key(parts: Any) -> str:
+  return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _require_text(
+  texts: Sequence[str], sources: Sequence[sources_lib.Source]
+) -> None:
+  if not any(texts):
+    specs = ", ".join(repr(source.spec) for source in sources)
+    raise config_lib.ConfigError(f"sources {specs}: empty, hold no text")

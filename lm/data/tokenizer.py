@@ -1,0 +1,310 @@
+"""Text to ids and back, without loss.
+
+Every tokenizer reserves ids for all objectives from the start, so that a
+checkpoint can later be trained on any of them. Encoding never yields a
+reserved id: text that spells one is ordinary text.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2 as model_pb2
+
+from lm import config as config_lib
+
+N_SENTINELS = 100
+RESERVED = (
+  "<pad>",
+  "<bos>",
+  "<eos>",
+  "<mask>",
+  "<fim_prefix>",
+  "<fim_middle>",
+  "<fim_suffix>",
+  *(f"<sentinel_{i}>" for i in range(N_SENTINELS)),
+  "<system>",
+  "<user>",
+  "<assistant>",
+  "<end_of_turn>",
+)
+# Ids of the bytes tokenizer: the reserved ones and 256 bytes, rounded up to a
+# multiple of 128 so that a mesh can cut the embedding.
+BYTES_SIZE = 384
+
+# SentencePiece writes a space as this character and cannot tell a real one
+# from a space; real ones are encoded by their bytes.
+_SPACE = "\u2581"
+# Sentences of the trainer: some kilobytes that end with a line, so that
+# newlines and indentation can be learnt.
+_SENTENCE = re.compile(r"(?s).{1,4096}(?<=\n)|.{1,4096}")
+# Measured on python_stdlib at 2048 ids, bytes per token of the validation
+# split: see benchmarks/data.py.
+TRAINER = {
+  "character_coverage": 0.9995,
+  "split_digits": True,
+  "split_by_unicode_script": False,
+  # Pieces may hold spaces and end with them, as in "):\n        ".
+  "split_by_whitespace": False,
+  "treat_whitespace_as_suffix": True,
+  "allow_whitespace_only_pieces": True,
+  "max_sentencepiece_length": 32,
+}
+
+
+class Tokenizer:
+  """Ids of one vocabulary; made by `train`, `load` or `from_json`.
+
+  `model` is a serialised SentencePiece model, or None for the bytes tokenizer.
+  Reserved tokens that the model lacks follow its own ids. Normalisation is
+  the identity whatever the model asks for, so that `decode(encode(s)) == s`
+  and counts of bytes are exact.
+  """
+
+  def __init__(self, model: bytes | None = None):
+    self.model = model
+    if model is None:
+      self._pieces = [b""] * len(RESERVED) + [bytes([i]) for i in range(256)]
+      self._pieces += [b""] * (BYTES_SIZE - len(self._pieces))
+      reserved = {name: i for i, name in enumerate(RESERVED)}
+    else:
+      self._processor, self._pieces, reserved = _read_model(model)
+      self._space_ids = [
+        self._processor.piece_to_id(f"<0x{byte:02X}>")
+        for byte in _SPACE.encode()
+      ]
+    self._names = {i: name for name, i in reserved.items()}
+    # Bytes of text that each id stands for: int64 [size], 0 for reserved ids.
+    self.byte_lengths = np.array([len(p) for p in self._pieces], np.int64)
+    self.fingerprint = hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+    self.pad = reserved["<pad>"]
+    self.bos = reserved["<bos>"]
+    self.eos = reserved["<eos>"]
+    self.mask = reserved["<mask>"]
+    self.fim_prefix = reserved["<fim_prefix>"]
+    self.fim_middle = reserved["<fim_middle>"]
+    self.fim_suffix = reserved["<fim_suffix>"]
+    self.sentinels = tuple(
+      reserved[f"<sentinel_{i}>"] for i in range(N_SENTINELS)
+    )
+    self.system = reserved["<system>"]
+    self.user = reserved["<user>"]
+    self.assistant = reserved["<assistant>"]
+    self.end_of_turn = reserved["<end_of_turn>"]
+
+  @property
+  def size(self) -> int:
+    return len(self._pieces)
+
+  def encode(self, text: str) -> list[int]:
+    """Ids of `text`; neither bos nor eos is added."""
+    return self.encode_batch([text])[0].tolist()
+
+  def encode_batch(
+    self, texts: Sequence[str], threads: int = 1
+  ) -> list[np.ndarray]:
+    """Ids of each text, int32; SentencePiece's own threads share the texts."""
+    if self.model is None:
+      return [
+        np.frombuffer(text.encode(), np.uint8).astype(np.int32) + len(RESERVED)
+        for text in texts
+      ]
+    parts = [text.split(_SPACE) for text in texts]
+    encoded = iter(
+      self._processor.encode(
+        [part for split in parts for part in split],
+        return_type="numpy",
+        num_threads=threads,
+      )
+    )
+    space = np.array(self._space_ids, np.int32)
+    rows = []
+    for split in parts:
+      row = [next(encoded)]
+      for _ in split[1:]:
+        row += [space, next(encoded)]
+      rows.append(row[0] if len(row) == 1 else np.concatenate(row))
+    return rows
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Text of `ids`; bytes that are not whole UTF-8 become U+FFFD."""
+    return self.decode_bytes(ids).decode(errors="replace")
+
+  def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    """Bytes of `ids`; reserved ids stand for none."""
+    return b"".join(self._pieces[i] for i in ids)
+
+  def n_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
+    return int(self.byte_lengths[np.asarray(ids, np.int64)].sum())
+
+  def piece(self, i: int) -> str:
+    """What id `i` stands for, printable on one line."""
+    if i in self._names:
+      return self._names[i]
+    try:
+      return repr(self._pieces[i].decode())[1:-1]
+    except UnicodeDecodeError:
+      return "".join(f"<0x{byte:02X}>" for byte in self._pieces[i])
+
+  def to_json(self) -> str:
+    """All of it, for a checkpoint; `from_json` is the inverse."""
+    if self.model is None:
+      return json.dumps({"kind": "bytes"})
+    model = base64.b64encode(self.model).decode()
+    return json.dumps({"kind": "sentencepiece", "model": model})
+
+  @classmethod
+  def from_json(cls, text: str) -> "Tokenizer":
+    content = json.loads(text)
+    if content["kind"] == "bytes":
+      return cls()
+    return cls(base64.b64decode(content["model"]))
+
+
+def _read_model(
+  model: bytes,
+) -> tuple[sentencepiece.SentencePieceProcessor, list[bytes], dict[str, int]]:
+  """Processor, bytes of each id, and id of each reserved token."""
+  # The generated module makes its classes when it is imported.
+  message: Any = vars(model_pb2)["ModelProto"]
+  proto = message()
+  proto.ParseFromString(model)
+  normalizer = proto.normalizer_spec
+  normalizer.Clear()
+  normalizer.name = "identity"
+  normalizer.add_dummy_prefix = False
+  normalizer.remove_extra_whitespaces = False
+  proto.ClearField("denormalizer_spec")
+  processor = sentencepiece.SentencePieceProcessor(
+    model_proto=proto.SerializeToString()
+  )
+  kinds = message.SentencePiece
+  pieces, reserved, n_byte_pieces = [], {}, 0
+  for i, piece in enumerate(proto.pieces):
+    if piece.type == kinds.BYTE:
+      pieces.append(bytes([int(piece.piece[3:5], 16)]))
+      n_byte_pieces += 1
+    elif piece.type in (kinds.CONTROL, kinds.UNKNOWN):
+      pieces.append(b"")
+      if piece.piece in RESERVED:
+        reserved[piece.piece] = i
+    else:
+      pieces.append(piece.piece.replace(_SPACE, " ").encode())
+  if n_byte_pieces < 256:
+    raise config_lib.ConfigError(
+      "SentencePiece model without byte fallback: text outside its vocabulary "
+      "would be lost; train it with --byte_fallback"
+    )
+  for name, i in (
+    ("<pad>", processor.pad_id()),
+    ("<bos>", processor.bos_id()),
+    ("<eos>", processor.eos_id()),
+  ):
+    if i >= 0:  # SentencePiece says -1 where there is none.
+      reserved[name] = i
+  for name in RESERVED:
+    if name not in reserved:
+      reserved[name] = len(pieces)
+      pieces.append(b"")
+  return processor, pieces, reserved
+
+
+def load(config: config_lib.Config) -> Tokenizer:
+  """The tokenizer of bytes, or of the `.model` that the config names."""
+  path = config.tokenizer.path
+  if config.tokenizer.kind == "bytes":
+    tokenizer = Tokenizer()
+  else:
+    assert path is not None, "a tokenizer without a path is trained"
+    try:
+      with open(path, "rb") as file:
+        tokenizer = Tokenizer(file.read())
+    except OSError as error:
+      raise config_lib.ConfigError(
+        f"config.tokenizer.path={path!r}: {error.strerror}; name a "
+        "SentencePiece .model, or None to train one"
+      ) from error
+    except (RuntimeError, ValueError) as error:
+      if isinstance(error, config_lib.ConfigError):
+        raise config_lib.ConfigError(
+          f"config.tokenizer.path={path!r}: {error}"
+        ) from error
+      raise config_lib.ConfigError(
+        f"config.tokenizer.path={path!r}: not a SentencePiece model"
+      ) from error
+  check_vocabulary(config, tokenizer)
+  return tokenizer
+
+
+def check_vocabulary(config: config_lib.Config, tokenizer: Tokenizer) -> None:
+  """Raises ConfigError unless the model has a row for each id.
+
+  A loaded `.model` may leave rows over; what is made here must fit exactly.
+  """
+  wanted, size = config.model.vocab_size, tokenizer.size
+  loaded = config.tokenizer.path is not None and tokenizer.model is not None
+  if size != wanted and not (loaded and size < wanted):
+    rule = "at least" if loaded else "exactly"
+    raise config_lib.ConfigError(
+      f"vocabulary mismatch: config.model.vocab_size={wanted}, but the "
+      f"tokenizer has {size} ids; set it to {rule} {size}"
+    )
+
+
+def train(config: config_lib.Config, texts: Iterable[str]) -> Tokenizer:
+  """Trains byte-pair encoding of `model.vocab_size` ids on `texts`.
+
+  The same texts give the same tokenizer. Raises ConfigError where the size
+  is out of the texts' reach.
+  """
+  size = config.model.vocab_size
+  smallest = len(RESERVED) + 256 + 1
+  if size < smallest:
+    raise config_lib.ConfigError(
+      f"config.model.vocab_size={size}: {smallest - 1} ids are taken by bytes "
+      f"and reserved tokens; set it to at least {smallest}"
+    )
+  model = io.BytesIO()
+  sentences = (m.group() for t in texts for m in _SENTENCE.finditer(t))
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=sentences,
+      model_writer=model,
+      model_type="bpe",
+      vocab_size=size,
+      pad_id=0,
+      pad_piece=RESERVED[0],
+      bos_id=1,
+      bos_piece=RESERVED[1],
+      eos_id=2,
+      eos_piece=RESERVED[2],
+      # SentencePiece demands an unknown token. With byte fallback nothing is
+      # unknown, so that the mask can have its place.
+      unk_id=3,
+      unk_piece=RESERVED[3],
+      control_symbols=list(RESERVED[4:]),
+      byte_fallback=True,
+      normalization_rule_name="identity",
+      add_dummy_prefix=False,
+      remove_extra_whitespaces=False,
+      max_sentence_length=1 << 30,
+      minloglevel=3,
+      **TRAINER,
+    )
+  except RuntimeError as error:
+    # Without its source file and line.
+    reason = " ".join(str(error).rpartition("] ")[2].split())
+    raise config_lib.ConfigError(
+      f"config.model.vocab_size={size}: the training sources are too small "
+      f"or too varied for it ({reason}); change it, give more text, "
+      "or set tokenizer.kind='bytes'"
+    ) from error
+  tokenizer = Tokenizer(model.getvalue())
+  check_vocabulary(config, tokenizer)
+  return tokenizer
