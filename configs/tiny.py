@@ -13,7 +13,7 @@ def get_config() -> config_lib.Config:
   config = config_lib.Config()
   config.tokenizer.kind = "bytes"
   model = config.model
-  model.vocab_size = 367  # 256 bytes and the 111 reserved ids
+  model.vocab_size = 384  # of the bytes tokenizer
   model.n_layers = 2
   model.d_model = 32
   model.n_heads, model.n_kv_heads, model.d_head = 4, 2, 8

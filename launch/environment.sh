@@ -10,9 +10,10 @@ say() { printf '\n== %s\n' "$*"; }
 environment() {
   local extra="${1:-}" python="${PYTHON:-python3}" log=.venv/install.log
   local identity key stamp
-  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-    echo "error: needs Python 3.11 or newer; $python is" \
-      "$("$python" --version 2>&1 || true). Name one: PYTHON=/path/to/python3" >&2
+  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+    2>/dev/null; then
+    echo "error: $python: $("$python" --version 2>&1 || true); needs Python" \
+      "3.11 or newer on the path, or named by PYTHON=/path/to/python3" >&2
     exit 1
   fi
   identity='import sys; print(sys.version)'
