@@ -192,6 +192,8 @@ class TrainConfig:
   sequence_length: int = 256
   # Parts that a batch is computed in, one after another.
   microbatches: int = 1
+  # Weight of the squared log of the softmax's sum (arXiv:2204.02311).
+  z_loss: float = 0.0
   log_every: int = 10
   eval_every: int = 250
   # Batches of the validation sources in one evaluation; None is all.

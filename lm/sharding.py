@@ -31,7 +31,8 @@ RULES: dict[str, str | tuple[str, ...]] = {
 
 
 def has_mesh() -> bool:
-  return not jax.sharding.get_abstract_mesh().empty
+  """Whether the run's mesh is in context; that of `jax.pmap` is not it."""
+  return set(MESH_AXES) <= set(jax.sharding.get_abstract_mesh().axis_names)
 
 
 def partition(*axes: str | None) -> P:
@@ -99,10 +100,18 @@ def mesh_shape(config: config_lib.Config, n_devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(config: config_lib.Config, devices=None) -> jax.sharding.Mesh:
-  """The run's mesh over `devices`, by default all of every process."""
+  """The run's mesh over `devices`, by default all of every process.
+
+  In mode pmap its axes are Auto: no layout is in any type, and the mesh only
+  says where rows are placed.
+  """
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape(config, len(devices))
-  return jax.make_mesh(shape, MESH_AXES, devices=devices)
+  types = jax.sharding.AxisType
+  kind = types.Explicit if config.mesh.mode == "jit" else types.Auto
+  return jax.make_mesh(
+    shape, MESH_AXES, axis_types=(kind,) * len(shape), devices=devices
+  )
 
 
 def local_rows(sharding: NamedSharding, n_rows: int) -> tuple[int, int]:
@@ -133,12 +142,17 @@ def abstract(make, *args, mesh: jax.sharding.Mesh | None):
   """
   if mesh is None:
     shapes = jax.eval_shape(make, *args)
-    whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    place = lambda _: whole  # noqa: E731
   else:
     with jax.set_mesh(mesh):
       shapes = jax.eval_shape(make, *args)
-    place = lambda x: NamedSharding(mesh, x.sharding.spec)  # noqa: E731
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), shapes
-  )
+
+  def place(x):
+    if mesh is None:
+      where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    else:  # a constant has no layout: it is whole everywhere
+      where = NamedSharding(
+        mesh, P() if x.sharding is None else x.sharding.spec
+      )
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+  return jax.tree.map(place, shapes)

@@ -6,7 +6,6 @@ B batch, T query length, D model, F mlp, H head, V vocabulary.
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
 from lm import config as config_lib
@@ -192,11 +191,6 @@ def dropout(
   return jnp.where(draw(keys), x / (1 - rate), jnp.zeros((), x.dtype))
 
 
-def row_keys(
-  key: Key[Array, ""], first_row: int | Array, n_rows: int
-) -> Key[Array, "B"]:
-  """A key for each row of the global batch, laid out as the rows are."""
-  rows = first_row + jnp.arange(n_rows)
-  if sharding.has_mesh():
-    rows = jax.sharding.reshard(rows, P(sharding.RULES["batch"]))
+def row_keys(key: Key[Array, ""], rows: Int[Array, "B"]) -> Key[Array, "B"]:
+  """A key for each row, by its number in the global batch."""
   return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)

@@ -1,0 +1,169 @@
+"""Optimizers and schedules: optax's, told which weights are what.
+
+Layers are stacked on a leading axis L, which no optimizer here may mistake for
+a dimension of the matrix.
+"""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lm import config as config_lib
+
+Kind = Literal["matrix", "embedding", "vector"]
+
+
+def kind_of(path: tuple[Any, ...]) -> Kind:
+  """What the parameter at a tree path is, by its name."""
+  name = path[-1].key
+  if name in ("embed", "position_embed", "head"):
+    return "embedding"
+  return "vector" if name == "scale" or name.endswith("bias") else "matrix"
+
+
+def kinds(params: Any) -> Any:
+  return jax.tree_util.tree_map_with_path(lambda path, _: kind_of(path), params)
+
+
+def schedule(
+  cfg: config_lib.OptimizerConfig, steps: int, peak: float
+) -> optax.Schedule:
+  """Learning rate of step 0 .. steps - 1: linear warm-up, then the shape.
+
+  `rsqrt` is peak * sqrt(warmup / step), which never ends; `wsd` (warm-up,
+  stable, decay: arXiv:2404.06395) decays linearly over its last part.
+  """
+  warmup = cfg.warmup_steps
+
+  def rate(step):
+    step = jnp.asarray(step, jnp.float32)
+    rise = jnp.minimum(1.0, (step + 1) / (warmup + 1))
+    done = jnp.clip((step - warmup) / max(1, steps - warmup), 0.0, 1.0)
+    if cfg.schedule == "constant":
+      return peak * rise
+    if cfg.schedule == "rsqrt":
+      start = max(1, warmup)
+      return peak * rise * jnp.sqrt(start / jnp.maximum(step, start))
+    shape = {
+      "linear": 1 - done,
+      "cosine": 0.5 * (1 + jnp.cos(jnp.pi * done)),
+      "wsd": jnp.minimum(1.0, (1 - done) / cfg.decay_fraction),
+    }[cfg.schedule]
+    floor = cfg.final_lr_fraction
+    return peak * rise * (floor + (1 - floor) * shape)
+
+  return rate
+
+
+def make(
+  cfg: config_lib.OptimizerConfig, steps: int
+) -> optax.GradientTransformation:
+  """The transformation, without the clip, which train/step.py does."""
+  rate = schedule(cfg, steps, cfg.peak_lr)
+
+  def decayed(params):
+    return jax.tree.map(lambda kind: kind != "vector", kinds(params))
+
+  if cfg.name == "adamw":
+    return optax.adamw(
+      rate,
+      b1=cfg.b1,
+      b2=cfg.b2,
+      eps=cfg.epsilon,
+      weight_decay=cfg.weight_decay,
+      mask=decayed,
+    )
+  if cfg.name == "lion":
+    return optax.lion(
+      rate,
+      b1=cfg.b1,
+      b2=cfg.b2,
+      weight_decay=cfg.weight_decay,
+      mask=decayed,
+    )
+  if cfg.name == "adafactor":
+    return _layerwise(
+      lambda: optax.adafactor(
+        rate,
+        weight_decay_rate=cfg.weight_decay or None,
+        weight_decay_mask=decayed,
+      )
+    )
+  return optax.contrib.muon(
+    rate,
+    beta=cfg.momentum,
+    weight_decay=cfg.weight_decay,
+    weight_decay_mask=decayed,
+    adam_b1=cfg.b1,
+    adam_b2=cfg.b2,
+    adam_weight_decay=cfg.weight_decay,
+    adam_learning_rate=schedule(cfg, steps, cfg.adam_peak_lr),
+    muon_weight_dimension_numbers=_muon_dimensions,
+  )
+
+
+def _muon_dimensions(params: Any) -> Any:
+  """Which axes of each matrix are read and which are written (Muon treats
+  heads as one dimension with their width); None goes to AdamW.
+  """
+
+  def dimensions(path, leaf):
+    if kind_of(path) != "matrix":
+      return None
+    first_out = leaf.ndim - 1 if path[-1].key in ("o", "down") else 2
+    return optax.contrib.MuonDimensionNumbers(
+      reduction_axis=tuple(range(1, first_out)),
+      output_axis=tuple(range(first_out, leaf.ndim)),
+    )
+
+  return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def _layerwise(make_transformation) -> optax.GradientTransformation:
+  """Treats each layer of the stack as a tensor of its own: Adafactor's clip
+  and scale are by tensor.
+  """
+  whole, layer = make_transformation(), make_transformation()
+  stacked = optax.GradientTransformation(
+    jax.vmap(layer.init), jax.vmap(layer.update)
+  )
+
+  def labels(params):
+    return {
+      name: jax.tree.map(lambda _, n=name: n == "layers", part)
+      for name, part in params.items()
+    }
+
+  return optax.partition({True: stacked, False: whole}, labels)
+
+
+def state_specs(params: Any, opt_state: Any) -> Any:
+  """PartitionSpec of every array of the optimizer's state: that of the weight
+  whose name ends its path, less the axis that a factored moment lacks.
+
+  Both trees hold abstract arrays; the parameters' carry their shardings.
+  """
+  P = jax.sharding.PartitionSpec
+  weights = {
+    tuple(path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+
+  def spec(path, leaf):
+    for start in range(len(path)):
+      found = weights.get(tuple(path[start:]))
+      if found is None:
+        continue
+      full = tuple(found.sharding.spec)
+      full += (None,) * (found.ndim - len(full))
+      if leaf.shape == found.shape:
+        return P(*full)
+      for axis in reversed(range(found.ndim)):
+        if leaf.shape == tuple(np.delete(found.shape, axis)):
+          return P(*full[:axis], *full[axis + 1 :])
+    return P()
+
+  return jax.tree_util.tree_map_with_path(spec, opt_state)

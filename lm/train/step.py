@@ -1,0 +1,322 @@
+"""Training state and the pure step.
+
+`init_state(config)` and `train_step(config)(state, batch)` are pure functions
+of arrays; `compile_step` runs the same step under `jax.jit` on a mesh or
+under `jax.pmap`. Losses and gradients are sums over tokens until the one
+division by the weights of the whole batch, so microbatches with unequal masks
+add up to the big batch.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from lm import config as config_lib
+from lm import sharding
+from lm.model import decoder, layers, loss
+from lm.train import optimizer
+
+Batch = dict[str, Array]  # the contract's table, [B, T] each
+Metrics = dict[str, Array]  # scalars
+
+# Name of the device axis in mode pmap.
+_PMAP_AXIS = "rows"
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["values", "count", "skipped"],
+  meta_fields=[],
+)
+@dataclasses.dataclass
+class History:
+  """Loss and gradient norm of the last finite steps, for SkipConfig."""
+
+  values: Float[Array, "window 2"]
+  count: Int[Array, ""]
+  skipped: Int[Array, ""]
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["step", "params", "ema", "opt_state", "history"],
+  meta_fields=[],
+)
+@dataclasses.dataclass
+class State:
+  """All that one step hands to the next; `step` counts those done."""
+
+  step: Int[Array, ""]
+  params: decoder.Params
+  ema: decoder.Params | None
+  opt_state: Any
+  history: History | None
+
+
+def init_state(config: config_lib.Config) -> State:
+  """Fresh state from config.seed; under jit on a mesh, born sharded."""
+  params = decoder.init_params(config.model, jax.random.key(config.seed))
+  opt_state = optimizer.make(config.optimizer, config.train.steps).init(params)
+  if sharding.has_mesh():
+    types = jax.tree.map(jax.typeof, params)
+    specs = optimizer.state_specs(types, opt_state)
+    opt_state = jax.tree.map(jax.sharding.reshard, opt_state, specs)
+  average = config.optimizer.ema_decay is not None
+  skip = config.optimizer.skip
+  zero = jnp.zeros((), jnp.int32)
+  return State(
+    step=zero,
+    params=params,
+    ema=jax.tree.map(jnp.copy, params) if average else None,
+    opt_state=opt_state,
+    history=None
+    if skip is None
+    else History(jnp.zeros((skip.window, 2), jnp.float32), zero, zero),
+  )
+
+
+def train_step(
+  config: config_lib.Config,
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+  """The pure step for a config.
+
+  Metrics are those of the batch before the update: `loss` (mean nats per
+  scored token), `grad_norm` (before the clip), `lr`, `weight` (tokens
+  scored), and `skipped` (steps left out so far) where SkipConfig is on.
+  """
+  o = config.optimizer
+  transform = optimizer.make(o, config.train.steps)
+  rate = optimizer.schedule(o, config.train.steps, o.peak_lr)
+
+  def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    sums = _over_microbatches(config, state.params, batch, key)
+    if config.mesh.mode == "pmap":
+      sums = jax.lax.psum(sums, _PMAP_AXIS)
+    gradients, nll, weight = sums
+    weight = jnp.maximum(weight, 1.0)  # a batch of padding alone
+    gradients = jax.tree.map(lambda g: g / weight, gradients)
+    mean = nll / weight
+    norm = optax.global_norm(gradients)
+    metrics = {
+      "loss": mean,
+      "grad_norm": norm,
+      "lr": rate(state.step),
+      "weight": weight,
+    }
+    if o.clip_norm is not None:
+      shrink = jnp.minimum(1.0, o.clip_norm / jnp.maximum(norm, 1e-30))
+      gradients = jax.tree.map(lambda g: g * shrink, gradients)
+    new = _update(config, transform, state, gradients)
+    if o.skip is not None:
+      new = _guard(o.skip, state, new, mean, norm)
+      metrics["skipped"] = new.history.skipped
+    return new, metrics
+
+  return step
+
+
+def _over_microbatches(config, params, batch, key):
+  """Sums over the batch: gradients, nll, weight."""
+  n = config.train.microbatches
+  total = functools.partial(_loss_sums, config)
+  differentiate = jax.value_and_grad(total, has_aux=True)
+
+  def sums(batch, rows):
+    (_, nll), gradients = differentiate(params, batch, key, rows)
+    return gradients, nll, jnp.sum(batch["weights"])
+
+  n_rows = batch["inputs"].shape[0]
+  first = 0
+  if config.mesh.mode == "pmap":
+    first = jax.lax.axis_index(_PMAP_AXIS) * n_rows
+  rows = first + jnp.arange(n_rows)
+  if sharding.has_mesh():
+    rows = jax.sharding.reshard(rows, sharding.partition("batch"))
+  if n == 1:
+    return sums(batch, rows)
+
+  # Row r goes to part r mod n: each device splits its own rows, none move.
+  def split(a):
+    axes = ("batch", *(None,) * a.ndim)
+    cut = (n_rows // n, n, *a.shape[1:])
+    a = jax.lax.reshape(a, cut, out_sharding=sharding.spec(*axes))
+    return jnp.moveaxis(a, 1, 0)
+
+  def add(carry, part):
+    return jax.tree.map(jnp.add, carry, sums(*part)), None
+
+  zero = jnp.zeros((), jnp.float32)
+  start = (jax.tree.map(jnp.zeros_like, params), zero, zero)
+  parts = jax.tree.map(split, (batch, rows))
+  return jax.lax.scan(add, start, parts)[0]
+
+
+def _loss_sums(config, params, batch, key, rows):
+  """(sum to differentiate, sum of weight * nll) over the batch's tokens."""
+  m = config.model
+  drops = m.embedding_dropout > 0 or m.residual_dropout > 0
+  hidden = decoder.forward(
+    m,
+    params,
+    batch["inputs"],
+    batch["positions"],
+    batch["segments"],
+    batch.get("prefix"),
+    keys=layers.row_keys(key, rows) if drops else None,
+  )
+  return loss.cross_entropy(
+    hidden,
+    decoder.bind(m, params).head_weight(),
+    batch["targets"],
+    batch["weights"],
+    chunk=m.loss_chunk,
+    softcap=m.logit_softcap,
+    z_loss=config.train.z_loss,
+  )
+
+
+def _update(config, transform, state, gradients) -> State:
+  """The state after an optimizer step with these gradients."""
+
+  def update(gradients, opt_state, params):
+    return transform.update(gradients, opt_state, params)
+
+  if sharding.has_mesh():
+    # Optimizers are written for whole arrays (Muon multiplies matrices): the
+    # partitioner lays out their inside, the types fix what comes out.
+    specs = jax.tree.map(
+      lambda x: jax.typeof(x).sharding.spec, (state.params, state.opt_state)
+    )
+    update = jax.sharding.auto_axes(update, out_sharding=specs)
+  changes, opt_state = update(gradients, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, changes)
+  ema, decay = state.ema, config.optimizer.ema_decay
+  if ema is not None:
+    ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
+  return State(state.step + 1, params, ema, opt_state, state.history)
+
+
+def _guard(skip, old: State, new: State, mean, norm) -> State:
+  """`new`, or all but the step count of `old` where the step is an outlier or
+  not finite. Finite outliers still enter the history, so that a lasting
+  change of level is accepted in time.
+  """
+  history = old.history
+  seen = jnp.stack([mean, norm])
+  centre = jnp.mean(history.values, axis=0)
+  spread = jnp.std(history.values, axis=0)
+  finite = jnp.all(jnp.isfinite(seen))
+  outlier = jnp.any(seen > centre + skip.sigma * spread)
+  keep = finite & ~(outlier & (history.count >= skip.window))
+
+  def choose(a, b):
+    return jax.tree.map(lambda x, y: jnp.where(keep, x, y), a, b)
+
+  slot = history.count % skip.window
+  values = history.values.at[slot].set(
+    jnp.where(finite, seen, history.values[slot])
+  )
+  return State(
+    step=new.step,
+    params=choose(new.params, old.params),
+    ema=choose(new.ema, old.ema),
+    opt_state=choose(new.opt_state, old.opt_state),
+    history=History(
+      values,
+      history.count + finite.astype(jnp.int32),
+      history.skipped + (~keep).astype(jnp.int32),
+    ),
+  )
+
+
+# --- on devices ---------------------------------------------------------------
+
+
+def batch_sharding(
+  config: config_lib.Config, mesh: jax.sharding.Mesh
+) -> jax.sharding.NamedSharding:
+  """Where the rows of a batch lie."""
+  return jax.sharding.NamedSharding(mesh, sharding.partition("batch"))
+
+
+def abstract_state(config: config_lib.Config, mesh: jax.sharding.Mesh) -> State:
+  """Shapes and shardings of the state, for restoring and for compiling."""
+  make = functools.partial(init_state, config)
+  if config.mesh.mode == "jit":
+    return sharding.abstract(make, mesh=mesh)
+  whole = jax.sharding.NamedSharding(mesh, P())
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+    jax.eval_shape(make),
+  )
+
+
+def create_state(config: config_lib.Config, mesh: jax.sharding.Mesh) -> State:
+  """Fresh state on the devices, each array straight into its shards."""
+  make = functools.partial(init_state, config)
+  if config.mesh.mode == "jit":
+    with jax.set_mesh(mesh):
+      return jax.jit(make)()
+  return jax.jit(make, out_shardings=jax.sharding.NamedSharding(mesh, P()))()
+
+
+def compile_step(
+  config: config_lib.Config, mesh: jax.sharding.Mesh
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+  """The step, compiled ahead of its first call; it donates the state.
+
+  In mode pmap the batch's rows are cut over the devices and each computes its
+  own, with one psum of the sums; the state is whole on every device.
+  """
+  state = abstract_state(config, mesh)
+  batch = abstract_batch(config, mesh)
+  if config.mesh.mode == "jit":
+    with jax.set_mesh(mesh):
+      step = jax.jit(train_step(config), donate_argnums=0)
+      return step.lower(state, batch).compile()
+  n = mesh.size
+  pmapped = jax.pmap(
+    train_step(config),
+    axis_name=_PMAP_AXIS,
+    in_axes=(None, 0),
+    out_axes=None,
+    devices=list(mesh.devices.flat),
+    donate_argnums=0,
+  )
+
+  def split(a):
+    return a.reshape(n, a.shape[0] // n, *a.shape[1:])
+
+  def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+    return pmapped(state, jax.tree.map(split, batch))
+
+  return step
+
+
+def abstract_batch(
+  config: config_lib.Config, mesh: jax.sharding.Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """The contract's batch at the config's size. `causal` marks no prefix, and
+  leaves it out, so that kernels may fix their masks when they are compiled.
+  """
+  shape = (config.train.batch_size, config.train.sequence_length)
+  where = batch_sharding(config, mesh)
+  dtypes = {
+    "inputs": jnp.int32,
+    "targets": jnp.int32,
+    "weights": jnp.float32,
+    "segments": jnp.int32,
+    "positions": jnp.int32,
+  }
+  return {
+    name: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+    for name, dtype in dtypes.items()
+  }
