@@ -88,9 +88,13 @@ def training_order(
 
 
 def n_validation_batches(
-  config: config_lib.Config, store: store_lib.TokenStore
+  config: config_lib.Config, prepared: store_lib.Prepared
 ) -> int:
-  """Batches of one source in an evaluation: all, or `train.eval_batches`."""
+  """Batches of one evaluation, over all sources."""
+  return sum(_n_batches(config, store) for store in prepared.validation)
+
+
+def _n_batches(config: config_lib.Config, store: store_lib.TokenStore) -> int:
   t = config.train
   n = _ceil(n_windows(store, t.sequence_length), t.batch_size)
   return n if t.eval_batches is None else min(n, t.eval_batches)
@@ -98,29 +102,29 @@ def n_validation_batches(
 
 def validation_batches(
   config: config_lib.Config,
-  stores: list[store_lib.TokenStore],
+  prepared: store_lib.Prepared,
   *,
   rows: tuple[int, int] | None = None,
 ) -> Iterator[tuple[int, Batch]]:
-  """Yields (index of the store, batch), store after store, in fixed order.
+  """Yields (index of the source, batch), source after source, in fixed order.
 
-  Every token but bos is scored once, and the last batch of a store is filled
-  up with rows of weight 0. The bytes scored are those of the targets with
-  weight: `tokenizer.byte_lengths[targets] * weights`, summed; over a whole
-  store that is `store.n_bytes`.
+  Every token but bos is scored once, and the last batch of a source is filled
+  up with rows of weight 0; `train.eval_batches` ends each source earlier. The
+  bytes scored are those of the targets that have weight, the sum of
+  `tokenizer.byte_lengths[targets] * weights`: over a whole source its
+  `n_bytes`.
   """
   t = config.train
   first, last = rows or (0, t.batch_size)
-  for s, store in enumerate(stores):
+  for s, store in enumerate(prepared.validation):
     n = n_windows(store, t.sequence_length)
 
     def make(step: int, s: int = s, n: int = n) -> Batch:
       at = range(step * t.batch_size + first, step * t.batch_size + last)
       windows = [(s, i) if i < n else None for i in at]
-      return _batch(stores, windows, t.sequence_length)
+      return _batch(prepared.validation, windows, t.sequence_length)
 
-    n_batches = n_validation_batches(config, store)
-    for batch in _prefetched(config, make, 0, n_batches):
+    for batch in _prefetched(config, make, 0, _n_batches(config, store)):
       yield s, batch
 
 
@@ -199,3 +203,7 @@ class DevicePrefetch:
     if not self._placed:
       raise StopIteration
     return self._placed.popleft()
+
+
+# A verb where it is called: `for batch in to_device(batches, place)`.
+to_device = DevicePrefetch

@@ -144,33 +144,38 @@ class _Unit(NamedTuple):
   raw: bytes
 
 
-def _open(path: str) -> IO[bytes]:
-  if path.endswith(".gz"):
-    return io.BufferedReader(gzip.open(path))  # type: ignore[arg-type]
+def _open(path: str, offset: int = 0) -> IO[bytes]:
+  """The file, decompressed, at byte `offset` of what it holds."""
   if path.endswith(".zst"):
     import zstandard
 
-    return zstandard.open(path, "rb")
-  return open(path, "rb")
+    file: Any = zstandard.open(path, "rb")
+    file.seek(offset)
+    return io.BufferedReader(file)
+  file = gzip.open(path) if path.endswith(".gz") else open(path, "rb")
+  file.seek(offset)
+  return file
 
 
-def _units(file: IO[bytes], unit: str, line: int, offset: int):
-  """Yields each _Unit of `file`, which stands at `line` and `offset`.
+def _units(path: str, unit: str, mark: _Unit) -> Iterator[_Unit]:
+  """Yields the units of a file from `mark` on.
 
   A unit is a line that is not blank, or a run of such lines; it does not hold
   the newline that ends it.
   """
+  line, offset = mark.line, mark.offset
   first, start, lines = line, offset, []
-  for raw in itertools.chain(file, [b""]):
-    blank = not raw.strip()
-    if lines and (blank or unit == "line"):
-      yield _Unit(first, start, b"".join(lines).rstrip(b"\r\n"))
-      lines = []
-    if not blank:
-      if not lines:
-        first, start = line, offset
-      lines.append(raw)
-    line, offset = line + 1, offset + len(raw)
+  with _open(path, offset) as file:
+    for raw in itertools.chain(file, [b""]):
+      blank = not raw.strip()
+      if lines and (blank or unit == "line"):
+        yield _Unit(first, start, b"".join(lines).rstrip(b"\r\n"))
+        lines = []
+      if not blank:
+        if not lines:
+          first, start = line, offset
+        lines.append(raw)
+      line, offset = line + 1, offset + len(raw)
 
 
 class FileSource:
@@ -239,11 +244,10 @@ class FileSource:
     index, n = [], 0
     for f, path in enumerate(self._paths):
       marks = []
-      with _open(path) as file:
-        k = -1
-        for k, unit in enumerate(_units(file, self._unit, 1, 0)):
-          if k % _STRIDE == 0:
-            marks.append(unit._replace(raw=b""))
+      k = -1
+      for k, unit in enumerate(_units(path, self._unit, _Unit(1, 0, b""))):
+        if k % _STRIDE == 0:
+          marks.append(unit._replace(raw=b""))
       n += k + 1
       index.append(marks)
       self._ends[f] = n
@@ -255,10 +259,7 @@ class FileSource:
     group = k // _STRIDE
     if self._group[0] != (f, group):
       if self._group[0] != (f, group - 1):
-        mark = self._index[f][group]
-        file = _open(self._paths[f])
-        file.seek(mark.offset)
-        self._rest = _units(file, self._unit, mark.line, mark.offset)
+        self._rest = _units(self._paths[f], self._unit, self._index[f][group])
       self._group = (f, group), list(itertools.islice(self._rest, _STRIDE))
     return self._group[1][k % _STRIDE]
 

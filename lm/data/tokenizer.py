@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
+from google.protobuf import message
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
 from lm import config as config_lib
@@ -172,8 +173,8 @@ def _read_model(
 ) -> tuple[sentencepiece.SentencePieceProcessor, list[bytes], dict[str, int]]:
   """Processor, bytes of each id, and id of each reserved token."""
   # The generated module makes its classes when it is imported.
-  message: Any = vars(model_pb2)["ModelProto"]
-  proto = message()
+  model_proto: Any = vars(model_pb2)["ModelProto"]
+  proto = model_proto()
   proto.ParseFromString(model)
   normalizer = proto.normalizer_spec
   normalizer.Clear()
@@ -184,7 +185,7 @@ def _read_model(
   processor = sentencepiece.SentencePieceProcessor(
     model_proto=proto.SerializeToString()
   )
-  kinds = message.SentencePiece
+  kinds = model_proto.SentencePiece
   pieces, reserved, n_byte_pieces = [], {}, 0
   for i, piece in enumerate(proto.pieces):
     if piece.type == kinds.BYTE:
@@ -230,13 +231,13 @@ def load(config: config_lib.Config) -> Tokenizer:
         f"config.tokenizer.path={path!r}: {error.strerror}; name a "
         "SentencePiece .model, or None to train one"
       ) from error
-    except (RuntimeError, ValueError) as error:
-      if isinstance(error, config_lib.ConfigError):
-        raise config_lib.ConfigError(
-          f"config.tokenizer.path={path!r}: {error}"
-        ) from error
+    except (RuntimeError, message.DecodeError) as error:
       raise config_lib.ConfigError(
         f"config.tokenizer.path={path!r}: not a SentencePiece model"
+      ) from error
+    except config_lib.ConfigError as error:
+      raise config_lib.ConfigError(
+        f"config.tokenizer.path={path!r}: {error}"
       ) from error
   check_vocabulary(config, tokenizer)
   return tokenizer

@@ -1,0 +1,242 @@
+"""Tokenizers: lossless, deterministic, and never a reserved id from text."""
+
+import argparse
+import inspect
+import io
+import json
+import textwrap
+
+import hypothesis
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2 as model_pb2
+
+from lm import config as config_lib
+from lm.data import tokenizer as tokenizer_lib
+
+CORPUS = [inspect.getsource(m) for m in (argparse, json, textwrap, inspect)]
+SIZE = 701
+
+
+def make_config(**model) -> config_lib.Config:
+  config = config_lib.Config()
+  config.model.vocab_size = SIZE
+  for name, value in model.items():
+    setattr(config.model, name, value)
+  return config
+
+
+@pytest.fixture(scope="module")
+def trained():
+  return tokenizer_lib.train(make_config(), CORPUS)
+
+
+@pytest.fixture(scope="module", params=["sentencepiece", "bytes"])
+def tokenizer(request, trained):
+  return (
+    trained if request.param == "sentencepiece" else (tokenizer_lib.Tokenizer())
+  )
+
+
+def reserved_ids(tokenizer) -> list[int]:
+  return [
+    tokenizer.pad,
+    tokenizer.bos,
+    tokenizer.eos,
+    tokenizer.mask,
+    tokenizer.fim_prefix,
+    tokenizer.fim_middle,
+    tokenizer.fim_suffix,
+    *tokenizer.sentinels,
+    tokenizer.system,
+    tokenizer.user,
+    tokenizer.assistant,
+    tokenizer.end_of_turn,
+  ]
+
+
+# Any UTF-8 string, with what is likely to break one more often than chance.
+HARD = [
+  "\u2581",
+  "\u2585",
+  "\0",
+  "  ",
+  "\t",
+  "\r\n",
+  "\n    ",
+  "\ufeff",
+  "e\u0301",
+]
+TEXTS = st.lists(
+  st.one_of(st.text(), st.sampled_from([*HARD, *tokenizer_lib.RESERVED]))
+).map("".join)
+
+
+@hypothesis.given(text=TEXTS)
+@hypothesis.settings(deadline=None)
+def test_any_text_comes_back_and_holds_no_reserved_id(tokenizer, text):
+  ids = tokenizer.encode(text)
+  assert tokenizer.decode(ids) == text
+  assert not set(ids) & set(reserved_ids(tokenizer))
+  lengths = [len(tokenizer.decode_bytes([i])) for i in ids]
+  assert sum(lengths) == tokenizer.n_bytes(ids) == len(text.encode())
+
+
+def test_reserved_ids_are_apart_and_stand_for_no_text(tokenizer):
+  ids = reserved_ids(tokenizer)
+  assert len(set(ids)) == len(tokenizer_lib.RESERVED) == 111
+  assert max(ids) < tokenizer.size == len(tokenizer.byte_lengths)
+  assert tokenizer.decode(ids) == ""
+  assert not tokenizer.byte_lengths[ids].any()
+  assert tokenizer.piece(tokenizer.fim_middle) == "<fim_middle>"
+  assert tokenizer.piece(tokenizer.sentinels[37]) == "<sentinel_37>"
+
+
+def test_incomplete_utf8_decodes_to_the_replacement_character(tokenizer):
+  ids = tokenizer.encode("\U0001f9ea")  # Four bytes, in no vocabulary here.
+  assert len(ids) == 4
+  assert tokenizer.decode_bytes(ids[:3]) == "\U0001f9ea".encode()[:3]
+  assert tokenizer.decode([*ids[:3], *tokenizer.encode("x")]) == "\ufffdx"
+
+
+def test_pieces_print_on_one_line(tokenizer):
+  pieces = [tokenizer.piece(i) for i in range(tokenizer.size)]
+  assert all(piece.isprintable() for piece in pieces)
+  assert "\\n" in pieces and "<0xE2>" in pieces
+
+
+def test_a_batch_is_its_texts_one_by_one(tokenizer):
+  texts = [*CORPUS[:2], "", "a\u2581b \u2581"]
+  for ids, text in zip(
+    tokenizer.encode_batch(texts, threads=2), texts, strict=True
+  ):
+    assert ids.dtype == np.int32
+    assert ids.tolist() == tokenizer.encode(text)
+
+
+def test_json_carries_all_of_it(tokenizer):
+  again = tokenizer_lib.Tokenizer.from_json(tokenizer.to_json())
+  assert again.fingerprint == tokenizer.fingerprint
+  assert again.encode(CORPUS[0]) == tokenizer.encode(CORPUS[0])
+
+
+def test_training_is_deterministic_and_reads_its_texts(trained):
+  again = tokenizer_lib.train(make_config(), CORPUS)
+  assert again.fingerprint == trained.fingerprint
+  other = tokenizer_lib.train(make_config(), CORPUS[1:])
+  assert other.fingerprint != trained.fingerprint
+  assert trained.size == SIZE
+
+
+def test_training_learns_newlines_with_indentation(trained):
+  pieces = [trained.decode([i]) for i in range(SIZE)]
+  assert any(piece.endswith("\n    ") for piece in pieces)
+  assert "    " in pieces
+  # Digits stay apart, so that a number is read as its digits.
+  assert not any(p.isdigit() and len(p) > 1 for p in pieces)
+
+
+@pytest.mark.parametrize(
+  "texts, size, message",
+  [
+    (["too little text"], 701, "sources are too small"),
+    (["".join(map(chr, range(0x4E00, 0x5000)))], 401, "too varied for it"),
+    (CORPUS, 367, "set it to at least 368"),
+  ],
+)
+def test_a_size_out_of_reach_is_refused(texts, size, message):
+  with pytest.raises(config_lib.ConfigError, match=message) as error:
+    tokenizer_lib.train(make_config(vocab_size=size), texts)
+  assert f"config.model.vocab_size={size}" in str(error.value)
+  assert ".cc" not in str(error.value)
+
+
+# --- models that others made -------------------------------------------------
+
+
+def foreign_model(**options) -> bytes:
+  """A model with a normaliser and a dummy prefix, as T5's and Llama 2's."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(" ".join(CORPUS).splitlines()),
+    model_writer=model,
+    vocab_size=503,
+    minloglevel=2,
+    user_defined_symbols=["<mask>"],
+    **{"model_type": "bpe", "byte_fallback": True, **options},
+  )
+  return model.getvalue()
+
+
+def load(tmp_path, model: bytes, size: int):
+  path = tmp_path / "foreign.model"
+  path.write_bytes(model)
+  config = make_config(vocab_size=size)
+  config.tokenizer.path = str(path)
+  return tokenizer_lib.load(config)
+
+
+def test_a_loaded_model_keeps_its_ids_and_gains_the_reserved(tmp_path):
+  model = foreign_model()
+  tokenizer = load(tmp_path, model, 701)
+  own = sentencepiece.SentencePieceProcessor(model_proto=model)
+  assert (tokenizer.bos, tokenizer.eos) == (own.bos_id(), own.eos_id())
+  # All but bos and eos are missing; its own <mask> is matched in text.
+  assert tokenizer.size == 503 + 111 - 2
+  assert tokenizer.mask >= 503
+  for i in range(300, 503, 29):
+    assert tokenizer.decode([i]) == own.id_to_piece(i).replace("\u2581", " ")
+  # Its normaliser would fold the ligature and the spaces.
+  for text in ("  \ufb01x  return\n\n", "<mask><s></s><pad>", "\u2581 "):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not set(ids) & set(reserved_ids(tokenizer))
+
+
+@pytest.mark.parametrize(
+  "options, size, message",
+  [
+    ({}, 611, "vocabulary mismatch: config.model.vocab_size=611.* has 612 ids"),
+    ({"byte_fallback": False}, 701, "foreign.model.*without byte fallback"),
+  ],
+)
+def test_a_loaded_model_that_does_not_fit(tmp_path, options, size, message):
+  with pytest.raises(config_lib.ConfigError, match=message):
+    load(tmp_path, foreign_model(**options), size)
+
+
+def test_a_file_that_is_no_model(tmp_path):
+  with pytest.raises(config_lib.ConfigError, match="not a SentencePiece model"):
+    load(tmp_path, b"no model", 701)
+  config = make_config()
+  config.tokenizer.path = str(tmp_path / "absent.model")
+  with pytest.raises(
+    config_lib.ConfigError, match="absent.model.*No such file"
+  ):
+    tokenizer_lib.load(config)
+
+
+def test_an_unigram_model_loads(tmp_path):
+  tokenizer = load(tmp_path, foreign_model(model_type="unigram"), 701)
+  assert tokenizer.decode(tokenizer.encode(CORPUS[2])) == CORPUS[2]
+
+
+def test_the_bytes_tokenizer_names_the_size_that_it_needs():
+  config = make_config()
+  config.tokenizer.kind = "bytes"
+  with pytest.raises(config_lib.ConfigError, match="701.*exactly 384"):
+    tokenizer_lib.load(config)
+  config.model.vocab_size = 384
+  assert tokenizer_lib.load(config).size == 384
+
+
+def test_the_model_alone_gives_the_same_ids_elsewhere(trained):
+  """SentencePiece reads the stored model without this project."""
+  proto = vars(model_pb2)["ModelProto"]()
+  proto.ParseFromString(trained.model)
+  assert proto.normalizer_spec.name == "identity"
+  own = sentencepiece.SentencePieceProcessor(model_proto=trained.model)
+  assert own.encode(CORPUS[1]) == trained.encode(CORPUS[1])
+  assert own.decode(trained.encode(CORPUS[1])) == CORPUS[1]
