@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import reference
 
-from lm.model import decoder
+from lm.model import counts, decoder
 
 # Row 3 is padding alone, as in the last batch of a validation pass.
 LENGTHS = [[7, 5, 4], [19], [1, 17], [], [2, 3, 11, 1]]
@@ -76,6 +76,7 @@ def test_parameter_tree(name):
   tree = init_shapes(cfg)
   assert jax.tree.map(lambda x: x.shape, tree) == reference.shapes(cfg)
   assert {x.dtype for x in jax.tree.leaves(tree)} == {jnp.dtype("float32")}
+  assert counts.parameter_count(cfg) == _count(cfg)
 
 
 def test_initial_values():
@@ -177,4 +178,5 @@ def test_parameter_counts(name):
   family, values, published, closed_form = SIZES[name]
   cfg = dataclasses.replace(family, **dict(zip(FIELDS, values, strict=True)))
   assert _count(cfg) == published == closed_form(cfg)
+  assert counts.parameter_count(cfg) == published
   assert _count(family) == closed_form(family)

@@ -211,7 +211,7 @@ def loss_of(cfg):
   direction = np.random.default_rng(5).standard_normal(cfg.vocab_size)
 
   def loss(params):
-    keys = layers.row_keys(jax.random.key(11), 0, 3)
+    keys = layers.row_keys(jax.random.key(11), jnp.arange(3))
     hidden = decoder.forward(cfg, params, **batch, keys=keys)
     logits = decoder.logits(cfg, params, hidden)
     return jnp.sum(jnp.sin(logits) @ direction.astype(np.float32)) / 100
@@ -231,12 +231,14 @@ LAYER_RUNS = [
 
 @pytest.fixture(scope="module")
 def plain_loss_and_gradients():
+  # Two groups of the two windows, and a layer left over.
   cfg = dataclasses.replace(
-    families.GEMMA2,
+    families.LLAMA3,
+    n_layers=5,
+    windows=(5, None),
     remat="none",
     scan_layers=False,
     residual_dropout=0.2,
-    embedding_dropout=0.1,
   )
   params = random_params(cfg)
   return cfg, params, jax.jit(jax.value_and_grad(loss_of(cfg)))(params)
@@ -287,7 +289,7 @@ def test_scan_keeps_the_program_small():
 
 def test_dropout_scales_and_drops_its_share():
   x = jax.random.normal(jax.random.key(0), (5, 31, 37)) + 10
-  keys = layers.row_keys(jax.random.key(1), 0, 5)
+  keys = layers.row_keys(jax.random.key(1), jnp.arange(5))
   rate = 0.3
   y = np.asarray(layers.dropout(x, rate, keys))
   kept = y != 0
@@ -303,7 +305,7 @@ def test_dropout_scales_and_drops_its_share():
 
 def test_dropout_of_rate_zero_or_without_keys_is_identity():
   x = jax.random.normal(jax.random.key(0), (2, 3, 5))
-  keys = layers.row_keys(jax.random.key(1), 0, 2)
+  keys = layers.row_keys(jax.random.key(1), jnp.arange(2))
   np.testing.assert_array_equal(layers.dropout(x, 0.0, keys), x)
   np.testing.assert_array_equal(layers.dropout(x, 0.3, None), x)
 
@@ -316,7 +318,7 @@ def test_dropout_in_the_model(knob):
   batch = families.packed_batch([[11], [11], [11]], 11, cfg.vocab_size)
   batch["inputs"][:] = batch["inputs"][0]  # equal rows, so keys alone differ
   del batch["prefix"]
-  keys = layers.row_keys(jax.random.key(1), 0, 3)
+  keys = layers.row_keys(jax.random.key(1), jnp.arange(3))
   forward = jax.jit(
     lambda keys: decoder.forward(cfg, params, **batch, keys=keys)
   )
@@ -328,10 +330,30 @@ def test_dropout_in_the_model(knob):
   np.testing.assert_array_equal(np.asarray(forward(keys[::-1])), dropped[::-1])
 
 
-def test_row_keys_follow_the_row_of_the_global_batch():
+def test_each_sub_layer_of_each_layer_draws_its_own_mask():
+  """Each of four adds exactly 1 to a residual of 0, before dropout; their sum
+  then takes three values or fewer where any two share a mask.
+  """
+  cfg = dataclasses.replace(families.GPT2, residual_dropout=0.3)
+  params = jax.tree.map(jnp.zeros_like, random_params(cfg))
+  ones = jnp.ones((cfg.n_layers, cfg.d_model))
+  params["layers"]["attention"]["o_bias"] = ones
+  params["layers"]["mlp"]["down_bias"] = ones
+  params["final_norm"]["scale"] = ones[0]
+  batch = families.packed_batch([[11]], 11, cfg.vocab_size)
+  del batch["prefix"]
+  keys = layers.row_keys(jax.random.key(1), jnp.arange(1))
+  hidden = jax.jit(
+    lambda keys: decoder.forward(cfg, params, **batch, keys=keys)
+  )
+  values = [set(np.round(x, 4)) for x in np.asarray(hidden(keys))[0]]
+  assert max(len(distinct) for distinct in values) > 3
+
+
+def test_row_keys_are_by_number_in_the_global_batch():
   """So microbatches and processes draw what the whole batch would."""
   key = jax.random.key(1)
-  whole = jax.random.key_data(layers.row_keys(key, 0, 7))
-  part = jax.random.key_data(layers.row_keys(key, 3, 4))
+  whole = jax.random.key_data(layers.row_keys(key, jnp.arange(7)))
+  part = jax.random.key_data(layers.row_keys(key, jnp.arange(3, 7)))
   np.testing.assert_array_equal(part, whole[3:])
   assert len(np.unique(whole, axis=0)) == 7
