@@ -41,10 +41,13 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: str, keep: config_lib.CheckpointConfig):
+    def loss(metrics):
+      return metrics["loss"]
+
     policies: list[managers.PreservationPolicy] = [
       managers.LatestN(n=keep.keep_last),
       managers.BestN(
-        get_metric_fn=lambda metrics: metrics["loss"],
+        get_metric_fn=loss,
         reverse=True,  # the best, which is the lowest, comes last
         n=keep.keep_best,
         keep_checkpoints_without_metrics=False,
@@ -56,6 +59,7 @@ class Checkpoints:
       _directory(workdir),
       options=ocp.CheckpointManagerOptions(
         preservation_policy=managers.AnyPreservationPolicy(policies),
+        best_fn=loss,  # without it the losses would not be written
         cleanup_tmp_directories=True,
         enable_async_checkpointing=True,
       ),
@@ -155,8 +159,9 @@ def load_params(
 
 
 def _directory(workdir: str) -> epath.Path:
-  """Orbax wants absolute paths; object stores (gs://) are absolute."""
-  return epath.Path(workdir).resolve() / "checkpoints"
+  """Orbax wants absolute paths; those of object stores (gs://) are."""
+  path = epath.Path(workdir)
+  return (path if "://" in workdir else path.resolve()) / "checkpoints"
 
 
 def _reader(workdir: str) -> ocp.CheckpointManager:

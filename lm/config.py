@@ -86,8 +86,8 @@ class ModelConfig:
   remat: Literal["none", "dots", "full"] = "none"
   # False runs the layers as a Python loop: slower to compile, same numbers.
   scan_layers: bool = True
-  # Positions of each sequence whose logits exist at one time in the loss.
-  loss_chunk: int = 256
+  # Tokens on a device whose logits exist at one time in the loss.
+  loss_chunk: int = 512
 
   @property
   def gated(self) -> bool:

@@ -19,7 +19,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from lm import config as config_lib
 
@@ -39,6 +39,8 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
     overrides = [a for a in sys.argv if a.startswith("--config.")]
 
   def parse(argv: list[str]) -> list[str]:
+    # absl's default is every line that a library logs.
+    flags.FLAGS.verbosity = logging.ERROR
     try:
       return flags.FLAGS(argv)
     except flags.Error as error:

@@ -179,22 +179,23 @@ def _add(sums, nll, log_z, weights, z_loss):
 
 
 def _over_chunks(step, carry, chunk, *arrays):
-  """Scans `step` over pieces [B, chunk, ...] of the arrays; its second results
-  [B, chunk, ...] come back joined along T. Padding has weight 0.
+  """Scans `step` over pieces [B, C, ...] of the arrays, C chosen so that a
+  piece has at most `chunk` tokens; its second results [B, C, ...] come back
+  joined along T. Padding has weight 0.
   """
-  T = arrays[0].shape[1]
-  if T <= chunk:
+  B, T = arrays[0].shape[:2]
+  C = max(1, chunk // B)
+  if T <= C:
     return step(carry, arrays)
-  n = -(-T // chunk)
+  n = -(-T // C)
 
   def cut(a):
-    pad = [(0, 0), (0, n * chunk - T)] + [(0, 0)] * (a.ndim - 2)
+    pad = [(0, 0), (0, n * C - T)] + [(0, 0)] * (a.ndim - 2)
     a = jnp.pad(a, pad)
-    return a.reshape(a.shape[0], n, chunk, *a.shape[2:]).swapaxes(0, 1)
+    return a.reshape(B, n, C, *a.shape[2:]).swapaxes(0, 1)
 
   def join(a):
-    a = a.swapaxes(0, 1)
-    return a.reshape(a.shape[0], n * chunk, *a.shape[3:])[:, :T]
+    return a.swapaxes(0, 1).reshape(B, n * C, *a.shape[3:])[:, :T]
 
   carry, pieces = jax.lax.scan(step, carry, tuple(cut(a) for a in arrays))
   return carry, jax.tree.map(join, pieces)

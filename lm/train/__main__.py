@@ -1,0 +1,30 @@
+"""`python -m lm.train --config=configs/NAME.py --workdir=RUN`."""
+
+import os
+
+from absl import flags
+
+from lm import config as config_lib
+from lm import door
+
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Directory of the run; an unfinished one goes on."
+)
+
+
+def main(config: config_lib.Config) -> int:
+  if not _WORKDIR.value:
+    raise config_lib.ConfigError(
+      "--workdir: missing; write --workdir=runs/NAME"
+    )
+  # XLA's own notices are no news to who trains; errors stay.
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  from lm import sharding
+  from lm.train import loop
+
+  sharding.start_processes()
+  return loop.train(config, _WORKDIR.value)
+
+
+if __name__ == "__main__":
+  door.run(main)
