@@ -79,13 +79,14 @@ class TokenStore:
     Documents are numbered from 1 within the window; past the end of the store
     both are padding: the pad token, document 0.
     """
-    n = min(length, self.n_tokens - start)
+    n = max(0, min(length, self.n_tokens - start))
     tokens = np.full(length, self._pad, np.int32)
-    tokens[:n] = self._tokens[start : start + n].read().result()
+    if n:
+      tokens[:n] = self._tokens[start : start + n].read().result()
     documents = np.zeros(length, np.int32)
     # Text never holds bos, so that it tells where documents start.
     opened = np.cumsum(tokens[:n] == self._bos)
-    documents[:n] = opened - opened[0] + 1
+    documents[:n] = opened - opened[:1] + 1
     return tokens, documents
 
 
