@@ -148,7 +148,7 @@ class OptimizerConfig:
 
   name: Literal["adamw", "lion", "adafactor", "muon"] = "muon"
   peak_lr: float = 2e-2
-  # Muon gives embeddings, head and vectors to AdamW, at this peak.
+  # Muon gives embeddings, head and vectors to NAdamW, at this peak.
   adam_peak_lr: float = 3e-3
   b1: float = 0.9
   b2: float = 0.95
@@ -340,7 +340,7 @@ _POSITIVE = frozenset(
   " epsilon clip_norm sigma".split()
 )
 _NOT_NEGATIVE = frozenset(
-  "seed init_scale weight_decay warmup_steps keep_best".split()
+  "seed init_scale weight_decay warmup_steps z_loss keep_best".split()
 )
 _BELOW_ONE = frozenset(
   "embedding_dropout residual_dropout b1 b2 momentum ema_decay".split()

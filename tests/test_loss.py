@@ -1,4 +1,4 @@
-"""The chunked cross-entropy against float64 NumPy and against the plain form."""
+"""The chunked cross-entropy against NumPy in float64 and the plain form."""
 
 import functools
 

@@ -1,0 +1,191 @@
+"""Schedules and optimizers against closed forms, NumPy and optax itself."""
+
+import math
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from lm import config as config_lib
+from lm.train import optimizer
+
+L, D, N, H, F = 3, 5, 2, 7, 11
+
+
+def _params(seed=0):
+  rng = np.random.default_rng(seed)
+
+  def make(*shape):
+    return rng.normal(size=shape).astype(np.float32)
+
+  return {
+    "embed": make(13, D),
+    "final_norm": {"scale": make(D)},
+    "layers": {
+      "attention": {"q": make(L, D, N, H), "o": make(L, N, H, D)},
+      "attention_norm": {"scale": make(L, D), "bias": make(L, D)},
+      "mlp": {"up": make(L, D, F), "up_bias": make(L, F)},
+    },
+  }
+
+
+def _config(**fields):
+  return config_lib.OptimizerConfig(
+    **{"warmup_steps": 0, "schedule": "constant", "peak_lr": 0.1, **fields}
+  )
+
+
+def _run(transform, params, n=3):
+  """Parameters after n updates with known gradients."""
+  state = transform.init(params)
+  update = jax.jit(transform.update)
+  for i in range(n):
+    changes, state = update(_params(100 + i), state, params)
+    params = optax.apply_updates(params, changes)
+  return params
+
+
+def _leaves(tree):
+  return {
+    jax.tree_util.keystr(path): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+@pytest.mark.parametrize(
+  ("name", "expected"),
+  [
+    ("constant", {0: 0.2, 4: 1, 50: 1, 99: 1}),
+    ("linear", {0: 0.2, 4: 1, 52: 1 - 48 / 96, 99: 1 - 95 / 96}),
+    ("cosine", {4: 1, 52: 0.5, 99: 0.5 * (1 + math.cos(math.pi * 95 / 96))}),
+    ("rsqrt", {4: 1, 16: 0.5, 64: 0.25}),
+    ("wsd", {4: 1, 76: 1, 82: 18 / 24, 99: 1 / 24}),
+  ],
+)
+def test_schedule_closed_form(name, expected):
+  """100 steps, 4 of warm-up; `wsd` decays over the last quarter of the 96."""
+  cfg = _config(schedule=name, warmup_steps=4, decay_fraction=0.25)
+  rate = optimizer.schedule(cfg, 100, peak=3.0)
+  for step, value in expected.items():
+    assert rate(step) == pytest.approx(3.0 * value, rel=1e-5, abs=1e-6), step
+
+
+def test_schedule_ends_at_its_floor():
+  cfg = _config(schedule="cosine", final_lr_fraction=0.1)
+  assert optimizer.schedule(cfg, 100, 1.0)(100) == pytest.approx(0.1)
+
+
+def test_adamw_is_the_papers_and_decays_matrices_only():
+  cfg = _config(name="adamw", b1=0.9, b2=0.95, weight_decay=0.3)
+  got = _leaves(_run(optimizer.make(cfg, 10), _params()))
+  gradients = [_leaves(_params(100 + i)) for i in range(3)]
+  for name, w in _leaves(_params()).items():
+    w = w.astype(np.float64)
+    decay = 0.0 if "scale" in name or "bias" in name else 0.3
+    m = v = 0.0
+    for t, g in enumerate((g[name].astype(np.float64) for g in gradients), 1):
+      m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+      step = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
+      w = w - 0.1 * (step + decay * w)
+    np.testing.assert_allclose(got[name], w, rtol=1e-4, atol=1e-5)
+
+
+def test_lion_is_the_papers():
+  cfg = _config(name="lion", b1=0.9, b2=0.99, weight_decay=0.3)
+  got = _leaves(_run(optimizer.make(cfg, 10), _params()))
+  gradients = [_leaves(_params(100 + i)) for i in range(3)]
+  for name, w in _leaves(_params()).items():
+    decay = 0.0 if "scale" in name or "bias" in name else 0.3
+    m = 0.0
+    for g in (g[name] for g in gradients):
+      w = w - 0.1 * (np.sign(0.9 * m + 0.1 * g) + decay * w)
+      m = 0.99 * m + 0.01 * g
+    np.testing.assert_allclose(got[name], w, rtol=1e-4, atol=1e-5)
+
+
+def test_muon_treats_each_layer_as_a_matrix_of_its_own():
+  cfg = _config(name="muon", momentum=0.9, adam_peak_lr=0.02)
+  got = _leaves(_run(optimizer.make(cfg, 10), _params()))
+  shapes = {
+    "['layers']['attention']['q']": (D, N * H),
+    "['layers']['attention']['o']": (N * H, D),
+    "['layers']['mlp']['up']": (D, F),
+  }
+  for name, shape in shapes.items():
+    for layer in range(L):
+      alone = {"w": _leaves(_params())[name][layer].reshape(shape)}
+      muon = optax.contrib.muon(0.1, beta=0.9)
+      state = muon.init(alone)
+      for i in range(3):
+        gradient = _leaves(_params(100 + i))[name][layer].reshape(shape)
+        changes, state = muon.update({"w": gradient}, state, alone)
+        alone = optax.apply_updates(alone, changes)
+      np.testing.assert_allclose(
+        got[name][layer].reshape(shape), alone["w"], rtol=2e-3, atol=2e-4
+      )
+  # Embeddings and vectors are AdamW's with Nesterov momentum, at its own rate.
+  adam = optax.nadamw(0.02, b1=cfg.b1, b2=cfg.b2, weight_decay=0.0)
+  want = _leaves(_run(adam, _params()))
+  for name in got.keys() - shapes.keys():
+    np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-5)
+
+
+def test_adafactor_treats_each_layer_as_a_tensor_of_its_own():
+  got = _leaves(_run(optimizer.make(_config(name="adafactor"), 10), _params()))
+
+  def layer_alone(i):
+    def cut(tree):
+      return jax.tree.map(lambda a: a[i], tree["layers"])
+
+    transform, params = optax.adafactor(0.1), cut(_params())
+    state = transform.init(params)
+    for step in range(3):
+      changes, state = transform.update(cut(_params(100 + step)), state, params)
+      params = optax.apply_updates(params, changes)
+    return _leaves(params)
+
+  for i in range(L):
+    for name, value in layer_alone(i).items():
+      np.testing.assert_allclose(
+        got["['layers']" + name][i], value, rtol=1e-4, atol=1e-5
+      )
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
+def test_slots_lie_as_their_weights(name):
+  """No slot as large as its weight is whole on every device."""
+  P = jax.sharding.PartitionSpec
+  mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
+
+  def place(spec, *shape):
+    where = jax.sharding.NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(shape, np.float32, sharding=where)
+
+  params = {
+    "embed": place(P("tensor", "fsdp"), 256, 128),
+    "layers": {"up": place(P(None, "fsdp", "tensor"), 3, 128, 512)},
+  }
+  transform = optimizer.make(_config(name=name), 10)
+  state = jax.eval_shape(transform.init, params)
+  specs = optimizer.state_specs(params, state)
+  seen = set()
+  for leaf, spec in zip(
+    jax.tree.leaves(state),
+    jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P)),
+    strict=True,
+  ):
+    seen.add((leaf.shape, tuple(spec)))
+  full = {
+    ((256, 128), ("tensor", "fsdp")),
+    ((3, 128, 512), (None, "fsdp", "tensor")),
+  }
+  factored = {
+    ((256,), ("tensor",)),
+    ((128,), ("fsdp",)),
+    ((3, 128), (None, "fsdp")),
+    ((3, 512), (None, "tensor")),
+  }
+  assert (factored if name == "adafactor" else full) <= seen
+  for shape, spec in seen:
+    assert math.prod(shape) < 128 or any(spec), (shape, spec)
