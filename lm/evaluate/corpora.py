@@ -1,0 +1,274 @@
+"""A checkpoint over corpora: a result per source, tables of it, and JSON."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import rich.box
+import rich.console
+import rich.markup
+import rich.progress
+import rich.table
+
+from lm import checkpoint, sharding
+from lm import config as config_lib
+from lm.data import sources as sources_lib
+from lm.data import tokenizer as tokenizer_lib
+from lm.evaluate import perplexity
+
+# Documents named at each end of a ranking.
+_N_RANKED = 3
+
+
+@dataclasses.dataclass
+class Result:
+  """Scores of one source's documents; `n_skipped` more were not UTF-8."""
+
+  source: str
+  documents: list[perplexity.DocumentScore]
+  n_skipped: int
+
+  @property
+  def totals(self) -> perplexity.Totals:
+    return sum((d.totals for d in self.documents), perplexity.Totals())
+
+  @property
+  def ranked(self) -> list[perplexity.DocumentScore]:
+    """Documents that have text, lowest bits per byte first."""
+    with_text = [d for d in self.documents if d.totals.n_bytes]
+    return sorted(with_text, key=lambda d: d.totals.bits_per_byte)
+
+
+@dataclasses.dataclass
+class Evaluation:
+  """All that `python -m lm.evaluate` says."""
+
+  workdir: str
+  step: int
+  context: int
+  stride: int
+  results: list[Result]
+
+  @property
+  def totals(self) -> perplexity.Totals:
+    return sum((r.totals for r in self.results), perplexity.Totals())
+
+
+def evaluate(
+  workdir: str,
+  *,
+  specs: Sequence[str],
+  step: int | None,
+  stride: int | None,
+  batch_size: int | None,
+  data: dict[str, Any],
+  output: str | None,
+) -> Evaluation:
+  """Scores every document of the sources `specs` with a checkpoint.
+
+  None is the last step, windows that share no scored token, training's batch
+  size; no specs are the run's validation sources; `data` changes fields of
+  its DataConfig. Bad input is refused before parameters are loaded.
+  """
+  meta = checkpoint.load_meta(workdir, step)
+  config = meta.config
+  context = config.model.context_length
+  stride = context if stride is None else stride
+  if not 1 <= stride <= context:
+    raise config_lib.ConfigError(
+      f"--stride={stride}: must be from 1 to model.context_length={context}"
+    )
+  if output is not None:
+    _check_writable(output)
+  data_config = dataclasses.replace(config.data, **data)
+  sources = [
+    sources_lib.open_source(spec, data_config)
+    for spec in specs or config.data.validation
+  ]
+  rows = config.train.batch_size // config.train.microbatches
+  rows = rows if batch_size is None else batch_size
+  mesh, n_rows = _make_mesh(config, rows)
+  with jax.set_mesh(mesh), _progress() as progress:
+    score = functools.partial(
+      perplexity.evaluate_source,
+      perplexity.eval_step(config.model),
+      checkpoint.load_params(workdir, config.model, meta.step, mesh),
+      tokenizer=tokenizer_lib.Tokenizer.from_json(meta.tokenizer),
+      n_rows=n_rows,
+      context=context,
+      stride=stride,
+    )
+    results = [_collect(source, score(source), progress) for source in sources]
+  return Evaluation(workdir, meta.step, context, stride, results)
+
+
+def _collect(
+  source: sources_lib.Source,
+  scores: Iterator[perplexity.DocumentScore],
+  progress: rich.progress.Progress,
+) -> Result:
+  n = len(source)
+  bar = progress.add_task(source.spec, total=n)
+  documents = []
+  for document in scores:
+    documents.append(document)
+    progress.advance(bar)
+  if not documents:
+    raise config_lib.ConfigError(
+      f"source {source.spec!r}: none of its {n} documents is valid UTF-8; "
+      "correct them, or set invalid_utf8 to 'replace'"
+    )
+  progress.update(bar, completed=n)
+  return Result(source.spec, documents, n - len(documents))
+
+
+def _check_writable(path: str) -> None:
+  directory = os.path.dirname(path) or "."
+  if not os.path.isdir(directory):
+    raise config_lib.ConfigError(
+      f"--output={path}: no directory {directory!r}; create it"
+    )
+  if os.path.isdir(path) or not os.access(directory, os.W_OK):
+    raise config_lib.ConfigError(
+      f"--output={path}: cannot be written; name a file in a directory of yours"
+    )
+
+
+def _make_mesh(
+  config: config_lib.Config, n_rows: int
+) -> tuple[jax.sharding.Mesh, int]:
+  """A mesh over the devices here, whatever the run's was, and `n_rows`
+  rounded up to what it divides.
+
+  All devices share the rows; as many as divide d_model share the parameters.
+  """
+  n_devices = jax.device_count()
+  n_rows = -(-n_rows // n_devices) * n_devices
+  fsdp = math.gcd(config.model.d_model, n_devices)
+  here = dataclasses.replace(
+    config,
+    mesh=config_lib.MeshConfig(data=None, fsdp=fsdp, tensor=1),
+    train=dataclasses.replace(config.train, batch_size=n_rows, microbatches=1),
+  )
+  return sharding.make_mesh(here), n_rows
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[rich.progress.Progress]:
+  with rich.progress.Progress(
+    rich.progress.TextColumn("{task.description}", markup=False),
+    rich.progress.BarColumn(),
+    rich.progress.MofNCompleteColumn(),
+    rich.progress.TimeRemainingColumn(),
+    console=rich.console.Console(stderr=True),
+    disable=jax.process_index() != 0,
+  ) as progress:
+    yield progress
+
+
+# --- output ------------------------------------------------------------------
+
+
+def show(
+  evaluation: Evaluation, console: rich.console.Console, documents: bool
+) -> None:
+  """Prints a table of the sources, and of their best and worst documents, or
+  of all `documents`.
+  """
+  title = f"{evaluation.workdir}, step {evaluation.step}"
+  table = _table(title, "source", "docs")
+  rows = [(r.source, r.totals, len(r.documents)) for r in evaluation.results]
+  if len(rows) > 1:
+    n = sum(count for _, _, count in rows)
+    rows.append(("total", evaluation.totals, n))
+  for name, totals, count in rows:
+    table.add_row(rich.markup.escape(name), *_cells(totals), f"{count:,}")
+  console.print(table)
+  for result in evaluation.results:
+    title, ranked = "best and worst documents", result.ranked
+    if documents:
+      title, ranked = "documents", result.documents
+    elif len(ranked) > 2 * _N_RANKED:
+      ranked = ranked[:_N_RANKED] + ranked[-_N_RANKED:]
+    table = _table(f"{rich.markup.escape(result.source)}: {title}", "document")
+    for document in ranked:
+      name = rich.markup.escape(document.name)
+      table.add_row(name, *_cells(document.totals))
+    console.print(table)
+
+
+def _table(title: str, first: str, *last: str) -> rich.table.Table:
+  table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, padding=0)
+  table.add_column(first, overflow="fold")
+  measures = ("bits/byte", "loss", "ppl", "word ppl", "tokens", "bytes")
+  for name in (*measures, *last):
+    table.add_column(name, justify="right", no_wrap=True)
+  return table
+
+
+def _cells(totals: perplexity.Totals) -> tuple[str, ...]:
+  return (
+    f"{totals.bits_per_byte:.4f}",
+    f"{totals.loss:.4f}",
+    f"{totals.perplexity:.4g}",
+    f"{totals.word_perplexity:.4g}",
+    f"{totals.n_tokens:,}",
+    f"{totals.n_bytes:,}",
+  )
+
+
+def write(evaluation: Evaluation, path: str, documents: bool) -> None:
+  """Writes JSON in one move: a reader finds the whole file or the old one."""
+  content = {
+    "workdir": evaluation.workdir,
+    "step": evaluation.step,
+    "context": evaluation.context,
+    "stride": evaluation.stride,
+    "total": _object(evaluation.totals),
+    "sources": [_source(r, documents) for r in evaluation.results],
+  }
+  part = f"{path}.{os.getpid()}.part"
+  try:
+    with open(part, "w") as file:
+      json.dump(content, file, indent=2, allow_nan=False)
+      file.write("\n")
+    os.replace(part, path)
+  except BaseException:
+    with contextlib.suppress(FileNotFoundError):
+      os.unlink(part)
+    raise
+
+
+def _source(result: Result, documents: bool) -> dict[str, Any]:
+  def named(scores: Sequence[perplexity.DocumentScore]):
+    return [{"name": s.name} | _object(s.totals) for s in scores]
+
+  ranked = result.ranked
+  return {
+    "source": result.source,
+    "n_documents": len(result.documents),
+    "n_skipped": result.n_skipped,
+    **_object(result.totals),
+    "best": named(ranked[:_N_RANKED]),
+    "worst": named(ranked[: -_N_RANKED - 1 : -1]),
+  } | ({"documents": named(result.documents)} if documents else {})
+
+
+def _object(totals: perplexity.Totals) -> dict[str, float | int | None]:
+  """Rates and sums; what is no finite number is null."""
+  rates = (
+    "bits_per_byte",
+    "loss",
+    "perplexity",
+    "perplexity_without_eos",
+    "word_perplexity",
+  )
+  values = {name: getattr(totals, name) for name in rates}
+  values |= dataclasses.asdict(totals)
+  return {k: v if math.isfinite(v) else None for k, v in values.items()}

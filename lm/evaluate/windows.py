@@ -1,0 +1,110 @@
+"""Documents to windows of the model's context, and windows to batches.
+
+A document is the tokens bos, text, eos. All of them but bos are targets; each
+is scored in exactly one window.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Window(NamedTuple):
+  """Reads tokens [first, stop) to predict tokens [first + 1, stop + 1), of
+  which the last `n_scored` count.
+  """
+
+  first: int
+  stop: int
+  n_scored: int
+
+
+class Place(NamedTuple):
+  """Where scored targets stand in a batch: columns [first, stop) of `row`.
+
+  `document` counts from 0; `is_last` where they end it.
+  """
+
+  document: int
+  row: int
+  first: int
+  stop: int
+  is_last: bool
+
+
+def cut(n_targets: int, context: int, stride: int) -> Iterator[Window]:
+  """Windows of at most `context` tokens that score each target once.
+
+  The first scores all that it holds, each later one the next `stride` with
+  up to `context - stride` tokens before them. The last reaches back as far as
+  the context allows, like lm-evaluation-harness's rolling windows, whose
+  `context_len` is `context - stride + 1`.
+  """
+  stop = scored = min(context, n_targets)
+  yield Window(0, stop, scored)
+  while stop < n_targets:
+    scored = min(stride, n_targets - stop)
+    stop += scored
+    yield Window(stop - context, stop, scored)
+
+
+def pack(
+  documents: Iterable[np.ndarray], n_rows: int, context: int, stride: int
+) -> Iterator[tuple[dict[str, np.ndarray], list[Place]]]:
+  """Yields batches [n_rows, context] and what they score, in document order.
+
+  Each window goes to the first row with room for it. Windows in one row are
+  segments apart, so that packing changes no number; the rest is padding.
+  """
+  rows = _Rows(n_rows, context)
+  for document, tokens in enumerate(documents):
+    n_targets = len(tokens) - 1
+    for window in cut(n_targets, context, stride):
+      is_last = window.stop == n_targets
+      if not rows.add(document, tokens, window, is_last):
+        yield rows.batch, rows.places
+        rows = _Rows(n_rows, context)
+        rows.add(document, tokens, window, is_last)
+  if rows.places:
+    yield rows.batch, rows.places
+
+
+class _Rows:
+  """A batch while it fills."""
+
+  def __init__(self, n_rows: int, context: int):
+    shape = (n_rows, context)
+    self.batch = {
+      "inputs": np.zeros(shape, np.int32),
+      "targets": np.zeros(shape, np.int32),
+      "weights": np.zeros(shape, np.float32),
+      "segments": np.zeros(shape, np.int32),
+      "positions": np.zeros(shape, np.int32),
+    }
+    self.places: list[Place] = []
+    self._used = np.zeros(n_rows, np.int64)
+
+  def add(
+    self, document: int, tokens: np.ndarray, window: Window, is_last: bool
+  ) -> bool:
+    """Puts the window into the first row with room; False if there is none."""
+    length = window.stop - window.first
+    shape = self.batch["inputs"].shape
+    (fitting,) = np.nonzero(self._used + length <= shape[1])
+    if not len(fitting):
+      return False
+    row = int(fitting[0])
+    first = int(self._used[row])
+    stop = first + length
+    self._used[row] = stop
+    scored = stop - window.n_scored
+    self.places.append(Place(document, row, scored, stop, is_last))
+    self.batch["inputs"][row, first:stop] = tokens[window.first : window.stop]
+    self.batch["targets"][row, first:stop] = tokens[
+      window.first + 1 : window.stop + 1
+    ]
+    self.batch["weights"][row, scored:stop] = 1
+    self.batch["segments"][row, first:stop] = len(self.places)
+    self.batch["positions"][row, first:stop] = np.arange(length)
+    return True

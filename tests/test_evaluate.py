@@ -1,0 +1,659 @@
+"""Evaluation against one forward per token in float64 NumPy.
+
+Each row of the table of published mistakes that can apply here has its test:
+a wrong or second bos, means of means, scored padding, sums cut on one side of
+the fraction only, and aggregates that are weighted by something else.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+
+import families
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lm import checkpoint, sharding
+from lm import config as config_lib
+from lm.data import sources
+from lm.data import tokenizer as tokenizer_lib
+from lm.evaluate import corpora, perplexity, windows
+from lm.model import decoder
+
+BYTES = tokenizer_lib.Tokenizer()
+# Learned positions: a window that did not start again from 0 would show.
+MODEL = dataclasses.replace(
+  families.LLAMA3,
+  vocab_size=BYTES.size,
+  d_mlp=34,
+  context_length=11,
+  loss_chunk=5,
+  positions="learned",
+)
+PARAMS = reference.random_params(MODEL)
+# Numbers of targets around the context of 11: 1, 2, 10, 11, 12, 14, 38.
+TEXTS = [
+  "héllo\nwörld",
+  "",
+  "def f(x):\n  return x  # one of several\n",
+  "a",
+  "nine char",
+  None,
+  "ten chars ",
+  "11 chars ..",
+]
+DOCUMENTS = {f"doc{i}": t for i, t in enumerate(TEXTS) if t is not None}
+
+
+# Tests that share shapes share programs.
+compiled_step = functools.cache(perplexity.eval_step)
+
+
+class Listed:
+  """A source of given texts."""
+
+  spec = "listed"
+
+  def __init__(self, texts):
+    self.texts = texts
+
+  def __len__(self):
+    return len(self.texts)
+
+  def __getitem__(self, i):
+    text = self.texts[i]
+    return None if text is None else sources.Document(f"doc{i}", text)
+
+  def fingerprint(self):
+    return "listed"
+
+
+def run(
+  texts=TEXTS,
+  model=MODEL,
+  params=PARAMS,
+  tokenizer=BYTES,
+  n_rows=3,
+  stride=None,
+):
+  """Totals of each document, by name."""
+  context = model.context_length
+  scores = perplexity.evaluate_source(
+    compiled_step(model),
+    params,
+    Listed(texts),
+    tokenizer,
+    n_rows=n_rows,
+    context=context,
+    stride=context if stride is None else stride,
+  )
+  return {score.name: score.totals for score in scores}
+
+
+def tokens_of(text):
+  return [BYTES.bos, *BYTES.encode(text), BYTES.eos]
+
+
+def conditional(context, target):
+  """-log p(target | context), from a forward over just these tokens."""
+  inputs = np.array([context])
+  logits = reference.forward(
+    PARAMS,
+    MODEL,
+    inputs,
+    segments=np.ones_like(inputs),
+    positions=np.arange(inputs.size)[None],
+    prefix=np.zeros_like(inputs, bool),
+  )[0, -1]
+  return np.log(np.exp(logits - logits[target]).sum())
+
+
+def token_by_token(text, stride):
+  """Nats of each target; the context grows from where its window starts."""
+  tokens, context = tokens_of(text), MODEL.context_length
+  n = len(tokens) - 1
+  nats = []
+  for t in range(n):
+    start = 0
+    if t >= context:
+      stop = context + stride * ((t - context) // stride + 1)
+      start = min(stop, n) - context
+    nats.append(conditional(tokens[start : t + 1], tokens[t + 1]))
+  return nats
+
+
+# --- windows -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("stride", "expected"),
+  [
+    # As lm-evaluation-harness prints them with context_len 1 and 2, for
+    # tokens 0..9, prefix P and at most 4 inputs.
+    (4, [("P012", "0123"), ("3456", "4567"), ("5678", "89")]),
+    (3, [("P012", "0123"), ("2345", "456"), ("5678", "789")]),
+  ],
+)
+def test_windows_are_those_of_lm_eval(stride, expected):
+  text = "P0123456789"
+  cut = [
+    (text[w.first : w.stop], text[w.stop + 1 - w.n_scored : w.stop + 1])
+    for w in windows.cut(10, 4, stride)
+  ]
+  assert cut == expected
+
+
+@pytest.mark.parametrize("stride", range(1, 8))
+def test_each_target_is_scored_once_with_the_context_promised(stride):
+  context = 7
+  for n_targets in range(1, 40):
+    seen = []
+    for w in windows.cut(n_targets, context, stride):
+      scored = range(w.stop - w.n_scored, w.stop)
+      seen += scored
+      assert w.stop - w.first == min(context, n_targets)
+      for target in scored:
+        wanted = target if target < context else context - stride
+        assert target - w.first >= wanted
+    assert seen == list(range(n_targets))
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 5])
+def test_packing_loses_nothing_and_scores_nothing_twice(n_rows):
+  context, stride = 11, 5
+  documents = [np.array(tokens_of(t)) for t in DOCUMENTS.values()]
+  scored = [[] for _ in documents]
+  last = []
+  for batch, places in windows.pack(documents, n_rows, context, stride):
+    assert {a.shape for a in batch.values()} == {(n_rows, context)}
+    weights = np.zeros((n_rows, context))
+    for place in places:
+      here = (place.row, slice(place.first, place.stop))
+      weights[here] += 1
+      scored[place.document] += batch["targets"][here].tolist()
+      last += [place.document] * place.is_last
+    np.testing.assert_array_equal(batch["weights"], weights)
+    for row in range(n_rows):
+      segments = batch["segments"][row]
+      for s in set(segments) - {0}:
+        (columns,) = np.nonzero(segments == s)
+        assert (np.diff(columns) == 1).all()
+        inside = batch["positions"][row, columns]
+        np.testing.assert_array_equal(inside, np.arange(len(columns)))
+        np.testing.assert_array_equal(
+          batch["inputs"][row, columns[1:]],
+          batch["targets"][row, columns[:-1]],
+        )
+      assert not weights[row, segments == 0].any()
+  assert scored == [d[1:].tolist() for d in documents]
+  assert last == list(range(len(documents)))
+
+
+def test_short_documents_share_a_row():
+  documents = [np.arange(n + 1) for n in (4, 8, 3, 4, 3)]
+  ((batch, places),) = windows.pack(documents, 2, 11, 11)
+  assert [p.row for p in places] == [0, 1, 0, 0, 1]
+  assert (batch["segments"] > 0).all()
+
+
+def test_bos_is_read_once_and_never_scored():
+  """A second bos scores p(bos | bos); eos as the prefix shifts everything."""
+  documents = [np.array(tokens_of(t)) for t in DOCUMENTS.values()]
+  batches = [b for b, _ in windows.pack(documents, 2, 11, 4)]
+  inputs, targets, weights, segments, positions = (
+    np.concatenate([b[name] for b in batches])
+    for name in ("inputs", "targets", "weights", "segments", "positions")
+  )
+  real = segments > 0
+  assert (inputs[real] == BYTES.bos).sum() == len(documents)
+  assert (positions[real & (inputs == BYTES.bos)] == 0).all()
+  assert not (real & (inputs == BYTES.eos)).any()
+  assert not (targets[weights > 0] == BYTES.bos).any()
+  assert (targets[weights > 0] == BYTES.eos).sum() == len(documents)
+
+
+# --- documents ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [1, 4, 11])
+def test_log_probability_is_the_sum_of_conditionals(stride):
+  found = run(stride=stride)
+  assert list(found) == list(DOCUMENTS)
+  for name, text in DOCUMENTS.items():
+    nats = token_by_token(text, stride)
+    np.testing.assert_allclose(found[name].nll, sum(nats), rtol=1e-5)
+    np.testing.assert_allclose(found[name].nll_eos, nats[-1], rtol=1e-5)
+
+
+def test_counts_of_documents():
+  for name, totals in run(stride=3).items():
+    text = DOCUMENTS[name]
+    assert totals.n_tokens == len(BYTES.encode(text)) + 1
+    assert totals.n_eos == 1
+    assert totals.n_bytes == len(text.encode())
+    assert totals.n_words == len(text.split())
+
+
+def test_empty_document_is_eos_alone():
+  totals = run(texts=[""])["doc0"]
+  nats = conditional([BYTES.bos], BYTES.eos)
+  np.testing.assert_allclose(totals.nll, nats, rtol=1e-5)
+  assert totals.nll == totals.nll_eos
+  assert (totals.n_tokens, totals.n_bytes, totals.n_words) == (1, 0, 0)
+  assert math.isnan(totals.bits_per_byte)
+  assert math.isnan(totals.word_perplexity)
+  assert math.isnan(totals.perplexity_without_eos)
+
+
+@pytest.mark.parametrize("n_rows", [1, 7])
+def test_batch_size_and_padding_change_nothing(n_rows):
+  alone = {name: run([text])["doc0"] for name, text in DOCUMENTS.items()}
+  together = run(n_rows=n_rows)
+  for name, totals in together.items():
+    np.testing.assert_allclose(totals.nll, alone[name].nll, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+def test_mesh_changes_nothing(shape):
+  expected = run(n_rows=8)
+  devices = jax.devices()[: math.prod(shape)]
+  mesh = jax.make_mesh(shape, sharding.MESH_AXES, devices=devices)
+  with jax.set_mesh(mesh):
+    found = run(n_rows=8, params=shard(PARAMS, mesh))
+  for name, totals in found.items():
+    np.testing.assert_allclose(totals.nll, expected[name].nll, rtol=1e-5)
+
+
+def shard(params, mesh):
+  def init():
+    return decoder.init_params(MODEL, jax.random.key(0))
+
+  target = sharding.abstract(init, mesh=mesh)
+  return jax.tree.map(
+    lambda p, t: jax.device_put(p, t.sharding), params, target
+  )
+
+
+def test_without_a_limit_windows_sum_to_one_long_forward():
+  """Two layers that each see the token before reach three back: contexts of
+  three more tokens than are scored say all that a long one says.
+  """
+  model = dataclasses.replace(MODEL, positions="rope", windows=(2,))
+  params = reference.random_params(model)
+  texts = ["one document, of more than a few windows, at any rate"]
+  long = dataclasses.replace(model, context_length=97)
+  whole = run(texts, long, params)["doc0"]
+  for stride in (1, 5, 9):
+    parts = run(texts, model, params, stride=stride)["doc0"]
+    np.testing.assert_allclose(parts.nll, whole.nll, rtol=1e-5)
+    assert parts.n_tokens == whole.n_tokens
+  cut = run(texts, model, params, stride=10)["doc0"]
+  assert abs(cut.nll - whole.nll) > 1e-3
+
+
+def test_bytes_are_those_of_the_text_whatever_the_tokenizer():
+  """With uniform predictions bits per byte is log2 V tokens / bytes."""
+  text = "naïve café → ▁ <eos> 日本\n\t" * 3
+  config = config_lib.Config()
+  config.model.vocab_size = 390
+  pieces = tokenizer_lib.train(config, [text * 20])
+  for tokenizer in (BYTES, pieces):
+    model = dataclasses.replace(MODEL, vocab_size=tokenizer.size)
+    params = reference.random_params(model)
+    params["head"][:] = 0
+    totals = run([text], model, params, tokenizer)["doc0"]
+    n_tokens = len(tokenizer.encode(text)) + 1
+    bits = math.log2(tokenizer.size) * n_tokens / len(text.encode())
+    np.testing.assert_allclose(totals.bits_per_byte, bits, rtol=1e-6)
+    np.testing.assert_allclose(totals.perplexity, tokenizer.size, rtol=1e-5)
+
+
+def test_a_tokenizer_that_miscounts_bytes_is_refused():
+  tokenizer = tokenizer_lib.Tokenizer()
+  tokenizer.byte_lengths[tokenizer.encode("é")[0]] = 0
+  with pytest.raises(ValueError, match="doc0.*1 bytes and it has 2"):
+    run(["é"], tokenizer=tokenizer)
+
+
+# --- totals ------------------------------------------------------------------
+
+
+def test_totals_divide_sums_once():
+  a = perplexity.Totals(6.0, 3, 8, 2, 1.0, 1)
+  b = perplexity.Totals(30.0, 5, 1, 1, 3.0, 2)
+  both = a + b
+  assert both.loss == 36 / 8  # not (6/3 + 30/5) / 2
+  assert both.perplexity == math.exp(36 / 8)
+  assert both.perplexity_without_eos == math.exp(32 / 5)
+  assert both.word_perplexity == math.exp(36 / 3)
+  # Not weighted by tokens: (6/8 * 3 + 30/1 * 5) / 8 / ln 2.
+  assert math.isclose(both.bits_per_byte, 36 / 9 / math.log(2))
+
+
+def test_rates_beyond_numbers():
+  assert math.isnan(perplexity.Totals().loss)
+  assert math.isnan(perplexity.Totals().perplexity)
+  assert perplexity.Totals(9000.0, 2, n_words=1).word_perplexity == math.inf
+
+
+# --- batches -----------------------------------------------------------------
+
+
+def batch_of(texts, n_rows):
+  """One packed batch of the contract, with `prefix`, as training has it."""
+  documents = [np.array(tokens_of(t)) for t in texts]
+  ((batch, _),) = windows.pack(documents, n_rows, MODEL.context_length, 11)
+  return batch | {"prefix": np.zeros_like(batch["weights"], bool)}
+
+
+def evaluate_batches(batches, **options):
+  batches = [jax.tree.map(jnp.asarray, b) for b in batches]
+  step = compiled_step(MODEL)
+  return perplexity.evaluate_batches(
+    step, PARAMS, batches, BYTES.byte_lengths, **options
+  )
+
+
+def test_batches_of_unequal_content_are_no_mean_of_means():
+  texts = list(DOCUMENTS.values())
+  short, long = batch_of([""], 4), batch_of([texts[0], "a", texts[4]], 4)
+  # What padding holds must not matter.
+  padding = long["segments"] == 0
+  long["targets"][padding] = BYTES.eos
+  long["inputs"][padding] = BYTES.bos
+  totals = evaluate_batches([short, long, short])
+  scored = ["", texts[0], "a", texts[4], ""]
+  nats = [token_by_token(text, 11) for text in scored]
+  np.testing.assert_allclose(totals.nll, sum(map(sum, nats)), rtol=1e-5)
+  last = sum(n[-1] for n in nats)
+  np.testing.assert_allclose(totals.nll_eos, last, rtol=1e-5)
+  assert totals.n_tokens == sum(map(len, nats))
+  assert totals.n_bytes == sum(len(text.encode()) for text in scored)
+  assert totals.n_eos == 5
+  mean_of_means = np.mean(
+    [evaluate_batches([b]).loss for b in (short, long, short)]
+  )
+  assert abs(mean_of_means - totals.loss) > 0.01
+
+
+def test_bytes_follow_the_weights():
+  batch = batch_of(["héllo"], 1)
+  batch["weights"][0, 1] = 0  # the first byte of é
+  totals = evaluate_batches([batch])
+  nats = token_by_token("héllo", 11)
+  del nats[1]
+  np.testing.assert_allclose(totals.nll, sum(nats), rtol=1e-5)
+  assert (totals.n_tokens, totals.n_bytes, totals.n_eos) == (6, 5, 1)
+
+
+@pytest.mark.parametrize(
+  ("shape", "whole"), [((2, 2, 2), False), ((8, 1, 1), True)]
+)
+def test_batches_on_a_mesh(shape, whole):
+  """`whole` parameters, on every device, are what mode pmap has."""
+  batch = batch_of(["two rows", "or rather", "eight", "of them"], 8)
+  expected = evaluate_batches([batch])
+  mesh = jax.make_mesh(shape, sharding.MESH_AXES)
+  rows = NamedSharding(mesh, sharding.partition("batch"))
+  everywhere = NamedSharding(mesh, P())
+  with jax.set_mesh(mesh):
+    params = (
+      jax.device_put(PARAMS, everywhere) if whole else shard(PARAMS, mesh)
+    )
+    found = perplexity.evaluate_batches(
+      compiled_step(MODEL),
+      params,
+      [sharding.place(batch, rows, 8)],
+      BYTES.byte_lengths,
+    )
+  np.testing.assert_allclose(found.nll, expected.nll, rtol=1e-5)
+  np.testing.assert_allclose(found.nll_eos, expected.nll_eos, rtol=1e-5)
+  assert dataclasses.replace(found, nll=0, nll_eos=0) == dataclasses.replace(
+    expected, nll=0, nll_eos=0
+  )
+
+
+def test_evaluation_can_be_stopped():
+  answers = iter([False, True])
+  batch = batch_of(["a"], 1)
+  assert (
+    evaluate_batches([batch] * 5, should_stop=lambda: next(answers)) is None
+  )
+
+
+def test_batches_are_dispatched_ahead_of_what_is_read():
+  events = []
+
+  def step(params, batch, byte_lengths):
+    events.append("dispatch")
+    one = np.ones((1, 1))
+    return perplexity.Scores(one, one > 0, one.astype(int))
+
+  def should_stop():
+    events.append("read")
+    return False
+
+  totals = perplexity.evaluate_batches(
+    step, {}, [{}] * 4, np.zeros(1), should_stop
+  )
+  d, r = "dispatch", "read"
+  assert events == [d, d, d, r, d, r, r, r]
+  assert totals.n_tokens == 4
+
+
+def test_one_program_per_shape():
+  step = perplexity.eval_step(MODEL)
+  list(
+    perplexity.evaluate_source(
+      step, PARAMS, Listed(TEXTS), BYTES, n_rows=2, context=11, stride=4
+    )
+  )
+  assert step._cache_size() == 1
+
+
+# --- the command -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  """A run with one checkpoint, and texts beside it."""
+  path = tmp_path_factory.mktemp("run")
+  config = config_lib.Config(
+    model=MODEL,
+    tokenizer=config_lib.TokenizerConfig(kind="bytes"),
+    data=config_lib.DataConfig(
+      validation=(f"text:{path}/a*.txt",), text_unit="line"
+    ),
+    train=config_lib.TrainConfig(batch_size=3, sequence_length=11),
+  )
+  (path / "a.txt").write_text("first line, long\n\nsecond\n3\n")
+  (path / "b.txt").write_text("日本\n" * 9)
+  (path / "empty.txt").write_text("")
+  checkpoints = checkpoint.Checkpoints(str(path), config.checkpoint)
+  meta = checkpoint.Meta(7, config, BYTES.to_json(), "none")
+  checkpoints.save(
+    7, PARAMS, ema=None, rest={"step": np.zeros(())}, meta=meta, loss=None
+  )
+  checkpoints.close()
+  return path
+
+
+def command(*arguments, **environment):
+  return subprocess.Popen(
+    [sys.executable, "-m", "lm.evaluate", *arguments],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "120"} | environment,
+  )
+
+
+def evaluate(workdir, **options):
+  defaults = {
+    "specs": (),
+    "step": None,
+    "stride": None,
+    "batch_size": None,
+    "data": {},
+    "output": None,
+  }
+  return corpora.evaluate(str(workdir), **(defaults | options))
+
+
+def test_command_from_a_checkpoint_to_json(workdir, tmp_path):
+  output = tmp_path / "eval.json"
+  process = command(
+    f"--workdir={workdir}",
+    f"--source=text:{workdir}/a.txt",
+    f"--source=text:{workdir}/[be]*.txt",
+    "--text_unit=file",
+    "--stride=4",
+    f"--output={output}",
+    "--documents",
+  )
+  stdout, stderr = process.communicate()
+  assert process.returncode == 0, stderr
+  content = json.loads(output.read_text())
+  texts = [(workdir / f"{n}.txt").read_text() for n in ("a", "b", "empty")]
+  expected = list(run(texts, stride=4).values())
+  a, rest = content["sources"]
+  documents = a["documents"] + rest["documents"]
+  for document, totals in zip(documents, expected, strict=True):
+    np.testing.assert_allclose(document["nll"], totals.nll, rtol=1e-5)
+    assert document["n_tokens"] == totals.n_tokens
+    assert document["n_bytes"] == totals.n_bytes
+  total = sum(expected, perplexity.Totals())
+  for name in ("loss", "perplexity", "word_perplexity", "bits_per_byte"):
+    wanted = getattr(total, name)
+    np.testing.assert_allclose(content["total"][name], wanted, rtol=1e-5)
+  assert (content["step"], content["stride"], content["context"]) == (7, 4, 11)
+  # The empty document has no bits per byte, so that it is in no ranking.
+  assert documents[2]["bits_per_byte"] is None
+  assert [d["name"] for d in rest["best"]] == [str(workdir / "b.txt")]
+  assert f"{total.bits_per_byte:.4f}" in stdout
+  assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.slow
+def test_processes_change_nothing(workdir, tmp_path):
+  """Two processes of two devices against this one of eight."""
+  port = free_port()
+  processes = [
+    command(
+      f"--workdir={workdir}",
+      f"--output={tmp_path}/{i}.json",
+      COORDINATOR_ADDRESS=f"localhost:{port}",
+      PROCESS_COUNT="2",
+      PROCESS_INDEX=str(i),
+      JAX_NUM_CPU_DEVICES="2",
+    )
+    for i in range(2)
+  ]
+  outputs = [process.communicate() for process in processes]
+  assert [p.returncode for p in processes] == [0, 0], outputs
+  assert "bits/byte" in outputs[0][0] and "bits/byte" not in outputs[1][0]
+  (written,) = tmp_path.iterdir()  # by the first process alone
+  total = json.loads(written.read_text())["total"]
+  expected = evaluate(workdir).totals
+  np.testing.assert_allclose(total["nll"], expected.nll, rtol=1e-5)
+  assert total["n_tokens"] == expected.n_tokens
+  assert total["n_bytes"] == expected.n_bytes
+
+
+def free_port():
+  import socket
+
+  with socket.socket() as s:
+    s.bind(("localhost", 0))
+    return s.getsockname()[1]
+
+
+def test_validation_sources_are_the_default(workdir):
+  evaluation = evaluate(workdir)
+  (result,) = evaluation.results
+  assert result.source == f"text:{workdir}/a*.txt"
+  # Lines, as the run's config says; blank ones are no documents.
+  texts = ["first line, long", "second", "3"]
+  for document, totals in zip(
+    result.documents, run(texts).values(), strict=True
+  ):
+    np.testing.assert_allclose(document.totals.nll, totals.nll, rtol=1e-5)
+  names = [d.name for d in result.ranked]
+  bits = [d.totals.bits_per_byte for d in result.ranked]
+  assert bits == sorted(bits) and len(set(names)) == 3
+
+
+def test_total_weighs_sources_by_their_sums(workdir):
+  specs = [f"text:{workdir}/{name}.txt" for name in "ab"]
+  evaluation = evaluate(workdir, specs=specs, data={"text_unit": "file"})
+  a, b = (r.totals for r in evaluation.results)
+  assert evaluation.totals == a + b
+  assert a.n_tokens != b.n_tokens
+  loss = (a.nll + b.nll) / (a.n_tokens + b.n_tokens)
+  assert math.isclose(evaluation.totals.loss, loss)
+
+
+def test_skipped_documents_are_counted(workdir, tmp_path):
+  (tmp_path / "good.txt").write_text("good")
+  (tmp_path / "bad.txt").write_bytes(b"b\xffd")
+  options = {"text_unit": "file", "invalid_utf8": "skip"}
+  specs = [f"text:{tmp_path}/*.txt"]
+  (result,) = evaluate(workdir, specs=specs, data=options).results
+  assert [d.name for d in result.documents] == [str(tmp_path / "good.txt")]
+  assert result.n_skipped == 1
+  (tmp_path / "good.txt").unlink()
+  with pytest.raises(config_lib.ConfigError, match="none of its 1 documents"):
+    evaluate(workdir, specs=specs, data=options)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"stride": 0}, "--stride=0: must be from 1 to .*=11"),
+    ({"stride": 12}, "--stride=12: must be from 1 to .*=11"),
+    ({"step": 6}, r"--step=6: no such checkpoint.*\[7\]"),
+    ({"specs": ["text:{}/none*.txt"]}, "no file matches"),
+    ({"specs": ["text:{}/empty.txt"]}, "empty, holds no document"),
+    ({"specs": ["nothing"]}, "'nothing': malformed"),
+    ({"output": "{}/none/eval.json"}, "no directory .*; create it"),
+    ({"output": "{}"}, "cannot be written"),
+  ],
+)
+def test_bad_input_is_refused_before_parameters_are_loaded(
+  workdir, monkeypatch, options, message
+):
+  monkeypatch.setattr(checkpoint, "load_params", None)
+  if "output" in options:
+    options = {"output": options["output"].format(workdir)}
+  if "specs" in options:
+    options = {"specs": [s.format(workdir) for s in options["specs"]]}
+  with pytest.raises(config_lib.ConfigError, match=message):
+    evaluate(workdir, **options)
+
+
+def test_command_reports_a_mistake_in_one_line(tmp_path):
+  process = command(f"--workdir={tmp_path}/none")
+  _, stderr = process.communicate()
+  assert process.returncode == 2
+  assert stderr.startswith("error: --workdir=") and stderr.count("\n") == 1
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+  path = tmp_path / "eval.json"
+  path.write_text("old")
+  evaluation = corpora.Evaluation("runs/a", 7, 11, 11, [])
+  monkeypatch.setattr(json, "dump", lambda *_, **__: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    corpora.write(evaluation, str(path), documents=False)
+  assert path.read_text() == "old"
+  assert list(tmp_path.iterdir()) == [path]
