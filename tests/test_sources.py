@@ -75,7 +75,7 @@ def compress(path: pathlib.Path, raw: bytes) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-def test_json_lines_at_random_and_in_order(tmp_path, suffix):
+def test_json_lines_at_random_and_in_order(tmp_path, suffix, monkeypatch):
   """More documents than the index remembers offsets, over two files."""
   texts = [f"line {i}\n\u00e9{'x' * (i % 7)}" for i in range(701)]
   for name, part in (("a", texts[:601]), ("b", texts[601:])):
@@ -91,6 +91,13 @@ def test_json_lines_at_random_and_in_order(tmp_path, suffix):
   assert source[7].name == f"{tmp_path}/a.jsonl{suffix}:9"
   again = pickle.loads(pickle.dumps(source))
   assert again[300].text == texts[300]
+  # In order, each file is opened twice: for the index and for its texts.
+  opened, open_file = [], sources._open
+  monkeypatch.setattr(
+    sources, "_open", lambda *a: opened.append(a[0]) or open_file(*a)
+  )
+  read(sources.open_source(spec, data_config(tmp_path)))
+  assert len(opened) == 4
   with pytest.raises(IndexError):
     source[701]
 

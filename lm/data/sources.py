@@ -232,10 +232,14 @@ class FileSource:
       return None if text is None else Document(path, text)
     unit = self._read_unit(f, i - (self._ends[f - 1] if f else 0))
     where = f"{path}:{unit.line}"
-    text = _decode(unit.raw, path, unit.offset, self._data)
-    if text is not None and self._field is not None:
-      raw = _json_field(text, self._field, where)
-      text = _decode(raw, where, 0, self._data)
+    try:
+      text = _decode(unit.raw, path, unit.offset, self._data)
+      if text is not None and self._field is not None:
+        raw = _json_field(text, self._field, where)
+        text = _decode(raw, where, 0, self._data)
+    except config_lib.ConfigError:
+      self._rest = iter(())  # Closes the file, which the traceback would hold.
+      raise
     return None if text is None else Document(where, text)
 
   def _make_index(self) -> None:
