@@ -126,7 +126,7 @@ class DataConfig:
   cache_dir: str = "data"
   # Passes over the training sources; None is endless.
   epochs: int | None = None
-  # Processes that tokenize; None is one per core.
+  # Threads that tokenize; None is one per core.
   workers: int | None = None
   # Rows of a batch that are prepared ahead of the device.
   prefetch_rows: int = 256
