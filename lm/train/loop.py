@@ -161,8 +161,12 @@ class _Run:
 
   # --- parts of a step ---
 
-  def _read_pending(self, report: bool = False, **more: float) -> None:
-    """Reads the last step's numbers; reports them where it is time to."""
+  def _read_pending(
+    self, report: bool = False, found: dict[str, float] | None = None
+  ) -> None:
+    """Reads the last step's numbers; reports them where it is time to, where
+    asked, and with what an evaluation found.
+    """
     if self.pending is None:
       return
     step, on_device = self.pending
@@ -176,7 +180,7 @@ class _Run:
         f"{self.checkpoints.latest_step()}. Lower optimizer.peak_lr, or set "
         "optimizer.skip to leave such steps out"
       )
-    if not (report or more or step % self.config.train.log_every == 0):
+    if not (report or found or step % self.config.train.log_every == 0):
       return
     waited, self.batches.wait_seconds = self.batches.wait_seconds, 0.0
     entry = {
@@ -188,7 +192,7 @@ class _Run:
       "lr": numbers["lr"],
       **({"skipped": numbers["skipped"]} if "skipped" in numbers else {}),
       **self.meter.read(step - self.reported, waited),
-      **more,
+      **(found or {}),
     }
     self.reported = step
     self.writer.write(entry)
@@ -217,7 +221,7 @@ class _Run:
       "eval/perplexity": totals.perplexity,
       "eval/bits_per_byte": totals.bits_per_byte,
     }
-    self._read_pending(**found)
+    self._read_pending(found=found)
     return totals.loss
 
   def _save(self, step, state, loss) -> None:

@@ -104,7 +104,7 @@ def train_step(
     weight = jnp.maximum(weight, 1.0)  # a batch of padding alone
     gradients = jax.tree.map(lambda g: g / weight, gradients)
     mean = nll / weight
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     metrics = {
       "loss": mean,
       "grad_norm": norm,
@@ -115,9 +115,14 @@ def train_step(
       shrink = jnp.minimum(1.0, o.clip_norm / jnp.maximum(norm, 1e-30))
       gradients = jax.tree.map(lambda g: g * shrink, gradients)
     new = _update(config, transform, state, gradients)
-    if o.skip is not None:
-      new = _guard(o.skip, state, new, mean, norm)
-      metrics["skipped"] = new.history.skipped
+    if o.skip is not None and state.history is not None:
+      keep, history = _judge(o.skip, state.history, mean, norm)
+      metrics["skipped"] = history.skipped
+      new = dataclasses.replace(
+        jax.tree.map(lambda x, y: jnp.where(keep, x, y), new, state),
+        step=new.step,
+        history=history,
+      )
     return new, metrics
 
   return step
@@ -186,9 +191,7 @@ def _loss_sums(config, params, batch, key, rows):
 def _update(config, transform, state, gradients) -> State:
   """The state after an optimizer step with these gradients."""
 
-  def update(gradients, opt_state, params):
-    return transform.update(gradients, opt_state, params)
-
+  update: Callable[..., Any] = transform.update
   if sharding.has_mesh():
     # Optimizers are written for whole arrays (Muon multiplies matrices): the
     # partitioner lays out their inside, the types fix what comes out.
@@ -204,36 +207,22 @@ def _update(config, transform, state, gradients) -> State:
   return State(state.step + 1, params, ema, opt_state, state.history)
 
 
-def _guard(skip, old: State, new: State, mean, norm) -> State:
-  """`new`, or all but the step count of `old` where the step is an outlier or
-  not finite. Finite outliers still enter the history, so that a lasting
-  change of level is accepted in time.
+def _judge(skip, old: History, mean, norm) -> tuple[Array, History]:
+  """Whether to keep a step of this loss and gradient norm.
+
+  Finite outliers still enter the history, so that a lasting change of level
+  is accepted in time.
   """
-  history = old.history
   seen = jnp.stack([mean, norm])
-  centre = jnp.mean(history.values, axis=0)
-  spread = jnp.std(history.values, axis=0)
+  centre, spread = jnp.mean(old.values, axis=0), jnp.std(old.values, axis=0)
   finite = jnp.all(jnp.isfinite(seen))
   outlier = jnp.any(seen > centre + skip.sigma * spread)
-  keep = finite & ~(outlier & (history.count >= skip.window))
-
-  def choose(a, b):
-    return jax.tree.map(lambda x, y: jnp.where(keep, x, y), a, b)
-
-  slot = history.count % skip.window
-  values = history.values.at[slot].set(
-    jnp.where(finite, seen, history.values[slot])
-  )
-  return State(
-    step=new.step,
-    params=choose(new.params, old.params),
-    ema=choose(new.ema, old.ema),
-    opt_state=choose(new.opt_state, old.opt_state),
-    history=History(
-      values,
-      history.count + finite.astype(jnp.int32),
-      history.skipped + (~keep).astype(jnp.int32),
-    ),
+  keep = finite & ~(outlier & (old.count >= skip.window))
+  slot = old.count % skip.window
+  return keep, History(
+    old.values.at[slot].set(jnp.where(finite, seen, old.values[slot])),
+    old.count + finite.astype(jnp.int32),
+    old.skipped + (~keep).astype(jnp.int32),
   )
 
 
