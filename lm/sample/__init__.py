@@ -1,0 +1,1 @@
+"""Sampling from a checkpoint; knows nothing of training."""

@@ -1,0 +1,180 @@
+"""Prefill and decode: each one compiled program per bucket of sizes.
+
+The layers are unrolled and each has its own cache, donated, so that a step
+copies nothing.
+
+B batch, T prompt length, S cache slots, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from lm import config as config_lib
+from lm import sharding
+from lm.model import attention, decoder
+from lm.sample import rules
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["lengths", "limits", "eos", "parameters"],
+  meta_fields=[],
+)
+@dataclasses.dataclass
+class Rows:
+  """What stays the same while a batch is decoded.
+
+  Tokens in each prompt, tokens at most to draw (0 for rows that only fill the
+  batch), the id that ends the row, and the rules.
+  """
+
+  lengths: Int[Array, "B"]
+  limits: Int[Array, "B"]
+  eos: Int[Array, "B"]
+  parameters: rules.Parameters
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=[
+    "cache",
+    "n_steps",
+    "done",
+    "n_tokens",
+    "tokens",
+    "log_probabilities",
+  ],
+  meta_fields=[],
+)
+@dataclasses.dataclass
+class Progress:
+  """What decoding carries from step to step.
+
+  Column i of `tokens` was drawn in step i; of a row, the first `n_tokens`
+  count. The last token drawn is not in the cache yet.
+  """
+
+  cache: attention.Cache
+  n_steps: Int[Array, ""]
+  done: Bool[Array, "B"]
+  n_tokens: Int[Array, "B"]
+  tokens: Int[Array, "B S"]
+  log_probabilities: Float[Array, "B S"]
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def unroll(
+  cfg: config_lib.ModelConfig, params: decoder.Params
+) -> tuple[Any, Any]:
+  """Graph and arrays of the model, with arrays of its own for each layer.
+
+  All but vectors come in the compute dtype, to which the model would
+  otherwise cast them at every use.
+  """
+  graph, state = nnx.split(decoder.bind(cfg, params).unroll())
+  return graph, jax.tree.map(
+    lambda x: x.astype(cfg.dtype) if x.ndim > 1 else x, state
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "n_slots", "n_ids"))
+def prefill(
+  graph: Any,
+  state: Any,
+  inputs: Int[Array, "B T"],
+  rows: Rows,
+  n_slots: int,
+  n_ids: int,
+) -> Progress:
+  """Reads the prompts into a new cache and draws a token for each row, of
+  the first `n_ids`.
+  """
+  model = nnx.merge(graph, state)
+  n_rows, n_tokens = inputs.shape
+  places = jnp.arange(n_tokens)[None]
+  real = places < rows.lengths[:, None]
+  tokens = attention.Tokens(
+    # Padding lies at 0, since a learned table may end before the bucket does.
+    positions=jnp.where(real, places, 0),
+    segments=real.astype(jnp.int32),
+    prefix=jnp.zeros_like(real),
+  )
+  empty = attention.empty_cache(model.cfg, n_rows, n_slots)
+  hidden, cache = model.extend(inputs, tokens, empty)
+  # One position per row: a mask and a sum, which any layout can do.
+  last = (places == rows.lengths[:, None] - 1)[..., None]
+  hidden = jnp.sum(jnp.where(last, hidden, 0), axis=1, keepdims=True)
+  progress = Progress(
+    cache=cache,
+    n_steps=jnp.zeros((), jnp.int32),
+    done=rows.limits == 0,
+    n_tokens=jnp.zeros_like(rows.lengths),
+    tokens=jnp.zeros_like(empty.tokens.positions),
+    log_probabilities=jnp.zeros_like(empty.tokens.positions, jnp.float32),
+  )
+  return _draw(model.logits(hidden)[:, 0], rows, progress, n_ids)
+
+
+@functools.partial(
+  jax.jit, static_argnames=("graph", "n_ids"), donate_argnames="progress"
+)
+def decode(
+  graph: Any,
+  state: Any,
+  rows: Rows,
+  progress: Progress,
+  n_ids: int,
+) -> Progress:
+  """Draws tokens until every row is done."""
+  model = nnx.merge(graph, state)
+
+  def step(now: Progress) -> Progress:
+    previous = now.n_steps - 1
+    alive = ~now.done[:, None]
+    # Rows that are done write empty slots, and stay within the context.
+    position = jnp.where(alive, (rows.lengths + previous)[:, None], 0)
+    tokens = attention.Tokens(
+      position, alive.astype(jnp.int32), jnp.zeros_like(alive)
+    )
+    inputs = jax.lax.dynamic_slice_in_dim(now.tokens, previous, 1, axis=1)
+    hidden, cache = model.extend(inputs, tokens, now.cache)
+    now = dataclasses.replace(now, cache=cache)
+    return _draw(model.logits(hidden)[:, 0], rows, now, n_ids)
+
+  return jax.lax.while_loop(lambda now: ~jnp.all(now.done), step, progress)
+
+
+def _draw(
+  logits: Float[Array, "B V"],
+  rows: Rows,
+  progress: Progress,
+  n_ids: int,
+) -> Progress:
+  """`progress` with one more token in every row."""
+  sample = functools.partial(rules.sample, n_ids=n_ids)
+  if sharding.has_mesh():
+    # Rows are drawn apart, so each device draws its own, on whole rows.
+    rows_alone = sharding.partition("batch")
+    logits = jax.sharding.reshard(logits, sharding.partition("batch", None))
+    sample = jax.shard_map(
+      sample, in_specs=rows_alone, out_specs=rows_alone, check_vma=False
+    )
+  n_steps, done = progress.n_steps, progress.done
+  ids, logs = sample(logits, rows.parameters, rows.lengths + n_steps)
+  ended = (ids == rows.eos) | jnp.isnan(logs) | (n_steps + 1 >= rows.limits)
+  return Progress(
+    cache=progress.cache,
+    n_steps=n_steps + 1,
+    done=done | ended,
+    n_tokens=progress.n_tokens + ~done,
+    tokens=attention.write(progress.tokens, ids[:, None], n_steps),
+    log_probabilities=attention.write(
+      progress.log_probabilities, logs[:, None], n_steps
+    ),
+  )

@@ -1,0 +1,466 @@
+"""Sampling from a model, against full forward passes without any cache."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+
+import families
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lm import checkpoint
+from lm import config as config_lib
+from lm.data import tokenizer as tokenizer_lib
+from lm.model import attention, decoder
+from lm.sample import loop
+from lm.sample import sampler as sampler_lib
+
+Request = sampler_lib.Request
+
+
+def widen(cfg, **changes):
+  """A family for the bytes tokenizer, with logits far from uniform."""
+  size = tokenizer_lib.BYTES_SIZE
+  return dataclasses.replace(
+    cfg, vocab_size=size, context_length=101, init_scale=0.4, **changes
+  )
+
+
+# Learned positions; windows that end within what was generated, and soft-caps.
+GPT2 = widen(families.GPT2)
+GEMMA2 = widen(families.GEMMA2, tied_embedding=False)
+# Grouped queries, rotary positions, an untied head; a 2x2x2 mesh can cut it.
+LLAMA = widen(families.LLAMA3, n_heads=4, d_mlp=34)
+WIDE = {"gpt2": GPT2, "llama3": LLAMA, "gemma2": GEMMA2}
+
+
+@functools.cache
+def params_of(cfg):
+  return jax.jit(functools.partial(decoder.init_params, cfg))(jax.random.key(0))
+
+
+@functools.cache
+def sampler_of(cfg):
+  return sampler_lib.Sampler(cfg, params_of(cfg), tokenizer_lib.Tokenizer())
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def full_logits(cfg, params, inputs):
+  positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
+  segments = jnp.ones_like(inputs)
+  hidden = decoder.forward(cfg, params, inputs, positions, segments)
+  return decoder.logits(cfg, params, hidden)
+
+
+def reforward(cfg, prompt, token_ids):
+  """Logits [n, V] from which each of the n tokens was drawn, without cache.
+
+  One padded shape for all, as what follows a position cannot change it.
+  """
+  tokenizer = tokenizer_lib.Tokenizer()
+  before = [tokenizer.bos, *tokenizer.encode(prompt)]
+  ids = np.zeros((1, cfg.context_length), np.int32)
+  ids[0, : len(before) + len(token_ids)] = before + token_ids
+  logits = np.asarray(full_logits(cfg, params_of(cfg), jnp.asarray(ids)))[0]
+  return logits[len(before) - 1 :][: len(token_ids)]
+
+
+def token_ids(results):
+  return [result.token_ids for result in results]
+
+
+@pytest.fixture
+def steps(monkeypatch):
+  """Tokens that the loop drew for the slowest row, a number per call."""
+  seen, decode = [], loop.decode
+
+  def spy(*args):
+    progress = decode(*args)
+    seen.append(int(progress.n_steps))
+    return progress
+
+  monkeypatch.setattr(loop, "decode", spy)
+  return seen
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "gemma2", "biased"])
+def test_cached_logits_equal_the_full_forward_at_every_step(name):
+  """Two prompts of unequal length: a chunk of 11, then 8 single tokens."""
+  cfg = dataclasses.replace(families.ALL[name], init_scale=0.3)
+  params, lengths, n_prompt, n_steps = params_of(cfg), np.array([5, 11]), 11, 8
+  rng = np.random.default_rng(0)
+  ids = rng.integers(cfg.vocab_size, size=(2, 19), dtype=np.int32)
+  expected = np.asarray(full_logits(cfg, params, jnp.asarray(ids)))
+  graph, state = loop.unroll(cfg, params)
+
+  @jax.jit
+  def extend(inputs, positions, segments, cache):
+    model = nnx.merge(graph, state)
+    tokens = attention.Tokens(
+      positions, segments, jnp.zeros_like(segments, bool)
+    )
+    hidden, cache = model.extend(inputs, tokens, cache)
+    return model.logits(hidden), cache
+
+  places = np.arange(n_prompt)[None]
+  real = places < lengths[:, None]
+  cache = attention.empty_cache(cfg, 2, 21)
+  chunk = np.where(real, ids[:, :n_prompt], 36).astype(np.int32)
+  found, cache = extend(
+    chunk, np.where(real, places, 0), real.astype(np.int32), cache
+  )
+  for row, n in enumerate(lengths):
+    np.testing.assert_allclose(found[row, :n], expected[row, :n], atol=1e-5)
+  ones = np.ones((2, 1), np.int32)
+  for step in range(n_steps):
+    at = lengths + step
+    found, cache = extend(ids[[0, 1], at][:, None], at[:, None], ones, cache)
+    np.testing.assert_allclose(found[:, 0], expected[[0, 1], at], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_greedy_is_the_argmax_of_the_full_forward(name):
+  """70 tokens, over the borders of prompt buckets and of powers of two."""
+  cfg = WIDE[name]
+  prompts = ["", "a" * 14, "def main(x, y):\n"]
+  requests = [
+    Request(prompt, temperature=0.0, max_new_tokens=70) for prompt in prompts
+  ]
+  for prompt, result in zip(
+    prompts, sampler_of(cfg).generate(requests), strict=True
+  ):
+    logits = reforward(cfg, prompt, result.token_ids)
+    size = sampler_of(cfg).tokenizer.size
+    assert result.token_ids == np.argmax(logits[:, :size], axis=1).tolist()
+    logs = jax.nn.log_softmax(logits)[
+      np.arange(len(logits)), np.array(result.token_ids)
+    ]
+    np.testing.assert_allclose(result.log_probabilities, logs, atol=2e-5)
+    assert len(set(result.token_ids)) > 3
+    ended = result.token_ids[-1] == sampler_of(cfg).tokenizer.eos
+    assert ended or len(result.token_ids) == 70
+
+
+MIXED = [
+  Request("if a", temperature=0.0, max_new_tokens=9),
+  Request("", temperature=1.0, top_k=7, max_new_tokens=20, seed=3),
+  Request("x = [1, 2, 3]", temperature=0.8, top_p=0.9, max_new_tokens=13),
+  Request("x = [1, 2, 3]", temperature=0.8, top_p=0.9, max_new_tokens=13),
+  Request("the same again", temperature=1.5, max_new_tokens=20, seed=11),
+]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3"])
+def test_a_request_gets_the_same_tokens_in_any_company(name):
+  sampler = sampler_of(WIDE[name])
+  together = sampler.generate(MIXED)
+  order = [3, 0, 4, 1, 2]
+  permuted = sampler.generate([MIXED[i] for i in order])
+  assert token_ids(permuted) == [together[i].token_ids for i in order]
+  for i, request in enumerate(MIXED):
+    assert token_ids(sampler.generate([request])) == [together[i].token_ids]
+  assert together[2].token_ids == together[3].token_ids
+  assert len({str(result.token_ids) for result in together}) == 4
+
+
+def test_samples_of_a_request_are_those_of_seeds_that_follow_each_other():
+  sampler = sampler_of(LLAMA)
+  request = Request("def ", max_new_tokens=11, seed=5, n_samples=3)
+  results = sampler.generate([request, Request("x", max_new_tokens=3)])
+  assert [result.seed for result in results] == [5, 6, 7, 0]
+  single = dataclasses.replace(request, seed=6, n_samples=1)
+  assert token_ids(sampler.generate([single])) == [results[1].token_ids]
+  assert results[0].token_ids != results[1].token_ids
+
+
+def test_eos_ends_each_row_and_the_loop_ends_with_the_last(steps):
+  """Any id can be made eos: the continuation must be cut after it."""
+  n = 30
+  tokenizer = tokenizer_lib.Tokenizer()
+  sampler = sampler_lib.Sampler(GPT2, params_of(GPT2), tokenizer)
+  requests = [
+    Request(prompt, max_new_tokens=n, seed=i, top_k=4)
+    for i, prompt in enumerate(["a", "hello", "", "(((("])
+  ]
+  # No prompt and no token: the bytes tokenizer's last id pads its table.
+  tokenizer.eos = tokenizer.size - 1
+  whole = token_ids(sampler.generate(requests))
+  assert [len(ids) for ids in whole] == [n] * 4 and steps == [n]
+  lengths = set()
+  for eos in (whole[0][0], whole[1][4], whole[3][n - 1], *whole[2][7:9]):
+    tokenizer.eos = eos
+    results = sampler.generate(requests)
+    cut = [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in whole]
+    assert token_ids(results) == cut
+    assert steps[-1] == max(map(len, cut))
+    for result in results:
+      ended = result.token_ids[-1] == eos
+      assert result.finish_reason == ("eos" if ended else "length")
+      assert len(result.log_probabilities) == len(result.token_ids)
+    lengths |= set(map(len, cut))
+  assert 1 in lengths and n in lengths
+  # Every row ends early.
+  tokenizer.eos = whole[0][2]
+  same = [dataclasses.replace(requests[0], n_samples=1)] * 3
+  sampler.generate(same)
+  assert steps[-1] == whole[0].index(whole[0][2]) + 1
+
+
+def test_the_text_is_that_of_the_tokens_without_eos():
+  tokenizer = tokenizer_lib.Tokenizer()
+  sampler = sampler_lib.Sampler(LLAMA, params_of(LLAMA), tokenizer)
+  (result,) = sampler.generate([Request("a", max_new_tokens=20, seed=2)])
+  assert result.text == tokenizer.decode(result.token_ids)
+  tokenizer.eos = result.token_ids[7]
+  (cut,) = sampler.generate([result.request])
+  n = result.token_ids.index(tokenizer.eos) + 1
+  assert cut.token_ids == result.token_ids[:n]
+  assert cut.text == tokenizer.decode([*cut.token_ids[:-1], tokenizer.pad])
+
+
+def test_one_token_and_a_full_context(steps):
+  sampler, context = sampler_of(GPT2), GPT2.context_length
+  prompt = "b" * 60
+  (one,) = sampler.generate(
+    [Request(prompt, temperature=0.0, max_new_tokens=1)]
+  )
+  assert len(one.token_ids) == 1 and steps == [1]
+  # With bos there is room for 40 more, which is also what None gives.
+  limits = (context - 61, None)
+  exact, rest = sampler.generate(
+    [Request(prompt, temperature=0.0, max_new_tokens=n) for n in limits]
+  )
+  assert exact.token_ids == rest.token_ids
+  logits = reforward(GPT2, prompt, exact.token_ids)
+  assert exact.token_ids == np.argmax(logits, axis=1).tolist()
+  assert len(exact.token_ids) == 40 or exact.finish_reason == "eos"
+  assert exact.token_ids[:1] == one.token_ids
+  # The longest prompt there may be.
+  (last,) = sampler.generate([Request("c" * (context - 2))])
+  assert len(last.token_ids) == 1
+
+
+def test_bos_stands_in_front_once():
+  sampler = sampler_of(LLAMA)
+  bos, ids = sampler.tokenizer.bos, sampler.tokenizer.encode("abc")
+  requests = [
+    Request(prompt, temperature=0.0, max_new_tokens=5)
+    for prompt in ("abc", ids, [bos, *ids])
+  ]
+  text, bare, whole = token_ids(sampler.generate(requests))
+  assert text == bare == whole
+  logits = reforward(LLAMA, "abc", text)
+  assert text == np.argmax(logits, axis=1).tolist()
+
+
+def test_a_pad_id_within_a_prompt_is_read():
+  """Padding is known by its place, not by its id."""
+  sampler = sampler_of(LLAMA)
+  ids, pad = sampler.tokenizer.encode("abc"), sampler.tokenizer.pad
+  requests = [
+    Request(prompt, temperature=0.0, max_new_tokens=3)
+    for prompt in (ids, [*ids, pad], [*ids, pad, pad])
+  ]
+  results = sampler.generate(requests)
+  assert len({str(result.log_probabilities) for result in results}) == 3
+
+
+def test_programs_are_compiled_once_per_bucket():
+  cfg = dataclasses.replace(LLAMA, n_layers=1)
+  sampler = sampler_of(cfg)
+
+  def compiled(*requests):
+    before = loop.prefill._cache_size(), loop.decode._cache_size()
+    sampler.generate(requests)
+    after = loop.prefill._cache_size(), loop.decode._cache_size()
+    return after[0] - before[0], after[1] - before[1]
+
+  # One row, 16 prompt tokens, 64 slots.
+  assert compiled(Request("a", max_new_tokens=9)) == (1, 1)
+  other = Request("abc" * 5, 0.7, 3, 0.5, max_new_tokens=48, seed=4)
+  assert compiled(other) == (0, 0)
+  # 17 prompt tokens with bos; then 65 slots; then two rows.
+  assert compiled(Request("a" * 16, max_new_tokens=9)) == (1, 0)
+  assert compiled(Request("a", max_new_tokens=50)) == (1, 1)
+  short = Request("a", max_new_tokens=9)
+  assert compiled(short, other) == (1, 1)
+  # Other weights, as after more training, are the same program.
+  params = jax.tree.map(lambda x: 2 * x, params_of(cfg))
+  sampler = sampler_lib.Sampler(cfg, params, sampler.tokenizer)
+  assert compiled(short) == (0, 0)
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"prompt": "a" * 101}, "prompt='aaaa.*has 102 tokens.*context of 101"),
+    ({"prompt": "a" * 100}, "has 101 tokens.*shorten"),
+    ({"prompt": "abc", "max_new_tokens": 98}, "max_new_tokens=98.*at most 97"),
+    ({"prompt": [384]}, r"id 384 is not in \[0, 384\)"),
+    ({"prompt": [5, -1]}, "id -1 is not in"),
+    ({"temperature": -0.5}, "temperature=-0.5: must be at least 0"),
+    ({"temperature": float("nan")}, "temperature=nan: must be finite"),
+    ({"temperature": 1e39}, "temperature=1e.39: must be at least 0, a float32"),
+    ({"top_p": 0.0}, r"top_p=0.0: must be in \(0, 1\]"),
+    ({"top_p": 1.5}, r"top_p=1.5: must be in \(0, 1\]"),
+    ({"top_k": -1}, "top_k=-1: must be at least 0; 0 keeps"),
+    ({"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
+    ({"n_samples": 0}, "n_samples=0: must be at least 1"),
+    ({"seed": -1}, "seed=-1: must be at least 0"),
+    ({"seed": 2**32 - 1, "n_samples": 2}, "seed=4294967295.*at most 2"),
+  ],
+)
+def test_requests_that_cannot_be_met_are_refused(changes, message, monkeypatch):
+  """Before anything runs: the programs are taken away."""
+  monkeypatch.setattr(loop, "prefill", None)
+  good = Request("ok", max_new_tokens=1)
+  bad = dataclasses.replace(Request(), **changes)
+  with pytest.raises(config_lib.ConfigError, match=message):
+    sampler_of(LLAMA).generate([good, bad])
+
+
+def test_no_request_and_a_foreign_tokenizer_are_refused():
+  with pytest.raises(config_lib.ConfigError, match=r"requests=\[\]"):
+    sampler_of(LLAMA).generate([])
+  cfg = families.LLAMA3
+  with pytest.raises(config_lib.ConfigError, match="384 ids, the model 37"):
+    sampler_lib.Sampler(cfg, params_of(cfg), tokenizer_lib.Tokenizer())
+
+
+def test_nan_ends_its_row_with_an_error_and_no_other():
+  tokenizer = tokenizer_lib.Tokenizer()
+  (bad,) = tokenizer.encode("Z")
+  params = dict(params_of(LLAMA))
+  params["embed"] = params["embed"].at[bad].set(jnp.nan)
+  sampler = sampler_lib.Sampler(LLAMA, params, tokenizer)
+  requests = [
+    Request(prompt, max_new_tokens=4, temperature=0.0) for prompt in ("aZ", "a")
+  ]
+  poisoned, clean = sampler.generate(requests)
+  assert poisoned.finish_reason == "error"
+  assert len(poisoned.token_ids) == 1
+  (alone,) = sampler_of(LLAMA).generate(requests[1:])
+  assert clean == alone
+
+
+def test_weights_in_the_compute_dtype_change_no_bit():
+  """Casting once is casting at every use."""
+  cfg = dataclasses.replace(GPT2, dtype="bfloat16", n_layers=1)
+  sampler = sampler_of(cfg)
+  request = Request("a", max_new_tokens=7)
+  found = sampler.generate([request])
+  dtypes = {str(x.dtype) for x in jax.tree.leaves(sampler._state)}
+  assert dtypes == {"bfloat16", "float32"}
+  _, state = nnx.split(decoder.bind(cfg, params_of(cfg)).unroll())
+  uncast = sampler_lib.Sampler(cfg, params_of(cfg), sampler.tokenizer)
+  uncast._state = state
+  assert found == uncast.generate([request])
+
+
+def test_a_mesh_changes_no_token():
+  """Float32 on 2x2x2 devices; three rows do not divide by data * fsdp = 4."""
+  mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
+  with jax.set_mesh(mesh):
+    make = jax.jit(functools.partial(decoder.init_params, LLAMA))
+    params = make(jax.random.key(0))
+  assert not params["embed"].sharding.is_fully_replicated
+  sampler = sampler_lib.Sampler(LLAMA, params, tokenizer_lib.Tokenizer(), mesh)
+  found = sampler.generate(MIXED[:3])
+  expected = sampler_of(LLAMA).generate(MIXED[:3])
+  assert token_ids(found) == token_ids(expected)
+  for one, other in zip(found, expected, strict=True):
+    np.testing.assert_allclose(
+      one.log_probabilities, other.log_probabilities, atol=2e-5
+    )
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  path = str(tmp_path_factory.mktemp("run"))
+  config = config_lib.Config()
+  config.model, config.tokenizer.kind = LLAMA, "bytes"
+  config.train.sequence_length = 100
+  tokenizer = tokenizer_lib.Tokenizer().to_json()
+  checkpoints = checkpoint.Checkpoints(path, config.checkpoint)
+  params = params_of(LLAMA)
+  for step, factor in ((3, 2), (7, 1)):
+    scaled = jax.tree.map(lambda x, f=factor: x * f, params)
+    meta = checkpoint.Meta(step, config, tokenizer, "none")
+    rest = {"step": jnp.asarray(step)}
+    checkpoints.save(step, scaled, None, rest, meta, loss=1.0)
+  checkpoints.close()
+  return path
+
+
+def test_a_checkpoint_samples_as_its_model_does(workdir):
+  expected = sampler_of(LLAMA).generate(MIXED)
+  assert (
+    sampler_lib.Sampler.from_checkpoint(workdir).generate(MIXED) == expected
+  )
+  earlier = sampler_lib.Sampler.from_checkpoint(workdir, step=3)
+  assert earlier.generate(MIXED) != expected
+  mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
+  sharded = sampler_lib.Sampler.from_checkpoint(workdir, mesh=mesh)
+  leaves = jax.tree.leaves(sharded._state)
+  assert any(not x.sharding.is_fully_replicated for x in leaves)
+
+
+def run_door(*arguments):
+  return subprocess.run(
+    [sys.executable, "-m", "lm.sample", *arguments],
+    cwd=pathlib.Path(__file__).parent.parent,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+  )
+
+
+def test_the_door_needs_a_workdir_and_nothing_else(workdir):
+  found = run_door(f"--workdir={workdir}")
+  assert found.returncode == 0, found.stderr
+  assert found.stdout.strip() and "tokens/s" in found.stderr
+  assert "---" not in found.stdout
+
+
+def test_the_door_shows_every_continuation(workdir, tmp_path):
+  file = tmp_path / "prompt.txt"
+  file.write_text("second\nprompt\n")
+  found = run_door(
+    f"--workdir={workdir}",
+    "--prompt=first",
+    f"--prompt_file={file}",
+    "--temperature=0.5",
+    "--top_k=3",
+    "--top_p=0.9",
+    "--max_new_tokens=4",
+    "--n_samples=2",
+    "--seed=9",
+  )
+  assert found.returncode == 0, found.stderr
+  expected = sampler_of(LLAMA).generate(
+    [
+      Request(prompt, 0.5, 3, 0.9, max_new_tokens=4, seed=9, n_samples=2)
+      for prompt in ("first", "second\nprompt\n")
+    ]
+  )
+  shown = [
+    f"--- {i} of 4: seed {result.seed}, {result.finish_reason} ---\n"
+    f"{result.request.prompt}{result.text}\n"
+    for i, result in enumerate(expected, 1)
+  ]
+  assert found.stdout.splitlines() == "".join(shown).splitlines()
+  assert f"{sum(len(r.token_ids) for r in expected)} tokens in" in found.stderr
+
+
+def test_the_door_refuses_in_one_line(workdir):
+  found = run_door(f"--workdir={workdir}", "--top_p=0")
+  assert found.returncode == 2 and found.stdout == ""
+  assert (
+    found.stderr == "error: top_p=0.0: must be in (0, 1]; 1 keeps all ids\n"
+  )
