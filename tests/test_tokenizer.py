@@ -17,7 +17,7 @@ from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
 
 CORPUS = [inspect.getsource(m) for m in (argparse, json, textwrap, inspect)]
-CORPUS.append("in 1024 by 2048\n" * 97)
+CORPUS.append("in 1024 by 2048\n" * 997)
 SIZE = 701
 
 

@@ -167,11 +167,8 @@ def _prefetched(
   ahead = max(_THREADS, config.data.prefetch_rows // config.train.batch_size)
   batches = grain.MapDataset.range(start, stop).map(make)
   options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=ahead)
-  iterator = iter(batches.to_iter_dataset(options))
-  try:
-    yield from iterator
-  finally:
-    iterator.close()
+  # Closing this generator closes grain's iterator, which stops its threads.
+  yield from iter(batches.to_iter_dataset(options))
 
 
 class DevicePrefetch:
