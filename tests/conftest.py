@@ -5,10 +5,13 @@ compilation would pass on an executable from an earlier run.
 """
 
 import importlib.util
+import pathlib
 import pkgutil
+import shutil
 
 import jax
 import jaxtyping
+import pytest
 
 import lm
 
@@ -30,3 +33,52 @@ jax.config.update("jax_default_matmul_precision", "highest")
 def pytest_report_header():
   state = "executed" if HAS_CHECKER else "NOT executed: beartype is missing"
   return f"shape annotations: {state}"
+
+
+@pytest.fixture(scope="session")
+def make(tmp_path_factory):
+  """Makes the config of a small run over a few source files of this project,
+  its fields changed by keyword: make(train__steps=3).
+  """
+  from lm import config as config_lib
+
+  corpus = tmp_path_factory.mktemp("corpus")
+  for path in pathlib.Path(lm.__path__[0]).glob("*.py"):
+    shutil.copy(path, corpus)
+
+  def config(**fields):
+    c = config_lib.Config()
+    c.tokenizer.kind = "bytes"
+    c.data.train = (f"text:{corpus}/*.py",)
+    c.data.validation = (f"text:{corpus}/door.py",)
+    c.data.cache_dir = str(corpus / "cache")
+    c.model = config_lib.ModelConfig(
+      vocab_size=384,
+      n_layers=2,
+      d_model=16,
+      n_heads=2,
+      n_kv_heads=2,
+      d_head=8,
+      d_mlp=32,
+      context_length=32,
+      residual_dropout=0.1,
+    )
+    c.optimizer = config_lib.OptimizerConfig(
+      name="adamw", peak_lr=1e-2, warmup_steps=2, ema_decay=0.9
+    )
+    c.train = config_lib.TrainConfig(
+      steps=12,
+      batch_size=8,
+      sequence_length=32,
+      log_every=2,
+      eval_every=6,
+      eval_batches=3,
+    )
+    c.checkpoint = config_lib.CheckpointConfig(save_every=3, keep_last=9)
+    c.mesh.fsdp = 2
+    for path, value in fields.items():
+      room, field = path.split("__")
+      setattr(getattr(c, room), field, value)
+    return config_lib.validate(c)
+
+  return config

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from lm import config as config_lib
 from lm import sharding
@@ -37,11 +37,14 @@ _PMAP_AXIS = "rows"
 )
 @dataclasses.dataclass
 class History:
-  """Loss and gradient norm of the last finite steps, for SkipConfig."""
+  """Loss and gradient norm of the last finite steps, for SkipConfig.
 
-  values: Float[Array, "window 2"]
-  count: Int[Array, ""]
-  skipped: Int[Array, ""]
+  Leaves may be arrays, their shapes or their layouts, as of any tree.
+  """
+
+  values: Any  # float32 [window, 2]
+  count: Any  # int32, finite steps seen
+  skipped: Any  # int32, steps left out
 
 
 @functools.partial(
@@ -53,7 +56,7 @@ class History:
 class State:
   """All that one step hands to the next; `step` counts those done."""
 
-  step: Int[Array, ""]
+  step: Any  # int32
   params: decoder.Params
   ema: decoder.Params | None
   opt_state: Any

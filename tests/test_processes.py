@@ -1,0 +1,78 @@
+"""Two real processes of four devices each, joined over loopback."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import test_train
+
+from lm import config as config_lib
+from lm.train import loop
+from lm.train import metrics as metrics_lib
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+CHILD = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+from lm import config, sharding
+sharding.start_processes()
+from lm.train import loop
+c = config.from_json(sys.argv[1])
+sys.exit(loop.train(c, sys.argv[2]))
+"""
+
+
+def _run(config, workdir, n_processes=2):
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  children = [
+    subprocess.Popen(
+      [sys.executable, "-c", CHILD, config_lib.to_json(config), str(workdir)],
+      cwd=ROOT,
+      env={
+        **os.environ,
+        "COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "PROCESS_COUNT": str(n_processes),
+        "PROCESS_INDEX": str(i),
+      },
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for i in range(n_processes)
+  ]
+  said = [child.communicate(timeout=300)[0] for child in children]
+  codes = [child.returncode for child in children]
+  assert codes == [0] * n_processes, "\n---\n".join(said)
+
+
+@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(2, 2, 2), (8, 1, 1)])
+def test_two_processes_are_one(data, fsdp, tensor, make, tmp_path):
+  """The same reports and checkpoints as one process with eight devices; a run
+  begun by two is finished by one.
+  """
+  fields = {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__tensor": tensor}
+  config = make(**fields)
+  alone, joined = tmp_path / "alone", tmp_path / "joined"
+  assert loop.train(config, str(alone)) == 0
+  _run(make(**fields, train__steps=12), joined)
+  mine, theirs = (test_train._exact(d) for d in (alone, joined))
+  assert len(mine) == len(theirs) == 6
+  for a, b in zip(mine, theirs, strict=True):
+    for name, value in a.items():
+      np.testing.assert_allclose(b[name], value, rtol=1e-5, err_msg=name)
+  test_train._cut(joined, tmp_path / "resumed", step=9)
+  assert loop.train(config, str(tmp_path / "resumed")) == 0
+  for a, b in zip(mine, test_train._exact(tmp_path / "resumed"), strict=True):
+    np.testing.assert_allclose(b["train/loss"], a["train/loss"], rtol=1e-5)
+  assert json.loads((joined / "config.json").read_text())
+  assert metrics_lib.read(str(joined))[-1]["step"] == 12

@@ -1,0 +1,281 @@
+"""The loop: what it writes, how it resumes, how it ends."""
+
+import json
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from lm import checkpoint
+from lm import config as config_lib
+from lm.train import loop
+from lm.train import metrics as metrics_lib
+
+ROOT = pathlib.Path(__file__).parent.parent
+# What must not depend on when a run was stopped, or on the clock.
+EXACT = (
+  "step tokens train/loss train/perplexity grad_norm lr eval/loss"
+  " eval/perplexity eval/bits_per_byte"
+).split()
+
+
+@pytest.fixture(scope="module")
+def unbroken(make, tmp_path_factory):
+  """A finished run of 12 steps: its config and directory."""
+  workdir = tmp_path_factory.mktemp("runs") / "unbroken"
+  config = make()
+  assert loop.train(config, str(workdir)) == 0
+  return config, workdir
+
+
+def _exact(workdir):
+  reports = metrics_lib.read(str(workdir))
+  return [{k: r[k] for k in EXACT if k in r} for r in reports]
+
+
+def _params(workdir, config):
+  return jax.tree.map(
+    np.asarray, checkpoint.load_params(str(workdir), config.model)
+  )
+
+
+def _cut(workdir, copy, step):
+  """The run as a kill just after the checkpoint of `step` would leave it."""
+  shutil.copytree(workdir, copy)
+  for path in (copy / "checkpoints").iterdir():
+    if path.name.isdigit() and int(path.name) > step:
+      shutil.rmtree(path)
+
+
+def test_a_run_leaves_what_it_promises(unbroken):
+  config, workdir = unbroken
+  reports = metrics_lib.read(str(workdir))
+  assert [r["step"] for r in reports] == [2, 4, 6, 8, 10, 12]
+  for report in reports:
+    assert report["tokens"] == report["step"] * 8 * 32
+    np.testing.assert_allclose(
+      report["train/perplexity"], np.exp(report["train/loss"])
+    )
+    assert report["tokens_per_second"] > 0
+    assert 0 <= report["data_wait_fraction"] <= 1
+    assert report["mfu"] is None  # a CPU's peak is not known
+    assert ("eval/loss" in report) == (report["step"] in (6, 12))
+  last = reports[-1]
+  np.testing.assert_allclose(last["eval/perplexity"], np.exp(last["eval/loss"]))
+  assert last["train/loss"] < reports[0]["train/loss"]
+  saved = json.loads((workdir / "config.json").read_text())
+  assert config_lib.from_json(json.dumps(saved)) == config
+  assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
+  assert list((workdir / "tensorboard").iterdir())
+  meta = checkpoint.load_meta(str(workdir))
+  assert meta.step == 12 and meta.config == config
+
+
+def test_a_finished_run_is_left_alone(unbroken):
+  config, workdir = unbroken
+  before = (workdir / "metrics.jsonl").read_text()
+  assert loop.train(config, str(workdir)) == 0
+  assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_resumed_run_is_bit_equal(unbroken, tmp_path):
+  """Also dropout and the average; reports after the checkpoint are redone."""
+  config, workdir = unbroken
+  _cut(workdir, tmp_path / "run", step=9)
+  assert loop.train(config, str(tmp_path / "run")) == 0
+  assert _exact(tmp_path / "run") == _exact(workdir)
+  for a, b in zip(
+    jax.tree.leaves(_params(tmp_path / "run", config)),
+    jax.tree.leaves(_params(workdir, config)),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+  ("mode", "fsdp", "tensor", "parts"),
+  [("jit", 2, 2, 2), ("pmap", 1, 1, 1)],
+)
+def test_resumed_on_another_mesh(
+  mode, fsdp, tensor, parts, unbroken, tmp_path, make
+):
+  _, workdir = unbroken
+  _cut(workdir, tmp_path / "run", step=9)
+  config = make(
+    mesh__mode=mode,
+    mesh__fsdp=fsdp,
+    mesh__tensor=tensor,
+    train__microbatches=parts if mode == "jit" else 1,
+  )
+  if mode == "jit":
+    config.mesh.data = 2
+  assert loop.train(config, str(tmp_path / "run")) == 0
+  for got, want in zip(_exact(tmp_path / "run"), _exact(workdir), strict=True):
+    for name, value in want.items():
+      np.testing.assert_allclose(got[name], value, rtol=1e-4, err_msg=name)
+
+
+def test_retention(make, tmp_path):
+  """Last 1, every 8th, and the best, which a rising rate puts early."""
+  config = make(
+    checkpoint__save_every=2,
+    checkpoint__keep_last=1,
+    checkpoint__keep_every=8,
+    train__eval_every=2,
+    optimizer__peak_lr=3.0,
+    optimizer__warmup_steps=8,
+    optimizer__schedule="constant",
+    optimizer__ema_decay=None,
+  )
+  assert loop.train(config, str(tmp_path)) == 0
+  evals = {
+    r["step"]: r["eval/loss"]
+    for r in metrics_lib.read(str(tmp_path))
+    if "eval/loss" in r
+  }
+  best = min(evals, key=lambda step: evals[step])
+  assert best not in (8, 12)  # else this test would show nothing
+  kept = checkpoint.Checkpoints(str(tmp_path), config.checkpoint)
+  assert kept.steps() == sorted({best, 8, 12})
+  kept.close()
+
+
+def test_epochs_end_the_run_with_evaluation_and_checkpoint(make, tmp_path):
+  config = make(data__epochs=1, train__steps=100_000, train__log_every=50)
+  assert loop.train(config, str(tmp_path)) == 0
+  last = metrics_lib.read(str(tmp_path))[-1]
+  assert last["step"] < 100_000 and "eval/loss" in last
+  assert checkpoint.load_meta(str(tmp_path)).step == last["step"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(make, tmp_path):
+  config = make(
+    optimizer__peak_lr=1e30,
+    optimizer__clip_norm=None,
+    optimizer__warmup_steps=0,
+    optimizer__ema_decay=None,
+    checkpoint__save_every=1,
+  )
+  with pytest.raises(FloatingPointError, match=r"step \d+: loss") as error:
+    loop.train(config, str(tmp_path))
+  step = int(str(error.value).split("step ")[1].split(":")[0])
+  assert f"last checkpoint: step {step - 1}" in str(error.value)
+  params = _params(tmp_path, config)
+  assert checkpoint.load_meta(str(tmp_path)).step == step - 1
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+def test_a_run_of_another_config_is_refused(unbroken, make):
+  _, workdir = unbroken
+  before = sorted(workdir.rglob("*"))
+  config = make(optimizer__peak_lr=0.5, train__batch_size=16)
+  with pytest.raises(config_lib.ConfigError) as error:
+    loop.train(config, str(workdir))
+  assert "config.optimizer.peak_lr was 0.01 and is 0.5" in str(error.value)
+  assert "config.train.batch_size was 8 and is 16" in str(error.value)
+  assert sorted(workdir.rglob("*")) == before
+
+
+def test_other_data_is_refused(unbroken, make, tmp_path):
+  config, workdir = unbroken
+  copy = tmp_path / "run"
+  shutil.copytree(workdir, copy)
+  folder = pathlib.Path(config.data.cache_dir).parent
+  path = folder / "config.py"
+  text = path.read_text()
+  path.write_text(text + "\n# changed\n")
+  try:
+    with pytest.raises(config_lib.ConfigError, match="other data"):
+      loop.train(make(train__steps=20), str(copy))
+  finally:
+    path.write_text(text)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"mesh__tensor": 3}, "does not multiply to the 8 devices"),
+    ({"train__batch_size": 6}, "config.train.batch_size"),
+    ({"model__n_kv_heads": 1, "mesh__tensor": 2}, "config.model.n_kv_heads=1"),
+    ({"data__train": ("text:/no/such/*",)}, "/no/such/"),
+    ({"model__vocab_size": 300}, "vocab"),
+  ],
+)
+def test_bad_input_writes_nothing(fields, message, make, tmp_path):
+  config = make(**fields)
+  with pytest.raises(config_lib.ConfigError, match=message):
+    loop.train(config, str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
+def _start(config, workdir, tmp_path):
+  """`python -m lm.train` in a child, its config as a file."""
+  path = tmp_path / "config.py"
+  path.write_text(
+    "from lm import config\n\n\ndef get_config():\n"
+    f"  return config.from_json({config_lib.to_json(config)!r})\n"
+  )
+  code = (
+    "import jax; jax.config.update('jax_num_cpu_devices', 2); import runpy;"
+    "runpy.run_module('lm.train', run_name='__main__')"
+  )
+  flags = [f"--config={path}", f"--workdir={workdir}"]
+  return subprocess.Popen(
+    [sys.executable, "-c", code, *flags],
+    cwd=ROOT,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def _wait_for(child, condition):
+  """Until the condition holds; fails, with what the child said, if it ends."""
+  deadline = time.monotonic() + 240
+  while not condition():
+    assert child.poll() is None, child.stderr.read()
+    assert time.monotonic() < deadline, "the child took too long"
+    time.sleep(0.02)
+
+
+def test_sigterm_saves_exits_0_and_the_run_goes_on(make, tmp_path):
+  workdir = tmp_path / "run"
+  config = make(
+    train__steps=100_000,
+    train__eval_every=50_000,
+    train__log_every=1,
+    checkpoint__save_every=50_000,
+    mesh__fsdp=1,
+  )
+  child = _start(config, workdir, tmp_path)
+  _wait_for(child, lambda: len(metrics_lib.read(str(workdir))) >= 3)
+  child.send_signal(signal.SIGTERM)
+  _, said = child.communicate(timeout=120)
+  assert child.returncode == 0, said
+  step = checkpoint.load_meta(str(workdir)).step
+  assert f"step {step} is saved" in said
+  reports = metrics_lib.read(str(workdir))
+  assert [r["step"] for r in reports] == list(range(1, step + 1))
+  assert reports[-1]["step"] == step
+
+
+def test_sigterm_while_compiling_exits_0(make, tmp_path, monkeypatch):
+  """The signal comes as soon as the run directory is there; the compilation,
+  made long by many unrolled layers, is under way or next.
+  """
+  workdir = tmp_path / "run"
+  config = make(model__scan_layers=False, model__n_layers=40, mesh__fsdp=1)
+  child = _start(config, workdir, tmp_path)
+  _wait_for(child, (workdir / "config.json").exists)
+  time.sleep(0.5)
+  started = time.monotonic()
+  child.send_signal(signal.SIGTERM)
+  _, said = child.communicate(timeout=60)
+  assert child.returncode == 0, said
+  assert "while compiling" in said
+  assert time.monotonic() - started < 30
