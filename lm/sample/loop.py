@@ -56,8 +56,9 @@ class Rows:
 class Progress:
   """What decoding carries from step to step.
 
-  Column i of `tokens` was drawn in step i; of a row, the first `n_tokens`
-  count. The last token drawn is not in the cache yet.
+  Column 0 of `tokens` is the last of the prompt and column i + 1 was drawn in
+  step i; of a row, the first `n_tokens` that were drawn count. The cache holds
+  what stands before column `n_steps`.
   """
 
   cache: attention.Cache
@@ -83,22 +84,24 @@ def unroll(
   )
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "n_slots", "n_ids"))
+@functools.partial(jax.jit, static_argnames=("graph", "n_slots"))
 def prefill(
   graph: Any,
   state: Any,
   inputs: Int[Array, "B T"],
+  last: Int[Array, "B"],
   rows: Rows,
   n_slots: int,
-  n_ids: int,
 ) -> Progress:
-  """Reads the prompts into a new cache and draws a token for each row, of
-  the first `n_ids`.
+  """Reads the prompts, all but the `last` token of each, into a new cache.
+
+  The last one is left to the first step of `decode`, so that every token is
+  drawn by the same program, and the head never reads a prompt.
   """
   model = nnx.merge(graph, state)
   n_rows, n_tokens = inputs.shape
   places = jnp.arange(n_tokens)[None]
-  real = places < rows.lengths[:, None]
+  real = places < rows.lengths[:, None] - 1
   tokens = attention.Tokens(
     # Padding lies at 0, since a learned table may end before the bucket does.
     positions=jnp.where(real, places, 0),
@@ -106,75 +109,63 @@ def prefill(
     prefix=jnp.zeros_like(real),
   )
   empty = attention.empty_cache(model.cfg, n_rows, n_slots)
-  hidden, cache = model.extend(inputs, tokens, empty)
-  # One position per row: a mask and a sum, which any layout can do.
-  last = (places == rows.lengths[:, None] - 1)[..., None]
-  hidden = jnp.sum(jnp.where(last, hidden, 0), axis=1, keepdims=True)
-  progress = Progress(
+  _, cache = model.extend(inputs, tokens, empty)
+  slots = jnp.zeros_like(empty.tokens.positions)
+  return Progress(
     cache=cache,
     n_steps=jnp.zeros((), jnp.int32),
     done=rows.limits == 0,
     n_tokens=jnp.zeros_like(rows.lengths),
-    tokens=jnp.zeros_like(empty.tokens.positions),
-    log_probabilities=jnp.zeros_like(empty.tokens.positions, jnp.float32),
+    tokens=attention.write(slots, last[:, None], 0),
+    log_probabilities=jnp.zeros_like(slots, jnp.float32),
   )
-  return _draw(model.logits(hidden)[:, 0], rows, progress, n_ids)
 
 
 @functools.partial(
   jax.jit, static_argnames=("graph", "n_ids"), donate_argnames="progress"
 )
 def decode(
-  graph: Any,
-  state: Any,
-  rows: Rows,
-  progress: Progress,
-  n_ids: int,
+  graph: Any, state: Any, rows: Rows, progress: Progress, n_ids: int
 ) -> Progress:
-  """Draws tokens until every row is done."""
+  """Draws tokens, of the first `n_ids`, until every row is done."""
   model = nnx.merge(graph, state)
 
   def step(now: Progress) -> Progress:
-    previous = now.n_steps - 1
     alive = ~now.done[:, None]
     # Rows that are done write empty slots, and stay within the context.
-    position = jnp.where(alive, (rows.lengths + previous)[:, None], 0)
+    position = (rows.lengths - 1 + now.n_steps)[:, None]
     tokens = attention.Tokens(
-      position, alive.astype(jnp.int32), jnp.zeros_like(alive)
+      positions=jnp.where(alive, position, 0),
+      segments=alive.astype(jnp.int32),
+      prefix=jnp.zeros_like(alive),
     )
-    inputs = jax.lax.dynamic_slice_in_dim(now.tokens, previous, 1, axis=1)
+    inputs = jax.lax.dynamic_slice_in_dim(now.tokens, now.n_steps, 1, axis=1)
     hidden, cache = model.extend(inputs, tokens, now.cache)
-    now = dataclasses.replace(now, cache=cache)
-    return _draw(model.logits(hidden)[:, 0], rows, now, n_ids)
+    logits = model.logits(hidden)[:, 0]
+    ids, logs = _sample(logits, rows, now.n_steps, n_ids)
+    n_steps = now.n_steps + 1
+    ended = (ids == rows.eos) | jnp.isnan(logs) | (n_steps >= rows.limits)
+    return Progress(
+      cache=cache,
+      n_steps=n_steps,
+      done=now.done | ended,
+      n_tokens=now.n_tokens + ~now.done,
+      tokens=attention.write(now.tokens, ids[:, None], n_steps),
+      log_probabilities=attention.write(
+        now.log_probabilities, logs[:, None], n_steps
+      ),
+    )
 
   return jax.lax.while_loop(lambda now: ~jnp.all(now.done), step, progress)
 
 
-def _draw(
-  logits: Float[Array, "B V"],
-  rows: Rows,
-  progress: Progress,
-  n_ids: int,
-) -> Progress:
-  """`progress` with one more token in every row."""
+def _sample(logits, rows, n_steps, n_ids):
   sample = functools.partial(rules.sample, n_ids=n_ids)
   if sharding.has_mesh():
     # Rows are drawn apart, so each device draws its own, on whole rows.
-    rows_alone = sharding.partition("batch")
     logits = jax.sharding.reshard(logits, sharding.partition("batch", None))
+    by_row = sharding.partition("batch")
     sample = jax.shard_map(
-      sample, in_specs=rows_alone, out_specs=rows_alone, check_vma=False
+      sample, in_specs=by_row, out_specs=by_row, check_vma=False
     )
-  n_steps, done = progress.n_steps, progress.done
-  ids, logs = sample(logits, rows.parameters, rows.lengths + n_steps)
-  ended = (ids == rows.eos) | jnp.isnan(logs) | (n_steps + 1 >= rows.limits)
-  return Progress(
-    cache=progress.cache,
-    n_steps=n_steps + 1,
-    done=done | ended,
-    n_tokens=progress.n_tokens + ~done,
-    tokens=attention.write(progress.tokens, ids[:, None], n_steps),
-    log_probabilities=attention.write(
-      progress.log_probabilities, logs[:, None], n_steps
-    ),
-  )
+  return sample(logits, rows.parameters, rows.lengths + n_steps)

@@ -192,11 +192,10 @@ class Sampler:
 
   def _run(self, rows: list[_Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens drawn [B], their ids [B, S] and log-probabilities [B, S]."""
-    longest = max(len(row.prompt) for row in rows)
-    n_prompt = min(_bucket(longest, MIN_PROMPT), self.cfg.context_length)
-    # The last token drawn is never read, so it needs no slot.
-    n_drawn = max(row.limit for row in rows)
-    n_slots = _bucket(n_prompt + n_drawn - 1, MIN_SLOTS)
+    n_read = max(len(row.prompt) for row in rows) - 1
+    n_prompt = _bucket(n_read, MIN_PROMPT)
+    # The prompt's last token needs a slot, the last one drawn does not.
+    n_slots = _bucket(n_prompt + max(row.limit for row in rows), MIN_SLOTS)
     ways = 1
     if self.mesh is not None:
       ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
@@ -205,18 +204,21 @@ class Sampler:
     rows = rows + [filler] * (n_rows - len(rows))
     inputs = np.full((n_rows, n_prompt), self.tokenizer.pad, np.int32)
     for i, row in enumerate(rows):
-      inputs[i, : len(row.prompt)] = row.prompt
-    n_ids = self.tokenizer.size
+      inputs[i, : len(row.prompt) - 1] = row.prompt[:-1]
+    last = np.array([row.prompt[-1] for row in rows], np.int32)
     with self._in_mesh():
       batch = self._batch(rows)
+      inputs, last = self._place(inputs), self._place(last)
       progress = loop.prefill(
-        self._graph, self._state, self._place(inputs), batch, n_slots, n_ids
+        self._graph, self._state, inputs, last, batch, n_slots
       )
-      progress = loop.decode(self._graph, self._state, batch, progress, n_ids)
+      progress = loop.decode(
+        self._graph, self._state, batch, progress, self.tokenizer.size
+      )
       return (
         self._fetch(progress.n_tokens),
-        self._fetch(progress.tokens),
-        self._fetch(progress.log_probabilities),
+        self._fetch(progress.tokens)[:, 1:],
+        self._fetch(progress.log_probabilities)[:, 1:],
       )
 
   def _batch(self, rows: list[_Row]) -> loop.Rows:
