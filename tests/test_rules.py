@@ -155,13 +155,17 @@ def test_draws_follow_the_truncated_softmax():
 
 
 def test_greedy_takes_the_lowest_id_of_a_tie_whatever_else_is_asked():
+  """Also where another row of the batch is drawn."""
   logits = np.array([[1.0, 3.0, -np.inf, 3.0], [-0.0, 0.0, -1.0, 0.0]])
-  for rule in ({}, {"top_k": 3, "top_p": 0.1, "seed": 7}):
-    ids, _ = draw(logits, temperature=0.0, **rule)
-    assert ids.tolist() == [1, 0]
+  for seed, rule in enumerate(9 * [{}, {"top_k": 3, "top_p": 0.1}]):
+    for last in (0.0, 1.0):
+      ids, _ = draw(
+        logits[[0, 1, 0]], temperature=(0, 0, last), seed=seed, **rule
+      )
+      assert ids[:2].tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-38, 1e-45])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 2e-38, 1e-45])
 def test_tiny_temperature_is_greedy(temperature):
   logits = np.random.default_rng(3).normal(0, 50, (13, V))
   logits[:, 0] = -np.inf

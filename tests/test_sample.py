@@ -287,6 +287,7 @@ def test_programs_are_compiled_once_per_bucket():
   assert compiled(other) == (0, 0)
   # 17 tokens before the last; then 66 slots; then two rows.
   assert compiled(Request("a" * 17, max_new_tokens=9)) == (1, 0)
+  assert compiled(Request("a" * 25, max_new_tokens=20)) == (0, 0)
   assert compiled(Request("a", max_new_tokens=50)) == (1, 1)
   short = Request("a", max_new_tokens=9)
   assert compiled(short, other) == (1, 1)
@@ -371,15 +372,16 @@ def test_weights_in_the_compute_dtype_change_no_bit():
 
 
 def test_a_mesh_changes_no_token():
-  """Float32 on 2x2x2 devices; three rows do not divide by data * fsdp = 4."""
+  """Float32 on 2x2x2 devices; five rows do not divide by data * fsdp = 4."""
   mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
   with jax.set_mesh(mesh):
     make = jax.jit(functools.partial(decoder.init_params, LLAMA))
     params = make(jax.random.key(0))
   assert not params["embed"].sharding.is_fully_replicated
   sampler = sampler_lib.Sampler(LLAMA, params, tokenizer_lib.Tokenizer(), mesh)
-  found = sampler.generate(MIXED[:3])
-  expected = sampler_of(LLAMA).generate(MIXED[:3])
+  found = sampler.generate([*MIXED, MIXED[1]])
+  expected = sampler_of(LLAMA).generate(MIXED)
+  expected.append(expected[1])
   assert token_ids(found) == token_ids(expected)
   for one, other in zip(found, expected, strict=True):
     np.testing.assert_allclose(
