@@ -156,7 +156,8 @@ def test_loss_is_the_mean_over_scored_tokens_of_the_whole_batch():
       decoder.logits(config.model, params, hidden), np.float64
     )
     share = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
-    picked = np.take_along_axis(share, one["targets"][..., None], -1)[..., 0]
+    ids = np.asarray(one["targets"])[..., None]
+    picked = np.take_along_axis(share, ids, -1)[..., 0]
     nll -= (one["weights"] * picked).sum()
     weight += one["weights"].sum()
   assert numbers[0, 0] == pytest.approx(nll / weight, rel=1e-5)

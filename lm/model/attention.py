@@ -123,33 +123,44 @@ def attend(
     return _splash(q * scale, k, v, queries, window, softcap)
   if kernel == "cudnn":
     return _cudnn(q, k, v, visible(queries, keys, window), scale)
+  return _reference(q * scale, k, v, visible(queries, keys, window), softcap)
+
+
+def _reference(q, k, v, seen, softcap):
+  """Plain attention, heads first, so that each is one matrix product; the sum
+  of the shares divides the result, which is T / H times smaller than they are.
+  """
   B, T, N, H = q.shape
   K = k.shape[2]
-  heads = ("batch", "kv_heads", None)
+  heads = ("batch", "kv_heads", None, None, None)
   q = jax.lax.reshape(
     q,
     (B, T, K, N // K, H),
     out_sharding=sharding.spec("batch", None, "kv_heads", None, None),
   )
+  q, k, v = jnp.moveaxis(q, 1, 3), k.swapaxes(1, 2), v.swapaxes(1, 2)
   scores = jnp.einsum(
-    "BTKGH,BSKH->BKGTS",
-    q * scale,
+    "BKGTH,BKSH->BKGTS",
+    q,
     k,
     preferred_element_type=jnp.float32,
-    out_sharding=sharding.spec(*heads, None, None),
+    out_sharding=sharding.spec(*heads),
   )
   if softcap is not None:
     scores = softcap * jnp.tanh(scores / softcap)
-  seen = visible(queries, keys, window)[:, None, None]
-  shares = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1)
+  scores = jnp.where(seen[:, None, None], scores, MASKED)
+  top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+  shares = jnp.exp(scores - top)
   out = jnp.einsum(
-    "BKGTS,BSKH->BTKGH",
+    "BKGTS,BKSH->BKGTH",
     shares.astype(v.dtype),
     v,
-    out_sharding=sharding.spec("batch", None, "kv_heads", None, None),
+    preferred_element_type=jnp.float32,
+    out_sharding=sharding.spec(*heads),
   )
+  out /= jnp.sum(shares, axis=-1, keepdims=True)
   return jax.lax.reshape(
-    out,
+    jnp.moveaxis(out.astype(v.dtype), 3, 1),
     (B, T, N, H),
     out_sharding=sharding.spec("batch", None, "heads", None),
   )

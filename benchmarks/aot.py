@@ -1,0 +1,53 @@
+"""Compiles a config's train step for TPUs that are not there, on a CPU.
+
+  python benchmarks/aot.py --config=configs/llama3_8b.py --topology=v5p:4x4x4
+
+Needs the `tpu` extra (libtpu). Prints bytes per chip as XLA's memory analysis
+has them; a step that does not fit is an error of the compiler, with its table.
+"""
+
+import os
+
+from absl import flags
+
+from lm import config as config_lib
+from lm import door
+
+_TOPOLOGY = flags.DEFINE_string("topology", "v5p:4x4x4", "Chips to compile for.")
+GIB = 2**30
+
+
+def main(config: config_lib.Config) -> None:
+  # libtpu would otherwise ask a metadata server what machine this is.
+  os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  import time
+
+  from jax.experimental import topologies
+
+  from lm import sharding
+  from lm.model import counts
+  from lm.train import step as step_lib
+
+  topology = topologies.get_topology_desc(
+    platform="tpu", topology_name=_TOPOLOGY.value
+  )
+  mesh = sharding.make_mesh(config, topology.devices)
+  started = time.perf_counter()
+  memory = step_lib.compile_step(config, mesh).memory_analysis()
+  seconds = time.perf_counter() - started
+  print(
+    f"{counts.parameter_count(config.model):,} parameters on {mesh.size} chips "
+    f"of {_TOPOLOGY.value}, {dict(mesh.shape)}, "
+    f"{config.tokens_per_step // mesh.size:,} tokens a chip"
+  )
+  print(
+    f"bytes per chip: peak {memory.peak_memory_in_bytes / GIB:.2f} GiB, "
+    f"state {memory.argument_size_in_bytes / GIB:.2f} GiB, "
+    f"temporary {memory.temp_size_in_bytes / GIB:.2f} GiB "
+    f"(compiled in {seconds:.0f} s)"
+  )
+
+
+if __name__ == "__main__":
+  door.run(main)

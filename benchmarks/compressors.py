@@ -1,0 +1,35 @@
+"""Bits per byte of xz and gzip on a config's validation documents, each alone.
+
+  python benchmarks/compressors.py --config=configs/quickstart.py
+
+What a language model must beat: both predict a document from itself alone.
+"""
+
+import gzip
+import lzma
+
+from lm import config as config_lib
+from lm import door
+
+
+def main(config: config_lib.Config) -> None:
+  from lm.data import sources
+
+  n_bytes, compressed = 0, {"xz -9e": 0, "gzip -9": 0}
+  for spec in config.data.validation:
+    source = sources.open_source(spec, config.data)
+    for i in range(len(source)):
+      document = source[i]
+      if document is None:
+        continue
+      raw = document.text.encode()
+      n_bytes += len(raw)
+      strongest = 9 | lzma.PRESET_EXTREME
+      compressed["xz -9e"] += len(lzma.compress(raw, preset=strongest))
+      compressed["gzip -9"] += len(gzip.compress(raw, compresslevel=9))
+  for name, size in compressed.items():
+    print(f"{name:8} {8 * size / n_bytes:.4f} bits per byte")
+
+
+if __name__ == "__main__":
+  door.run(main)
