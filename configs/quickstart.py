@@ -3,8 +3,8 @@
   bash launch/quickstart.sh
 
 Hardware: 2 CPU cores, 10 minutes with installation.
-Size: 2.6M parameters, 2048 tokens a step.
-Evidence: not measured yet.
+Size: 2.6M parameters, 2048 tokens a step, 1.1M tokens.
+Evidence: EVIDENCE
 """
 
 from lm import config as config_lib
@@ -16,18 +16,29 @@ def get_config() -> config_lib.Config:
   model.vocab_size = 2048
   model.n_layers = 4
   model.d_model = 192
-  model.n_heads, model.n_kv_heads, model.d_head = 6, 6, 32
+  model.n_heads, model.n_kv_heads, model.d_head = 3, 3, 64
   model.d_mlp = 768
   model.context_length = 256
   model.mlp = "relu2"
   model.qk_norm = True
   model.tied_embedding = False
 
+  # Four layers compile as fast unrolled, and run a little faster on a CPU.
+  model.scan_layers = False
+
   optimizer = config.optimizer
   optimizer.name = "muon"
   optimizer.peak_lr = 2e-2
+  optimizer.adam_peak_lr = 2e-2
+  optimizer.clip_norm = None
   optimizer.schedule = "linear"
+  optimizer.warmup_steps = 20
 
-  config.train.batch_size = 8
-  config.train.sequence_length = 256
+  train = config.train
+  train.steps = 560
+  train.batch_size = 8
+  train.sequence_length = 256
+  train.eval_every = 140
+  train.eval_batches = 16
+  config.checkpoint.save_every = 140
   return config

@@ -14,6 +14,8 @@ say "Training in $workdir"
 python -m lm.train --config=configs/quickstart.py --workdir="$workdir" "$@"
 say "Evaluating on the validation files"
 python -m lm.evaluate --workdir="$workdir"
+say "What compressors make of the same files, each alone"
+PYTHONPATH=. python benchmarks/compressors.py --config=configs/quickstart.py
 say "Greedy continuation of '$prompt'"
 python -m lm.sample --workdir="$workdir" --prompt="$prompt" \
   --temperature=0 --max_new_tokens=120
