@@ -13,7 +13,9 @@ from absl import flags
 from lm import config as config_lib
 from lm import door
 
-_TOPOLOGY = flags.DEFINE_string("topology", "v5p:4x4x4", "Chips to compile for.")
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", "v5p:4x4x4", "Chips to compile for."
+)
 GIB = 2**30
 
 

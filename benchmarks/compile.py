@@ -1,4 +1,6 @@
-"""Compile time of the train step by depth, in one run: python benchmarks/compile.py
+"""Compile time of the train step by depth, in one run.
+
+  python benchmarks/compile.py
 
 Layers are one scanned body, so 48 of them should cost what 4 do.
 """
@@ -34,8 +36,8 @@ def main() -> None:
       times[depth].append(seconds(depth))
   shallow, deep = (min(times[depth]) for depth in DEPTHS)
   print(
-    f"trace and compile: {DEPTHS[0]} layers {shallow:.2f} s, {DEPTHS[1]} layers "
-    f"{deep:.2f} s, ratio {deep / shallow:.2f}"
+    f"trace and compile: {DEPTHS[0]} layers {shallow:.2f} s, "
+    f"{DEPTHS[1]} layers {deep:.2f} s, ratio {deep / shallow:.2f}"
   )
 
 

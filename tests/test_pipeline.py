@@ -313,20 +313,41 @@ def test_batches_are_placed_ahead_and_in_order():
   for i, batch in enumerate(batches):
     seen.append(batch)
     # Two are on their way while the caller has this one.
-    assert placed == list(range(min(i + 3, 5)))
+    ahead = list(range(min(i + 3, 5)))
+    deadline = time.monotonic() + 10
+    while placed != ahead and time.monotonic() < deadline:
+      time.sleep(0.001)
+    assert placed == ahead
   assert seen == list(range(5))
 
 
 def test_waiting_is_measured():
   def slow():
     for _ in range(4):
-      time.sleep(0.05)
+      time.sleep(0.1)
       yield {"i": np.zeros(1)}
 
-  batches = pipeline.to_device(slow(), lambda batch: batch)
-  for _ in batches:
-    time.sleep(0.1)  # Not waiting.
-  assert 0.2 <= batches.wait_seconds < 0.35
+  held = pipeline.to_device(slow(), lambda batch: batch)
+  assert len(list(held)) == 4
+  assert 0.3 < held.wait_seconds
+  # What is made while the caller is busy is not waited for.
+  idle = pipeline.to_device(slow(), lambda batch: batch)
+  next(idle)
+  first = idle.wait_seconds
+  time.sleep(1.0)
+  next(idle), next(idle)
+  assert idle.wait_seconds - first < 0.05
+
+
+def test_an_error_of_the_source_reaches_the_caller():
+  def broken():
+    yield {"i": np.zeros(1)}
+    raise OSError("unreadable chunk")
+
+  batches = pipeline.to_device(broken(), lambda batch: batch)
+  next(batches)
+  with pytest.raises(OSError, match="unreadable chunk"):
+    next(batches)
 
 
 def test_threads_stop_with_the_consumer(make):

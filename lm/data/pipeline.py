@@ -7,6 +7,7 @@ so there is no state to lose: any step is reached in O(1).
 """
 
 import collections
+import concurrent.futures
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -174,32 +175,35 @@ def _prefetched(
 class DevicePrefetch:
   """Iterates over placed batches, two of them ahead of the caller.
 
-  `place` starts the transfer of a host batch and returns without waiting, as
-  `sharding.place` does; with grain's threads behind `batches` no further one
-  is needed. `wait_seconds` adds up the time that the caller was held.
+  A thread of its own takes host batches and places them, so that the caller
+  only waits where both are too slow; `wait_seconds` adds that time up.
   """
 
   def __init__(self, batches: Iterator[Batch], place: Callable[[Batch], Any]):
     self.wait_seconds = 0.0
     self._batches = batches
     self._place = place
-    self._placed: collections.deque[Any] = collections.deque()
+    self._worker = concurrent.futures.ThreadPoolExecutor(1)
+    self._placed: collections.deque[concurrent.futures.Future] = (
+      collections.deque()
+    )
 
   def __iter__(self) -> "DevicePrefetch":
     return self
 
   def __next__(self) -> Any:
+    while len(self._placed) < 3:
+      self._placed.append(self._worker.submit(self._next))
     started = time.perf_counter()
-    try:
-      while len(self._placed) < 3:
-        self._placed.append(self._place(next(self._batches)))
-    except StopIteration:
-      pass  # What is placed is still to be handed out.
-    finally:
-      self.wait_seconds += time.perf_counter() - started
-    if not self._placed:
+    batch = self._placed.popleft().result()
+    self.wait_seconds += time.perf_counter() - started
+    if batch is None:
       raise StopIteration
-    return self._placed.popleft()
+    return batch
+
+  def _next(self) -> Any:
+    host = next(self._batches, None)
+    return None if host is None else self._place(host)
 
 
 # A verb where it is called: `for batch in to_device(batches, place)`.
