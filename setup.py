@@ -16,8 +16,11 @@ setuptools.setup(
   install_requires=[
     "absl-py>=2.5",
     "array-record>=0.8.6",
+    "etils>=1.15",
     "flax>=0.12.8",
     "grain>=0.2.18",
+    # tensorflow-datasets needs it to build its own data sets and omits it.
+    "importlib-resources>=6",
     "jax>=0.10",
     "jaxtyping>=0.3.11",
     "matplotlib>=3.11",
@@ -32,8 +35,6 @@ setuptools.setup(
     "zstandard>=0.25",
   ],
   extras_require={
-    # Fused cross-entropy and attention.
-    "kernels": ["tokamax>=0.0.12"],
     # Runs on TPUs; compiles for them anywhere.
     "tpu": ["libtpu"],
     # What benchmarks/ compares with.

@@ -40,6 +40,7 @@ def _by_hand(x, head, targets, weights, softcap, z_loss):
 def test_sums_equal_numpy(chunk, z_loss, softcap):
   x, head, targets, weights = _inputs()
   nll, total, plain = _by_hand(x, head, targets, weights, softcap, z_loss)
+  x, head, targets, weights = map(jnp.asarray, (x, head, targets, weights))
   got = loss.cross_entropy(
     x, head, targets, weights, chunk=chunk, softcap=softcap, z_loss=z_loss
   )
@@ -55,7 +56,13 @@ def test_gradients_equal_finite_differences(chunk, softcap):
 
   def total(x, head):
     return loss.cross_entropy(
-      x, head, targets, weights, chunk=chunk, softcap=softcap, z_loss=0.1
+      x,
+      head,
+      jnp.asarray(targets),
+      jnp.asarray(weights),
+      chunk=chunk,
+      softcap=softcap,
+      z_loss=0.1,
     )[0]
 
   dx, dhead = jax.grad(total, argnums=(0, 1))(x, head)
@@ -73,8 +80,8 @@ def test_gradients_equal_finite_differences(chunk, softcap):
     np.testing.assert_allclose(got, slope, rtol=1e-4, err_msg=str(turn))
 
 
-def test_cotangent_scales_and_weights_have_no_gradient():
-  x, head, targets, weights = _inputs()
+def test_cotangent_scales_and_weightless_tokens_have_no_gradient():
+  x, head, targets, weights = map(jnp.asarray, _inputs())
 
   def total(x, factor):
     return factor * loss.cross_entropy(x, head, targets, weights, chunk=6)[0]
