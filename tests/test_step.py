@@ -249,14 +249,14 @@ CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
 def shardings() -> dict[str, dict[str, str]]:
   """Layout of every array of every shipped config's state on a 2x2x2 mesh
-  (2x4x1 where the vocabulary is odd).
+  (2x4x1 where the vocabulary or the heads are odd).
   """
   found = {}
   for path in sorted(CONFIGS.glob("*.py")):
     config = door.load(str(path))
     config.train.batch_size = 8
     config.train.microbatches = 1
-    odd = config.model.vocab_size % 2
+    odd = config.model.vocab_size % 2 or config.model.n_heads % 2
     config.mesh = config_lib.MeshConfig("jit", 2, 4 if odd else 2, 2 - odd)
     mesh = sharding.make_mesh(config)
     state = step_lib.abstract_state(config, mesh)
