@@ -166,7 +166,13 @@ def _reference(q, k, v, seen, softcap):
   )
 
 
-def choose_kernel(cfg: config_lib.ModelConfig, *, prefix: bool) -> str:
+# Places of a row that a TPU handles at once: splash wants multiples of it.
+_LANES = 128
+
+
+def choose_kernel(
+  cfg: config_lib.ModelConfig, *, length: int, prefix: bool
+) -> str:
   """Resolves `auto` by the platform that the program is compiled for.
 
   Raises ConfigError where the named kernel cannot do what the model asks.
@@ -180,8 +186,8 @@ def choose_kernel(cfg: config_lib.ModelConfig, *, prefix: bool) -> str:
       cfg.attention_softcap is not None or cfg.dtype == "float32"
     ):
       kernel = "reference"  # cuDNN has neither soft-caps nor float32
-    if kernel == "splash" and prefix:
-      kernel = "reference"  # its masks are known before the batch is
+    if kernel == "splash" and (prefix or length % _LANES):
+      kernel = "reference"  # its masks are fixed, its tiles are whole
   if kernel == "cudnn" and cfg.attention_softcap is not None:
     raise config_lib.ConfigError(
       "config.model.attention='cudnn': cuDNN has no attention_softcap; set "
@@ -196,6 +202,11 @@ def choose_kernel(cfg: config_lib.ModelConfig, *, prefix: bool) -> str:
     raise config_lib.ConfigError(
       "config.model.attention='splash': its mask is fixed when it is compiled, "
       "so it has no prefixes; set attention='reference'"
+    )
+  if kernel == "splash" and length % _LANES:
+    raise config_lib.ConfigError(
+      f"config.model.attention='splash': rows of {length} tokens are no "
+      f"multiple of {_LANES}; change the length or set attention='reference'"
     )
   return kernel
 
@@ -244,8 +255,8 @@ def _splash(q, k, v, tokens, window, softcap):
       if window is None
       else masks.LocalMask((T, T), (window - 1, 0), 0)
     )
-    # 512 fits the vector memory of every TPU and is a multiple of its lanes.
-    block = min(512, T)
+    # 512 fits the vector memory of every TPU.
+    block = next(b for b in (512, 256, _LANES) if T % b == 0)
     sizes = splash.BlockSizes(
       block_q=block,
       block_kv=block,
@@ -343,7 +354,7 @@ class Attention(nnx.Module):
       softcap=cfg.attention_softcap,
       kernel="reference"
       if cached is not None
-      else choose_kernel(cfg, prefix=has_prefix),
+      else choose_kernel(cfg, length=x.shape[1], prefix=has_prefix),
     )
     y = layers.project("BTNH,NHD->BTD", out, self.o, "batch", None, None)
     return layers.add_bias(y, self.o_bias), (k, v)

@@ -1,0 +1,103 @@
+"""The choice of a kernel, and TPU's, interpreted, against the plain form."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_kernel,
+)
+
+from lm import config as config_lib
+from lm.model import attention
+
+
+def _config(**fields):
+  return config_lib.ModelConfig(**{"dtype": "bfloat16", **fields})
+
+
+@pytest.mark.parametrize(
+  ("platform", "fields", "length", "prefix", "kernel"),
+  [
+    ("cpu", {}, 128, False, "reference"),
+    ("tpu", {}, 256, False, "splash"),
+    ("tpu", {}, 100, False, "reference"),
+    ("tpu", {}, 256, True, "reference"),
+    ("cuda", {}, 100, True, "cudnn"),
+    ("cuda", {"dtype": "float32"}, 100, False, "reference"),
+    ("cuda", {"attention_softcap": 50.0}, 100, False, "reference"),
+    ("tpu", {"attention_softcap": 50.0}, 128, False, "splash"),
+    ("tpu", {"attention": "reference"}, 128, False, "reference"),
+  ],
+)
+def test_auto_takes_what_the_platform_and_the_model_allow(
+  platform, fields, length, prefix, kernel, monkeypatch
+):
+  monkeypatch.setattr(attention.sharding, "platform", lambda: platform)
+  got = attention.choose_kernel(_config(**fields), length=length, prefix=prefix)
+  assert got == kernel
+
+
+@pytest.mark.parametrize(
+  ("fields", "length", "prefix", "message"),
+  [
+    ({"attention": "cudnn", "dtype": "float32"}, 128, False, "bfloat16 only"),
+    (
+      {"attention": "cudnn", "attention_softcap": 5.0},
+      128,
+      False,
+      "no attention_softcap",
+    ),
+    ({"attention": "splash"}, 128, True, "no prefixes"),
+    ({"attention": "splash"}, 100, False, "rows of 100 tokens"),
+  ],
+)
+def test_a_named_kernel_that_cannot_is_refused(fields, length, prefix, message):
+  with pytest.raises(config_lib.ConfigError, match=message):
+    attention.choose_kernel(_config(**fields), length=length, prefix=prefix)
+
+
+@pytest.mark.parametrize(
+  ("window", "softcap"), [(None, None), (37, None), (None, 2.0)]
+)
+def test_splash_is_the_plain_form(window, softcap, monkeypatch):
+  """Grouped queries over packed documents, values and gradients."""
+  make = splash_attention_kernel.make_splash_mha
+  monkeypatch.setattr(
+    splash_attention_kernel,
+    "make_splash_mha",
+    functools.partial(make, interpret=True),
+  )
+  B, T, N, K, H = 1, 128, 4, 2, 8
+  rng = np.random.default_rng(0)
+  q, k, v, mix = (
+    jnp.asarray(rng.normal(size=(B, T, n, H)).astype(np.float32))
+    for n in (N, K, K, N)
+  )
+  lengths = (53, 75)
+  tokens = attention.Tokens(
+    jnp.concatenate([jnp.arange(n) for n in lengths])[None],
+    jnp.concatenate([jnp.full(n, i + 1) for i, n in enumerate(lengths)])[None],
+    None,
+  )
+
+  def run(q, k, v, kernel):
+    out = attention.attend(
+      q,
+      k,
+      v,
+      tokens,
+      tokens,
+      scale=0.3,
+      window=window,
+      softcap=softcap,
+      kernel=kernel,
+    )
+    return jnp.sum(out * mix), out
+
+  differentiate = jax.grad(run, argnums=(0, 1, 2), has_aux=True)
+  got, want = (differentiate(q, k, v, name) for name in ("splash", "reference"))
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
