@@ -160,7 +160,7 @@ def test_loss_is_the_mean_over_scored_tokens_of_the_whole_batch():
     picked = np.take_along_axis(share, ids, -1)[..., 0]
     nll -= (one["weights"] * picked).sum()
     weight += one["weights"].sum()
-  assert numbers[0, 0] == pytest.approx(nll / weight, rel=1e-5)
+  assert numbers[0, 0] == pytest.approx(float(nll / weight), rel=1e-5)
 
 
 def test_clip_bounds_the_gradient_that_the_optimizer_sees():
