@@ -240,7 +240,6 @@ class Config:
 def validate(config: Config) -> Config:
   """Returns `config`, or raises ConfigError naming the first broken rule."""
   check_types(config, Config, "config")
-  m, t, o, d = config.model, config.train, config.optimizer, config.data
   for path, value in _leaves(config):
     name = path.rsplit(".", 1)[-1]
     if value is None:
@@ -253,6 +252,12 @@ def validate(config: Config) -> Config:
       _require(value >= 0, path, value, "must not be negative")
     if name in _BELOW_ONE:
       _require(0 <= value < 1, path, value, "must be in [0, 1)")
+  _validate_model(config.model)
+  _validate_run(config)
+  return config
+
+
+def _validate_model(m: ModelConfig) -> None:
   _require(
     m.n_heads % m.n_kv_heads == 0,
     "config.model.n_heads",
@@ -278,6 +283,10 @@ def validate(config: Config) -> Config:
     m.windows,
     "needs at least one entry, each None or at least 1",
   )
+
+
+def _validate_run(config: Config) -> None:
+  m, t, o, d = config.model, config.train, config.optimizer, config.data
   _require(
     t.sequence_length <= m.context_length,
     "config.train.sequence_length",
@@ -323,7 +332,6 @@ def validate(config: Config) -> Config:
     axes,
     "mode pmap is pure data parallel: set fsdp=1 and tensor=1",
   )
-  return config
 
 
 # Rules that hold of a name wherever in the tree it stands; None passes.
