@@ -5,6 +5,7 @@ a wrong or second bos, means of means, scored padding, sums cut on one side of
 the fraction only, and aggregates that are weighted by something else.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -400,22 +401,24 @@ def test_bytes_follow_the_weights():
 
 
 @pytest.mark.parametrize(
-  ("shape", "whole"), [((2, 2, 2), False), ((8, 1, 1), True)]
+  ("shape", "mode"), [((2, 2, 2), "jit"), ((8, 1, 1), "pmap")]
 )
-def test_batches_on_a_mesh(shape, whole):
-  """`whole` parameters, on every device, are what mode pmap has."""
+def test_batches_on_a_mesh(shape, mode):
+  """As the loop has them: mode pmap keeps whole parameters on an Auto mesh,
+  and sets none.
+  """
   batch = batch_of(["two rows", "or rather", "eight", "of them"], 8)
   expected = evaluate_batches([batch])
-  mesh = jax.make_mesh(shape, sharding.MESH_AXES)
+  kind = getattr(jax.sharding.AxisType, "Explicit" if mode == "jit" else "Auto")
+  mesh = jax.make_mesh(shape, sharding.MESH_AXES, axis_types=(kind,) * 3)
   rows = NamedSharding(mesh, sharding.partition("batch"))
-  everywhere = NamedSharding(mesh, P())
-  with jax.set_mesh(mesh):
-    params = (
-      jax.device_put(PARAMS, everywhere) if whole else shard(PARAMS, mesh)
-    )
+  jitted = mode == "jit"
+  with jax.set_mesh(mesh) if jitted else contextlib.nullcontext():
     found = perplexity.evaluate_batches(
       compiled_step(MODEL),
-      params,
+      shard(PARAMS, mesh)
+      if jitted
+      else jax.device_put(PARAMS, NamedSharding(mesh, P())),
       [sharding.place(batch, rows, 8)],
       BYTES.byte_lengths,
     )

@@ -49,15 +49,8 @@ def score(
 ) -> Scores:
   """Scores a batch of the contract, on the mesh in context or on none.
 
-  A target counts once if its weight is not 0, whatever the weight. Parameters
-  may come in any layout on the mesh; mode pmap has them whole everywhere.
+  A target counts once if its weight is not 0, whatever the weight.
   """
-  if sharding.has_mesh():
-    params = jax.tree.map(
-      lambda x, like: jax.sharding.reshard(x, like.sharding.spec),
-      params,
-      jax.eval_shape(lambda: decoder.init_params(cfg, jax.random.key(0))),
-    )
   hidden = decoder.forward(
     cfg,
     params,
