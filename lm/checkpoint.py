@@ -2,15 +2,19 @@
 
 `params` (and `ema`, the averaged parameters, where the run keeps them) is what
 evaluation and sampling read; `rest` is the remaining training state; `meta`
-has the config, the tokenizer and the fingerprint of the data. A step directory
-is complete or absent. Arrays are restored onto whatever mesh the reader has.
+has the config, the tokenizer, the fingerprint of the data and a digest of each
+item's bits. A step directory is complete or absent. Arrays are restored onto
+whatever mesh the reader has, and compared with their digest.
 """
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
@@ -20,17 +24,25 @@ from lm import sharding
 from lm.model import decoder
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Meta:
   """What a checkpoint says of itself.
 
-  `tokenizer` is `Tokenizer.to_json()`; `fingerprint` names the token stores.
+  `tokenizer` is `Tokenizer.to_json()`; `fingerprint` names the token stores;
+  `batch_hash` stands for every batch up to `step`, in order, and `digests` for
+  the bits of each item; they are made when it is saved.
   """
 
   step: int
   config: config_lib.Config
   tokenizer: str
   fingerprint: str
+  batch_hash: str
+  digests: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+class Damaged(config_lib.ConfigError):
+  """A checkpoint that is not what was saved."""
 
 
 class Checkpoints:
@@ -81,19 +93,19 @@ class Checkpoints:
     loss: float | None,
   ) -> None:
     """Starts to save; `loss` is the validation loss of this step, if known."""
-    items = {
-      "params": ocp.args.StandardSave(params),
-      "rest": ocp.args.StandardSave(rest),
-      "meta": ocp.args.JsonSave(
-        {
-          "config": config_lib.to_json(meta.config),
-          "tokenizer": meta.tokenizer,
-          "fingerprint": meta.fingerprint,
-        }
-      ),
-    }
+    trees = {"params": params, "rest": rest}
     if ema is not None:
-      items["ema"] = ocp.args.StandardSave(ema)
+      trees["ema"] = ema
+    items = {k: ocp.args.StandardSave(tree) for k, tree in trees.items()}
+    items["meta"] = ocp.args.JsonSave(
+      {
+        "config": config_lib.to_json(meta.config),
+        "tokenizer": meta.tokenizer,
+        "fingerprint": meta.fingerprint,
+        "batch_hash": meta.batch_hash,
+        "digests": {name: _digest(tree) for name, tree in trees.items()},
+      }
+    )
     metrics = None if loss is None else {"loss": loss}
     self._manager.save(
       step, args=ocp.args.Composite(**items), metrics=metrics, force=True
@@ -102,15 +114,27 @@ class Checkpoints:
   def restore(
     self, step: int, params: Any, ema: Any | None, rest: Any
   ) -> tuple[Any, Any | None, Any]:
-    """The three trees of `step`, laid out as the given abstract ones."""
-    items = {
-      "params": ocp.args.StandardRestore(params),
-      "rest": ocp.args.StandardRestore(rest),
-    }
+    """The three trees of `step`, laid out as the given abstract ones.
+
+    Raises Damaged where they are not what was saved.
+    """
+    trees = {"params": params, "rest": rest}
     if ema is not None:
-      items["ema"] = ocp.args.StandardRestore(ema)
-    found = self._manager.restore(step, args=ocp.args.Composite(**items))
+      trees["ema"] = ema
+    found = _restore(self._manager, step, trees)
     return found["params"], found.get("ema"), found["rest"]
+
+  def set_aside(self, step: int) -> str:
+    """Moves a damaged checkpoint out of the way; returns where it is now."""
+    source = self._manager.directory / str(step)
+    target = self._manager.directory.parent / "damaged" / str(step)
+    if jax.process_index() == 0:
+      target.parent.mkdir(parents=True, exist_ok=True)
+      if target.exists():
+        target.rmtree()
+      source.rename(target)
+    self._manager.reload()
+    return str(target)
 
   def wait(self) -> None:
     """Returns once everything saved so far is on disk."""
@@ -123,19 +147,21 @@ class Checkpoints:
 def load_meta(workdir: str, step: int | None = None) -> Meta:
   """Reads what the last checkpoint (or that of `step`) says of itself.
 
-  Raises ConfigError where there is none.
+  Raises ConfigError where there is none, or Damaged.
   """
   step = _find_step(workdir, step)
-  with _reader(workdir) as manager:
+  with _reader(workdir) as manager, _reading(manager, step):
     found = manager.restore(
       step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
     )["meta"]
-  return Meta(
-    step=step,
-    config=config_lib.from_json(found["config"]),
-    tokenizer=found["tokenizer"],
-    fingerprint=found["fingerprint"],
-  )
+    return Meta(
+      step=step,
+      config=config_lib.from_json(found["config"]),
+      tokenizer=found["tokenizer"],
+      fingerprint=found["fingerprint"],
+      batch_hash=found["batch_hash"],
+      digests=found["digests"],
+    )
 
 
 def load_params(
@@ -146,6 +172,8 @@ def load_params(
 ) -> decoder.Params:
   """Parameters alone, straight into their shards on `mesh` (None: whole, on
   the first device): the averaged ones where the run keeps an average.
+
+  Raises ConfigError where there is none, or Damaged.
   """
   step = _find_step(workdir, step)
   target = sharding.abstract(
@@ -154,8 +182,51 @@ def load_params(
   averaged = (_directory(workdir) / str(step) / "ema").exists()
   name = "ema" if averaged else "params"
   with _reader(workdir) as manager:
-    args = ocp.args.Composite(**{name: ocp.args.StandardRestore(target)})
-    return manager.restore(step, args=args)[name]
+    return _restore(manager, step, {name: target})[name]
+
+
+def _restore(
+  manager: ocp.CheckpointManager, step: int, trees: dict[str, Any]
+) -> dict[str, Any]:
+  """Items of `step`, laid out as abstract `trees`, compared with what their
+  digests say. Raises Damaged.
+  """
+  items: dict[str, Any] = {
+    name: ocp.args.StandardRestore(tree) for name, tree in trees.items()
+  }
+  items["meta"] = ocp.args.JsonRestore()
+  with _reading(manager, step):
+    found = manager.restore(step, args=ocp.args.Composite(**items))
+  for name in trees:
+    got, want = _digest(found[name]), found["meta"]["digests"][name]
+    if got != want:
+      raise Damaged(
+        f"checkpoint {manager.directory / str(step)} is damaged: the digest of "
+        f"`{name}` is {got}, and of what was saved {want}"
+      )
+  return {name: found[name] for name in trees}
+
+
+@contextlib.contextmanager
+def _reading(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
+  """Raises Damaged for whatever goes wrong inside, but on the devices.
+
+  Files that are torn, missing or altered come out of the libraries below as
+  errors of every type.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError:
+    raise
+  except Exception as error:
+    first_line = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+    raise Damaged(
+      f"checkpoint {manager.directory / str(step)} is damaged: {first_line}"
+    ) from error
+
+
+def _digest(tree: Any) -> str:
+  return "".join(f"{word:08x}" for word in np.asarray(sharding.digest(tree)))
 
 
 def _directory(workdir: str) -> epath.Path:

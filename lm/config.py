@@ -179,6 +179,8 @@ class MeshConfig:
   data: int | None = None
   fsdp: int | None = 1
   tensor: int | None = 1
+  # Silence after which a process of the run is taken for lost, in seconds.
+  heartbeat_seconds: int = 100
 
 
 @dataclasses.dataclass
@@ -198,6 +200,8 @@ class TrainConfig:
   eval_every: int = 250
   # Batches of the validation sources in one evaluation; None is all.
   eval_batches: int | None = None
+  # A step that lasts this many medians is reported, with stacks; None is never.
+  slow_step_factor: float | None = 20.0
 
 
 @dataclasses.dataclass
@@ -340,12 +344,12 @@ _AT_LEAST_ONE = frozenset(
   " loss_chunk query_scale_dim train_bytes epochs workers prefetch_rows window"
   " data fsdp tensor steps batch_size sequence_length microbatches log_every"
   " eval_every eval_batches save_every keep_last keep_every"
-  " original_length".split()
+  " heartbeat_seconds original_length".split()
 )
 _POSITIVE = frozenset(
   "norm_epsilon rope_theta rope_theta_windowed factor low_frequency_factor"
   " high_frequency_factor attention_softcap logit_softcap peak_lr adam_peak_lr"
-  " epsilon clip_norm sigma".split()
+  " epsilon clip_norm sigma slow_step_factor".split()
 )
 _NOT_NEGATIVE = frozenset(
   "seed init_scale weight_decay warmup_steps z_loss keep_best".split()

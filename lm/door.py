@@ -32,6 +32,8 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
   that the door defines. A ConfigError from `main` ends as any mistake on the
   command line does; every other exception is a bug and keeps its traceback.
   """
+  for name, about in _PROCESSES.items():
+    flags.DEFINE_string(name, None, about)
   overrides = []
   if takes_config:
     about = "Config file; each --config.FIELD=VALUE changes one of its fields."
@@ -47,6 +49,9 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
       sys.exit(_refuse(error))
 
   def guarded(argv: list[str]) -> int | None:
+    for name in _PROCESSES:
+      if flags.FLAGS[name].value is not None:
+        os.environ[name.upper()] = flags.FLAGS[name].value
     try:
       config = [load(flags.FLAGS.config, overrides)] if takes_config else []
       if len(argv) > 1:
@@ -55,10 +60,41 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
         )
       return main(*config)
     except config_lib.ConfigError as error:
-      return _refuse(error)
+      return _leave(_refuse(error))
+    except Exception:
+      if not _joined():
+        raise
+      traceback.print_exc()
+      return _leave(1)
 
   argv = [a for a in sys.argv if a not in overrides]
   app.run(guarded, argv=argv, flags_parser=parse)
+
+
+# Flags that say by hand what lm/sharding.py reads from the environment.
+_PROCESSES = {
+  "coordinator_address": "Of a run of several processes: host:port of the "
+  "first. SLURM, Open MPI and TPUs need none of these three.",
+  "process_count": "How many processes the run has.",
+  "process_index": "Which of them this one is, from 0.",
+}
+
+
+def _joined() -> bool:
+  """Whether this process is one of several that JAX has joined."""
+  jax = sys.modules.get("jax")
+  return jax is not None and jax.distributed.is_initialized()
+
+
+def _leave(code: int) -> int:
+  """`code`, at once where other processes are joined: an orderly end would
+  wait for them, and they for a collective that this one will not run.
+  """
+  if _joined():
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  return code
 
 
 def _refuse(error: Exception) -> int:

@@ -8,7 +8,6 @@ so there is no state to lose: any step is reached in O(1).
 
 import collections
 import concurrent.futures
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -176,11 +175,10 @@ class DevicePrefetch:
   """Iterates over placed batches, two of them ahead of the caller.
 
   A thread of its own takes host batches and places them, so that the caller
-  only waits where both are too slow; `wait_seconds` adds that time up.
+  only waits where both are too slow.
   """
 
   def __init__(self, batches: Iterator[Batch], place: Callable[[Batch], Any]):
-    self.wait_seconds = 0.0
     self._batches = batches
     self._place = place
     self._worker = concurrent.futures.ThreadPoolExecutor(1)
@@ -194,9 +192,7 @@ class DevicePrefetch:
   def __next__(self) -> Any:
     while len(self._placed) < 3:
       self._placed.append(self._worker.submit(self._next))
-    started = time.perf_counter()
     batch = self._placed.popleft().result()
-    self.wait_seconds += time.perf_counter() - started
     if batch is None:
       raise StopIteration
     return batch

@@ -5,6 +5,8 @@ A directory of TensorStore zarr3 arrays in sharded chunks and a manifest:
 document `ends` (cumulative tokens), `n_bytes` (of UTF-8 text), `names` and
 `name_ends`. It is written beside its place and renamed, so that it is whole
 or absent, and named by its source and tokenizer, so that it is never stale.
+Chunks carry checksums, and the manifest the files' sizes: a store that was
+damaged since is refused, never read as something else.
 """
 
 import dataclasses
@@ -26,13 +28,25 @@ from lm import config as config_lib
 from lm.data import sources as sources_lib
 from lm.data import tokenizer as tokenizer_lib
 
-_VERSION = 1
+_VERSION = 2
 # Items of an inner chunk, the least that is read, and of a shard, a file.
 _CHUNK = 1 << 14
 _SHARD = 1 << 24
 # Text that is tokenized at a time, in characters; bounds the memory.
 _BATCH_CHARACTERS = 1 << 22
 _PARTIAL = ".partial"
+# A checksum for every chunk.
+_CODEC = {
+  "driver": "zarr3",
+  "codecs": [
+    {
+      "name": "sharding_indexed",
+      "configuration": {
+        "codecs": [{"name": "bytes"}, {"name": "crc32c"}],
+      },
+    }
+  ],
+}
 # Chunks that were read stay in memory up to this; all stores share it.
 _CONTEXT = tensorstore.Context({"cache_pool": {"total_bytes_limit": 1 << 28}})
 
@@ -71,7 +85,14 @@ class TokenStore:
   def document(self, i: int) -> np.ndarray:
     """Tokens of document `i`, int32, from its bos to its eos."""
     start = self.ends[i - 1] if i else 0
-    return self._tokens[start : self.ends[i]].read().result().astype(np.int32)
+    return self._read(start, self.ends[i]).astype(np.int32)
+
+  def _read(self, start: int, stop: int) -> np.ndarray:
+    try:
+      return self._tokens[start:stop].read().result()
+    except ValueError as error:
+      cause = str(error).split("[source", 1)[0].strip()
+      raise damaged(self.path, cause) from error
 
   def window(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and documents, int32 [length], from token `start` on.
@@ -82,7 +103,7 @@ class TokenStore:
     n = max(0, min(length, self.n_tokens - start))
     tokens = np.full(length, self._pad, np.int32)
     if n:
-      tokens[:n] = self._tokens[start : start + n].read().result()
+      tokens[:n] = self._read(start, start + n)
     documents = np.zeros(length, np.int32)
     # Text never holds bos, so that it tells where documents start.
     opened = np.cumsum(tokens[:n] == self._bos)
@@ -124,8 +145,17 @@ def prepare_sources(
   return _make_stores(sources, tokenizer, data)
 
 
+def damaged(path: str, cause: str) -> config_lib.ConfigError:
+  return config_lib.ConfigError(
+    f"token store {path} is damaged: {cause}. Remove it, and the next start "
+    "makes it again from its source, the same to the token"
+  )
+
+
 def open_store(path: str, tokenizer: tokenizer_lib.Tokenizer) -> TokenStore:
-  """Raises ConfigError where another tokenizer or version made the store."""
+  """Raises ConfigError where another tokenizer or version made the store, or
+  files of it are gone.
+  """
   with open(os.path.join(path, "manifest.json")) as file:
     manifest = json.load(file)
   for key, value in (
@@ -137,7 +167,25 @@ def open_store(path: str, tokenizer: tokenizer_lib.Tokenizer) -> TokenStore:
         f"token store {path}: made by {key} {manifest[key]}, but this is "
         f"{value}; prepare the corpus again"
       )
+  # A file that is missing would read as zeros.
+  sizes = _file_sizes(path)
+  for name, size in manifest["files"].items():
+    if sizes.get(name) != size:
+      found = "missing" if name not in sizes else f"{sizes[name]} bytes"
+      raise damaged(path, f"{name} is {found}, and was {size} bytes")
   return TokenStore(path, manifest, tokenizer.pad, tokenizer.bos)
+
+
+def _file_sizes(path: str) -> dict[str, int]:
+  """Bytes of every file below `path` but the manifest, by relative path."""
+  return {
+    os.path.relpath(os.path.join(folder, name), path): os.path.getsize(
+      os.path.join(folder, name)
+    )
+    for folder, _, names in os.walk(path)
+    for name in names
+    if name != "manifest.json"
+  }
 
 
 def _make_tokenizer(
@@ -258,6 +306,7 @@ def _build(
       "n_tokens": columns["tokens"].n,
       "n_documents": columns["ends"].n,
       "n_bytes": n_bytes,
+      "files": _file_sizes(partial),
     }
     with open(os.path.join(partial, "manifest.json"), "w") as file:
       json.dump(manifest, file, indent=2)
@@ -326,6 +375,7 @@ class _Column:
       create=True,
       dtype=dtype,
       shape=[1 << 56],
+      codec=tensorstore.CodecSpec(_CODEC),
       chunk_layout=tensorstore.ChunkLayout(
         write_chunk_shape=[_SHARD], read_chunk_shape=[_CHUNK]
       ),

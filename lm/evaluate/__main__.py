@@ -48,7 +48,7 @@ _DOCUMENTS = flags.DEFINE_bool(
 def main() -> None:
   if _WORKDIR.value is None:
     raise config_lib.ConfigError("--workdir: missing; write --workdir=RUN")
-  sharding.start_processes()
+  sharding.start_processes(config_lib.MeshConfig().heartbeat_seconds)
   data = {"text_unit": _TEXT_UNIT.value, "invalid_utf8": _INVALID_UTF8.value}
   evaluation = corpora.evaluate(
     _WORKDIR.value,

@@ -9,23 +9,21 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import os
-import signal
-import sys
-import threading
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from lm import checkpoint, sharding
 from lm import config as config_lib
 from lm.data import pipeline, store
 from lm.evaluate import perplexity
+from lm.train import ledger as ledger_lib
 from lm.train import metrics as metrics_lib
 from lm.train import step as step_lib
+from lm.train import stop as stop_lib
+from lm.train import watchdog as watchdog_lib
 
 # Fields that a restart may change: they say how a run is computed, watched and
 # stored, and how long it is, but not what its steps are.
@@ -44,28 +42,13 @@ _FREE = (
   "config.train.log_every",
   "config.train.eval_every",
   "config.train.eval_batches",
+  "config.train.slow_step_factor",
 )
 
 
-class Stop:
-  """Whether the run was asked to end (SIGTERM); the same for all processes."""
-
-  def __init__(self):
-    self.asked = False
-    if jax.process_count() == 1:
-      signal.signal(signal.SIGTERM, self._ask)
-
-  def _ask(self, *_) -> None:
-    self.asked = True
-
-  def at(self, step: int) -> bool:
-    """True on every process at the same step, soon after one was asked."""
-    if jax.process_count() > 1:
-      self.asked |= multihost_utils.reached_preemption_sync_point(step)
-    return self.asked
-
-
-def train(config: config_lib.Config, workdir: str) -> int:
+def train(
+  config: config_lib.Config, workdir: str, stop: stop_lib.Stop | None = None
+) -> int:
   """Trains, or goes on training, the run in `workdir`; returns the exit code.
 
   Raises ConfigError before anything is written where the config does not fit
@@ -73,87 +56,101 @@ def train(config: config_lib.Config, workdir: str) -> int:
   FloatingPointError, the last good checkpoint kept, where the loss is not
   finite and no SkipConfig says to go on.
   """
+  stop = stop or stop_lib.Stop()
+  stop.is_first_of_several = (
+    jax.process_count() > 1 and jax.process_index() == 0
+  )
   mesh = sharding.make_mesh(config)
   _refuse_other_run(config, workdir)
-  prepared = store.prepare(config)
-  stop = Stop()
+  prepared = stop.start(
+    "preparing the corpus", functools.partial(store.prepare, config)
+  )
   epath.Path(workdir).mkdir(parents=True, exist_ok=True)
-  checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint)
-  start = checkpoints.latest_step() or 0
-  run = _Run(config, workdir, mesh, prepared, checkpoints, stop, start)
-  try:
-    return run.go()
-  finally:
-    run.close()
+  with contextlib.ExitStack() as closing:
+    try:
+      return _Run(config, workdir, mesh, prepared, stop, closing).go()
+    except BaseException as error:
+      if jax.process_count() > 1:
+        closing.pop_all()  # it would wait for processes that may be lost
+        if isinstance(error, jax.errors.JaxRuntimeError):
+          error.add_note(
+            "Where another process of the run was lost, its own output says "
+            "why. Start them all again: the run goes on from its last "
+            "checkpoint."
+          )
+      raise
 
 
 class _Run:
   """What the parts of one run share."""
 
-  def __init__(self, config, workdir, mesh, prepared, checkpoints, stop, start):
+  def __init__(self, config, workdir, mesh, prepared, stop, closing):
     self.config, self.workdir, self.mesh = config, workdir, mesh
-    self.prepared, self.checkpoints = prepared, checkpoints
-    self.stop, self.start = stop, start
+    self.prepared, self.stop, self.closing = prepared, stop, closing
+    self.checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint)
+    closing.callback(self.checkpoints.close)
+    self.start = self.checkpoints.latest_step() or 0
     self.meta = checkpoint.Meta(
-      step=start,
+      step=0,
       config=config,
       tokenizer=prepared.tokenizer.to_json(),
       fingerprint=_fingerprint(prepared),
+      batch_hash="",
     )
-    if start:
-      _refuse_other_data(self.meta, workdir)
-    elif jax.process_index() == 0:
-      metrics_lib.write_config(workdir, config)
-    self.writer = metrics_lib.Writer(workdir, start)
-    self.progress = metrics_lib.Progress(config.train.steps, start)
+    self.progress = metrics_lib.Progress(config.train.steps, self.start)
+    closing.callback(self.progress.close)
     self.rows = step_lib.batch_sharding(config, mesh)
     self.eval_step = perplexity.eval_step(config.model)
+    # Of the last step: numbers on the devices, then on the host, then reported.
     self.pending: tuple[int, dict[str, Any]] | None = None
-    self.reported = start
-
-  def close(self) -> None:
-    self.progress.close()
-    self.writer.close()
-    self.checkpoints.close()
+    self.unreported: tuple[int, dict[str, float]] | None = None
 
   def go(self) -> int:
-    """Every step from `start` on."""
+    """Every step from the last checkpoint on."""
     t, c = self.config.train, self.config.checkpoint
-    if self.start >= t.steps:
+    if self.start >= t.steps and not self._lacks_evaluation():
       self.progress.say(f"{self.workdir} is at step {self.start}: complete")
       return 0
     self._say_what_runs()
-    train_step = self._compile()
-    state = self._first_state()
-    self.batches = pipeline.to_device(self._host_batches(), self._place)
-    self.meter = metrics_lib.Meter(self.config)
+    train_step, state = self._set_up()
     step, evaluated = self.start, None
-    for step, batch in enumerate(self.batches, self.start + 1):
+    if self._lacks_evaluation():
+      evaluated = self._evaluate(step, state)
+    for step, batch in self._numbered_batches():
       state, numbers = train_step(state, batch)
       self._read_pending()
+      self._report_if_due()
       self.pending = step, numbers
-      if self.stop.at(step):
+      self.watchdog.step_done(step)
+      if self.stop.agreed():
         break
       evaluated = None
       if step % t.eval_every == 0 or step == t.steps:
         evaluated = self._evaluate(step, state)
       if step % c.save_every == 0 or step == t.steps:
         self._save(step, state, evaluated)
-      if step == t.steps or self.stop.asked:
+      if self.stop.stopping:
         break
     return self._finish(step, state, evaluated)
 
   def _finish(self, step, state, evaluated) -> int:
     """Saves the end, wherever it came, and draws the picture."""
-    if not self.stop.asked and evaluated is None:  # the data ended first
+    stopping = self.stop.stopping
+    if not stopping and evaluated is None:  # the data ended first
       evaluated = self._evaluate(step, state)
-    self._read_pending(report=True)
+    # An evaluation that is due but was cut short is added on restart.
+    self._read_pending()
+    if not stopping or step % self.config.train.eval_every == 0:
+      self._report()
     if step > (self.checkpoints.latest_step() or 0):
       self._save(step, state, evaluated)
-    self.checkpoints.wait()
+    with self.ledger.within("save"):
+      self.checkpoints.wait()
     if jax.process_index() == 0:
       metrics_lib.plot(self.workdir)
-    if self.stop.asked:
+    self.ledger.write()
+    self.progress.say(self.ledger.describe())
+    if stopping:
       self.progress.say(
         f"stopped by SIGTERM; step {step} is saved, the same command goes on"
       )
@@ -161,17 +158,35 @@ class _Run:
 
   # --- parts of a step ---
 
-  def _read_pending(
-    self, report: bool = False, found: dict[str, float] | None = None
-  ) -> None:
-    """Reads the last step's numbers; reports them where it is time to, where
-    asked, and with what an evaluation found.
-    """
+  def _numbered_batches(self):
+    """(step, batch) of each step to come, on the devices."""
+    t = self.config.train
+    batches = pipeline.to_device(
+      pipeline.train_batches(
+        self.config,
+        self.prepared,
+        start_step=self.start,
+        rows=sharding.local_rows(self.rows, t.batch_size),
+      ),
+      self._place,
+    )
+    for step in range(self.start + 1, t.steps + 1):
+      with self.ledger.within("data_wait"):
+        batch = next(batches, None)
+      if batch is None:
+        return
+      yield step, batch
+
+  def _read_pending(self) -> None:
+    """Reads the last step's numbers; raises where they are not finite."""
     if self.pending is None:
       return
     step, on_device = self.pending
     self.pending = None
-    numbers = {k: float(v) for k, v in jax.device_get(on_device).items()}
+    found = jax.device_get(on_device)
+    batch = found.pop("batch")
+    self.meta.batch_hash = _chained(self.meta.batch_hash, batch)
+    numbers = {k: float(v) for k, v in found.items()}
     finite = np.isfinite([numbers["loss"], numbers["grad_norm"]]).all()
     if not finite and self.config.optimizer.skip is None:
       raise FloatingPointError(
@@ -180,39 +195,59 @@ class _Run:
         f"{self.checkpoints.latest_step()}. Lower optimizer.peak_lr, or set "
         "optimizer.skip to leave such steps out"
       )
-    if not (report or found or step % self.config.train.log_every == 0):
+    self.unreported = step, numbers
+
+  def _report_if_due(self) -> None:
+    if (
+      self.unreported and self.unreported[0] % self.config.train.log_every == 0
+    ):
+      self._report()
+
+  def _report(self, evaluation: dict[str, float] | None = None) -> None:
+    """Reports the last step that was read, if that was not done yet, and what
+    an evaluation after it found.
+    """
+    if self.unreported is None:
+      if evaluation:
+        self.writer.amend(evaluation)
+        self.progress.show(self.writer.last)
       return
-    waited, self.batches.wait_seconds = self.batches.wait_seconds, 0.0
-    entry = {
-      "step": step,
-      "tokens": step * self.config.tokens_per_step,
-      "train/loss": numbers["loss"],
-      "train/perplexity": metrics_lib.exponential(numbers["loss"]),
-      "grad_norm": numbers["grad_norm"],
-      "lr": numbers["lr"],
-      **({"skipped": numbers["skipped"]} if "skipped" in numbers else {}),
-      **self.meter.read(step - self.reported, waited),
-      **(found or {}),
-    }
-    self.reported = step
-    self.writer.write(entry)
-    self.progress.show(entry)
+    (step, numbers), self.unreported = self.unreported, None
+    self.ledger.book()
+    spent = self.ledger.seconds
+    self.writer.write(
+      {
+        "step": step,
+        "tokens": step * self.config.tokens_per_step,
+        "train/loss": numbers["loss"],
+        "train/perplexity": metrics_lib.exponential(numbers["loss"]),
+        "grad_norm": numbers["grad_norm"],
+        "lr": numbers["lr"],
+        "batch_hash": self.meta.batch_hash,
+        **({"skipped": numbers["skipped"]} if "skipped" in numbers else {}),
+        **self.meter.read(step, spent["step"], spent["data_wait"]),
+        **(evaluation or {}),
+      }
+    )
+    self.progress.show(self.writer.last)
 
   def _evaluate(self, step, state) -> float | None:
     """Reports validation sums over all sources; None where it was stopped."""
     jax.block_until_ready(state.params)
+    self.watchdog.pause()
+    self._read_pending()  # its report will tell of the evaluation too
     params = state.params if state.ema is None else state.ema
     first_last = sharding.local_rows(self.rows, self.config.train.batch_size)
     batches = pipeline.validation_batches(
       self.config, self.prepared, rows=first_last
     )
-    with self.meter.paused(), self._mesh():
+    with self.ledger.within("evaluate"), self._mesh():
       totals = perplexity.evaluate_batches(
         self.eval_step,
         params,
         (self._place(batch) for _, batch in batches),
         self.prepared.tokenizer.byte_lengths,
-        should_stop=lambda: self.stop.asked,
+        should_stop=self.stop.agreed,
       )
     if totals is None:
       return None
@@ -221,15 +256,18 @@ class _Run:
       "eval/perplexity": totals.perplexity,
       "eval/bits_per_byte": totals.bits_per_byte,
     }
-    self._read_pending(found=found)
+    self._report(found)
     return totals.loss
 
   def _save(self, step, state, loss) -> None:
-    self._read_pending(report=loss is not None)  # refuses to save a nan
-    with self.meter.paused():
+    self._read_pending()  # refuses to save a nan
+    self._report_if_due()
+    self.watchdog.pause()
+    with self.ledger.within("save"):
       rest = (state.step, state.opt_state, state.history)
       meta = dataclasses.replace(self.meta, step=step)
       self.checkpoints.save(step, state.params, state.ema, rest, meta, loss)
+    self.ledger.saved(step)
 
   # --- start ---
 
@@ -246,26 +284,67 @@ class _Run:
       f"from step {self.start} to {c.train.steps}"
     )
 
-  def _compile(self):
-    make = functools.partial(step_lib.compile_step, self.config, self.mesh)
-    return _interruptible(make, self.stop)
+  def _set_up(self):
+    """Compiled step and state, and all that writes while they run."""
+    if self.start == 0 and jax.process_index() == 0:
+      metrics_lib.write_config(self.workdir, self.config)
+    self.ledger = ledger_lib.Ledger(self.workdir, self.stop.began)
+
+    def make():
+      with self.ledger.within("restore"):
+        state = self._first_state()
+      with self.ledger.within("compile"):
+        return step_lib.compile_step(self.config, self.mesh), state
+
+    train_step, state = self.stop.start("restoring or compiling", make)
+    self.writer = metrics_lib.Writer(self.workdir, self.start)
+    self.closing.callback(self.writer.close)
+    self.meter = metrics_lib.Meter(self.config, self.start)
+    self.watchdog = watchdog_lib.Watchdog(self.config.train.slow_step_factor)
+    self.closing.callback(self.watchdog.close)
+    self.ledger.starts_from(self.start)
+    if self.start:
+      self.progress.say(self.ledger.describe())
+    return train_step, state
 
   def _first_state(self) -> step_lib.State:
-    """Fresh, or that of the last checkpoint on this run's mesh."""
-    if not self.start:
-      return step_lib.create_state(self.config, self.mesh)
+    """Fresh, or that of the last whole checkpoint on this run's mesh."""
     like = step_lib.abstract_state(self.config, self.mesh)
     rest = (like.step, like.opt_state, like.history)
-    params, ema, (step, opt_state, history) = self.checkpoints.restore(
-      self.start, like.params, like.ema, rest
-    )
-    return step_lib.State(step, params, ema, opt_state, history)
+    while self.start:
+      try:
+        meta = checkpoint.load_meta(self.workdir, self.start)
+        self._refuse_other_data(meta)
+        params, ema, (step, opt_state, history) = self.checkpoints.restore(
+          self.start, like.params, like.ema, rest
+        )
+      except checkpoint.Damaged as error:
+        where = self.checkpoints.set_aside(self.start)
+        self.start = self.checkpoints.latest_step() or 0
+        said = f"{error}. Moved to {where}; going back to step {self.start}"
+        if jax.process_count() > 1:  # the others may not have noticed
+          raise checkpoint.Damaged(f"{said}: start the run again") from error
+        self.progress.say(said)
+        continue
+      self.meta.batch_hash = meta.batch_hash
+      return step_lib.State(step, params, ema, opt_state, history)
+    return step_lib.create_state(self.config, self.mesh)
 
-  def _host_batches(self):
-    rows = sharding.local_rows(self.rows, self.config.train.batch_size)
-    return pipeline.train_batches(
-      self.config, self.prepared, start_step=self.start, rows=rows
-    )
+  def _refuse_other_data(self, before: checkpoint.Meta) -> None:
+    if before.fingerprint != self.meta.fingerprint:
+      raise config_lib.ConfigError(
+        f"--workdir={self.workdir}: its checkpoint was trained on other data "
+        f"(fingerprint {before.fingerprint}, now {self.meta.fingerprint}): the "
+        "sources have changed since. Restore them, or name another workdir"
+      )
+
+  def _lacks_evaluation(self) -> bool:
+    """Whether the evaluation after the last step was cut short (SIGTERM)."""
+    if self.start == 0 or self.start % self.config.train.eval_every:
+      return False
+    reports = metrics_lib.read(self.workdir)
+    last = [r for r in reports if r["step"] == self.start]
+    return bool(last) and "eval/loss" not in last[0]
 
   def _place(self, batch):
     # `causal` marks no prefix; without the field, kernels' masks are fixed.
@@ -278,35 +357,10 @@ class _Run:
     return jax.set_mesh(self.mesh) if jitted else contextlib.nullcontext()
 
 
-def _interruptible(make, stop: Stop):
-  """make(), or a clean exit of the process where SIGTERM comes first.
-
-  A compilation holds its thread for minutes and cannot be cancelled; no step
-  was taken yet that could be lost.
-  """
-  if jax.process_count() > 1:
-    return make()
-  made: list[Any] = []
-  failed: list[BaseException] = []
-
-  def work():
-    try:
-      made.append(make())
-    except BaseException as error:
-      failed.append(error)
-
-  thread = threading.Thread(target=work, daemon=True)
-  thread.start()
-  while thread.is_alive():
-    thread.join(0.05)
-    if stop.asked:
-      print("stopped by SIGTERM while compiling", file=sys.stderr)
-      sys.stdout.flush()
-      sys.stderr.flush()
-      os._exit(0)
-  if failed:
-    raise failed[0]
-  return made[0]
+def _chained(before: str, words: np.ndarray) -> str:
+  """Digest of a digest and what comes after it."""
+  text = bytes.fromhex(before) + words.astype("<u4").tobytes()
+  return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
 def _fingerprint(prepared: store.Prepared) -> str:
@@ -331,14 +385,4 @@ def _refuse_other_run(config: config_lib.Config, workdir: str) -> None:
     raise config_lib.ConfigError(
       f"--workdir={workdir}: holds a run of another config: "
       f"{'; '.join(changed)}. Name another workdir, or restore these fields"
-    )
-
-
-def _refuse_other_data(meta: checkpoint.Meta, workdir: str) -> None:
-  before = checkpoint.load_meta(workdir, meta.step)
-  if before.fingerprint != meta.fingerprint:
-    raise config_lib.ConfigError(
-      f"--workdir={workdir}: its checkpoint was trained on other data "
-      f"(fingerprint {before.fingerprint}, now {meta.fingerprint}): the "
-      "sources have changed since. Restore them, or name another workdir"
     )

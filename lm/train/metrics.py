@@ -5,12 +5,9 @@ checkpoint are dropped, so that no step stands twice. Processes other than the
 first write nothing.
 """
 
-import contextlib
 import json
 import math
 import os
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -36,29 +33,45 @@ _PEAK_FLOPS = {
 
 
 class Writer:
-  """Appends reports to metrics.jsonl and TensorBoard event files."""
+  """Appends reports to metrics.jsonl and TensorBoard event files; `last` is the
+  last one.
+  """
 
   def __init__(self, workdir: str, start_step: int):
     self._writes = jax.process_index() == 0
+    kept = [r for r in read(workdir) if r["step"] <= start_step]
+    self.last: dict[str, Any] = kept[-1] if kept else {}
     if not self._writes:
       return
     import tensorboardX
 
     self._path = epath.Path(workdir) / "metrics.jsonl"
-    kept = [r for r in read(workdir) if r["step"] <= start_step]
-    _replace(self._path, "".join(json.dumps(r) + "\n" for r in kept))
+    replace(self._path, "".join(json.dumps(r) + "\n" for r in kept))
     self._events = tensorboardX.SummaryWriter(
       os.path.join(workdir, "tensorboard"), purge_step=start_step + 1
     )
 
   def write(self, report: dict[str, Any]) -> None:
+    self.last = report
     if not self._writes:
       return
     with self._path.open("a") as file:
       file.write(json.dumps(report) + "\n")
-    for name, value in report.items():
-      if name != "step" and value is not None:
-        self._events.add_scalar(name, value, report["step"])
+    self._add_events(report, report["step"])
+
+  def amend(self, found: dict[str, Any]) -> None:
+    """Adds to the last report."""
+    self.last |= found
+    if not self._writes:
+      return
+    reports = [*read(str(self._path.parent))[:-1], self.last]
+    replace(self._path, "".join(json.dumps(r) + "\n" for r in reports))
+    self._add_events(found, self.last["step"])
+
+  def _add_events(self, values: dict[str, Any], step: int) -> None:
+    for name, value in values.items():
+      if name != "step" and isinstance(value, int | float):
+        self._events.add_scalar(name, value, step)
 
   def close(self) -> None:
     if self._writes:
@@ -72,7 +85,7 @@ def read(workdir: str) -> list[dict[str, Any]]:
   return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
-def _replace(path: epath.Path, text: str) -> None:
+def replace(path: epath.Path, text: str) -> None:
   """Writes a file whole or not at all."""
   partial = path.with_name(path.name + ".partial")
   partial.write_text(text)
@@ -80,37 +93,33 @@ def _replace(path: epath.Path, text: str) -> None:
 
 
 def write_config(workdir: str, config: config_lib.Config) -> None:
-  _replace(epath.Path(workdir) / "config.json", config_lib.to_json(config))
+  replace(epath.Path(workdir) / "config.json", config_lib.to_json(config))
 
 
 class Meter:
-  """Tokens per second and the like since the last reading.
+  """Tokens per second and the like since the last reading."""
 
-  Time within `paused` (evaluation, saving) is not training time.
-  """
-
-  def __init__(self, config: config_lib.Config):
+  def __init__(self, config: config_lib.Config, start_step: int):
     self._config = config
     kind = jax.devices()[0].device_kind
     known = [v for k, v in _PEAK_FLOPS.items() if kind.startswith(k)]
     self._peak = known[0] * jax.device_count() if known else None
-    self._restart()
+    self._before = (start_step, 0.0, 0.0)
 
-  def _restart(self) -> None:
-    self._started, self._paused = time.perf_counter(), 0.0
-
-  @contextlib.contextmanager
-  def paused(self) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    self._paused += time.perf_counter() - started
-
-  def read(self, steps: int, wait_seconds: float) -> dict[str, float | None]:
-    """Rates over the last `steps` steps. `mfu` is the model's operations
-    (lm/model/counts.py) over the devices' bfloat16 peak, None where unknown.
+  def read(
+    self, step: int, step_seconds: float, wait_seconds: float
+  ) -> dict[str, float | None]:
+    """Rates since the last reading. The seconds are those of all steps so far
+    (evaluation and saving left out) and of all waits for data. `mfu` is the
+    model's operations (lm/model/counts.py) over the devices' bfloat16 peak,
+    None where unknown.
     """
-    seconds = max(1e-9, time.perf_counter() - self._started - self._paused)
-    self._restart()
+    now = step, step_seconds, wait_seconds
+    steps, stepped, waited = (
+      a - b for a, b in zip(now, self._before, strict=True)
+    )
+    self._before = now
+    seconds = max(1e-9, stepped + waited)
     rate = steps * self._config.tokens_per_step / seconds
     length = self._config.train.sequence_length
     flops = rate * counts.train_flops(self._config.model, length)
@@ -118,7 +127,7 @@ class Meter:
       "tokens_per_second": rate,
       "step_seconds": seconds / max(1, steps),
       "mfu": None if self._peak is None else flops / self._peak,
-      "data_wait_fraction": wait_seconds / seconds,
+      "data_wait_fraction": waited / seconds,
     }
 
 

@@ -24,7 +24,7 @@ from lm.model import decoder, layers, loss
 from lm.train import optimizer
 
 Batch = dict[str, Array]  # the contract's table, [B, T] each
-Metrics = dict[str, Array]  # scalars
+Metrics = dict[str, Array]  # scalars, and the batch's digest
 
 # Name of the device axis in mode pmap.
 _PMAP_AXIS = "rows"
@@ -92,7 +92,8 @@ def train_step(
 
   Metrics are those of the batch before the update: `loss` (mean nats per
   scored token), `grad_norm` (before the clip), `lr`, `weight` (tokens
-  scored), and `skipped` (steps left out so far) where SkipConfig is on.
+  scored), `batch` (`sharding.digest` of the batch), and `skipped` (steps left
+  out so far) where SkipConfig is on.
   """
   o = config.optimizer
   transform = optimizer.make(o, config.train.steps)
@@ -101,8 +102,9 @@ def train_step(
   def step(state: State, batch: Batch) -> tuple[State, Metrics]:
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     sums = _over_microbatches(config, state.params, batch, key)
+    digest = sharding.digest(batch, _rows(config, batch)[0])
     if config.mesh.mode == "pmap":
-      sums = jax.lax.psum(sums, _PMAP_AXIS)
+      sums, digest = jax.lax.psum((sums, digest), _PMAP_AXIS)
     gradients, nll, weight = sums
     weight = jnp.maximum(weight, 1.0)  # a batch of padding alone
     gradients = jax.tree.map(lambda g: g / weight, gradients)
@@ -113,6 +115,7 @@ def train_step(
       "grad_norm": norm,
       "lr": rate(state.step),
       "weight": weight,
+      "batch": digest,
     }
     if o.clip_norm is not None:
       shrink = jnp.minimum(1.0, o.clip_norm / jnp.maximum(norm, 1e-30))
@@ -141,10 +144,7 @@ def _over_microbatches(config, params, batch, key):
     (_, nll), gradients = differentiate(params, batch, key, rows)
     return gradients, nll, jnp.sum(batch["weights"])
 
-  n_rows = batch["inputs"].shape[0]
-  first = 0
-  if config.mesh.mode == "pmap":
-    first = jax.lax.axis_index(_PMAP_AXIS) * n_rows
+  first, n_rows = _rows(config, batch)
   rows = first + jnp.arange(n_rows)
   if sharding.has_mesh():
     rows = jax.sharding.reshard(rows, sharding.partition("batch"))
@@ -165,6 +165,14 @@ def _over_microbatches(config, params, batch, key):
   start = (jax.tree.map(jnp.zeros_like, params), zero, zero)
   parts = jax.tree.map(split, (batch, rows))
   return jax.lax.scan(add, start, parts)[0]
+
+
+def _rows(config, batch):
+  """First row of the batch that is at hand, and how many are."""
+  n_rows = batch["inputs"].shape[0]
+  if config.mesh.mode == "jit":
+    return 0, n_rows
+  return jax.lax.axis_index(_PMAP_AXIS) * n_rows, n_rows
 
 
 def _loss_sums(config, params, batch, key, rows):

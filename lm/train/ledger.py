@@ -1,0 +1,142 @@
+"""Where the time of a run went, over all its attempts: goodput.json.
+
+An attempt is one life of the process. All its time is in one phase or another;
+steps that a later attempt did again are lost work, the time between two
+attempts is down time, and goodput is the share of the wall time that went into
+steps that lasted.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from etils import epath
+
+from lm.train import metrics
+
+PHASES = (
+  "start",
+  "compile",
+  "restore",
+  "step",
+  "data_wait",
+  "evaluate",
+  "save",
+)
+# The file is written this often at most while nothing else happens, in
+# seconds: what a kill leaves out of the account, as down time.
+_WRITE_EVERY = 5.0
+
+
+class Ledger:
+  """The account of a run; this process's attempt is the last entry.
+
+  `began` is when the process started, in seconds of the epoch. Only the first
+  process writes.
+  """
+
+  def __init__(self, workdir: str, began: float):
+    self._path = epath.Path(workdir) / "goodput.json"
+    text = self._path.read_text() if self._path.exists() else "[]"
+    self._attempts: list[dict[str, Any]] = json.loads(text)
+    self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+    self._attempt: dict[str, Any] = {
+      "began": began,
+      "written": began,
+      "first_step": 0,
+      "seconds": self.seconds,
+      # Seconds of steps at each checkpoint, to tell what a kill cost.
+      "saved": {},
+    }
+    self._attempts.append(self._attempt)
+    self.phase = "start"
+    self._booked = time.perf_counter() - max(0.0, time.time() - began)
+    self.book()
+    self.write()
+
+  def starts_from(self, step: int) -> None:
+    """Ends the start; says which checkpoint the steps go on from, 0 is none."""
+    self._attempt["first_step"] = step
+    self.book()
+    self.phase = "step"
+    self.write()
+
+  def book(self) -> None:
+    """Adds the time since the last booking to the phase under way."""
+    now = time.perf_counter()
+    self.seconds[self.phase] += now - self._booked
+    self._booked = now
+    if time.time() - self._attempt["written"] > _WRITE_EVERY:
+      self.write()
+
+  @contextlib.contextmanager
+  def within(self, phase: str) -> Iterator[None]:
+    """What runs inside is `phase`; the one around it goes on after."""
+    self.book()
+    outer, self.phase = self.phase, phase
+    try:
+      yield
+    finally:
+      self.book()
+      self.phase = outer
+
+  def saved(self, step: int) -> None:
+    self.book()
+    self._attempt["saved"][str(step)] = self.seconds["step"]
+    self.write()
+
+  def write(self) -> None:
+    self._attempt["written"] = time.time()
+    if jax.process_index() == 0:
+      metrics.replace(self._path, json.dumps(self._attempts, indent=1))
+
+  def describe(self) -> str:
+    """The account in a line, the largest part first."""
+    total = summarize(self._attempts)
+    wall, share = total.pop("wall"), total.pop("goodput")
+    parts = sorted(total.items(), key=lambda item: -item[1])
+    said = [f"{n.replace('_', ' ')} {_time(s)}" for n, s in parts if s >= 0.05]
+    return (
+      f"goodput {share:.1%} of {_time(wall)}, {len(self._attempts)} "
+      f"attempt(s): {', '.join(said)}"
+    )
+
+
+def read(workdir: str) -> list[dict[str, Any]]:
+  return json.loads((epath.Path(workdir) / "goodput.json").read_text())
+
+
+def summarize(attempts: list[dict[str, Any]]) -> dict[str, float]:
+  """Seconds by phase, with `lost`, `down`, `wall` and the share `goodput`.
+
+  `step` is without what was lost; all but the last two add up to `wall`.
+  """
+  total: dict[str, float] = dict.fromkeys((*PHASES, "lost", "down"), 0.0)
+  ahead = None  # the earliest step from which a later attempt went on
+  after = None
+  for attempt in reversed(attempts):
+    for phase in PHASES:
+      total[phase] += attempt["seconds"][phase]
+    if ahead is not None:
+      kept = attempt["saved"].get(str(ahead), 0.0)
+      total["lost"] += attempt["seconds"]["step"] - kept
+      total["down"] += max(0.0, after - attempt["written"])
+    first = attempt["first_step"]
+    ahead = first if ahead is None else min(ahead, first)
+    after = attempt["began"]
+  total["step"] -= total["lost"]
+  wall = sum(total.values())
+  return total | {
+    "wall": wall,
+    "goodput": total["step"] / wall if wall else 0.0,
+  }
+
+
+def _time(seconds: float) -> str:
+  if seconds < 100:
+    return f"{seconds:.1f} s"
+  minutes = seconds / 60
+  return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
