@@ -14,8 +14,9 @@ from lm import config as config_lib
 from lm import door
 
 _TOPOLOGY = flags.DEFINE_string(
-  "topology", "v5p:4x4x4", "Chips to compile for."
+  "topology", "v5p:4x4x4", "Chips to compile for, of one slice."
 )
+_SLICES = flags.DEFINE_integer("slices", 1, "How many of them.", lower_bound=1)
 GIB = 2**30
 
 
@@ -32,7 +33,9 @@ def main(config: config_lib.Config) -> None:
   from lm.train import step as step_lib
 
   topology = topologies.get_topology_desc(
-    platform="tpu", topology_name=_TOPOLOGY.value
+    platform="tpu",
+    topology_name=_TOPOLOGY.value,
+    num_slices=_SLICES.value,
   )
   mesh = sharding.make_mesh(config, topology.devices)
   started = time.perf_counter()
@@ -40,7 +43,7 @@ def main(config: config_lib.Config) -> None:
   seconds = time.perf_counter() - started
   print(
     f"{counts.parameter_count(config.model):,} parameters on {mesh.size} chips "
-    f"of {_TOPOLOGY.value}, {dict(mesh.shape)}, "
+    f"of {_SLICES.value} x {_TOPOLOGY.value}, {dict(mesh.shape)}, "
     f"{config.tokens_per_step // mesh.size:,} tokens a chip"
   )
   print(

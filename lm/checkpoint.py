@@ -96,7 +96,9 @@ class Checkpoints:
     trees = {"params": params, "rest": rest}
     if ema is not None:
       trees["ema"] = ema
-    items = {k: ocp.args.StandardSave(tree) for k, tree in trees.items()}
+    items: dict[str, Any] = {
+      name: ocp.args.StandardSave(tree) for name, tree in trees.items()
+    }
     items["meta"] = ocp.args.JsonSave(
       {
         "config": config_lib.to_json(meta.config),

@@ -50,8 +50,8 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
 
   def guarded(argv: list[str]) -> int | None:
     for name in _PROCESSES:
-      if flags.FLAGS[name].value is not None:
-        os.environ[name.upper()] = flags.FLAGS[name].value
+      if (value := flags.FLAGS[name].value) is not None:
+        os.environ[name.upper()] = str(value)
     try:
       config = [load(flags.FLAGS.config, overrides)] if takes_config else []
       if len(argv) > 1:

@@ -1,4 +1,4 @@
-"""Two real processes of four devices each, joined over loopback."""
+"""Real processes, of eight devices together, joined over loopback."""
 
 import json
 import os
@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 CHILD = """
 import sys
 import jax
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", int(sys.argv[3]))
 from lm import config, sharding
 sharding.start_processes(heartbeat_seconds=10)
 from lm.train import loop
@@ -28,13 +28,20 @@ sys.exit(loop.train(c, sys.argv[2]))
 """
 
 
-def _run(config, workdir, n_processes=2):
+def _run(config, workdir, n_processes):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
   children = [
     subprocess.Popen(
-      [sys.executable, "-c", CHILD, config_lib.to_json(config), str(workdir)],
+      [
+        sys.executable,
+        "-c",
+        CHILD,
+        config_lib.to_json(config),
+        str(workdir),
+        str(8 // n_processes),
+      ],
       cwd=ROOT,
       env={
         **os.environ,
@@ -53,16 +60,23 @@ def _run(config, workdir, n_processes=2):
   assert codes == [0] * n_processes, "\n---\n".join(said)
 
 
-@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(2, 2, 2), (8, 1, 1)])
-def test_two_processes_are_one(data, fsdp, tensor, make, tmp_path):
+@pytest.mark.parametrize(
+  ("n_processes", "data", "fsdp", "tensor"),
+  [
+    (2, 2, 2, 2),
+    pytest.param(4, 8, 1, 1, marks=pytest.mark.slow),
+    pytest.param(4, 1, 4, 2, marks=pytest.mark.slow),
+  ],
+)
+def test_processes_are_one(n_processes, data, fsdp, tensor, make, tmp_path):
   """The same reports and checkpoints as one process with eight devices; a run
-  begun by two is finished by one.
+  begun by several is finished by one.
   """
   fields = {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__tensor": tensor}
   config = make(**fields)
   alone, joined = tmp_path / "alone", tmp_path / "joined"
   assert loop.train(config, str(alone)) == 0
-  _run(make(**fields, train__steps=12), joined)
+  _run(make(**fields, train__steps=12), joined, n_processes)
   mine, theirs = (test_train._exact(d) for d in (alone, joined))
   assert len(mine) == 6
   test_train.assert_close(theirs, mine, rtol=1e-5)

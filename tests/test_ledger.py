@@ -1,0 +1,99 @@
+"""The account of a run's time, and the watch over its steps."""
+
+import time
+
+import pytest
+
+from lm.train import ledger, watchdog
+
+
+def _attempt(began, written, first_step, step, saved, **seconds):
+  spent = dict.fromkeys(ledger.PHASES, 0.0) | {"step": step} | seconds
+  return {
+    "began": began,
+    "written": written,
+    "first_step": first_step,
+    "seconds": spent,
+    "saved": saved,
+  }
+
+
+def test_closed_form():
+  """Three attempts: killed 6 s after a save; killed before any; the end."""
+  attempts = [
+    _attempt(0, 40, 0, 30.0, {"5": 12.0, "10": 24.0}, start=4.0, save=6.0),
+    _attempt(50, 65, 10, 9.0, {}, start=5.0, restore=1.0),
+    _attempt(70, 100, 10, 20.0, {"20": 20.0}, start=5.0, restore=5.0),
+  ]
+  found = ledger.summarize(attempts)
+  assert found["lost"] == 6 + 9
+  assert found["down"] == 10 + 5
+  assert found["step"] == 24 + 0 + 20
+  assert found["start"] == 14 and found["save"] == 6 and found["restore"] == 6
+  assert found["wall"] == 100
+  assert found["goodput"] == 0.44
+
+
+def test_going_back_two_checkpoints_loses_what_was_kept_before():
+  attempts = [
+    _attempt(0, 24, 0, 24.0, {"5": 12.0, "10": 24.0}),
+    _attempt(24, 30, 10, 6.0, {"15": 6.0}),
+    _attempt(30, 40, 5, 10.0, {"20": 10.0}),  # 10 and 15 were damaged
+  ]
+  found = ledger.summarize(attempts)
+  assert found["lost"] == 12 + 6
+  assert found["step"] == 12 + 10
+
+
+def test_every_second_is_in_one_phase_and_survives(tmp_path):
+  began = time.time() - 2.0
+  account = ledger.Ledger(str(tmp_path), began)
+  with account.within("compile"):
+    time.sleep(0.1)
+  account.starts_from(0)
+  time.sleep(0.1)
+  with account.within("evaluate"), account.within("data_wait"):
+    time.sleep(0.1)
+  account.saved(3)
+  lasted = time.time() - began
+  (attempt,) = ledger.read(str(tmp_path))
+  seconds = attempt["seconds"]
+  assert sum(seconds.values()) == pytest.approx(lasted, abs=0.05)
+  assert seconds["start"] == pytest.approx(2.0, abs=0.05)
+  for phase in ("compile", "step", "data_wait"):
+    assert seconds[phase] == pytest.approx(0.1, abs=0.05)
+  assert attempt["saved"] == {"3": pytest.approx(seconds["step"])}
+  again = ledger.Ledger(str(tmp_path), time.time())
+  again.starts_from(3)
+  assert [a["first_step"] for a in ledger.read(str(tmp_path))] == [0, 3]
+  assert "2 attempt(s)" in again.describe()
+
+
+def test_a_slow_step_is_reported_with_stacks(capfd, monkeypatch):
+  monkeypatch.setattr(watchdog, "_SHORTEST", 0.2)
+  watch = watchdog.Watchdog(factor=3.0)
+  for step in range(8):
+    time.sleep(0.01)
+    watch.step_done(step)
+  watch.pause()  # an evaluation
+  time.sleep(0.4)
+  assert capfd.readouterr().err == ""
+  watch.step_done(8)
+
+  def hangs_here():
+    time.sleep(0.5)
+
+  hangs_here()
+  watch.close()
+  said = capfd.readouterr().err
+  assert "the step after 8 has taken" in said and "hangs_here" in said
+
+
+def test_a_step_as_long_as_others_is_not_reported(capfd, monkeypatch):
+  monkeypatch.setattr(watchdog, "_SHORTEST", 0.01)
+  watch = watchdog.Watchdog(factor=10.0)
+  for step in range(8):
+    time.sleep(0.05)
+    watch.step_done(step)
+  watch.close()
+  assert capfd.readouterr().err == ""

@@ -1,0 +1,211 @@
+"""Digests, slices, and how processes find one another."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from lm import config as config_lib
+from lm import sharding
+
+
+def _tree():
+  rng = np.random.default_rng(0)
+  return {
+    "a": rng.standard_normal((8, 6, 4), np.float32),
+    "b": rng.standard_normal((8, 6, 4), np.float32),
+    "half": rng.standard_normal((4, 8)).astype(jnp.bfloat16),
+    "ids": rng.integers(0, 99, (8, 16), np.int32),
+    "flags": rng.integers(0, 2, (8, 16)).astype(bool),
+    "step": np.int32(7),
+  }
+
+
+def _digest(tree):
+  return np.asarray(sharding.digest(jax.tree.map(jnp.asarray, tree))).tolist()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_digest_is_the_same_on_any_mesh(shape):
+  config = config_lib.Config()
+  config.mesh = config_lib.MeshConfig("jit", *shape)
+  devices = jax.devices()[: int(np.prod(shape))]
+  mesh = sharding.make_mesh(config, devices)
+  spec = {
+    "a": P(("data", "fsdp")),
+    "b": P(("data", "fsdp"), "tensor"),
+    "half": P(None, "fsdp"),
+    "ids": P("data", "tensor"),
+    "flags": P(),
+    "step": P(),
+  }
+  placed = {
+    name: jax.device_put(x, jax.sharding.NamedSharding(mesh, spec[name]))
+    for name, x in _tree().items()
+  }
+  assert np.asarray(sharding.digest(placed)).tolist() == _digest(_tree())
+  with jax.set_mesh(mesh):
+    inside = jax.jit(sharding.digest)(placed)
+  assert np.asarray(inside).tolist() == _digest(_tree())
+
+
+def test_digest_sees_every_bit_and_its_place():
+  whole = _digest(_tree())
+
+  def differs(change):
+    tree = _tree()
+    change(tree)
+    return _digest(tree) != whole
+
+  def flip(tree):
+    tree["a"].view(np.uint32)[3, 2, 1] ^= 1
+
+  def swap_rows(tree):
+    tree["ids"][[1, 2]] = tree["ids"][[2, 1]]
+
+  def swap_arrays(tree):
+    tree["a"], tree["b"] = tree["b"], tree["a"]
+
+  def shift(tree):
+    tree["a"] = np.roll(tree["a"], 1, axis=2)
+
+  def negate_zero(tree):
+    tree["flags"][5, 5] ^= True
+
+  for change in (flip, swap_rows, swap_arrays, shift, negate_zero):
+    assert differs(change), change
+  assert not differs(lambda tree: None)
+
+
+def test_digests_of_parts_add_up():
+  tree = {name: x for name, x in _tree().items() if name in ("a", "ids")}
+  cut = [
+    {name: jnp.asarray(x[start:stop]) for name, x in tree.items()}
+    for start, stop in ((0, 3), (3, 8))
+  ]
+  parts = sharding.digest(cut[0], 0) + sharding.digest(cut[1], 3)
+  assert np.asarray(parts).tolist() == _digest(tree)
+
+
+# --- slices -------------------------------------------------------------------
+
+
+def _in_slices(n):
+  """Stand-ins for eight devices, i-th of n slices by turns."""
+  return [
+    types.SimpleNamespace(
+      id=i,
+      slice_index=i % n,
+      process_index=i,
+      platform="cpu",
+      device_kind="cpu",
+      local_hardware_id=0,
+    )
+    for i in range(8)
+  ]
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_only_data_crosses_slices(n, monkeypatch):
+  made, real = [], jax.sharding.Mesh
+
+  def mesh(grid, names, axis_types):
+    made.append((grid, names))
+    return real(np.array(jax.devices()).reshape(grid.shape), names)
+
+  monkeypatch.setattr(jax.sharding, "Mesh", mesh)
+  config = config_lib.Config()
+  config.model.n_heads = config.model.n_kv_heads = 8
+  config.mesh = config_lib.MeshConfig("jit", data=4, fsdp=2, tensor=1)
+  sharding.make_mesh(config, _in_slices(n))
+  grid, names = made[0]
+  assert grid.shape == (4, 2, 1) and names == sharding.MESH_AXES
+  assert sorted(device.id for device in grid.flat) == list(range(8))
+  for row in grid:  # each step along data stays within one slice
+    assert len({device.slice_index for device in row.flat}) == 1
+  order = [row.flat[0].slice_index for row in grid]
+  assert order == sorted(order)
+
+
+def test_a_mesh_that_does_not_fit_the_slices_is_refused():
+  config = config_lib.Config()
+  config.mesh = config_lib.MeshConfig("jit", data=1, fsdp=8, tensor=1)
+  with pytest.raises(config_lib.ConfigError, match="multiple of the 2 slices"):
+    sharding.make_mesh(config, _in_slices(2))
+
+
+# --- processes ----------------------------------------------------------------
+
+NAMES = (
+  "COORDINATOR_ADDRESS PROCESS_COUNT PROCESS_INDEX SLURM_NTASKS SLURM_PROCID"
+  " SLURM_STEP_NODELIST OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_RANK"
+  " TPU_WORKER_HOSTNAMES MEGASCALE_NUM_SLICES JAX_PLATFORMS"
+).split()
+SLURM = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3"}
+
+
+@pytest.mark.parametrize(
+  ("environment", "called"),
+  [
+    ({}, None),
+    (
+      {
+        "COORDINATOR_ADDRESS": "h:1",
+        "PROCESS_COUNT": "2",
+        "PROCESS_INDEX": "1",
+      },
+      ("h:1", 2, 1),
+    ),
+    ({"COORDINATOR_ADDRESS": "h:1", **SLURM}, ("h:1", 4, 3)),
+    (
+      {
+        "COORDINATOR_ADDRESS": "h:1",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": "0",
+      },
+      ("h:1", 2, 0),
+    ),
+    # JAX finds the rest.
+    ({**SLURM, "SLURM_STEP_NODELIST": "n[1-4]"}, (None, None, None)),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, (None, None, None)),
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, (None, None, None)),
+    (
+      {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"},
+      (None, None, None),
+    ),
+    # Alone, though a scheduler is there.
+    (SLURM, None),  # an allocation, but no step that srun started
+    ({**SLURM, "SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "1"}, None),
+    ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+    ({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}, None),
+  ],
+)
+def test_processes_are_found_in_the_environment(
+  environment, called, monkeypatch
+):
+  for name in NAMES:
+    monkeypatch.delenv(name, raising=False)
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  calls = []
+  monkeypatch.setattr(
+    jax.distributed, "initialize", lambda **given: calls.append(given)
+  )
+  monkeypatch.setattr(jax.config, "update", lambda *_: None)
+  sharding.start_processes(heartbeat_seconds=7)
+  keys = ("coordinator_address", "num_processes", "process_id")
+  found = [tuple(call[key] for key in keys) for call in calls]
+  assert found == ([] if called is None else [called])
+  assert all(call["heartbeat_timeout_seconds"] == 7 for call in calls)
+
+
+def test_half_an_address_is_refused(monkeypatch):
+  for name in NAMES:
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setenv("COORDINATOR_ADDRESS", "h:1")
+  monkeypatch.setattr(jax.config, "update", lambda *_: None)
+  with pytest.raises(config_lib.ConfigError, match="needs PROCESS_COUNT"):
+    sharding.start_processes(heartbeat_seconds=7)
