@@ -41,7 +41,7 @@ class Meta:
   digests: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-class Damaged(config_lib.ConfigError):
+class Damaged(config_lib.RunError):
   """A checkpoint that is not what was saved."""
 
 
@@ -109,9 +109,10 @@ class Checkpoints:
       }
     )
     metrics = None if loss is None else {"loss": loss}
-    self._manager.save(
-      step, args=ocp.args.Composite(**items), metrics=metrics, force=True
-    )
+    with self._writing():
+      self._manager.save(
+        step, args=ocp.args.Composite(**items), metrics=metrics, force=True
+      )
 
   def restore(
     self, step: int, params: Any, ema: Any | None, rest: Any
@@ -140,10 +141,26 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Returns once everything saved so far is on disk."""
-    self._manager.wait_until_finished()
+    with self._writing():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
-    self._manager.close()
+    with self._writing():
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Raises RunError for what went wrong in a save, this one or the last."""
+    try:
+      yield
+    except jax.errors.JaxRuntimeError:
+      raise
+    except Exception as error:
+      raise config_lib.RunError(
+        f"{self._manager.directory}: a checkpoint could not be written: "
+        f"{_first_line(error)}. Once the cause is gone, the same command goes "
+        f"on from step {self.latest_step() or 0}"
+      ) from error
 
 
 def load_meta(workdir: str, step: int | None = None) -> Meta:
@@ -221,10 +238,18 @@ def _reading(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
   except jax.errors.JaxRuntimeError:
     raise
   except Exception as error:
-    first_line = f"{type(error).__name__}: {error}".split("\n")[0][:200]
     raise Damaged(
-      f"checkpoint {manager.directory / str(step)} is damaged: {first_line}"
+      f"checkpoint {manager.directory / str(step)} is damaged: "
+      f"{_first_line(error)}"
     ) from error
+
+
+def _first_line(error: Exception) -> str:
+  """Of at most some 300 characters: libraries add whole specifications."""
+  line = str(error).split("\n")[0].split(" [source", 1)[0]
+  if len(line) > 300:
+    line = f"{line[:150]} ... {line[-150:]}"
+  return f"{type(error).__name__}: {line}"
 
 
 def _digest(tree: Any) -> str:

@@ -18,6 +18,14 @@ from typing import Any, Literal
 class ConfigError(ValueError):
   """A config that cannot work; the message says what to change."""
 
+  exit_code = 2
+
+
+class RunError(ConfigError):
+  """What went wrong outside of the config, and may not on another try."""
+
+  exit_code = 1
+
 
 @dataclasses.dataclass(unsafe_hash=True)
 class RopeScaling:

@@ -9,6 +9,7 @@ is one line on stderr and exit code 2, before anything is compiled or written.
 import ast
 import dataclasses
 import difflib
+import errno
 import glob
 import os
 import runpy
@@ -30,7 +31,8 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
   `main` gets the validated Config, or nothing where `takes_config` is False
   (a door that reads its config from a checkpoint). Other flags are absl flags
   that the door defines. A ConfigError from `main` ends as any mistake on the
-  command line does; every other exception is a bug and keeps its traceback.
+  command line does, and a full or broken disk likewise; every other exception
+  is a bug and keeps its traceback.
   """
   for name, about in _PROCESSES.items():
     flags.DEFINE_string(name, None, about)
@@ -46,7 +48,7 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
     try:
       return flags.FLAGS(argv)
     except flags.Error as error:
-      sys.exit(_refuse(error))
+      sys.exit(_refuse(config_lib.ConfigError(str(error))))
 
   def guarded(argv: list[str]) -> int | None:
     for name in _PROCESSES:
@@ -59,7 +61,9 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
           f"{argv[1]!r}: not a flag; write --FLAG=VALUE"
         )
       return main(*config)
-    except config_lib.ConfigError as error:
+    except (config_lib.ConfigError, OSError) as error:
+      if isinstance(error, OSError) and error.errno not in _OUTSIDE:
+        raise
       return _leave(_refuse(error))
     except Exception:
       if not _joined():
@@ -87,19 +91,25 @@ def _joined() -> bool:
 
 
 def _leave(code: int) -> int:
-  """`code`, at once where other processes are joined: an orderly end would
-  wait for them, and they for a collective that this one will not run.
+  """`code`; at once where it is 1, and so the fault is outside, or where other
+  processes are joined. An orderly end would wait for what is not to be had: a
+  disk with room, or processes that wait for this one.
   """
-  if _joined():
+  if code == 1 or _joined():
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
   return code
 
 
+# What a disk does to any program.
+_OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
 def _refuse(error: Exception) -> int:
+  """Says it in one line; returns the exit code."""
   print("error:", " ".join(str(error).split()), file=sys.stderr)
-  return 2
+  return getattr(error, "exit_code", 1)
 
 
 def load(path: str | None, overrides: Sequence[str] = ()) -> config_lib.Config:

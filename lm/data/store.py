@@ -145,8 +145,8 @@ def prepare_sources(
   return _make_stores(sources, tokenizer, data)
 
 
-def damaged(path: str, cause: str) -> config_lib.ConfigError:
-  return config_lib.ConfigError(
+def damaged(path: str, cause: str) -> config_lib.RunError:
+  return config_lib.RunError(
     f"token store {path} is damaged: {cause}. Remove it, and the next start "
     "makes it again from its source, the same to the token"
   )

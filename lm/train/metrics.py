@@ -5,6 +5,7 @@ checkpoint are dropped, so that no step stands twice. Processes other than the
 first write nothing.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -75,7 +76,9 @@ class Writer:
 
   def close(self) -> None:
     if self._writes:
-      self._events.close()
+      # On a full disk the cause is told already; metrics.jsonl has it all.
+      with contextlib.suppress(OSError):
+        self._events.close()
 
 
 def read(workdir: str) -> list[dict[str, Any]]:
