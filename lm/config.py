@@ -443,10 +443,10 @@ def from_json(text: str) -> Config:
     tree = json.loads(text)
   except json.JSONDecodeError as error:
     raise ConfigError(f"config={text[:40]!r}...: not JSON: {error}") from error
-  return validate(_from_dict(Config, tree, "config"))
+  return validate(from_dict(Config, tree, "config"))
 
 
-def _from_dict(kind: Any, value: Any, path: str) -> Any:
+def from_dict(kind: Any, value: Any, path: str) -> Any:
   origin, args = typing.get_origin(kind), typing.get_args(kind)
   if value is None:
     return None
@@ -459,15 +459,15 @@ def _from_dict(kind: Any, value: Any, path: str) -> Any:
         raise ConfigError(f"{path}.{name}: {unknown(name, known)}")
     return kind(  # type: ignore[operator]
       **{
-        name: _from_dict(known[name], item, f"{path}.{name}")
+        name: from_dict(known[name], item, f"{path}.{name}")
         for name, item in value.items()
       }
     )
   if origin is tuple and isinstance(value, list):
-    return tuple(_from_dict(args[0], item, path) for item in value)
+    return tuple(from_dict(args[0], item, path) for item in value)
   if origin in (types.UnionType, typing.Union):
     kinds = [a for a in args if a is not type(None)]
-    return _from_dict(kinds[0], value, path)
+    return from_dict(kinds[0], value, path)
   return value
 
 

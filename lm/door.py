@@ -127,7 +127,7 @@ def load(path: str | None, overrides: Sequence[str] = ()) -> config_lib.Config:
       raise config_lib.ConfigError(
         f"{argument}: no value; write {argument}=VALUE"
       )
-    _override(config, "config", field.split(".")[1:], text)
+    override(config, "config", field.split(".")[1:], text)
   return config_lib.validate(config)
 
 
@@ -156,7 +156,7 @@ def _from_file(path: str) -> config_lib.Config:
   return config
 
 
-def _override(node: Any, path: str, names: list[str], text: str) -> None:
+def override(node: Any, path: str, names: list[str], text: str) -> None:
   """Sets the field that `names` lead to from the dataclass `node` at `path`.
 
   A sub-config that is None gets its defaults first, so that setting one of
@@ -176,7 +176,7 @@ def _override(node: Any, path: str, names: list[str], text: str) -> None:
       raise config_lib.ConfigError(f"{path}: has no field {rest[0]!r}")
     if getattr(node, name) is None:
       setattr(node, name, kind())  # type: ignore[operator]
-    return _override(getattr(node, name), path, rest, text)
+    return override(getattr(node, name), path, rest, text)
   if dataclasses.is_dataclass(kind) and not (optional and text == "None"):
     fields = ", ".join(typing.get_type_hints(kind))
     or_none = " or None" if optional else ""

@@ -119,6 +119,8 @@ def _in_cluster() -> bool:
     hosts = os.environ["TPU_WORKER_HOSTNAMES"].split(",")
     slices = int(os.environ.get("MEGASCALE_NUM_SLICES", 1))
     return len(hosts) * slices > 1
+  if "TPU_SKIP_MDS_QUERY" in os.environ:  # no metadata server to ask
+    return False
   has_tpu = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
   return bool(has_tpu) and importlib.util.find_spec("libtpu") is not None
 

@@ -56,8 +56,12 @@ class Writer:
     self.last = report
     if not self._writes:
       return
-    with self._path.open("a") as file:
-      file.write(json.dumps(report) + "\n")
+    line = json.dumps(report) + "\n"
+    if "://" in str(self._path):  # an object store has no appending
+      self._path.write_text(self._path.read_text() + line)
+    else:
+      with self._path.open("a") as file:
+        file.write(line)
     self._add_events(report, report["step"])
 
   def amend(self, found: dict[str, Any]) -> None:

@@ -1,0 +1,109 @@
+"""Steps: commands as argument lists, printed as shell or run without one."""
+
+import dataclasses
+import pathlib
+import shlex
+import subprocess
+from collections.abc import Sequence
+
+import yaml
+
+from lm import config as config_lib
+
+
+def _function(name: str) -> str:
+  """A shell function of this directory, without its comments."""
+  lines = (pathlib.Path(__file__).parent / name).read_text().splitlines()
+  code = [x for x in lines if x and not x.lstrip().startswith("#")]
+  return "\n".join(code) + "\n"
+
+
+SUPERVISE = _function("supervise.sh")
+RETRY = SUPERVISE + _function("retry.sh")
+
+# Makes a Python that the project runs on, of which TPU VMs have none (3.10).
+_INSTALL = """\
+python3 -m pip install --quiet --user uv
+python3 -m uv venv --quiet --allow-existing --python 3.12 .venv
+python3 -m uv pip install --quiet --python .venv {packages}
+"""
+# Paths such as gs://bucket are etils', which leaves them to gcsfs.
+INSTALL_TPU = _INSTALL.format(packages="'.[tpu]' gcsfs")
+INSTALL_GPU = _INSTALL.format(packages="'.' 'jax[cuda12]' gcsfs")
+# Installing may have made one.
+ACTIVATE = "[ ! -f .venv/bin/activate ] || . .venv/bin/activate\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """One command; `stdin` is the text that it reads."""
+
+  argv: tuple[str, ...]
+  stdin: str | None = None
+  about: str = ""
+
+  def __str__(self) -> str:
+    """The same as shell, in which every word is quoted."""
+    about = f"# {self.about}\n" if self.about else ""
+    return f"{about}{_heredoc(_wrap(self.argv), self.stdin)}\n"
+
+  def run(self, **options) -> subprocess.CompletedProcess:
+    """Runs it; raises ConfigError where the program is not installed."""
+    try:
+      return subprocess.run(
+        self.argv, input=self.stdin, text=True, check=False, **options
+      )
+    except FileNotFoundError as error:
+      raise config_lib.ConfigError(
+        f"{self.argv[0]}: not on the PATH; install it, or see the commands "
+        "with --dry_run"
+      ) from error
+
+
+def run_all(steps: Sequence[Step]) -> int:
+  """Runs steps in order up to the first that fails; its exit code, or 0."""
+  for step in steps:
+    code = step.run().returncode
+    if code:
+      return code
+  return 0
+
+
+def bash(script: str, *words: str) -> tuple[str, ...]:
+  """Arguments that run `script` with `words` as its parameters."""
+  return "bash", "-c", script, "launch", *words
+
+
+def _wrap(argv: Sequence[str]) -> str:
+  """The words, quoted, in lines of 80 columns where that can be."""
+  lines = [""]
+  for word in map(shlex.quote, argv):
+    if lines[-1] and len(lines[-1]) + len(word) > 76:
+      lines.append("")
+    lines[-1] += f" {word}" if lines[-1] else word
+  return " \\\n  ".join(lines)
+
+
+def _heredoc(command: str, text: str | None) -> str:
+  if text is None:
+    return command
+  mark = "EOF"
+  while mark in text.split("\n"):
+    mark += "_"
+  end = "" if text.endswith("\n") else "\n"
+  return f"{command} <<'{mark}'\n{text}{end}{mark}"
+
+
+class _Dumper(yaml.SafeDumper):
+  """YAML that shows a script as a script."""
+
+  def represent_str(self, text: str) -> yaml.Node:
+    style = "|" if "\n" in text else None
+    return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def to_yaml(tree: dict) -> str:
+  return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

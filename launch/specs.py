@@ -1,0 +1,160 @@
+"""The spec, shared by all places: what to run, on what, where its files go.
+
+`launch/pod.yaml` explains each field. It is read strictly: an unknown field, a
+wrong type or an impossible value is a ConfigError before anything is run.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import yaml
+
+from launch import accelerators
+from lm import config as config_lib
+from lm import door
+
+
+@dataclasses.dataclass
+class LocalConfig:
+  processes: int = 2
+  # CPU devices of a process.
+  devices: int = 1
+
+
+@dataclasses.dataclass
+class SlurmConfig:
+  partition: str | None = None
+  account: str | None = None
+  # Time limit of one allocation; the job comes back until the run is complete.
+  minutes: int = 1440
+
+
+@dataclasses.dataclass
+class Spec:
+  name: str = "tiny"
+  accelerator: str = "cpu"
+  slices: int = 1
+  zone: str | None = None
+  spot: bool = True
+  image: str | None = None
+  install: str | None = None
+  command: tuple[str, ...] = ()
+  retries: int = 10
+  bucket: str | None = None
+  local: LocalConfig = dataclasses.field(default_factory=LocalConfig)
+  slurm: SlurmConfig = dataclasses.field(default_factory=SlurmConfig)
+
+  @property
+  def workdir(self) -> str:
+    return f"{self.bucket or 'runs'}/{self.name}"
+
+  @property
+  def argv(self) -> list[str]:
+    """The command, with the run's directory in it."""
+    return [word.replace("{workdir}", self.workdir) for word in self.command]
+
+
+def load(
+  path: str, overrides: Sequence[str] = (), command: Sequence[str] = ()
+) -> Spec:
+  """The spec of a YAML file, changed by arguments `--spec.FIELD=VALUE`.
+
+  `command`, where there is one, takes the place of the file's.
+  """
+  spec = _parse(path)
+  for argument in overrides:
+    field, equals, text = argument.removeprefix("--").partition("=")
+    if not equals:
+      raise config_lib.ConfigError(
+        f"{argument}: no value; write {argument}=VALUE"
+      )
+    door.override(spec, "spec", field.split(".")[1:], text)
+  if command:
+    spec.command = tuple(command)
+  return validate(spec)
+
+
+def _parse(path: str) -> Spec:
+  try:
+    with open(path, encoding="utf-8") as file:
+      tree = yaml.load(file, _Loader)
+  except OSError as error:
+    raise config_lib.ConfigError(f"--spec={path}: {error.strerror}") from error
+  except (yaml.YAMLError, UnicodeDecodeError) as error:
+    raise config_lib.ConfigError(f"--spec={path}: {error}") from error
+  return config_lib.from_dict(Spec, {} if tree is None else tree, "spec")
+
+
+class _Loader(yaml.SafeLoader):
+  """YAML in which no key is said twice; PyYAML would take the last."""
+
+  def construct_mapping(self, node, deep=False):
+    keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+    for key in keys:
+      if keys.count(key) > 1:
+        raise yaml.constructor.ConstructorError(
+          None, None, f"{key!r} is said twice", node.start_mark
+        )
+    return super().construct_mapping(node, deep)
+
+
+def validate(spec: Spec) -> Spec:
+  """Returns `spec`, or raises ConfigError naming the first broken rule."""
+  config_lib.check_types(spec, Spec, "spec")
+  # The clouds' own rule, so that a spec moves from place to place.
+  require(
+    re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", spec.name) is not None,
+    "name",
+    spec.name,
+    "must be 1 to 40 lower-case letters, digits and hyphens, from a letter to "
+    "a letter or digit",
+  )
+  require(
+    spec.zone is None or re.fullmatch(r"[a-z0-9*/-]+", spec.zone) is not None,
+    "zone",
+    spec.zone,
+    "must be a zone such as us-west4-a, for sky also an infra such as aws",
+  )
+  accelerators.find(spec.accelerator)
+  require(
+    len(spec.command) > 0,
+    "command",
+    spec.command,
+    "names no program; set it, or give the command after --",
+  )
+  require(
+    not any("\0" in text for text in (*spec.argv, spec.install or "")),
+    "command",
+    spec.command,
+    "holds a NUL, which no command can take",
+  )
+  for path, value, least in (
+    ("slices", spec.slices, 1),
+    ("retries", spec.retries, 0),
+    ("local.processes", spec.local.processes, 1),
+    ("local.devices", spec.local.devices, 1),
+    ("slurm.minutes", spec.slurm.minutes, 5),
+  ):
+    require(value >= least, path, value, f"must be at least {least}")
+  return spec
+
+
+def require(holds: bool, path: str, value: object, rule: str) -> None:
+  if not holds:
+    raise refusal(path, value, rule)
+
+
+def refusal(path: str, value: object, rule: str) -> config_lib.ConfigError:
+  return config_lib.ConfigError(f"spec.{path}={value!r}: {rule}")
+
+
+def require_bucket(spec: Spec) -> None:
+  """Machines that come and go keep nothing; every process must reach it."""
+  require(
+    spec.bucket is not None and "://" in spec.bucket,
+    "bucket",
+    spec.bucket,
+    "must be an object store such as gs://my-bucket/runs: these machines' "
+    "disks do not outlive a preemption",
+  )
