@@ -246,8 +246,8 @@ def digest(tree: Any, first_row: Array | int = 0) -> Array:
 def _digest(x: Array, name: Array, first_row: Array) -> Array:
   if x.ndim == 0:
     x = x[None]
-  if x.dtype.itemsize == 1:
-    x = x.astype(jnp.uint8)  # bool has no bits to cast
+  if x.dtype == bool:  # has no bits to cast
+    x = x.astype(jnp.uint8)
   width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
   words = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
   where = jax.typeof(x).sharding

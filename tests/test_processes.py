@@ -86,3 +86,22 @@ def test_processes_are_one(n_processes, data, fsdp, tensor, make, tmp_path):
   test_train.assert_close(resumed, mine, rtol=1e-5)
   assert json.loads((joined / "config.json").read_text())
   assert metrics_lib.read(str(joined))[-1]["step"] == 12
+
+
+def test_flags_say_what_the_environment_does(tmp_path):
+  done = subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "lm.train",
+      "--config=configs/tiny.py",
+      f"--workdir={tmp_path}",
+      "--coordinator_address=host:1",
+    ],
+    cwd=ROOT,
+    env={k: v for k, v in os.environ.items() if not k.startswith("PROCESS_")},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 2
+  assert "COORDINATOR_ADDRESS=host:1: needs PROCESS_COUNT" in done.stderr

@@ -139,31 +139,50 @@ def _reference(q, k, v, seen, softcap):
     out_sharding=sharding.spec("batch", None, "kv_heads", None, None),
   )
   q, k, v = jnp.moveaxis(q, 1, 3), k.swapaxes(1, 2), v.swapaxes(1, 2)
-  scores = jnp.einsum(
-    "BKGTH,BKSH->BKGTS",
-    q,
-    k,
-    preferred_element_type=jnp.float32,
-    out_sharding=sharding.spec(*heads),
-  )
+  scores = _contract("BKGTH,BKSH->BKGTS", heads, q, k)
   if softcap is not None:
     scores = softcap * jnp.tanh(scores / softcap)
   scores = jnp.where(seen[:, None, None], scores, MASKED)
   top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
   shares = jnp.exp(scores - top)
-  out = jnp.einsum(
-    "BKGTS,BKSH->BKGTH",
-    shares.astype(v.dtype),
-    v,
-    preferred_element_type=jnp.float32,
-    out_sharding=sharding.spec(*heads),
-  )
+  out = _contract("BKGTS,BKSH->BKGTH", heads, shares.astype(v.dtype), v)
   out /= jnp.sum(shares, axis=-1, keepdims=True)
   return jax.lax.reshape(
     jnp.moveaxis(out.astype(v.dtype), 3, 1),
     (B, T, N, H),
     out_sharding=sharding.spec("batch", None, "heads", None),
   )
+
+
+def _product(equation, axes, a, b) -> Array:
+  """einsum of operands in the compute dtype, summed in float32. Backward, the
+  float32 cotangent is rounded to that dtype first: a float32 operand would
+  make both products float32 ones.
+  """
+  return jnp.einsum(
+    equation,
+    a,
+    b,
+    preferred_element_type=jnp.float32,
+    out_sharding=sharding.spec(*axes),
+  )
+
+
+def _product_forward(equation, axes, a, b):
+  return _product(equation, axes, a, b), (a, b)
+
+
+def _product_backward(equation, axes, operands, cotangent):
+  def narrow(a, b):
+    where = sharding.spec(*axes)
+    return jnp.einsum(equation, a, b, out_sharding=where)
+
+  _, pull = jax.vjp(narrow, *operands)
+  return pull(cotangent.astype(operands[0].dtype))
+
+
+_contract = jax.custom_vjp(_product, nondiff_argnums=(0, 1))
+_contract.defvjp(_product_forward, _product_backward)
 
 
 # Places of a row that a TPU handles at once: splash wants multiples of it.

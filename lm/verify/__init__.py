@@ -1,0 +1,1 @@
+"""Proves a config on this machine: `python -m lm.verify`."""

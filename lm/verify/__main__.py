@@ -1,0 +1,71 @@
+"""`python -m lm.verify --config=configs/NAME.py`: proves it on this machine.
+
+  python -m lm.verify --config=configs/llama3_8b.py --only=meshes,dtypes
+
+Nothing of the config's corpus is read. Exit code 1 where a check fails.
+"""
+
+import os
+
+import rich.console
+from absl import flags
+
+from lm import config as config_lib
+from lm import door
+
+_ONLY = flags.DEFINE_list("only", None, "Checks to make; default: all.")
+_SHRINK = flags.DEFINE_bool(
+  "shrink",
+  None,
+  "Check a copy of small widths, depth, lengths and batch that keeps every "
+  "switch; default: where the config is large.",
+)
+_DEVICES = flags.DEFINE_integer(
+  "devices", 8, "Devices that a CPU is to look like.", lower_bound=1
+)
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.")
+_FAULTS = flags.DEFINE_bool(
+  "faults",
+  False,
+  "Instead, break training runs on purpose and see them recover: a quarter of "
+  "an hour.",
+)
+
+
+def main(config: config_lib.Config) -> int:
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  import jax
+
+  jax.config.update("jax_num_cpu_devices", _DEVICES.value)
+  # What is called float32 is to be it; TPUs and GPUs take fewer bits.
+  jax.config.update("jax_default_matmul_precision", "highest")
+  from lm.verify import checks, result, shrink
+
+  names = checks.choose(_ONLY.value)
+  subject, changed = shrink.subject(config, _SHRINK.value)
+  todo = [
+    (n, checks.CHECKS[n], config if n in checks.TRACED else subject)
+    for n in names
+  ]
+  if _FAULTS.value:
+    from lm.verify import faults
+
+    todo = [("faults", faults.run, subject)]
+  results = []
+  with rich.console.Console(stderr=True).status("") as status:
+    for name, check, its_config in todo:
+      status.update(f"checking {name}")
+      for found in checks.attempt(name, check, its_config):
+        results.append(found)
+        if _FAULTS.value:
+          status.update(f"{len(results)} done, the last {found.compared}")
+  devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+  title = f"{flags.FLAGS.config} on {devices}, {changed}"
+  result.show(results, title)
+  if _OUTPUT.value is not None:
+    result.write(results, _OUTPUT.value, {"title": title})
+  return 0 if all(r.passed for r in results) else 1
+
+
+if __name__ == "__main__":
+  door.run(main)

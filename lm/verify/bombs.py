@@ -1,0 +1,176 @@
+"""A training process with a bomb planted: what `--faults` starts.
+
+  python -m lm.verify.bombs ORDER --config=FILE --workdir=RUN
+
+It is `python -m lm.train`, and sends itself a signal at one exact place: a
+function of the house, or a rename of a file, is wrapped. So a kill hits its
+window every time, however fast the machine is.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import runpy
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+  """Where and how to strike, as JSON. `window` None plants no bomb.
+
+  The first process to strike makes the file `struck`, so that of several only
+  one does; with `group` its signal goes to all of them.
+  """
+
+  struck: str
+  window: str | None = None
+  signal: int = signal.SIGKILL
+  group: bool = False
+  # Of the windows that are in time: seconds to wait, or steps to take.
+  delay: float = 0.0
+
+
+def before(owner: Any, name: str, strike: Callable, at: int = 1) -> None:
+  """Strikes when `owner.name` is called for the `at`-th time."""
+  original, calls = getattr(owner, name), [0]
+
+  def wrapped(*args, **kwargs):
+    calls[0] += 1
+    if calls[0] == at:
+      strike()
+    return original(*args, **kwargs)
+
+  setattr(owner, name, wrapped)
+
+
+def after(owner: Any, name: str, strike: Callable, at: int | None = 1) -> None:
+  """Strikes when the `at`-th call of `owner.name` has returned, or each."""
+  original, calls = getattr(owner, name), [0]
+
+  def wrapped(*args, **kwargs):
+    result = original(*args, **kwargs)
+    calls[0] += 1
+    if at is None or calls[0] == at:
+      strike()
+    return result
+
+  setattr(owner, name, wrapped)
+
+
+def during(owner: Any, name: str, strike: Callable, delay: float) -> None:
+  """Strikes `delay` seconds after `owner.name` was first called."""
+  before(owner, name, lambda: threading.Timer(delay, strike).start())
+
+
+def renaming(matches: Callable[[str, str], bool], strike: Callable, place):
+  """Strikes before or after (`place`) a file is renamed that `matches`."""
+  for name in ("rename", "replace"):
+    original = getattr(os, name)
+
+    def wrapped(source, target, *args, original=original, **kwargs):
+      found = matches(os.fspath(source), os.fspath(target))
+      if found and place == "before":
+        strike()
+      original(source, target, *args, **kwargs)
+      if found and place == "after":
+        strike()
+
+    setattr(os, name, wrapped)
+
+
+def _is_commit(source: str, target: str) -> bool:
+  """Whether a checkpoint's step directory gets its name."""
+  path = pathlib.Path(target)
+  return path.name.isdigit() and path.parent.name == "checkpoints"
+
+
+def _tear_a_report(strike: Callable, dies: bool) -> None:
+  """Strikes when half of a report's line is written."""
+  from lm.train import metrics
+
+  def tear(self, report):
+    if dies and self._writes:
+      line = json.dumps(report)
+      with self._path.open("a") as file:
+        file.write(line[: len(line) // 2])
+    strike()
+    return original(self, report)
+
+  original = metrics.Writer.write
+  metrics.Writer.write = tear
+
+
+def plant(order: Order, strike: Callable[[], None]) -> None:
+  """Wraps what the order's window names. Imports the house, and so JAX."""
+  from lm import checkpoint
+  from lm.data import pipeline, store
+  from lm.evaluate import perplexity
+  from lm.train import loop, metrics
+  from lm.train import step as step_lib
+
+  dies = order.signal == signal.SIGKILL
+  windows: dict[str, Callable[[], None]] = {
+    "tokenizing": lambda: before(store, "_append", strike),
+    "store written, not yet named": lambda: renaming(
+      lambda _, to: os.path.basename(to).startswith("tokens-"), strike, "before"
+    ),
+    "compiling": lambda: during(step_lib, "compile_step", strike, 0.2),
+    "step": lambda: after(pipeline.DevicePrefetch, "__next__", strike, 5),
+    "report": lambda: _tear_a_report(strike, dies),
+    "evaluating": lambda: before(perplexity, "totals", strike, 2),
+    "saving, copied": lambda: after(checkpoint.Checkpoints, "save", strike, 2),
+    "saving, written": lambda: renaming(_is_commit, strike, "before"),
+    "saving, committed": lambda: renaming(_is_commit, strike, "after"),
+    "restoring": lambda: before(checkpoint, "_restore", strike),
+    "restored": lambda: after(checkpoint, "_restore", strike),
+    "dropping later reports": lambda: renaming(
+      lambda _, to: os.path.basename(to) == "metrics.jsonl", strike, "before"
+    ),
+    "end": lambda: before(metrics, "plot", strike),
+    "any time": lambda: threading.Timer(order.delay, strike).start(),
+    "any step": lambda: after(
+      pipeline.DevicePrefetch, "__next__", strike, int(order.delay)
+    ),
+  }
+  assert loop  # what it imports is wrapped above, before it runs
+  windows[order.window or ""]()
+
+
+def _striker(order: Order) -> Callable[[], None]:
+  """What strikes; it notes how many batches this life had taken."""
+  from lm.data import pipeline
+
+  taken = [0]
+
+  def count():
+    taken[0] += 1
+
+  after(pipeline.DevicePrefetch, "__next__", count, at=None)
+
+  def strike():
+    try:
+      with open(order.struck, "x") as file:
+        file.write(str(taken[0]))
+    except FileExistsError:
+      return
+    if order.group:
+      os.killpg(0, order.signal)
+    else:
+      os.kill(os.getpid(), order.signal)
+    if order.signal == signal.SIGKILL:
+      time.sleep(60)  # it is on its way
+
+  return strike
+
+
+if __name__ == "__main__":
+  _order = Order(**json.loads(sys.argv.pop(1)))
+  if _order.window is not None:
+    plant(_order, _striker(_order))
+  runpy.run_module("lm.train", run_name="__main__", alter_sys=True)

@@ -1,0 +1,48 @@
+"""All checks by name, in the order of the table."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+from lm import config as config_lib
+from lm.verify import data, model, parallel
+from lm.verify.result import Result
+
+Check = Callable[[config_lib.Config], Iterable[Result]]
+
+CHECKS: dict[str, Check] = {
+  "causality": model.causality,
+  "packing": model.packing,
+  "padding": model.padding,
+  "decode": model.decode,
+  "accumulation": parallel.accumulation,
+  "meshes": parallel.meshes,
+  "layers": parallel.layers,
+  "initial_loss": model.initial_loss,
+  "dtypes": model.dtypes,
+  "parameters": model.parameters,
+  "shardings": parallel.shardings,
+  "batches": data.batches,
+  "checkpoint": data.checkpoints,
+}
+# These compute nothing, and so see a config of any size as it stands.
+TRACED = ("dtypes", "parameters")
+
+
+def choose(only: list[str] | None) -> list[str]:
+  """The named checks in the table's order; None is all."""
+  for name in only or ():
+    if name not in CHECKS:
+      raise config_lib.ConfigError(
+        f"--only={name}: {config_lib.unknown(name, CHECKS)}"
+      )
+  return [name for name in CHECKS if only is None or name in only]
+
+
+def attempt(
+  name: str, check: Check, config: config_lib.Config
+) -> Iterator[Result]:
+  """What the check finds; an exception in it is a result that failed."""
+  try:
+    yield from check(config)
+  except Exception as error:
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    yield Result(name, "could not be finished", None, None, False, said)

@@ -1,0 +1,152 @@
+"""Checks of what is read and what is kept: batches and checkpoints."""
+
+import copy
+import itertools
+import os
+import tempfile
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from lm import checkpoint
+from lm import config as config_lib
+from lm.data import pipeline, store
+from lm.data import tokenizer as tokenizer_lib
+from lm.train import step as step_lib
+from lm.verify import result, trial
+from lm.verify.result import Result
+
+_STEPS = 5
+# Ids of a SentencePiece model trained on random words: little above the least.
+_VOCABULARY = 448
+
+
+def batches(config: config_lib.Config) -> Iterator[Result]:
+  """Batches of a small corpus for several numbers of processes, from several
+  steps on: the corpus is synthetic, every other switch of data the config's.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    config = small_corpus(config, folder)
+    whole = _take(config, 0, None, _STEPS)
+    rows, starts = config.train.batch_size, (0, 1, _STEPS - 1)
+    for n in (1, 2, 4, 8):
+      if rows % n:
+        continue
+      share, wrong = rows // n, 0
+      for start in starts:
+        parts = [
+          _take(config, start, (p * share, (p + 1) * share), _STEPS - start)
+          for p in range(n)
+        ]
+        for step, pieces in enumerate(zip(*parts, strict=True), start):
+          joined = jax.tree.map(lambda *x: np.concatenate(x), *pieces)
+          wrong += trial.unequal(joined, whole[step])
+      yield result.judge(
+        "batches",
+        f"{_STEPS} batches read by {n} process(es), restarted at steps "
+        f"{starts}, and by one: elements that differ",
+        wrong,
+        0,
+      )
+    distinct = {batch["inputs"].tobytes() for batch in whole}
+    yield result.judge(
+      "batches", "batches that repeat another", _STEPS - len(distinct), 0
+    )
+
+
+def _take(config, start, rows, n) -> list[pipeline.Batch]:
+  """As a process that starts would: the stores are opened anew."""
+  prepared = store.prepare(config)
+  found = pipeline.train_batches(config, prepared, start_step=start, rows=rows)
+  return list(itertools.islice(found, n))
+
+
+def small_corpus(config: config_lib.Config, folder: str) -> config_lib.Config:
+  """The config with a text source of random words for each of its own."""
+  config = copy.deepcopy(config)
+  data, rng = config.data, np.random.default_rng(3)
+  letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+  words = ["".join(rng.choice(letters, n)) for n in rng.integers(1, 9, 500)]
+  n_bytes = 4 * (_STEPS + 1) * config.tokens_per_step  # more than a token each
+  specs = []
+  for source in range(len(data.train)):
+    os.mkdir(os.path.join(folder, str(source)))
+    for document in range(20):
+      text = " ".join(rng.choice(words, n_bytes // 20 // 5))
+      lines = [text[i : i + 300] for i in range(0, len(text), 300)]
+      path = os.path.join(folder, str(source), f"{document}.txt")
+      with open(path, "w") as file:
+        file.write("\n\n".join(lines))  # also apart as lines and as blocks
+    specs.append(f"text:{folder}/{source}/*.txt")
+  data.train, data.validation = tuple(specs), ()
+  data.cache_dir = os.path.join(folder, "cache")
+  config.tokenizer.path = None
+  config.tokenizer.train_bytes = 50_000
+  config.model.vocab_size = tokenizer_lib.BYTES_SIZE
+  if config.tokenizer.kind == "sentencepiece":
+    config.model.vocab_size = _VOCABULARY
+  return config
+
+
+def checkpoints(config: config_lib.Config) -> Iterator[Result]:
+  """A state of random numbers, saved from one mesh and restored onto another:
+  no bit, dtype or promised layout may change.
+  """
+  fit, _ = trial.fitting(config)
+  there, here = (trial.on(config, shape) for shape in (fit[0], fit[-1]))
+  like = step_lib.abstract_state(there, trial.mesh_of(there))
+  target = step_lib.abstract_state(here, trial.mesh_of(here))
+  rng = np.random.default_rng(11)
+
+  def draw(x):
+    if np.issubdtype(x.dtype, np.integer):
+      return rng.integers(1, 1000, x.shape).astype(x.dtype)
+    return rng.standard_normal(x.shape).astype(x.dtype)
+
+  wanted = jax.tree.map(draw, like)
+  state = trial.place(wanted, like)
+  meta = checkpoint.Meta(
+    step=3,
+    config=there,
+    tokenizer=tokenizer_lib.Tokenizer().to_json(),
+    fingerprint="of the data",
+    batch_hash="of the batches",
+  )
+  with tempfile.TemporaryDirectory() as folder:
+    saved = checkpoint.Checkpoints(folder, config.checkpoint)
+    try:
+      saved.save(3, state.params, state.ema, _rest(state), meta, loss=1.0)
+      saved.wait()
+      found = saved.restore(3, target.params, target.ema, _rest(target))
+    finally:
+      saved.close()
+    told = checkpoint.load_meta(folder)
+    alone = checkpoint.load_params(folder, config.model)
+  where = f"{trial.name(fit[0])} to {trial.name(fit[-1])}"
+  everything = (wanted.params, wanted.ema, _rest(wanted))
+  promised = (target.params, target.ema, _rest(target))
+  moved = [
+    jax.tree_util.keystr(path)
+    for (path, x), to in zip(
+      jax.tree_util.tree_leaves_with_path(found),
+      jax.tree.leaves(promised),
+      strict=True,
+    )
+    if not x.sharding.is_equivalent_to(to.sharding, x.ndim)
+  ]
+  read = wanted.params if wanted.ema is None else wanted.ema
+  fields = ("step", "config", "tokenizer", "fingerprint")
+  others = sum(getattr(told, name) != getattr(meta, name) for name in fields)
+  for what, error in (
+    (f"{where}: elements that differ", trial.unequal(found, everything)),
+    (f"{where}: arrays that lie otherwise than promised", len(moved)),
+    ("parameters read alone: elements that differ", trial.unequal(alone, read)),
+    ("step, config, tokenizer and fingerprint: those that differ", others),
+  ):
+    yield result.judge("checkpoint", what, error, 0)
+
+
+def _rest(state: step_lib.State):
+  """What a checkpoint keeps beside the weights, as training saves it."""
+  return state.step, state.opt_state, state.history

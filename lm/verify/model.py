@@ -1,0 +1,336 @@
+"""Checks of the model: what a position sees, what it says, in what numbers.
+
+B batch, T length, S position that is read, D model, V vocabulary.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm import config as config_lib
+from lm.model import counts, decoder
+from lm.sample import loop, rules
+from lm.train import step as step_lib
+from lm.verify import result, trial
+from lm.verify.result import Result
+
+# Float32 has 24 bits, 6e-8. Sums of up to a few thousand terms in another
+# order, through several layers, were seen to differ by up to 2e-6 of the
+# largest element; the smallest planted mistake makes 1e-3.
+FLOAT32_SUMS = 1e-5
+# Bfloat16 has 8 bits, 4e-3, and each layer rounds several times.
+BFLOAT16 = 5e-2
+
+
+def causality(config: config_lib.Config) -> Iterator[Result]:
+  """Which inputs each position depends on, in the config's own dtype and by
+  its own kernel: one layer with each of its windows, then the whole model.
+  """
+  model, length = config.model, config.train.sequence_length
+  # Each position needs a token of its own, and its own row of the embedding.
+  length = min(length, model.vocab_size)
+  first = 2 * length // 3
+  lengths = [[first, length - first - length // 8]]
+  row = trial.rows(lengths, length, model.vocab_size)
+  row["inputs"] = np.arange(length, dtype=np.int32)[None]
+  for windows in (*((w,) for w in dict.fromkeys(model.windows)), None):
+    if windows is None:
+      what, part = f"{model.n_layers} layers", model
+      each = [part.windows[i % len(part.windows)] for i in range(part.n_layers)]
+    else:
+      what, each = f"one layer, window {windows[0]}", windows
+      part = dataclasses.replace(model, n_layers=1, windows=windows)
+    part = dataclasses.replace(part, init_scale=model.d_model**-0.5)
+    found = _influence(part, trial.params(part), row)
+    may, read = _past(row, each), row["segments"][0] > 0
+    yield result.judge(
+      "causality",
+      f"{what}: |gradient| by what comes after, is in another document or "
+      "beyond the window",
+      float(np.max(np.where(may, 0, found)[read])),
+      0,
+    )
+    yield result.judge(
+      "causality",
+      f"{what}: places within reach whose gradient is 0",
+      int(np.sum(may[read] & ~(found[read] > 0))),
+      0,
+    )
+
+
+def _influence(model, params, row) -> np.ndarray:
+  """[T, S]: largest |d hidden[t] / d embedding of the token at s|."""
+  inputs, positions, segments = (
+    jnp.asarray(row[field]) for field in ("inputs", "positions", "segments")
+  )
+  n = inputs.shape[1]
+  direction = jax.random.normal(jax.random.key(3), (model.d_model,))
+
+  def at(t, params):
+    def project(embed):
+      everything = {**params, "embed": embed}
+      hidden = decoder.forward(model, everything, inputs, positions, segments)
+      return hidden[0, t].astype(jnp.float32) @ direction
+
+    slope = jax.grad(project)(params["embed"])
+    return jnp.max(jnp.abs(slope[:n]), axis=-1)
+
+  run = jax.jit(lambda p: jax.lax.map(lambda t: at(t, p), jnp.arange(n)))
+  return np.asarray(run(params))
+
+
+def _past(row, windows) -> np.ndarray:
+  """[T, S]: whether layers of these windows can carry s to t."""
+  segments, place = row["segments"][0], np.arange(row["inputs"].shape[1])
+  distance = place[:, None] - place[None]
+  reach = math.inf
+  if None not in windows:
+    reach = sum(window - 1 for window in windows)
+  same = segments[:, None] == segments[None]
+  return same & (distance >= 0) & (distance <= reach)
+
+
+def packing(config: config_lib.Config) -> Iterator[Result]:
+  """Documents in one row against the same documents in rows of their own."""
+  config = trial.without_dropout(trial.exact(config))
+  config.train.microbatches = 1
+  model, T = config.model, config.train.sequence_length
+  first, second = T // 2, T // 3
+  lengths = [first, second, T - 3 - first - second]
+  packed = trial.rows([lengths, [], []], T, model.vocab_size)
+  alone = trial.rows([[n] for n in lengths], T, model.vocab_size, seed=1)
+  ends = np.cumsum(lengths)
+  for row, (n, end) in enumerate(zip(lengths, ends, strict=True)):
+    here = packed["inputs"][0, end - n : end]
+    alone["inputs"][row, :n] = here
+    alone["targets"][row, : n - 1] = here[1:]  # its last target is no more its
+  everything = {k: np.concatenate([packed[k], alone[k]]) for k in packed}
+  logits = trial.logits(model, trial.params(model), everything)
+  apart = [logits[3 + row, :n] for row, n in enumerate(lengths)]
+  yield result.judge(
+    "packing",
+    "float32 logits of three documents in one row, and in a row each",
+    trial.relative(logits[0, : ends[-1]], np.concatenate(apart)),
+    FLOAT32_SUMS,
+  )
+  yield result.judge(
+    "packing",
+    "float32 loss and gradients of the same",
+    trial.relative(*trial.gradients(config, [packed, alone])),
+    FLOAT32_SUMS,
+  )
+
+
+def padding(config: config_lib.Config) -> Iterator[Result]:
+  """What stands in padding, and how much of it there is."""
+  config = trial.without_dropout(trial.exact(config))
+  config.train.microbatches = 1
+  model, T = config.model, config.train.sequence_length
+  base = trial.rows([[T // 2, T // 4], [T // 3]], T, model.vocab_size)
+  inputs = np.where(base["segments"] > 0, base["inputs"], 0)
+  other = dict(base, inputs=inputs)
+  wider = {k: np.pad(v, ((0, 1), (0, T))) for k, v in base.items()}
+  params = trial.params(model)
+
+  def read(batch):
+    return trial.logits(model, params, batch)[batch["segments"] > 0]
+
+  plain = read(base)
+  slopes, of_other = trial.gradients(config, [base, other])
+  (of_wider,) = trial.gradients(config, [wider])
+  content = "other ids in the padding"
+  amount = "twice the length and a row more, all padding"
+  for what, found, wanted, limit in (
+    (f"logits: {content}", read(other), plain, 0),
+    (f"loss and gradients: {content}", of_other, slopes, 0),
+    (f"logits: {amount}", read(wider), plain, FLOAT32_SUMS),
+    (f"loss and gradients: {amount}", of_wider, slopes, FLOAT32_SUMS),
+  ):
+    error = trial.relative(found, wanted)
+    yield result.judge("padding", f"float32 {what}", error, limit)
+
+
+def decode(config: config_lib.Config) -> Iterator[Result]:
+  """Sampling's prefill and decode against a forward pass over what they drew,
+  for prompts of unequal length.
+  """
+  exact = trial.exact(config).model
+  yield result.judge(
+    "decode",
+    "float32 log-probabilities of what was drawn: prefill and decode, and "
+    "forward",
+    _decode_error(exact),
+    FLOAT32_SUMS,
+  )
+  own = trial.lively(config).model
+  if own.dtype != "float32":
+    yield result.judge(
+      "decode",
+      f"the same in {own.dtype}, forward by the run's own kernel",
+      _decode_error(own),
+      BFLOAT16,
+    )
+
+
+def _decode_error(model: config_lib.ModelConfig) -> float:
+  T = min(model.context_length, 256)
+  n_new = min(24, T // 2)
+  lengths = np.array([T - n_new, 1, (T - n_new) // 2, 2])
+  n_rows, places = len(lengths), np.arange(T)[None]
+  ids = np.random.default_rng(5).integers(model.vocab_size, size=(n_rows, T))
+  last = ids[np.arange(n_rows), lengths - 1]
+
+  def column(value, dtype):
+    return jnp.full(n_rows, value, dtype)
+
+  rows = loop.Rows(
+    lengths=jnp.asarray(lengths, jnp.int32),
+    limits=column(n_new, jnp.int32),
+    eos=column(-1, jnp.int32),  # no id, so that no row ends early
+    parameters=rules.Parameters(
+      temperature=column(2.0, jnp.float32),
+      top_k=column(0, jnp.int32),
+      top_p=column(1.0, jnp.float32),
+      seed=jnp.arange(n_rows, dtype=jnp.uint32),
+    ),
+  )
+  params = trial.params(model)
+  graph, state = loop.unroll(model, params)
+  read = jnp.asarray(ids[:, : T - n_new], jnp.int32)
+  progress = loop.prefill(
+    graph, state, read, jnp.asarray(last, jnp.int32), rows, T
+  )
+  progress = loop.decode(graph, state, rows, progress, model.vocab_size)
+  drawn = np.asarray(progress.tokens)[:, 1 : n_new + 1]
+  found = np.asarray(progress.log_probabilities)[:, 1 : n_new + 1]
+  at = lengths[:, None] + np.arange(n_new)
+  np.put_along_axis(ids, at, drawn, axis=1)
+  batch = {
+    "inputs": ids.astype(np.int32),
+    "positions": np.broadcast_to(places, ids.shape).astype(np.int32),
+    "segments": np.ones_like(ids, np.int32),
+  }
+  logits = trial.logits(model, params, batch).astype(np.float64)
+  logs = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+  row = np.arange(n_rows)[:, None]
+  return trial.relative(found, logs[row, at - 1, drawn])
+
+
+def initial_loss(config: config_lib.Config) -> Iterator[Result]:
+  """The first loss of the real step: nothing is known, so each id is as
+  likely, but for the deviation of the logits. That grows with the width, so a
+  shrunk config shows what its initialisers do, not what its width adds.
+  """
+  batch = trial.batch(config, 0)
+  config = trial.on(config, (1, 1, 1))
+  config.optimizer.name = "adamw"  # takes no part, and compiles soonest
+  loss = trial.steps(config, [batch], fresh=True).numbers[0, 0]
+  uniform = math.log(config.model.vocab_size)
+  yield result.judge(
+    "initial_loss",
+    f"first loss {loss:.4f}, and ln V {uniform:.4f}, as a share of it",
+    abs(loss - uniform) / uniform,
+    0.02,  # logits of variance v add v / 2
+  )
+
+
+# Functions that lose digits in bfloat16 and make the softmax, the norms and
+# the loss. Not tanh and logistic, which also are activations.
+_PRECISE = {"exp", "exp2", "expm1", "log", "log1p", "rsqrt", "sqrt"}
+
+
+def dtypes(config: config_lib.Config) -> Iterator[Result]:
+  """The dtype of everything in the real step, which is traced and not run.
+
+  AdamW stands in for the optimizer: it has no matrix product, so that all
+  that are found are the model's. Muon's own run in float32 on purpose.
+  """
+  config = trial.on(config, (1, 1, 1))
+  config.optimizer = dataclasses.replace(config.optimizer, name="adamw")
+  mesh = trial.mesh_of(config)
+  state = step_lib.abstract_state(config, mesh)
+  batch = step_lib.abstract_batch(config, mesh)
+  with jax.set_mesh(mesh):
+    step = step_lib.train_step(config)
+    traced, out = jax.make_jaxpr(step, return_shape=True)(state, batch)
+  wanted, products, precise = config.model.dtype, [], []
+  for equation in _equations(traced):
+    kinds = {str(v.aval.dtype) for v in equation.invars}
+    if equation.primitive.name == "dot_general" and kinds != {wanted}:
+      products.append(_place(equation))
+    if equation.primitive.name in _PRECISE and "bfloat16" in kinds:
+      precise.append(f"{equation.primitive.name} in {_place(equation)}")
+  yield result.judge(
+    "dtypes",
+    f"matrix products of the step with an operand that is not {wanted}",
+    len(products),
+    0,
+    _listed(products),
+  )
+  yield result.judge(
+    "dtypes",
+    "exponentials, logarithms and roots (softmax, norms, loss) in bfloat16",
+    len(precise),
+    0,
+    _listed(precise),
+  )
+  rounded = [
+    jax.tree_util.keystr(path)
+    for path, leaf in jax.tree_util.tree_leaves_with_path((state, out))
+    if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != jnp.float32
+  ]
+  yield result.judge(
+    "dtypes",
+    "arrays of the state, and metrics, that are not float32",
+    len(rounded),
+    0,
+    _listed(rounded),
+  )
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+  """Every equation, also of what is scanned, recomputed or mapped."""
+  for equation in jaxpr.eqns:
+    yield equation
+    for value in equation.params.values():
+      for inner in value if isinstance(value, (tuple, list)) else (value,):
+        if hasattr(inner, "eqns"):
+          yield from _equations(inner)
+
+
+def _place(equation: Any) -> str:
+  """The innermost line of lm/ that an equation comes from."""
+  traceback = equation.source_info.traceback
+  for frame in traceback.frames if traceback else ():
+    folder, file = os.path.split(frame.file_name)
+    if f"{os.sep}lm{os.sep}" in folder + os.sep:
+      return f"{file}:{frame.line_num} {frame.function_name}"
+  return "an unknown place"
+
+
+def _listed(names: list[str]) -> str:
+  """The different ones, with how often each."""
+  return ", ".join(
+    f"{name} ({names.count(name)}x)" for name in dict.fromkeys(names)
+  )
+
+
+def parameters(config: config_lib.Config) -> Iterator[Result]:
+  """The closed form that reports and plans are made with; computes nothing."""
+  make = functools.partial(decoder.init_params, config.model)
+  shapes = jax.eval_shape(make, jax.random.key(0))
+  counted = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+  formula = counts.parameter_count(config.model)
+  yield result.judge(
+    "parameters",
+    f"{counted:,} parameters, and {formula:,} by the closed form",
+    abs(counted - formula),
+    0,
+  )

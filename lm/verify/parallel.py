@@ -1,0 +1,199 @@
+"""Checks of the step: the same numbers however it is computed, and every array
+where it was promised.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lm import config as config_lib
+from lm import sharding
+from lm.train import step as step_lib
+from lm.verify import result, trial
+from lm.verify.model import FLOAT32_SUMS
+from lm.verify.result import Result
+
+# A second moment is a square: twice the relative error of its gradient.
+MOMENTS = 2 * FLOAT32_SUMS
+
+
+def accumulation(config: config_lib.Config) -> Iterator[Result]:
+  """Microbatches of unequal weight against the whole batch."""
+  config = trial.exact(config)
+  rows = config.train.batch_size
+  batch = trial.batch(config, 0)
+  parts = {config.train.microbatches, 2, rows} - {1}
+  config.train.microbatches = 1
+  (whole,) = trial.gradients(config, [batch])
+  for n in sorted(n for n in parts if rows % n == 0):
+    config.train.microbatches = n
+    yield result.judge(
+      "accumulation",
+      f"float32 loss and gradients of {rows} rows: in {n} parts, and in one",
+      trial.relative(trial.gradients(config, [batch])[0], whole),
+      FLOAT32_SUMS,
+    )
+
+
+def layers(config: config_lib.Config) -> Iterator[Result]:
+  """Each way to run the layers against a loop that keeps everything."""
+  config = trial.exact(config)
+  config.train.microbatches = 1
+  batch = trial.batch(config, 0)
+  model = config.model
+  model.remat, model.scan_layers = "none", False
+  (plain,) = trial.gradients(config, [batch])
+  for scan in (True, False):
+    for remat in ("none", "dots", "full"):
+      if (scan, remat) == (False, "none"):
+        continue
+      model.remat, model.scan_layers = remat, scan
+      yield result.judge(
+        "layers",
+        f"float32 loss and gradients: {'scan' if scan else 'loop'} with remat "
+        f"{remat}, and plain",
+        trial.relative(trial.gradients(config, [batch])[0], plain),
+        FLOAT32_SUMS,
+      )
+
+
+def meshes(config: config_lib.Config) -> Iterator[Result]:
+  """Two steps by the config's own optimizer on every mesh, and under pmap,
+  against one device. The second loss shows the first update.
+  """
+  config = trial.exact(config)
+  batches = [trial.batch(config, seed) for seed in (0, 1)]
+  one = trial.steps(trial.on(config, (1, 1, 1)), batches)
+  fit, left_out = trial.fitting(config)
+  note = f"left out: {', '.join(left_out)}" if left_out else ""
+  ways = [(shape, "jit") for shape in fit]
+  if (everything := (jax.device_count(), 1, 1)) in fit:
+    ways.append((everything, "pmap"))
+  for shape, mode in ways:
+    found = trial.steps(trial.on(config, shape, mode), batches)
+    where = "pmap" if mode == "pmap" else trial.name(shape)
+    yield result.judge(
+      "meshes",
+      f"{where}: float32 losses and gradient norms of two steps",
+      trial.relative(found.numbers.T.tolist(), one.numbers.T.tolist()),
+      FLOAT32_SUMS,
+    )
+    yield result.judge(
+      "meshes",
+      f"{where}: {config.optimizer.name}'s state after the first",
+      trial.relative(found.moments, one.moments),
+      MOMENTS,
+      note,
+    )
+    note = ""
+  if not ways:
+    yield Result("meshes", "no mesh fits", None, None, False, note)
+
+
+# The layout that lm/sharding.py's table promises, by the name of a weight; the
+# layers' have an axis in front. What is not named is whole everywhere.
+_AXES: dict[str, tuple[str | None, ...]] = {
+  "embed": ("vocab", "embed"),
+  "position_embed": (None, "embed"),
+  "head": ("embed", "vocab"),
+  "q": ("embed", "heads", None),
+  "k": ("embed", "kv_heads", None),
+  "v": ("embed", "kv_heads", None),
+  "o": ("heads", None, "embed"),
+  "q_bias": ("heads", None),
+  "k_bias": ("kv_heads", None),
+  "v_bias": ("kv_heads", None),
+  "up": ("embed", "mlp"),
+  "gate": ("embed", "mlp"),
+  "down": ("mlp", "embed"),
+  "up_bias": ("mlp",),
+  "gate_bias": ("mlp",),
+}
+
+
+def shardings(config: config_lib.Config) -> Iterator[Result]:
+  """Where each array of a fresh state lies, and of that after a step, on the
+  mesh that cuts along the most axes.
+  """
+  config = trial.exact(config)
+  fit, _ = trial.fitting(config)
+  # fsdp cuts every matrix, so it comes before the others.
+  shape = max(fit, key=lambda s: (s[1] > 1, sum(n > 1 for n in s), s[1]))
+  config = trial.on(config, shape)
+  model, where = config.model, trial.name(shape)
+
+  def after():
+    return trial.steps(config, [trial.batch(config, 0)]).state
+
+  def fresh():
+    return step_lib.create_state(config, trial.mesh_of(config))
+
+  # All that may be whole is vectors, one for each layer.
+  longest = max(model.d_model, model.d_mlp, model.n_heads * model.d_head)
+  vectors = model.n_layers * longest
+  for what, make in (("fresh", fresh), ("after a step", after)):
+    state = make()
+    weights = {"params": state.params, "ema": state.ema}
+    slots = {"opt_state": state.opt_state}
+    for kind, tree in (
+      ("weights and averages not", weights),
+      ("optimizer slots not as their weights", slots),
+    ):
+      wrong = _misplaced(tree, state.params)
+      yield result.judge(
+        "shardings",
+        f"{where}, {what}: {kind} where the table of axes says",
+        len(wrong),
+        0,
+        ", ".join(wrong),
+      )
+    whole = [
+      jax.tree_util.keystr(path, simple=True, separator=".")
+      for path, leaf in jax.tree_util.tree_leaves_with_path(weights | slots)
+      if leaf.size > vectors and leaf.sharding.is_fully_replicated
+    ]
+    yield result.judge(
+      "shardings",
+      f"{where}, {what}: arrays of more than {vectors} elements whole on every "
+      "device",
+      len(whole) if shape[1] > 1 else 0,
+      0,
+      ", ".join(whole) if shape[1] > 1 else "no fsdp axis: nothing is promised",
+    )
+
+
+def _misplaced(tree: Any, params: Any) -> list[str]:
+  """Arrays of a tree that lie otherwise than the weight whose name ends their
+  path; those that no weight's name ends are to be whole.
+  """
+  weights = dict(jax.tree_util.tree_leaves_with_path(params))
+  wrong = []
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    ends = [path[i:] for i in range(len(path)) if path[i:] in weights]
+    specs = _promised(ends[0], weights[ends[0]].shape, leaf) if ends else [P()]
+    mesh = leaf.sharding.mesh
+    if not any(
+      leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
+      for spec in specs
+    ):
+      wrong.append(jax.tree_util.keystr(path, simple=True, separator="."))
+  return wrong
+
+
+def _promised(path: Any, shape: tuple[int, ...], leaf: jax.Array) -> list[P]:
+  """Layouts that an array may have which belongs to the weight at `path`: its
+  own, or that less the axis which a factored moment lacks.
+  """
+  lead = (None,) if path[0].key == "layers" else ()
+  axes = lead + _AXES.get(path[-1].key, (None,) * (len(shape) - len(lead)))
+  if leaf.shape == shape:
+    return [sharding.partition(*axes)]
+  less = [
+    sharding.partition(*axes[:i], *axes[i + 1 :])
+    for i in range(len(shape))
+    if leaf.shape == shape[:i] + shape[i + 1 :]
+  ]
+  return less or [P()]

@@ -1,0 +1,101 @@
+"""What a check found: as a row of a table and as JSON."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import rich.box
+import rich.console
+import rich.markup
+import rich.table
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """One comparison of one check.
+
+  `error` was measured and passes up to `limit`; both are None where there is
+  nothing to measure. `note` is what a reader must know besides.
+  """
+
+  check: str
+  compared: str
+  error: float | None
+  limit: float | None
+  passed: bool
+  note: str = ""
+
+
+def judge(
+  check: str,
+  compared: str,
+  error: float | int,
+  limit: float | int,
+  note: str = "",
+) -> Result:
+  """Passes where `error` is at most `limit`; NaN is not."""
+  return Result(
+    check, compared, float(error), float(limit), bool(error <= limit), note
+  )
+
+
+def show(results: Sequence[Result], title: str) -> None:
+  """Prints the table on stdout."""
+  table = rich.table.Table(
+    title=rich.markup.escape(title),
+    title_justify="left",
+    box=rich.box.SIMPLE_HEAD,
+    padding=(0, 1, 0, 0),
+  )
+  table.add_column("check", no_wrap=True)
+  table.add_column("compared", ratio=1)
+  table.add_column("error", justify="right", no_wrap=True)
+  table.add_column("limit", justify="right", no_wrap=True)
+  table.add_column("", no_wrap=True)
+  for result in results:
+    said = result.compared + (f"\n{result.note}" if result.note else "")
+    table.add_row(
+      result.check,
+      rich.markup.escape(said),
+      _number(result.error),
+      _number(result.limit),
+      "[green]pass[/]" if result.passed else "[bold red]FAIL[/]",
+    )
+  console = rich.console.Console()
+  if not console.is_terminal:
+    console.width = 100  # a file or a pipe has no width of its own
+  console.print(table)
+
+
+def write(results: Sequence[Result], path: str, about: dict[str, Any]) -> None:
+  """Writes JSON in one move; an error that is not finite is null."""
+  content = {
+    **about,
+    "passed": all(result.passed for result in results),
+    "results": [
+      dataclasses.asdict(result) | {"error": _finite(result.error)}
+      for result in results
+    ],
+  }
+  part = f"{path}.{os.getpid()}.part"
+  try:
+    with open(part, "w") as file:
+      json.dump(content, file, indent=2, allow_nan=False)
+      file.write("\n")
+    os.replace(part, path)
+  except BaseException:
+    with contextlib.suppress(FileNotFoundError):
+      os.unlink(part)
+    raise
+
+
+def _finite(value: float | None) -> float | None:
+  return value if value is not None and math.isfinite(value) else None
+
+
+def _number(value: float | None) -> str:
+  return "" if value is None else f"{value:.3g}"

@@ -1,0 +1,114 @@
+"""A small config that keeps every switch of a large one."""
+
+import copy
+import dataclasses
+import math
+from typing import Any
+
+from lm import config as config_lib
+from lm import sharding
+from lm.model import counts
+
+# A training step of so many parameters on so many tokens takes about a second
+# on a CPU core; the checks take some hundred steps and forward passes.
+LARGE_PARAMETERS = 2_000_000
+LARGE_TOKENS = 16_384
+
+
+def is_large(config: config_lib.Config) -> bool:
+  """Whether the checks would take long at the config's own size."""
+  return (
+    counts.parameter_count(config.model) > LARGE_PARAMETERS
+    or config.tokens_per_step > LARGE_TOKENS
+  )
+
+
+def shrink(config: config_lib.Config) -> config_lib.Config:
+  """Reduces widths, depth, vocabulary, lengths and batch, and nothing else.
+
+  What 2, 4 and 8 devices divide they still divide, and what they do not they
+  still do not; the batch has a row for each of 8 devices where it had.
+  """
+  small = copy.deepcopy(config)
+  m, t, before = small.model, small.train, config.model
+  # Splash attention wants whole tiles of 128 places.
+  length = min(t.sequence_length, 128 if sharding.platform() == "tpu" else 64)
+  ratio = length / t.sequence_length
+  longer = before.context_length > t.sequence_length
+  t.sequence_length = length
+  m.context_length = 2 * length if longer else length
+  m.windows = tuple(
+    None if w is None else min(w, max(2, round(w * ratio))) for w in m.windows
+  )
+  if m.rope_scaling is not None:
+    bent = round(m.rope_scaling.original_length * ratio)
+    m.rope_scaling = dataclasses.replace(
+      m.rope_scaling, original_length=max(1, bent)
+    )
+  m.n_layers = _layers(m.n_layers, len(m.windows))
+  m.vocab_size = _narrow(m.vocab_size, 256)
+  m.d_model = _narrow(m.d_model, 56)
+  m.d_mlp = _narrow(m.d_mlp, 120)
+  m.d_head = min(m.d_head, 8 - m.d_head % 2)
+  if m.query_scale_dim is not None:
+    part = m.query_scale_dim * m.d_head / before.d_head
+    m.query_scale_dim = max(1, round(part))
+  m.n_kv_heads = _narrow(m.n_kv_heads, 0)
+  m.n_heads = m.n_kv_heads * min(8, before.n_heads // before.n_kv_heads)
+  rows = _narrow(t.batch_size // t.microbatches, 0)
+  t.microbatches = min(t.microbatches, 2)
+  t.batch_size = rows * t.microbatches
+  if m.loss_chunk < config.tokens_per_step:
+    m.loss_chunk = 50  # several chunks on any mesh, the last one not full
+  t.steps = min(t.steps, 100)
+  if small.optimizer.skip is not None:
+    window = min(small.optimizer.skip.window, 8)
+    small.optimizer.skip.window = window
+  return config_lib.validate(small)
+
+
+def subject(
+  config: config_lib.Config, small: bool | None
+) -> tuple[config_lib.Config, str]:
+  """What is checked, and a line on how it differs from `config`; `small` None
+  shrinks what is large.
+  """
+  checked = copy.deepcopy(config)
+  if is_large(config) if small is None else small:
+    checked = shrink(config)
+  kernel, here = config.model.attention, sharding.platform()
+  home = {"splash": "tpu", "cudnn": "gpu"}.get(kernel, here)
+  if home != here:
+    checked.model.attention = "reference"
+  said = sizes(config, checked)
+  return checked, f"changed: {said}" if said else "as it stands"
+
+
+def sizes(config: config_lib.Config, small: config_lib.Config) -> str:
+  """What shrinking changed: `model.d_model 4096 -> 64, ...`."""
+  changed = config_lib.differences(config, small).items()
+  return ", ".join(
+    f"{path.removeprefix('config.')} {_brief(a)} -> {_brief(b)}"
+    for path, (a, b) in changed
+  )
+
+
+def _brief(value: Any) -> str:
+  if isinstance(value, tuple):
+    return "(" + " ".join(map(str, value)) + ")"
+  return str(value)
+
+
+def _narrow(size: int, about: int) -> int:
+  """`about` and 1, 2, 4 or 8 more, so that it divides as `size` does; what
+  has no even divisor becomes at most 3 more.
+  """
+  common = math.gcd(size, 8)
+  return min(size, about + (common if common > 1 else 3))
+
+
+def _layers(n: int, period: int) -> int:
+  """Two whole groups of the windows, and one layer more where some were."""
+  if n < period:
+    return n
+  return min(n // period, 2) * period + min(n % period, 1)

@@ -1,0 +1,298 @@
+"""What the checks share: batches, copies of a config that show errors, and a
+few real steps of training.
+"""
+
+import copy
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lm import config as config_lib
+from lm import sharding
+from lm.data import objectives
+from lm.model import decoder
+from lm.train import optimizer
+from lm.train import step as step_lib
+
+Batch = dict[str, Any]
+
+
+# --- configs ------------------------------------------------------------------
+
+
+def lively(config: config_lib.Config) -> config_lib.Config:
+  """A copy whose weights are large enough for attention to be far from even,
+  and whose first step is not lost in the warm-up: an error then shows.
+  """
+  config = copy.deepcopy(config)
+  config.model.init_scale = config.model.d_model**-0.5
+  config.optimizer.warmup_steps = min(1, config.optimizer.warmup_steps)
+  return config
+
+
+def exact(config: config_lib.Config) -> config_lib.Config:
+  """`lively` in float32, since bfloat16 would hide an error in its rounding."""
+  config = lively(config)
+  if config.model.attention == "cudnn":
+    config.model.attention = "reference"  # cuDNN has no float32
+  config.model.dtype = "float32"
+  return config
+
+
+def without_dropout(config: config_lib.Config) -> config_lib.Config:
+  """For other shapes of a batch, whose masks would be others."""
+  config = copy.deepcopy(config)
+  config.model.embedding_dropout = config.model.residual_dropout = 0.0
+  return config
+
+
+def on(
+  config: config_lib.Config, shape: tuple[int, ...], mode: str = "jit"
+) -> config_lib.Config:
+  """A copy on a mesh of this shape."""
+  config = copy.deepcopy(config)
+  config.mesh = config_lib.MeshConfig(mode, *shape)  # type: ignore[arg-type]
+  return config
+
+
+# --- meshes -------------------------------------------------------------------
+
+
+def shapes(n: int) -> list[tuple[int, int, int]]:
+  """Every (data, fsdp, tensor) of n devices."""
+  return [
+    (data, fsdp, n // data // fsdp)
+    for data in range(n, 0, -1)
+    for fsdp in range(n, 0, -1)
+    if n % (data * fsdp) == 0
+  ]
+
+
+def fitting(
+  config: config_lib.Config,
+) -> tuple[list[tuple[int, int, int]], list[str]]:
+  """The shapes of all devices that can cut the config, and what each other
+  one fails on.
+  """
+  fit, left_out = [], []
+  for shape in shapes(jax.device_count()):
+    try:
+      sharding.mesh_shape(on(config, shape), math.prod(shape))
+      fit.append(shape)
+    except config_lib.ConfigError as error:
+      field = str(error).removeprefix("config.").partition(":")[0]
+      left_out.append(f"{name(shape)} ({field})")
+  return fit, left_out
+
+
+def name(shape: Sequence[int]) -> str:
+  return "x".join(map(str, shape))
+
+
+def mesh_of(config: config_lib.Config) -> jax.sharding.Mesh:
+  """The config's mesh, on the first of the devices."""
+  sizes = [getattr(config.mesh, axis) for axis in sharding.MESH_AXES]
+  return sharding.make_mesh(config, jax.devices()[: math.prod(sizes)])
+
+
+# --- batches ------------------------------------------------------------------
+
+
+def rows(
+  lengths: Sequence[Sequence[int]], length: int, vocab_size: int, seed: int = 0
+) -> Batch:
+  """A batch whose rows hold documents of these lengths, and then padding of
+  random ids, so that reading it shows. A document that ends with its row has
+  its last target beyond it.
+  """
+  rng = np.random.default_rng(seed)
+  built = []
+  for row in lengths:
+    tokens = rng.integers(vocab_size, size=length + 1, dtype=np.int32)
+    owners = np.repeat(np.arange(1, len(row) + 1), row)[: length + 1]
+    owners = np.pad(owners, (0, length + 1 - len(owners)))
+    built.append(objectives.causal(tokens, owners.astype(np.int32)))
+  # As training does: the causal objective marks no prefix.
+  fields = [field for field in built[0] if field != "prefix"]
+  return {field: np.stack([row[field] for row in built]) for field in fields}
+
+
+def batch(config: config_lib.Config, seed: int) -> Batch:
+  """Random documents in rows of very unequal weight, the last one empty."""
+  rng = np.random.default_rng(seed)
+  n, length = config.train.batch_size, config.train.sequence_length
+  lengths = [
+    np.diff(np.unique(rng.integers(0, length + 2, 5))).tolist()
+    for _ in range(n)
+  ]
+  if n > 1:
+    lengths[-1] = []
+  lengths[0] = [length + 1]
+  return rows(lengths, length, config.model.vocab_size, seed)
+
+
+# --- the model ----------------------------------------------------------------
+
+
+def params(model: config_lib.ModelConfig) -> decoder.Params:
+  """Host arrays of the scale of fresh ones, but with no bias of 0 and no
+  norm's scale of 1. Drawn by NumPy, since an initialiser compiles for seconds.
+  """
+  make = functools.partial(decoder.init_params, model)
+  rng = np.random.default_rng(7)
+
+  def draw(path, leaf):
+    noise = rng.standard_normal(leaf.shape, np.float32)
+    if optimizer.kind_of(path) != "vector":
+      return np.float32(model.init_scale) * noise
+    neutral = path[-1].key == "scale" and not model.norm_unit_offset
+    return np.float32(neutral) + np.float32(0.05) * noise
+
+  shapes = jax.eval_shape(make, jax.random.key(0))
+  return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def logits(
+  model: config_lib.ModelConfig, params: decoder.Params, batch: Batch
+) -> np.ndarray:
+  """Those of a whole batch, [B, T, V]."""
+
+  @jax.jit
+  def run(params, batch):
+    hidden = decoder.forward(
+      model, params, batch["inputs"], batch["positions"], batch["segments"]
+    )
+    return decoder.logits(model, params, hidden)
+
+  return np.asarray(run(params, jax.tree.map(jnp.asarray, batch)))
+
+
+# --- steps --------------------------------------------------------------------
+
+
+class Steps(NamedTuple):
+  """What some steps of training gave."""
+
+  # Loss and gradient norm of each: [n, 2].
+  numbers: np.ndarray
+  # The optimizer's state after the first: moments are sums of gradients.
+  moments: Any
+  state: step_lib.State
+
+
+def steps(
+  config: config_lib.Config, batches: Sequence[Batch], *, fresh: bool = False
+) -> Steps:
+  """Trains on `batches` on the config's mesh, from `params` and an optimizer
+  that has seen nothing, or from the run's own `fresh` state.
+  """
+  mesh = mesh_of(config)
+  state = (step_lib.create_state if fresh else _state)(config, mesh)
+  step = step_lib.compile_step(config, mesh)
+  where = step_lib.batch_sharding(config, mesh)
+  numbers, moments = [], None
+  for i, batch in enumerate(batches):
+    placed = sharding.place(batch, where, config.train.batch_size)
+    state, metrics = step(state, placed)
+    numbers.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+    if i == 0:
+      moments = jax.tree.map(np.asarray, state.opt_state)
+  return Steps(np.array(numbers), moments, state)
+
+
+def _state(config, mesh) -> step_lib.State:
+  like = step_lib.abstract_state(config, mesh)
+  state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
+  state.params = params(config.model)
+  if state.ema is not None:
+    state.ema = state.params
+  return place(state, like)
+
+
+def place(tree: Any, like: Any) -> Any:
+  """Host arrays, laid out as the abstract ones; copies, since the step
+  donates them.
+  """
+  return jax.tree.map(
+    lambda x, to: jax.device_put(x, to.sharding, may_alias=False), tree, like
+  )
+
+
+def gradients(
+  config: config_lib.Config, batches: Sequence[Batch]
+) -> list[dict[str, Any]]:
+  """Loss and gradient of the real step for each of some batches of one shape,
+  on one device: AdamW's first moment where it forgets at once.
+  """
+  config = on(config, (1, 1, 1))
+  config.optimizer = config_lib.OptimizerConfig(
+    name="adamw", b1=0.0, clip_norm=None
+  )
+  shape = batches[0]["inputs"].shape
+  config.train.batch_size, config.train.sequence_length = shape
+  mesh = mesh_of(config)
+  step = step_lib.compile_step(config, mesh)
+  where = step_lib.batch_sharding(config, mesh)
+  found = []
+  for batch in batches:
+    placed = sharding.place(batch, where, shape[0])
+    state, metrics = step(_state(config, mesh), placed)
+    moments = optax.tree.get(state.opt_state, "mu")
+    found.append({"loss": metrics["loss"], "gradient": moments})
+  return found
+
+
+# --- errors -------------------------------------------------------------------
+
+
+def relative(found: Any, wanted: Any) -> float:
+  """The largest difference, of any array to its largest element.
+
+  An array whose true value is 0, such as the gradient of a bias of keys, holds
+  rounding alone: 2e-8 of the largest gradient was seen. So each is measured
+  against a hundredth of the largest of its kind (all first moments, all
+  losses) at least.
+  """
+  leaves, top = [], {}
+  for (path, a), b in zip(
+    jax.tree_util.tree_leaves_with_path(found),
+    jax.tree.leaves(wanted),
+    strict=True,
+  ):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    kind, size = _kind(path), np.abs(b).max(initial=0)
+    top[kind] = max(top.get(kind, 0.0), size)
+    leaves.append((kind, size, np.abs(a - b).max(initial=0)))
+  errors = [
+    gap / max(size, 0.01 * top[kind], np.finfo(np.float64).tiny)
+    for kind, size, gap in leaves
+  ]
+  return float(np.max(errors))  # NaN where there is one
+
+
+def _kind(path: tuple[Any, ...]) -> str:
+  """The last field of a class on the way to an array, or the first key."""
+  fields = [
+    key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)
+  ]
+  return fields[-1] if fields else str(path[:1])
+
+
+def unequal(found: Any, wanted: Any) -> int:
+  """Elements that are not the same, bit for bit; all of an array of another
+  dtype or shape.
+  """
+
+  def count(a, b):
+    a, b = np.asarray(a), np.asarray(b)
+    if a.dtype != b.dtype or a.shape != b.shape:
+      return b.size
+    return int(np.sum((a != b) & ~((a != a) & (b != b))))
+
+  return sum(jax.tree.leaves(jax.tree.map(count, found, wanted)))

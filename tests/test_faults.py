@@ -1,0 +1,74 @@
+"""Faults: the comparison sees what it must, and every fault is survived."""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+
+from lm import door
+from lm.train import loop
+from lm.verify import bombs, faults, shrink
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def finished(make, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("finished") / "run"
+  assert loop.train(make(mesh__fsdp=1, train__steps=6), str(workdir)) == 0
+  return workdir
+
+
+def _change(workdir, name, change):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  report = json.loads(lines[1])
+  report[name] = change(report[name])
+  lines[1] = json.dumps(report)
+  (workdir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+  ("break_it", "seen"),
+  [
+    (lambda run: None, False),
+    (lambda run: _change(run, "tokens_per_second", lambda x: x + 1), False),
+    (lambda run: _change(run, "train/loss", lambda x: x * (1 + 1e-15)), True),
+    (lambda run: _change(run, "batch_hash", lambda x: x[::-1]), True),
+    (lambda run: _repeat_a_step(run), True),
+    (lambda run: shutil.rmtree(run / "checkpoints" / "6"), True),
+  ],
+)
+def test_differences_are_seen(break_it, seen, finished, tmp_path):
+  shutil.copytree(finished, tmp_path / "run")
+  break_it(tmp_path / "run")
+  assert (faults.differences(tmp_path / "run", finished) > 0) == seen
+
+
+def _repeat_a_step(workdir):
+  path = workdir / "metrics.jsonl"
+  lines = path.read_text().splitlines()
+  path.write_text("\n".join([*lines, lines[-1]]) + "\n")
+
+
+def test_bombs_strike_where_they_are_planted():
+  calls = []
+
+  class Owner:
+    def work(self):
+      calls.append("work")
+
+  bombs.before(Owner, "work", lambda: calls.append("before"), at=2)
+  bombs.after(Owner, "work", lambda: calls.append("after"), at=1)
+  Owner().work()
+  Owner().work()
+  assert calls == ["work", "after", "before", "work"]
+
+
+@pytest.mark.slow
+def test_every_fault_is_survived():
+  config = shrink.shrink(door.load(str(ROOT / "configs" / "tiny.py")))
+  results = list(faults.run(config))
+  failed = [r for r in results if not r.passed]
+  assert not failed, "\n".join(f"{r.compared}: {r.note}" for r in failed)
+  assert len(results) >= 40

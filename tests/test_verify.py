@@ -1,0 +1,536 @@
+"""`lm.verify`: each check passes what is right and catches what was planted.
+
+A plant is a plausible mistake in the code that the check runs. Checks yield as
+they go, so that a plant costs what leads up to the first failure.
+"""
+
+import copy
+import dataclasses
+import itertools
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from lm import checkpoint, door
+from lm import config as config_lib
+from lm.data import objectives, pipeline
+from lm.model import attention, counts, decoder, layers, loss
+from lm.sample import loop
+from lm.train import optimizer
+from lm.train import step as step_lib
+from lm.verify import checks, result, shrink, trial
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def quick_compiler():
+  """What is compiled here runs once: halves the time of these tests."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def plant(monkeypatch):
+  """plant(module, "name", mistake): mistake(real, *args) is called instead.
+
+  Compiled programs are forgotten before and after, and so are models' graphs.
+  """
+
+  def forget():
+    jax.clear_caches()
+    decoder._graph.cache_clear()
+
+  def put(module, name, mistake):
+    forget()
+    real = getattr(module, name)
+    monkeypatch.setattr(
+      module, name, lambda *args, **named: mistake(real, *args, **named)
+    )
+
+  yield put
+  monkeypatch.undo()
+  forget()
+
+
+def config(**fields):
+  """A run of the smallest model that can show the mistakes below."""
+  c = config_lib.Config()
+  c.model = config_lib.ModelConfig(
+    vocab_size=40,
+    n_layers=1,
+    d_model=16,
+    n_heads=4,
+    n_kv_heads=2,
+    d_head=6,
+    d_mlp=24,
+    context_length=24,
+  )
+  c.tokenizer.kind = "bytes"
+  c.optimizer = config_lib.OptimizerConfig(name="adamw", ema_decay=0.9)
+  c.train = config_lib.TrainConfig(steps=9, batch_size=8, sequence_length=24)
+  for path, value in fields.items():
+    room, field = path.split("__")
+    setattr(getattr(c, room), field, value)
+  return config_lib.validate(c)
+
+
+def failures(name, c):
+  return (r for r in checks.CHECKS[name](c) if not r.passed)
+
+
+def caught(name, c):
+  """The first result that fails; its error is finite and above the limit."""
+  found = next(failures(name, c), None)
+  assert found is not None, "not caught"
+  assert found.check == name and found.error > found.limit
+  return found
+
+
+# --- nothing planted ----------------------------------------------------------
+
+BFLOAT16 = {"model__dtype": "bfloat16"}
+WINDOWED = {"model__windows": (5, None), "model__n_layers": 3}
+CLEAN = [
+  ("causality", BFLOAT16 | WINDOWED),
+  ("packing", {"model__positions": "learned", "model__bias": True}),
+  ("padding", {}),
+  ("decode", BFLOAT16 | {"model__windows": (5,)}),
+  ("accumulation", {"model__residual_dropout": 0.1}),
+  ("layers", {"model__residual_dropout": 0.1}),
+  ("initial_loss", {}),
+  ("dtypes", {}),
+  ("parameters", {"model__bias": True, "model__qk_norm": True}),
+  ("shardings", {"model__bias": True}),
+  ("batches", {"tokenizer__kind": "sentencepiece"}),
+  ("checkpoint", {"optimizer__skip": config_lib.SkipConfig()}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "fields"), CLEAN, ids=[n for n, _ in CLEAN])
+def test_clean_config_passes(name, fields):
+  found = list(checks.CHECKS[name](config(**fields)))
+  assert found and all(r.passed for r in found), found
+
+
+@pytest.mark.slow
+def test_clean_config_passes_on_meshes(monkeypatch):
+  monkeypatch.setattr(trial, "shapes", lambda n: [(8, 1, 1), (2, 2, 2)])
+  found = list(checks.CHECKS["meshes"](config(model__embedding_dropout=0.1)))
+  assert len(found) == 6 and all(r.passed for r in found), found
+
+
+# --- what a position sees -----------------------------------------------------
+
+
+def off_by_one(real, queries, keys, window):
+  return real(
+    dataclasses.replace(queries, positions=queries.positions + 1), keys, window
+  )
+
+
+def wide_window(real, queries, keys, window):
+  return real(queries, keys, window and window + 1)
+
+
+def narrow_window(real, queries, keys, window):
+  return real(queries, keys, window and window - 1)
+
+
+def no_segments(real, queries, keys, window):
+  def one(tokens):
+    return dataclasses.replace(tokens, segments=jnp.minimum(tokens.segments, 1))
+
+  return real(one(queries), one(keys), window)
+
+
+def sees_padding(real, queries, keys, window):
+  seen = real(queries, keys, window)
+  return seen | (keys.segments == 0)[:, None]
+
+
+@pytest.mark.parametrize(
+  "mistake", [off_by_one, wide_window, narrow_window, no_segments]
+)
+def test_causality(plant, mistake):
+  plant(attention, "visible", mistake)
+  caught("causality", config(model__windows=(5,)))
+
+
+def test_packing_segments(plant):
+  plant(attention, "visible", no_segments)
+  caught("packing", config())
+
+
+def test_packing_positions_go_on(plant):
+  def mistake(real, tokens, documents):
+    row = real(tokens, documents)
+    places = np.arange(len(tokens) - 1, dtype=np.int32)
+    return row | {"positions": places}
+
+  plant(objectives, "causal", mistake)
+  caught("packing", config(model__positions="learned"))
+
+
+def test_packing_scores_the_first_token_of_the_next_document(plant):
+  def mistake(real, tokens, documents):
+    row = real(tokens, documents)
+    return row | {"weights": (row["segments"] > 0).astype(np.float32)}
+
+  plant(objectives, "causal", mistake)
+  assert "loss" in caught("packing", config()).compared
+
+
+def test_padding_is_attended_to(plant):
+  plant(attention, "visible", sees_padding)
+  caught("padding", config())
+
+
+def test_padding_is_scored(plant):
+  def mistake(real, sums, nll, log_z, weights, z_loss):
+    return real(sums, nll, log_z, jnp.ones_like(weights), z_loss)
+
+  plant(loss, "_add", mistake)
+  assert "loss" in caught("padding", config()).compared
+
+
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+def test_decode_is_a_position_late(plant, program):
+  def later(rows):
+    return dataclasses.replace(rows, lengths=rows.lengths + 1)
+
+  def mistake(real, *args):
+    args = [later(a) if isinstance(a, loop.Rows) else a for a in args]
+    return real(*args)
+
+  plant(loop, program, mistake)
+  caught("decode", config())
+
+
+# --- how it is computed -------------------------------------------------------
+
+
+def test_accumulation_divides_by_microbatch(plant):
+  def mistake(real, c, params, batch, key, rows):
+    scale = batch["weights"].size / jnp.maximum(jnp.sum(batch["weights"]), 1)
+    total, nll = real(c, params, batch, key, rows)
+    return total * scale, nll * scale
+
+  plant(step_lib, "_loss_sums", mistake)
+  caught("accumulation", config())
+
+
+def test_accumulation_repeats_dropout(plant):
+  def mistake(real, key, rows):
+    return real(key, rows - rows[0])
+
+  plant(layers, "row_keys", mistake)
+  caught("accumulation", config(model__residual_dropout=0.2))
+
+
+@pytest.mark.parametrize("axis", ["fsdp", "tensor"])
+def test_meshes_without_a_psum(plant, monkeypatch, axis):
+  def mistake(real, x, axes):
+    return real(x, tuple(a for a in axes if a != axis))
+
+  monkeypatch.setattr(trial, "shapes", lambda n: [(1, 2, 2)])
+  plant(loss, "_psum", mistake)
+  monkeypatch.setattr(jax, "device_count", lambda: 4)
+  caught("meshes", config())
+
+
+@pytest.mark.slow
+def test_meshes_without_the_psum_of_pmap(plant, monkeypatch):
+  def mistake(real, x, axes):
+    return x if axes == step_lib._PMAP_AXIS else real(x, axes)
+
+  monkeypatch.setattr(trial, "shapes", lambda n: [(8, 1, 1)])
+  plant(jax.lax, "psum", mistake)
+  assert "pmap" in caught("meshes", config()).compared
+
+
+def test_meshes_that_cannot_cut_the_config_are_named():
+  fit, left_out = trial.fitting(config(model__n_kv_heads=1))
+  assert set(fit) == {(8, 1, 1), (4, 2, 1), (2, 4, 1), (1, 8, 1)}
+  assert len(left_out) == 6 and "4x1x2 (model.n_kv_heads=1)" in left_out
+
+
+def test_layers_scanned_with_the_first_window(plant):
+  def mistake(real, run, stacked, x, keys, cfg):
+    def first(graph, x, layer, which, keys):
+      return run(graph, x, layer, 0, keys)
+
+    return real(first, stacked, x, keys, cfg)
+
+  plant(decoder, "_scan", mistake)
+  c = config(model__windows=(2, None), model__n_layers=2)
+  assert "scan" in caught("layers", c).compared
+
+
+def test_layers_recomputed_under_another_mask(plant):
+  def mistake(real, graph, x, state, which, keys, *, cfg, tokens, angles):
+    if cfg.remat == "dots":
+      keys = layers.fold_rows(keys, 1)
+    named = {"cfg": cfg, "tokens": tokens, "angles": angles}
+    return real(graph, x, state, which, keys, **named)
+
+  plant(decoder, "_run_layer", mistake)
+  found = caught("layers", config(model__residual_dropout=0.2))
+  assert "remat dots" in found.compared
+
+
+# --- values, dtypes, layouts --------------------------------------------------
+
+
+def test_initial_loss_of_large_weights(plant):
+  def mistake(real, rngs, shape, axes, scale):
+    return real(rngs, shape, axes, 20 * scale)
+
+  plant(layers, "weight", mistake)
+  caught("initial_loss", config(model__tied_embedding=False))
+
+
+def places(c):
+  """Notes of what fails in `dtypes`."""
+  return " ".join(r.note for r in failures("dtypes", c))
+
+
+def test_dtypes_of_a_projection(plant):
+  def mistake(real, equation, x, matrix, *axes):
+    return real(equation, x.astype(jnp.float32), matrix, *axes).astype(x.dtype)
+
+  c = config(**BFLOAT16)
+  assert "project" not in places(c)
+  plant(layers, "project", mistake)
+  assert "layers.py" in places(c) and "project" in places(c)
+
+
+def test_dtypes_of_the_softmax(plant):
+  def mistake(real, q, k, v, seen, softcap):
+    del real, softcap
+    scores = jnp.einsum("BTNH,BSNH->BNTS", q, k)
+    scores = jnp.where(seen[:, None], scores, jnp.bfloat16(-1e30))
+    return jnp.einsum("BNTS,BSNH->BTNH", jax.nn.softmax(scores), v)
+
+  plant(attention, "_reference", mistake)
+  assert "exp in " in places(config(**BFLOAT16, model__n_kv_heads=4))
+
+
+def test_dtypes_of_the_loss(plant):
+  def mistake(real, x, head, softcap):
+    scores, slope = real(x, head, softcap)
+    return scores.astype(jnp.bfloat16), slope
+
+  plant(loss, "_scores", mistake)
+  assert "log in loss.py" in places(config(**BFLOAT16))
+
+
+def test_dtypes_of_a_norm(plant):
+  def mistake(real, self, x):
+    del real
+    mean = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(mean + jnp.bfloat16(self.epsilon))
+
+  plant(layers.Norm, "__call__", mistake)
+  assert "rsqrt in " in places(config(**BFLOAT16))
+
+
+def test_dtypes_of_the_state(plant):
+  def mistake(real, c):
+    state = real(c)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params)
+    return dataclasses.replace(state, ema=half)
+
+  plant(step_lib, "init_state", mistake)
+  assert ".ema" in places(config())
+
+
+@pytest.mark.parametrize("term", ["_layer_biases", "_layer_matrices"])
+def test_parameters_of_a_formula_that_forgets(plant, term):
+  plant(counts, term, lambda real, cfg: real(cfg) - cfg.d_mlp)
+  caught("parameters", config(model__bias=True))
+
+
+def test_shardings_of_a_weight_that_lost_its_axes(plant):
+  def mistake(real, rngs, shape, axes, scale):
+    cut = axes == ("mlp", "embed")
+    return real(rngs, shape, (None, None) if cut else axes, scale)
+
+  plant(layers, "weight", mistake)
+  found = list(itertools.islice(failures("shardings", config()), 3))
+  assert found[0].note == "ema.layers.mlp.down, params.layers.mlp.down"
+  assert "whole on every device" in found[-1].compared
+
+
+def test_shardings_of_slots_that_are_whole(plant):
+  def mistake(real, params, opt_state):
+    return jax.tree.map(lambda _: P(), real(params, opt_state))
+
+  plant(optimizer, "state_specs", mistake)
+  found = caught("shardings", config())
+  assert "slots" in found.compared and "nu.embed" in found.note
+
+
+# --- what is read and kept ----------------------------------------------------
+
+
+def test_batches_that_depend_on_the_processes(plant):
+  def mistake(real, c, prepared, *, start_step=0, rows=None):
+    if rows is not None:
+      c = copy.deepcopy(c)
+      c.seed += rows[0]  # "so that processes read different rows"
+    return real(c, prepared, start_step=start_step, rows=rows)
+
+  plant(pipeline, "train_batches", mistake)
+  assert "2 process" in caught("batches", config()).compared
+
+
+def test_batches_that_start_again(plant):
+  def mistake(real, c, prepared, *, start_step=0, rows=None):
+    del start_step
+    return real(c, prepared, rows=rows)
+
+  plant(pipeline, "train_batches", mistake)
+  assert "1 process" in caught("batches", config()).compared
+
+
+def test_checkpoint_that_is_rounded(plant):
+  def mistake(real, self, step, params, *rest, **named):
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16) * 1.0, params)
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    return real(self, step, params, *rest, **named)
+
+  plant(checkpoint.Checkpoints, "save", mistake)
+  caught("checkpoint", config())
+
+
+def test_checkpoint_whose_average_is_lost(plant):
+  def mistake(real, self, step, params, ema, rest):
+    found, _, rest = real(self, step, params, ema, rest)
+    return found, found, rest
+
+  plant(checkpoint.Checkpoints, "restore", mistake)
+  caught("checkpoint", config())
+
+
+# --- the measure, the small copy, the door ------------------------------------
+
+
+def test_relative_error():
+  wanted = {"a": np.array([3.0, -4.0]), "b": np.array([0.5])}
+  found = {"a": np.array([3.0, -4.2]), "b": np.array([0.6])}
+  assert trial.relative(found, wanted) == pytest.approx(0.2)
+  found["a"][0] = np.nan
+  assert np.isnan(trial.relative(found, wanted))
+  assert not result.judge("x", "y", float("nan"), 1.0).passed
+  assert (
+    trial.unequal({"a": np.float32([1, 2])}, {"a": np.float32([1, 3])}) == 1
+  )
+  assert trial.unequal({"a": np.int32([1, 2])}, {"a": np.float32([1, 2])}) == 2
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.py")), ids=str)
+def test_shrinking_keeps_every_switch(path):
+  c = door.load(str(path))
+  small = shrink.shrink(c)
+  assert not shrink.is_large(small)
+  reduced = set(
+    "vocab_size n_layers d_model n_heads n_kv_heads d_head d_mlp loss_chunk"
+    " context_length original_length rope_scaling steps batch_size"
+    " sequence_length microbatches".split()
+  )
+  changed = config_lib.differences(c, small)
+  assert {name.rsplit(".", 1)[1] for name in changed} <= reduced
+  a, b = c.model, small.model
+  for field in ("vocab_size", "d_model", "d_mlp", "n_kv_heads"):
+    for n in (2, 4, 8):
+      cut = [getattr(m, field) % n == 0 for m in (a, b)]
+      assert cut[0] == cut[1], (field, n)
+  assert a.n_heads // a.n_kv_heads == b.n_heads // b.n_kv_heads
+  assert (c.train.microbatches > 1) == (small.train.microbatches > 1)
+  assert small.train.batch_size % (8 * small.train.microbatches) == 0
+
+
+def test_shrinking_keeps_groups_remainder_and_bend():
+  c = config(
+    model__windows=(512, 512, None),
+    model__n_layers=26,
+    model__rope_scaling=config_lib.RopeScaling(original_length=1024),
+    model__context_length=8192,
+    train__sequence_length=4096,
+    model__query_scale_dim=24,
+  )
+  model = shrink.shrink(c).model
+  assert model.n_layers == 7 and model.windows == (8, 8, None)
+  assert model.rope_scaling.original_length == 16
+  assert model.context_length == 128 and model.query_scale_dim == 24
+
+
+def test_kernels_of_other_platforms_are_replaced():
+  c = config(model__attention="splash")
+  checked, said = shrink.subject(c, False)
+  assert checked.model.attention == "reference" and "splash" in said
+  assert c.model.attention == "splash"
+
+
+def test_an_exception_is_a_failed_result():
+  def check(c):
+    yield result.judge("x", "one", 0, 0)
+    raise ValueError("two\n lines")
+
+  first, second = checks.attempt("x", check, config())
+  assert first.passed and not second.passed
+  assert second.note == "ValueError: two lines"
+
+
+def test_unknown_checks_are_refused():
+  with pytest.raises(config_lib.ConfigError, match="did you mean 'causality'"):
+    checks.choose(["causalty"])
+  assert checks.choose(["dtypes", "causality"]) == ["causality", "dtypes"]
+
+
+def run(*arguments):
+  return subprocess.run(
+    [sys.executable, "-m", "lm.verify", *arguments],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+
+
+def test_the_door_on_a_large_config(tmp_path):
+  """Shrunk by itself, and still traced at its full size."""
+  output = tmp_path / "verify.json"
+  done = run(
+    "--config=configs/llama3_70b.py", "--only=parameters", f"--output={output}"
+  )
+  assert done.returncode == 0, done.stderr
+  assert "70,553,706,496" in done.stdout and "pass" in done.stdout
+  found = json.loads(output.read_text())
+  assert found["passed"] and len(found["results"]) == 1
+  assert "model.d_model 8192 -> 64" in found["title"]
+
+
+def test_the_door_ends_with_1_where_a_check_fails():
+  done = run(
+    "--config=configs/tiny.py",
+    "--only=initial_loss",
+    "--config.model.init_scale=9",
+  )
+  assert done.returncode == 1 and "FAIL" in done.stdout, done.stderr
+
+
+def test_the_door_refuses_an_unknown_check():
+  done = run("--config=configs/tiny.py", "--only=meshs")
+  assert done.returncode == 2 and done.stdout == ""
+  assert "did you mean 'meshes'" in done.stderr
