@@ -125,7 +125,7 @@ class _Run:
       if self.stop.agreed():
         break
       evaluated = None
-      if step % t.eval_every == 0 or step == t.steps:
+      if self._evaluates_at(step):
         evaluated = self._evaluate(step, state)
       if step % c.save_every == 0 or step == t.steps:
         self._save(step, state, evaluated)
@@ -138,9 +138,9 @@ class _Run:
     stopping = self.stop.stopping
     if not stopping and evaluated is None:  # the data ended first
       evaluated = self._evaluate(step, state)
-    # An evaluation that is due but was cut short is added on restart.
     self._read_pending()
-    if not stopping or step % self.config.train.eval_every == 0:
+    # An evaluation that is due but was cut short is added on restart.
+    if not stopping or self._evaluates_at(step):
       self._report()
     if step > (self.checkpoints.latest_step() or 0):
       self._save(step, state, evaluated)
@@ -176,6 +176,10 @@ class _Run:
       if batch is None:
         return
       yield step, batch
+
+  def _evaluates_at(self, step: int) -> bool:
+    t = self.config.train
+    return step % t.eval_every == 0 or step == t.steps
 
   def _read_pending(self) -> None:
     """Reads the last step's numbers; raises where they are not finite."""
@@ -340,7 +344,7 @@ class _Run:
 
   def _lacks_evaluation(self) -> bool:
     """Whether the evaluation after the last step was cut short (SIGTERM)."""
-    if self.start == 0 or self.start % self.config.train.eval_every:
+    if self.start == 0 or not self._evaluates_at(self.start):
       return False
     reports = metrics_lib.read(self.workdir)
     last = [r for r in reports if r["step"] == self.start]

@@ -227,8 +227,8 @@ class _Lab:
     return Result(
       "faults",
       name,
-      n,
-      0,
+      float(n),
+      0.0,
       n == 0 and not problems,
       "; ".join([*problems, note or _cost(workdir)]),
     )
@@ -326,7 +326,7 @@ def _killed(
 def _torn_checkpoint(lab: _Lab) -> Result:
   """The largest file of the last checkpoint loses its second half."""
   workdir = lab.new_run()
-  lab.live(workdir, 1, bombs.Order("", "any step", delay=8))
+  lab.live(workdir, 1, bombs.Order("", "any step", delay=8.0))
   names = os.listdir(workdir / "checkpoints")
   steps = sorted(int(name) for name in names if name.isdigit())
   files = [
@@ -372,7 +372,7 @@ def _full_disk(lab: _Lab) -> Result:
 def _damaged_store(lab: _Lab) -> Result:
   """A bit of the tokens turns over between two lives."""
   workdir = lab.new_run()
-  lab.live(workdir, 1, bombs.Order("", "any step", delay=5))
+  lab.live(workdir, 1, bombs.Order("", "any step", delay=5.0))
   pattern = str(workdir.parent / "cache" / "tokens-*" / "tokens" / "c" / "0")
   stores = sorted(glob.glob(pattern))
   for path in stores:
@@ -393,7 +393,7 @@ def _elastic(lab: _Lab) -> Result:
   workdir = lab.new_run()
   problems = []
   for n_processes, n_devices in ((1, 8), (1, 4), (2, 8)):
-    order = bombs.Order("", "any step", _TERM, delay=3)
+    order = bombs.Order("", "any step", _TERM, delay=3.0)
     life = lab.live(workdir, n_processes, order, n_devices)
     if any(life.codes):
       problems.append(f"ended with {life.codes}: {life.said[-300:]}")
@@ -437,7 +437,7 @@ def _at_random(lab: _Lab, n_kills: int = 20, n_steps: int = 200) -> Result:
     order = (
       bombs.Order("", "any time", delay=draw.uniform(0, 4))
       if draw.random() < 0.5
-      else bombs.Order("", "any step", delay=draw.randint(1, 15))
+      else bombs.Order("", "any step", delay=float(draw.randint(1, 15)))
     )
     kills += lab.live(workdir, 1, order).codes == [-_KILL]
   life = lab.live(workdir, 1)
@@ -446,8 +446,8 @@ def _at_random(lab: _Lab, n_kills: int = 20, n_steps: int = 200) -> Result:
   return Result(
     "faults",
     f"{kills} random SIGKILLs in one run of {n_steps} steps",
-    n,
-    0,
+    float(n),
+    0.0,
     n == 0 and kills == n_kills and life.codes == [0],
     f"lost {lasted['lost']:.1f} s of steps",
   )
