@@ -3,12 +3,14 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import tensorstore
 
 from lm import config as config_lib
 from lm.data import store as store_lib
@@ -119,6 +121,38 @@ def test_the_tokenizer_is_trained_once_on_a_spread_of_documents(
   config.tokenizer.train_bytes = 6000
   other = store_lib.prepare(config)
   assert other.tokenizer.fingerprint != prepared.tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("part", ["tokens", "ends"])
+def test_a_file_that_is_missing_or_cut_is_not_read_as_zeros(tmp_path, part):
+  config = make_config(tmp_path)
+  (store,) = store_lib.prepare(config).train
+  file = pathlib.Path(store.path, part, "c", "0")
+  content = file.read_bytes()
+  file.write_bytes(content[:-7])
+  cut = f"{part}/c/0 is {len(content) - 7} bytes, and was {len(content)}"
+  with pytest.raises(config_lib.RunError, match=cut):
+    store_lib.prepare(config)
+  file.unlink()
+  with pytest.raises(config_lib.RunError, match=f"{part}/c/0 is missing"):
+    store_lib.prepare(config)
+
+
+def test_a_bit_that_turned_over_is_refused(tmp_path, monkeypatch):
+  config = make_config(tmp_path)
+  (store,) = store_lib.prepare(config).train
+  file = pathlib.Path(store.path, "tokens", "c", "0")
+  content = bytearray(file.read_bytes())
+  content[40] ^= 4  # of the tokens, which come first
+  file.write_bytes(content)
+  fresh = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
+  monkeypatch.setattr(store_lib, "_CONTEXT", fresh)
+  (store,) = store_lib.prepare(config).train
+  with pytest.raises(config_lib.RunError, match="is damaged: .*Remove it"):
+    store.window(0, 30)
+  shutil.rmtree(store.path)
+  (again,) = store_lib.prepare(config).train
+  assert len(contents(again)) == len(TEXTS)
 
 
 def test_a_store_of_another_tokenizer_is_refused(tmp_path):

@@ -84,8 +84,8 @@ class TokenStore:
 
   def document(self, i: int) -> np.ndarray:
     """Tokens of document `i`, int32, from its bos to its eos."""
-    start = self.ends[i - 1] if i else 0
-    return self._read(start, self.ends[i]).astype(np.int32)
+    start = int(self.ends[i - 1]) if i else 0
+    return self._read(start, int(self.ends[i])).astype(np.int32)
 
   def _read(self, start: int, stop: int) -> np.ndarray:
     try:
