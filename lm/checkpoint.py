@@ -37,7 +37,7 @@ class Meta:
   config: config_lib.Config
   tokenizer: str
   fingerprint: str
-  batch_hash: str
+  batch_hash: str = ""
   digests: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
