@@ -1,6 +1,7 @@
 """The loop: what it writes, how it resumes, how it ends."""
 
 import copy
+import gc
 import json
 import os
 import pathlib
@@ -115,36 +116,56 @@ def test_resumed_run_is_bit_equal(unbroken, tmp_path):
     np.testing.assert_array_equal(a, b)
 
 
-def test_a_damaged_checkpoint_is_set_aside(unbroken, tmp_path, capsys):
-  """One bit that Orbax itself does not miss; the run goes back to step 6."""
+# Orbax leaves coroutines behind where a restore fails.
+leaves_coroutines = pytest.mark.filterwarnings(
+  "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+def _tear(item):
+  """Cuts the data files of a checkpoint's item in half. All of them: some hold
+  nothing that is still referred to.
+  """
+  for path in item.rglob("d/*"):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@leaves_coroutines
+@pytest.mark.parametrize(
+  ("damage", "cause"), [("torn", "Error"), ("altered", "the digest of `rest`")]
+)
+def test_a_damaged_checkpoint_is_set_aside(
+  damage, cause, unbroken, tmp_path, capsys
+):
+  """Torn, or of other numbers than were saved; the run goes back to step 6."""
   config, workdir = unbroken
   _cut(workdir, tmp_path / "run", step=9)
   step = tmp_path / "run" / "checkpoints" / "9"
-  # The chunk of the embedding's average, whose middle is numbers alone.
-  files = [path for path in step.rglob("d/*") if path.is_file()]
-  torn = max(files, key=lambda path: path.stat().st_size)
-  content = bytearray(torn.read_bytes())
-  content[len(content) // 2] ^= 1
-  torn.write_bytes(bytes(content))
+  if damage == "torn":
+    _tear(step / "rest")
+  else:
+    meta = json.loads((step / "meta" / "metadata").read_text())
+    meta["digests"]["rest"] = meta["digests"]["params"]
+    (step / "meta" / "metadata").write_text(json.dumps(meta))
   assert loop.train(config, str(tmp_path / "run")) == 0
-  said = capsys.readouterr().err
-  assert "checkpoints/9 is damaged" in said.replace("\n", "")
+  said = capsys.readouterr().err.replace("\n", "")
+  assert "checkpoints/9 is damaged" in said and cause in said
   assert "going back to step 6" in said
   assert (tmp_path / "run" / "damaged" / "9").is_dir()
   assert _exact(tmp_path / "run") == _exact(workdir)
   last = [checkpoint.load_meta(str(d)) for d in (workdir, tmp_path / "run")]
   assert last[0].digests == last[1].digests
+  gc.collect()  # those coroutines, while this test is under way
 
 
+@leaves_coroutines
 def test_damaged_parameters_are_not_sampled_from(unbroken, tmp_path):
   config, workdir = unbroken
   shutil.copytree(workdir, tmp_path / "run")
-  ema = tmp_path / "run" / "checkpoints" / "12" / "ema"
-  files = [path for path in ema.rglob("*") if path.is_file()]
-  torn = max(files, key=lambda path: path.stat().st_size)
-  os.truncate(torn, torn.stat().st_size // 2)
+  _tear(tmp_path / "run" / "checkpoints" / "12" / "ema")
   with pytest.raises(config_lib.ConfigError, match="12 is damaged"):
     checkpoint.load_params(str(tmp_path / "run"), config.model)
+  gc.collect()
 
 
 @pytest.mark.parametrize(

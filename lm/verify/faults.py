@@ -324,21 +324,18 @@ def _killed(
 
 
 def _torn_checkpoint(lab: _Lab) -> Result:
-  """The largest file of the last checkpoint loses its second half."""
+  """The data files of the last checkpoint's parameters lose their second half;
+  all of them, since some hold nothing that is still referred to.
+  """
   workdir = lab.new_run()
   lab.live(workdir, 1, bombs.Order("", "any step", delay=8.0))
   names = os.listdir(workdir / "checkpoints")
-  steps = sorted(int(name) for name in names if name.isdigit())
-  files = [
-    path
-    for path in (workdir / "checkpoints" / str(steps[-1])).rglob("*")
-    if path.is_file()
-  ]
-  torn = max(files, key=lambda path: path.stat().st_size)
-  os.truncate(torn, torn.stat().st_size // 2)
-  found = lab.finish("torn file in the last checkpoint", workdir, 1)
-  moved = (workdir / "damaged" / str(steps[-1])).exists()
-  note = f"step {steps[-1]} set aside; " if moved else "not noticed; "
+  last = str(max(int(name) for name in names if name.isdigit()))
+  for torn in (workdir / "checkpoints" / last / "params").rglob("d/*"):
+    os.truncate(torn, torn.stat().st_size // 2)
+  found = lab.finish("torn files in the last checkpoint", workdir, 1)
+  moved = (workdir / "damaged" / last).exists()
+  note = f"step {last} set aside; " if moved else "not noticed; "
   return dataclasses.replace(
     found, passed=found.passed and moved, note=note + found.note
   )
