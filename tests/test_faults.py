@@ -69,6 +69,9 @@ def test_bombs_strike_where_they_are_planted():
 def test_every_fault_is_survived():
   config = shrink.shrink(door.load(str(ROOT / "configs" / "tiny.py")))
   results = list(faults.run(config))
-  failed = [r for r in results if not r.passed]
-  assert not failed, "\n".join(f"{r.compared}: {r.note}" for r in failed)
   assert len(results) >= 40
+  unchecked = [r for r in results if r.note.startswith("not checked")]
+  failed = [r for r in results if not r.passed and r not in unchecked]
+  assert not failed, "\n".join(f"{r.compared}: {r.note}" for r in failed)
+  if unchecked:  # a disk to fill needs the right to mount one
+    pytest.skip("; ".join(f"{r.compared}: {r.note}" for r in unchecked))
