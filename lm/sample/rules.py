@@ -1,27 +1,44 @@
-"""From logits to a token: greedy, temperature, top-k and top-p, exactly.
+"""From logits to a token: every sampling rule, exactly.
 
 The contract, per row, in this order:
 
-1. Logits are float32; -inf is allowed. A NaN, or no finite logit at all, makes
-   the row's log-probability NaN and leaves the other rows alone.
-2. Temperature 0 is greedy: the largest logit, the lowest id among equals.
-   Nothing else has an effect.
-3. Else logits are divided by the temperature.
-4. Top-k keeps exactly k ids, by (logit descending, id ascending).
-5. Top-p keeps, of those and in that order, the shortest prefix whose share of
-   their probability reaches p: the id that crosses p stays, so at least one.
-6. The token is argmax(logits + Gumbel noise) over what is kept. The noise is a
+1. Logits are float32; -inf is allowed. A NaN or +inf, or no finite logit at
+   all, makes every score of the row NaN, draws id 0 and leaves the other rows
+   alone. Ids from `n_ids` on pad the vocabulary: never drawn.
+2. `bias` is added; where it is -inf the id is forbidden.
+3. Ids of the prompt and the output: a logit above 0 is divided by the
+   repetition penalty, another multiplied by it (arXiv:1909.05858).
+4. Ids of the output: less the frequency penalty for each time that the id was
+   drawn, then less the presence penalty once.
+5. Temperature 0, or a subnormal number, is greedy: the largest logit, the
+   lowest id among equals. Nothing below has an effect. Else logits are divided
+   by the temperature, up to a constant of the row.
+6. Min-p removes ids less likely than min_p times the likeliest; equal stays.
+7. Top-k keeps exactly k ids, by (logit descending, id ascending); logits are
+   compared as they are before the temperature.
+8. Top-p keeps, of what is left and in that order, the shortest prefix whose
+   share of the probability left reaches p: the id that crosses p stays.
+9. Typical (arXiv:2202.00666) keeps, of what is left, the shortest prefix that
+   reaches typical_p in the order (distance of the id's surprisal from the
+   entropy ascending, id ascending).
+10. The token is argmax(score + Gumbel noise) over what is kept. The noise is a
    function of (seed, absolute position, id) alone, so a row draws the same
-   token in any batch and any place. It has float32's 23 random bits: ids
-   below a probability of about 1e-7 are drawn less often than they should be.
+   token in any batch and any place.
 
-top_k=0 or >= V, and top_p=1, change no bit. The log-probability is that of
-the raw logits, whatever the rules: what the loss of training would say.
+With `temperature_last`, rules 6 to 9 look at the probabilities of temperature
+1, and what they keep is divided by the temperature after them.
 
-The vocabulary is never sorted: both prefixes are found by bisection. Measured
-for 131072 ids on one row and two busy CPU cores, in ms: bisection 1.0 for each
-of top-k and top-p, noise 3.1, `lax.top_k(1024)` 0.6 but exact only where the
-prefix ends within it, sort 60.
+What asks for nothing changes no bit: bias 0, repetition penalty 1, frequency
+and presence 0, temperature 1, min_p 0, top_k 0 or >= V, top_p 1, typical_p 1.
+A bias or penalty that overflows stops at float32's largest number. At least
+one id is always kept. Whether a sum meets a share exactly, or two distances
+are equal, is decided in float32.
+
+The noise is made of 32 random bits: ids below a probability of about 1e-9 are
+drawn less often than they should be.
+
+The vocabulary is never sorted: prefixes are found by bisection. What no row of
+the batch asks for is not computed. `benchmarks/rules.py` measures each rule.
 
 B batch, V vocabulary.
 """
@@ -33,10 +50,36 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+# Of `stages`, in order; a row of `temperature_last` has its temperature last.
+STAGES = (
+  "raw",
+  "penalties",
+  "temperature",
+  "min_p",
+  "top_k",
+  "top_p",
+  "typical_p",
+)
+_CUTS = STAGES[3:]
+_LARGEST = float(jnp.finfo(jnp.float32).max)
+_LEAST = float(jnp.finfo(jnp.float32).tiny)
+
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=["temperature", "top_k", "top_p", "seed"],
+  data_fields=[
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "temperature_last",
+    "seed",
+    "bias",
+  ],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -46,122 +89,316 @@ class Parameters:
   temperature: Float[Array, "B"]
   top_k: Int[Array, "B"]
   top_p: Float[Array, "B"]
+  min_p: Float[Array, "B"]
+  typical_p: Float[Array, "B"]
+  repetition_penalty: Float[Array, "B"]
+  frequency_penalty: Float[Array, "B"]
+  presence_penalty: Float[Array, "B"]
+  temperature_last: Bool[Array, "B"]
   seed: UInt32[Array, "B"]
+  bias: Float[Array, "B V"]
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["prompt", "counts"],
+  meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Past:
+  """What penalties look at: ids of the prompt, and how often each was drawn.
+
+  Whoever fills them leaves padding out.
+  """
+
+  prompt: Bool[Array, "B V"]
+  counts: Int[Array, "B V"]
 
 
 def sample(
   logits: Float[Array, "B V"],
   parameters: Parameters,
+  past: Past,
   positions: Int[Array, "B"],
   n_ids: int,
-) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-  """A token for each row and its raw log-probability.
+) -> tuple[Int[Array, "B"], Float[Array, "B V"]]:
+  """A token for each row, and the scores that it was drawn by.
 
-  `positions` are those that the tokens will have. Ids from `n_ids` on are rows
-  that pad the model's vocabulary: never sampled, though they count in the
-  log-probability as they do in the loss.
+  `positions` are those that the tokens will have.
   """
-  ids = jnp.arange(logits.shape[1])[None]
-  allowed = jnp.where(ids < n_ids, logits, -jnp.inf)
-  hot = parameters.temperature > 0
-  greedy = jnp.argmax(allowed, axis=-1)
-  drawn = jax.lax.cond(
-    jnp.any(hot),
-    lambda: _draw(allowed, parameters, positions),
-    lambda: greedy,
-  )
-  chosen = jnp.where(hot, drawn, greedy)
-  logit = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0]
-  return chosen, logit - jax.nn.logsumexp(logits, axis=-1)
+  processed = process(logits, parameters, past, n_ids)
+  return draw(processed, parameters, positions), processed
 
 
-def keep(
-  logits: Float[Array, "B V"], parameters: Parameters
-) -> Bool[Array, "B V"]:
-  """The ids that top-k and top-p leave in each row of temperature > 0."""
-  order = _sortable(logits)
-  k, p = parameters.top_k[:, None], parameters.top_p[:, None]
-  kept = _where_any(
-    (k > 0) & (k < logits.shape[1]),
-    lambda: _prefix(order, jnp.ones_like(logits), k),
-    jnp.ones_like(logits, bool),
-  )
+def process(
+  logits: Float[Array, "B V"], parameters: Parameters, past: Past, n_ids: int
+) -> Float[Array, "B V"]:
+  """Rules 1 to 9: scores up to a constant of the row, -inf where removed.
 
-  def nucleus():
-    weights = jnp.exp(_temper(logits, parameters.temperature))
-    weights = jnp.where(kept, weights, 0)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    # The largest weight is 1; a tiny p must not ask for nothing.
-    least = jnp.finfo(jnp.float32).tiny
-    return kept & _prefix(order, weights, jnp.maximum(p * total, least))
-
-  return _where_any(p < 1, nucleus, kept)
-
-
-def _where_any(
-  rows: Bool[Array, "B 1"], make, otherwise: Bool[Array, "B V"]
-) -> Bool[Array, "B V"]:
-  """`make()` in those rows, computed only if there is one."""
-  return jax.lax.cond(
-    jnp.any(rows),
-    lambda: jnp.where(rows, make(), otherwise),
-    lambda: otherwise,
-  )
-
-
-def _temper(logits, temperature):
-  """Logits over the temperature, shifted so that the largest is 0: nothing
-  overflows, however small the temperature.
+  A greedy row has 0 at the id that it takes and -inf elsewhere.
   """
-  largest = jnp.max(logits, axis=-1, keepdims=True)
-  shift = jnp.where(jnp.isfinite(largest), largest, 0)
-  least = jnp.finfo(jnp.float32).tiny
-  return (logits - shift) / jnp.maximum(temperature, least)[:, None]
+  scores = _penalise(logits, parameters, past, n_ids)
+  return _final(scores, _cut(scores, parameters)[-1], parameters)
 
 
-def _draw(logits, parameters, positions):
-  kept = keep(logits, parameters)
-  scaled = _temper(logits, parameters.temperature)
+def draw(
+  processed: Float[Array, "B V"],
+  parameters: Parameters,
+  positions: Int[Array, "B"],
+) -> Int[Array, "B"]:
+  """Rule 10. Greedy rows need no noise; where all are, none is computed."""
+  hot = _hot(parameters)
 
-  def noise(seed, position):
-    key = jax.random.fold_in(jax.random.key(seed), position)
-    return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
+  def noisy():
+    # The largest goes to 0, where floats are fine enough for the noise.
+    largest = jnp.max(processed, axis=-1, keepdims=True)
+    noise = _noise(parameters.seed, positions, processed.shape[1])
+    return jnp.where(hot, processed - largest + noise, processed)
 
-  noisy = scaled + jax.vmap(noise)(parameters.seed, positions)
-  return jnp.argmax(jnp.where(kept, noisy, -jnp.inf), axis=-1)
+  return _argmax(jax.lax.cond(jnp.any(hot), noisy, lambda: processed))
 
 
-def _sortable(x: Float[Array, "B V"]) -> UInt32[Array, "B V"]:
+def stages(
+  logits: Float[Array, "B V"], parameters: Parameters, past: Past, n_ids: int
+) -> dict[str, Float[Array, "B V"]]:
+  """Probability of each id after each of STAGES, 0 where it is removed.
+
+  "raw" counts the ids that pad the vocabulary, as the loss does. A greedy row
+  is one-hot from "temperature" on. Of a row of `temperature_last`,
+  "temperature" is what it is drawn from. (jit returns dicts sorted by name.)
+  """
+  scores = _penalise(logits, parameters, past, n_ids)
+  cuts = _cut(scores, parameters)
+  final = _final(scores, cuts[-1], parameters)
+  early = _temper(scores, _cutting_temperature(parameters))
+  greedy = ~_hot(parameters)
+  last = parameters.temperature_last[:, None]
+  found = {
+    "raw": logits,
+    "penalties": scores,
+    "temperature": jnp.where(greedy | last, final, early),
+  }
+  for name, kept in zip(_CUTS, cuts, strict=True):
+    found[name] = jnp.where(greedy, final, jnp.where(kept, early, -jnp.inf))
+  return {name: jax.nn.softmax(found[name], axis=-1) for name in STAGES}
+
+
+def _penalise(logits, parameters, past, n_ids):
+  """Rules 2 to 4."""
+
+  def column(name):
+    return getattr(parameters, name)[:, None]
+
+  def change(where, before, after):
+    # What is not finite stays; the rest stays finite.
+    after = jnp.clip(after, -_LARGEST, _LARGEST)
+    return jnp.where(where & jnp.isfinite(before), after, before)
+
+  bias = parameters.bias
+  allowed = (jnp.arange(logits.shape[1])[None] < n_ids) & (bias > -jnp.inf)
+  scores = jnp.where(allowed, logits, -jnp.inf)
+  scores = change(bias != 0, scores, scores + bias)
+  repetition = column("repetition_penalty")
+  frequency, presence = column("frequency_penalty"), column("presence_penalty")
+
+  def penalties():
+    drawn = past.counts > 0
+    x = scores
+    seen = (repetition != 1) & (past.prompt | drawn)
+    smaller = _divide(x, x > 0, repetition)
+    x = change(seen, x, jnp.where(x > 0, smaller, x * repetition))
+    drawn &= (frequency != 0) | (presence != 0)
+    return change(drawn, x, x - frequency * past.counts - presence)
+
+  some = (repetition != 1) | (frequency != 0) | (presence != 0)
+  return jax.lax.cond(jnp.any(some), penalties, lambda: scores)
+
+
+def _cut(scores, parameters):
+  """Rules 6 to 9: for each of them, the ids that are left after it."""
+  temperature = _cutting_temperature(parameters)
+  hot = _hot(parameters)
+  n_ids = scores.shape[1]
+
+  def asked(name, where):
+    value = getattr(parameters, name)[:, None]
+    return value, hot & where(value)
+
+  def tempered():
+    return _temper(scores, temperature)
+
+  kept = [jnp.ones_like(scores, bool)]
+
+  def rule(rows, keep):
+    before = kept[-1]
+    kept.append(
+      jax.lax.cond(
+        jnp.any(rows),
+        lambda: before & (keep(before) | ~rows),
+        lambda: before,
+      )
+    )
+
+  min_p, rows = asked("min_p", lambda value: value > 0)
+  # The largest weight is 1.
+  rule(rows, lambda _: jnp.exp(tempered()) >= min_p)
+
+  top_k, rows = asked("top_k", lambda value: (value > 0) & (value < n_ids))
+  k = jnp.where(rows, top_k, n_ids)
+  rule(rows, lambda _: _prefix(_sortable(scores), jnp.ones_like(k), k))
+
+  top_p, rows = asked("top_p", lambda value: value < 1)
+  rule(
+    rows,
+    lambda before: _nucleus(_sortable(scores), tempered(), before, top_p),
+  )
+
+  def typical(before):
+    # The surprisal's distance from its mean is the score's from its own.
+    x = tempered()
+    weights = jnp.where(before, jnp.exp(x), 0)
+    moment = jnp.sum(jnp.where(weights > 0, weights * x, 0), -1, keepdims=True)
+    mean = moment / jnp.sum(weights, axis=-1, keepdims=True)
+    return _nucleus(_sortable(-jnp.abs(x - mean)), x, before, typical_p)
+
+  typical_p, rows = asked("typical_p", lambda value: value < 1)
+  rule(rows, typical)
+  return kept[1:]
+
+
+def _nucleus(order, tempered, before, p):
+  """The shortest prefix of `order` with a share p of what is left `before`."""
+  weights = jnp.where(before, jnp.exp(tempered), 0)
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  # A tiny p must not ask for nothing.
+  return _prefix(order, weights, jnp.maximum(p * total, _LEAST))
+
+
+def _final(scores, kept, parameters):
+  """Rule 5 for what is kept, and rows that are flagged."""
+  temperature = parameters.temperature[:, None]
+  x = jnp.where(kept, scores, -jnp.inf)
+  x = jnp.where(temperature == 1, x, _temper(x, temperature))
+  greedy = ~_hot(parameters)
+
+  def takes_one():
+    here = jnp.arange(x.shape[1])[None] == _argmax(scores)[:, None]
+    return jnp.where(greedy, jnp.where(here, 0.0, -jnp.inf), x)
+
+  x = jax.lax.cond(jnp.any(greedy), takes_one, lambda: x)
+  sound = jnp.isfinite(jnp.max(scores, axis=-1, keepdims=True))
+  return jnp.where(sound, x, jnp.nan)
+
+
+def _hot(parameters):
+  """Rows that are not greedy. Some devices take subnormal numbers for 0, so
+  all shall.
+  """
+  return parameters.temperature[:, None] >= _LEAST
+
+
+def _cutting_temperature(parameters):
+  last, temperature = parameters.temperature_last, parameters.temperature
+  return jnp.where(last, 1.0, temperature)[:, None]
+
+
+def _temper(x, temperature):
+  """Scores over the temperature, shifted so that the largest is 0: nothing
+  overflows, however small the temperature. Means nothing in greedy rows.
+  """
+  largest = jnp.max(x, axis=-1, keepdims=True)
+  return _divide(x - largest, x > -jnp.inf, temperature)
+
+
+def _divide(x, where, by):
+  """Divides there. Of one divisor for a whole row XLA would take the
+  reciprocal and multiply: off by a bit for one number in five.
+  """
+  return x / jnp.where(where, by, 1.0)
+
+
+def _argmax(x):
+  """The lowest id among the largest, and 0 in a row with NaN.
+
+  On CPU `jnp.argmax` takes eight times as long.
+  """
+  n_ids = x.shape[1]
+  largest = x == jnp.max(x, axis=-1, keepdims=True)
+  ids = jnp.where(largest, jnp.arange(n_ids, dtype=jnp.int32)[None], n_ids)
+  return jnp.min(ids, axis=-1) % n_ids
+
+
+def _noise(seeds, positions, n_ids) -> Float[Array, "B V"]:
+  """Gumbel noise of -2.8 to 22.9 from `_bits` of a key for each row."""
+
+  def words(seed, position):
+    key = jax.random.key(seed, impl="threefry2x32")
+    return jax.random.key_data(jax.random.fold_in(key, position))
+
+  bits = _bits(jax.vmap(words)(seeds, positions), n_ids)
+  # Near 0, where the noise is large, floats keep all 32 bits.
+  uniform = (bits.astype(jnp.float32) + 0.5) * 2.0**-32
+  return -jnp.log(-jnp.log1p(-jnp.minimum(uniform, 1 - 2.0**-24)))
+
+
+def _bits(words: UInt32[Array, "B 2"], n_ids: int) -> UInt32[Array, "B V"]:
+  """`jax.random.bits(key, (n_ids,))` of each row's key, to the bit.
+
+  Threefry-2x32-20 (Salmon et al. 2011) of the id. On CPU jax.random loops over
+  its rounds, which takes three times as long as this one fused pass.
+  """
+  words = jnp.broadcast_to(words[:, :, None], (*words.shape, n_ids))
+  first, second = words[:, 0], words[:, 1]
+  keys = (first, second, first ^ second ^ jnp.uint32(0x1BD11BDA))
+  x = keys[0]
+  y = keys[1] + jnp.arange(n_ids, dtype=jnp.uint32)[None]
+  for i in range(5):
+    for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
+      x = x + y
+      y = x ^ ((y << jnp.uint32(turn)) | (y >> jnp.uint32(32 - turn)))
+    x = x + keys[(i + 1) % 3]
+    y = y + keys[(i + 2) % 3] + jnp.uint32(i + 1)
+  return x ^ y
+
+
+def _sortable(x: Float[Array, "B V"]) -> Int[Array, "B V"]:
   """Integers that are ordered as the floats are; -0 equals 0."""
-  bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
-  sign = jnp.uint32(1 << 31)
-  return jnp.where(bits < sign, bits | sign, ~bits)
+  bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)
+  return jnp.where(bits < 0, bits ^ jnp.int32(2**31 - 1), bits)
 
 
 def _prefix(
-  order: UInt32[Array, "B V"],
-  weights: Float[Array, "B V"],
-  target: Array,
+  order: Int[Array, "B V"], weights: Array, target: Array
 ) -> Bool[Array, "B V"]:
   """Shortest prefix by (order descending, id ascending) that weighs `target`.
 
-  All of the row where it weighs less. Both bisections set bits from the top.
+  All of the row where it weighs less. `weights` is [B, V], or [B, 1] where all
+  ids weigh the same. Both bisections set bits from the top.
   """
   n_rows, n_ids = order.shape
-  ids = jnp.arange(n_ids)[None]
+  ids = jnp.arange(n_ids, dtype=jnp.int32)[None]
+  weights = jnp.broadcast_to(weights, order.shape)
 
   def weight(where):
     return jnp.sum(jnp.where(where, weights, 0), axis=-1, keepdims=True)
 
-  # The largest threshold at and above which there is enough.
-  def lower(i, threshold):
-    bit = jnp.uint32(1 << 31) >> jnp.uint32(i)
-    enough = weight(order >= threshold + bit) >= target
-    return jnp.where(enough, threshold + bit, threshold)
+  # The largest threshold at and above which there is enough, or the first
+  # found with just enough. Adding bit 31 to the least integer gives 0.
+  def lower(state):
+    i, threshold, found = state
+    higher = threshold + (jnp.int32(1) << (31 - i))
+    there = weight(order >= higher)
+    better = (there >= target) & (found != target)
+    found = jnp.where(better, there, found)
+    return i + 1, jnp.where(better, higher, threshold), found
 
-  threshold = jax.lax.fori_loop(
-    0, 32, lower, jnp.zeros((n_rows, 1), jnp.uint32)
-  )
+  def unsure(state):
+    i, _, found = state
+    return (i < 32) & jnp.any(found != target)
+
+  least = jnp.full((n_rows, 1), -(2**31), jnp.int32)
+  whole = weight(jnp.ones_like(order, bool))
+  _, threshold, _ = jax.lax.while_loop(unsure, lower, (0, least, whole))
   above, tied = order > threshold, order == threshold
 
   # The last id needed of those that stand at the threshold.
