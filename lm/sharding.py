@@ -11,6 +11,7 @@ import importlib.util
 import math
 import os
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -50,6 +51,23 @@ def partition(*axes: str | None) -> P:
 def spec(*axes: str | None) -> P | None:
   """`partition` where there is a mesh in context, else None."""
   return partition(*axes) if has_mesh() else None
+
+
+def by_row(function: Callable, *trees: Any) -> Any:
+  """`function` of trees whose leading axis is the batch: on a mesh each device
+  has rows of its own, whole ones.
+  """
+  if not has_mesh():
+    return function(*trees)
+
+  def whole(x):
+    return jax.sharding.reshard(x, partition("batch"))
+
+  by_row = partition("batch")
+  run = jax.shard_map(
+    function, in_specs=by_row, out_specs=by_row, check_vma=False
+  )
+  return run(*jax.tree.map(whole, trees))
 
 
 def platform() -> str:

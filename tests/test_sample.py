@@ -17,7 +17,8 @@ from flax import nnx
 from lm import checkpoint
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
-from lm.model import attention, decoder
+from lm.model import cache as cache_lib
+from lm.model import decoder
 from lm.sample import loop
 from lm.sample import sampler as sampler_lib
 
@@ -77,51 +78,60 @@ def token_ids(results):
 
 @pytest.fixture
 def steps(monkeypatch):
-  """Tokens that the loop drew for the slowest row, a number per call."""
+  """Tokens that the slowest row drew, a number per program that ran."""
   seen, decode = [], loop.decode
 
-  def spy(*args):
-    progress = decode(*args)
-    seen.append(int(progress.n_steps))
-    return progress
+  def spy(*args, **options):
+    *state, drawn = decode(*args, **options)
+    seen.append(int(drawn.n.max()))
+    return *state, drawn
 
   monkeypatch.setattr(loop, "decode", spy)
   return seen
 
 
+@pytest.mark.parametrize("n_new", [1, 3])
 @pytest.mark.parametrize("name", ["gpt2", "gemma2"])
-def test_cached_logits_equal_the_full_forward_at_every_step(name):
-  """Two prompts of unequal length: a chunk of 11, then 8 single tokens."""
+def test_cached_logits_equal_the_full_forward_at_every_step(name, n_new):
+  """Two prompts of unequal length are read, then 8 steps of `n_new` tokens, of
+  which one is taken back where there are several.
+  """
   cfg = dataclasses.replace(families.ALL[name], init_scale=0.3, n_layers=2)
-  params, lengths, n_prompt, n_steps = params_of(cfg), np.array([5, 11]), 11, 8
-  rng = np.random.default_rng(0)
-  ids = rng.integers(cfg.vocab_size, size=(2, 19), dtype=np.int32)
+  params, lengths, n_prompt, n_steps = params_of(cfg), np.array([5, 2]), 5, 6
+  ids = np.random.default_rng(0).integers(
+    cfg.vocab_size, size=(2, 23), dtype=np.int32
+  )
   expected = np.asarray(full_logits(cfg, params, jnp.asarray(ids)))
   graph, state = loop.unroll(cfg, params)
+  prompt = np.where(
+    np.arange(n_prompt) < lengths[:, None], ids[:, :n_prompt], 36
+  )
+  cache = loop.read(
+    graph,
+    state,
+    jnp.asarray(prompt),
+    jnp.asarray(lengths, jnp.int32),
+    longest=23,
+    n_new=n_new,
+  )
 
   @jax.jit
-  def extend(inputs, positions, segments, cache):
+  def extend(inputs, cache):
     model = nnx.merge(graph, state)
-    tokens = attention.Tokens(
-      positions, segments, jnp.zeros_like(segments, bool)
-    )
-    hidden, cache = model.extend(inputs, tokens, cache)
+    hidden, cache = model.extend(inputs, cache)
     return model.logits(hidden), cache
 
-  places = np.arange(n_prompt)[None]
-  real = places < lengths[:, None]
-  cache = attention.empty_cache(cfg, 2, 21)
-  chunk = np.where(real, ids[:, :n_prompt], 36).astype(np.int32)
-  found, cache = extend(
-    chunk, np.where(real, places, 0), real.astype(np.int32), cache
-  )
-  for row, n in enumerate(lengths):
-    np.testing.assert_allclose(found[row, :n], expected[row, :n], atol=1e-5)
-  ones = np.ones((2, 1), np.int32)
-  for step in range(n_steps):
-    at = lengths + step
-    found, cache = extend(ids[[0, 1], at][:, None], at[:, None], ones, cache)
-    np.testing.assert_allclose(found[:, 0], expected[[0, 1], at], atol=1e-5)
+  rows = np.arange(2)[:, None]
+  for _ in range(n_steps):
+    at = np.asarray(cache.lengths)[:, None] + np.arange(n_new)
+    new = ids[rows, at]
+    new[:, n_new - 1 :] += n_new > 1  # a mistake, to be taken back
+    found, cache = extend(jnp.asarray(new % cfg.vocab_size), cache)
+    right = max(1, n_new - 1)
+    np.testing.assert_allclose(
+      found[:, :right], expected[rows, at][:, :right], atol=1e-5
+    )
+    cache = dataclasses.replace(cache, lengths=cache.lengths + right)
 
 
 @pytest.mark.parametrize("name", WIDE)
@@ -184,12 +194,11 @@ def test_eos_ends_each_row_and_the_loop_ends_with_the_last(steps):
   n = 30
   tokenizer = tokenizer_lib.Tokenizer()
   sampler = sampler_lib.Sampler(LLAMA, params_of(LLAMA), tokenizer)
+  tokenizer.eos = never = tokenizer.size - 1
   requests = [
-    Request(prompt, max_new_tokens=n, seed=i, top_k=4)
+    Request(prompt, max_new_tokens=n, seed=i, top_k=4, forbidden=[never])
     for i, prompt in enumerate(["a", "hello", "", "(((("])
   ]
-  # No prompt and no token: the bytes tokenizer's last id pads its table.
-  tokenizer.eos = tokenizer.size - 1
   whole = token_ids(sampler.generate(requests))
   assert [len(ids) for ids in whole] == [n] * 4 and steps == [n]
   lengths = set()
@@ -276,20 +285,21 @@ def test_programs_are_compiled_once_per_bucket():
   sampler = sampler_of(cfg)
 
   def compiled(*requests):
-    before = loop.prefill._cache_size(), loop.decode._cache_size()
+    before = loop.read._cache_size(), loop.decode._cache_size()
     sampler.generate(requests)
-    after = loop.prefill._cache_size(), loop.decode._cache_size()
+    after = loop.read._cache_size(), loop.decode._cache_size()
     return after[0] - before[0], after[1] - before[1]
 
-  # One row, 16 prompt tokens before the last, 64 slots.
+  # One row, 16 prompt tokens before the last, 64 places.
   assert compiled(Request("a", max_new_tokens=9)) == (1, 1)
-  other = Request("abc" * 5 + "d", 0.7, 3, 0.5, max_new_tokens=48, seed=4)
+  other = Request("abc" * 5 + "d", 0.7, 3, 0.5, max_new_tokens=47, seed=4)
   assert compiled(other) == (0, 0)
-  # 17 tokens before the last; then two rows and 66 slots.
+  # 17 tokens before the last; then two rows; then 66 places.
   assert compiled(Request("a" * 17, max_new_tokens=9)) == (1, 0)
   assert compiled(Request("a" * 25, max_new_tokens=20)) == (0, 0)
   short = Request("a", max_new_tokens=50)
-  assert compiled(short, other) == (1, 1)
+  assert compiled(short, other) == (0, 1)
+  assert compiled(Request("a", max_new_tokens=64)) == (1, 1)
   # Other weights, as after more training, are the same program.
   params = jax.tree.map(lambda x: 2 * x, params_of(cfg))
   sampler = sampler_lib.Sampler(cfg, params, sampler.tokenizer)
@@ -310,7 +320,7 @@ def test_programs_are_compiled_once_per_bucket():
     ({"top_p": 0.0}, r"top_p=0.0: must be in \(0, 1\]"),
     ({"top_p": 1.5}, r"top_p=1.5: must be in \(0, 1\]"),
     ({"top_k": -1}, "top_k=-1: must be at least 0; 0 keeps"),
-    ({"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
+    ({"max_new_tokens": -1}, "max_new_tokens=-1: must be at least 0"),
     ({"n_samples": 0}, "n_samples=0: must be at least 1"),
     ({"seed": -1}, "seed=-1: must be at least 0"),
     ({"seed": 2**32 - 1, "n_samples": 2}, "seed=4294967295.*at most 2"),
@@ -318,7 +328,7 @@ def test_programs_are_compiled_once_per_bucket():
 )
 def test_requests_that_cannot_be_met_are_refused(changes, message, monkeypatch):
   """Before anything runs: the programs are taken away."""
-  monkeypatch.setattr(loop, "prefill", None)
+  monkeypatch.setattr(loop, "read", None)
   good = Request("ok", max_new_tokens=1)
   bad = dataclasses.replace(Request(), **changes)
   with pytest.raises(config_lib.ConfigError, match=message):
@@ -361,10 +371,8 @@ def test_weights_in_the_compute_dtype_change_no_bit():
   def logits(state):
     model = nnx.merge(graph, state)
     places = jnp.arange(7)[None]
-    seen = jnp.zeros_like(places, bool)
-    tokens = attention.Tokens(places, jnp.ones_like(places), seen)
-    cache = attention.empty_cache(cfg, 1, 7)
-    return model.logits(model.extend(places, tokens, cache)[0])
+    cache = cache_lib.empty(cfg, 1, 7)
+    return model.logits(model.extend(places, cache)[0])
 
   @jax.jit
   def unroll(params):
@@ -419,7 +427,7 @@ def test_a_checkpoint_samples_as_its_model_does(workdir):
   assert earlier.generate(MIXED) != expected
   mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
   sharded = sampler_lib.Sampler.from_checkpoint(workdir, mesh=mesh)
-  leaves = jax.tree.leaves(sharded._state)
+  leaves = jax.tree.leaves(sharded.state)
   assert any(not x.sharding.is_fully_replicated for x in leaves)
 
 

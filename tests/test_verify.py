@@ -203,16 +203,20 @@ def test_padding_is_scored(plant):
   assert "loss" in caught("padding", config()).compared
 
 
-@pytest.mark.parametrize("program", ["prefill", "decode"])
-def test_decode_is_a_position_late(plant, program):
-  def later(rows):
-    return dataclasses.replace(rows, lengths=rows.lengths + 1)
+def test_decode_is_a_position_late(plant):
+  def mistake(real, logits, proposed, slots, drawn, **options):
+    slots, drawn = real(logits, proposed, slots, drawn, **options)
+    return dataclasses.replace(slots, lengths=slots.lengths + 1), drawn
 
-  def mistake(real, *args):
-    args = [later(a) if isinstance(a, loop.Rows) else a for a in args]
-    return real(*args)
+  plant(loop, "_accept", mistake)
+  caught("decode", config())
 
-  plant(loop, program, mistake)
+
+def test_prefill_is_a_position_late(plant):
+  def mistake(real, graph, state, inputs, lengths, **options):
+    return real(graph, state, inputs, lengths + 1, **options)
+
+  plant(loop, "read", mistake)
   caught("decode", config())
 
 

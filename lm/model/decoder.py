@@ -6,6 +6,7 @@ the head, so that the loss need never hold all logits (lm/model/loss.py).
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from lm import config as config_lib
 from lm import sharding
 from lm.model import attention, layers
+from lm.model import cache as cache_lib
 
 Params = Any  # nested dict of arrays; the layers' have a leading axis L
 
@@ -40,10 +42,10 @@ class Block(nnx.Module):
     angles: tuple[Array, Array] | None,
     window: int | None,
     keys: Key[Array, "B"] | None = None,
-    cached: tuple | None = None,
-  ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
+    extend: Callable | None = None,
+  ) -> tuple[Float[Array, "B T D"], Any]:
     y, new = self.attention(
-      self.attention_norm(x), tokens, angles, window, cached
+      self.attention_norm(x), tokens, angles, window, extend
     )
     if self.attention_post_norm is not None:
       y = self.attention_post_norm(y)
@@ -101,7 +103,7 @@ class Decoder(nnx.Module):
     cfg = self.cfg
     x = self._embed(inputs, tokens, keys)
     angles = _angles(cfg, tokens)
-    if not cfg.scan_layers:
+    if not cfg.scan_layers and not isinstance(self.layers, nnx.List):
       self.unroll()
     run = functools.partial(_run_layer, cfg=cfg, tokens=tokens, angles=angles)
     if isinstance(self.layers, nnx.List):
@@ -112,32 +114,46 @@ class Decoder(nnx.Module):
       x = _scan(run, self.layers, x, keys, cfg)
     return self.final_norm(x)
 
+  def read(
+    self, inputs: Int[Array, "B T"], tokens: attention.Tokens
+  ) -> list[tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
+    """Keys and values of each layer; the model must be unrolled."""
+    return self._layer_by_layer(inputs, tokens, None)[1]
+
   def extend(
-    self,
-    inputs: Int[Array, "B T"],
-    tokens: attention.Tokens,
-    cache: attention.Cache,
-  ) -> tuple[Float[Array, "B T D"], attention.Cache]:
-    """Reads T more tokens on top of the cache; the model must be unrolled."""
-    cfg, slot = self.cfg, cache.length
-    seen = jax.tree.map(
-      lambda old, new: attention.write(old, new, slot), cache.tokens, tokens
+    self, inputs: Int[Array, "B T"], cache: cache_lib.Cache
+  ) -> tuple[Float[Array, "B T D"], cache_lib.Cache]:
+    """Reads T more tokens of each row; the model must be unrolled.
+
+    The rows' lengths are left for the caller to move: by T, or by less where
+    some of the tokens are taken back.
+    """
+    new = jnp.arange(inputs.shape[1])[None]
+    # What is to be taken back may lie beyond a learned table.
+    last = self.cfg.context_length - 1
+    tokens = attention.Tokens(
+      jnp.minimum(cache.lengths[:, None] + new, last),
+      jnp.ones_like(inputs),
+      None,
     )
+    x, pairs = self._layer_by_layer(inputs, tokens, cache)
+    keys, values = zip(*pairs, strict=True)
+    return x, cache_lib.Cache(keys, values, cache.lengths)
+
+  def _layer_by_layer(self, inputs, tokens, cache):
+    cfg = self.cfg
     x = self._embed(inputs, tokens, None)
-    angles = _angles(cfg, tokens)
-    pairs = []
+    angles, kept, extend = _angles(cfg, tokens), [], None
     for i, layer in enumerate(self.layers):  # type: ignore[arg-type]
       which = i % len(cfg.windows)
-      cached = (cache.keys[i], cache.values[i], seen, slot)
-      x, pair = layer(
-        x, tokens, angles[which], cfg.windows[which], cached=cached
+      if cache is not None:
+        pair = cache.keys[i], cache.values[i]
+        extend = functools.partial(cache_lib.extend, pair, cache.lengths)
+      x, new = layer(
+        x, tokens, angles[which], cfg.windows[which], extend=extend
       )
-      pairs.append(pair)
-    new_keys, new_values = zip(*pairs, strict=True)
-    length = slot + inputs.shape[1]
-    return self.final_norm(x), attention.Cache(
-      new_keys, new_values, seen, length
-    )
+      kept.append(new)
+    return self.final_norm(x), kept
 
   def head_weight(self) -> Float[Array, "V D"]:
     """The classifier over the vocabulary."""

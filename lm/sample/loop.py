@@ -1,72 +1,82 @@
-"""Prefill and decode: each one compiled program per bucket of sizes.
+"""What runs on the device: prompts are read, then tokens drawn, in slots.
 
-The layers are unrolled and each has its own cache, donated, so that a step
-copies nothing.
+A slot is a row of the batch that serves one sample after another. Reading is
+compiled once per bucket of prompt lengths; drawing once, whatever the requests
+in the slots ask for. The layers are unrolled and each has its own cache, all of
+it donated, so that a step copies nothing.
 
-B batch, T prompt length, S cache slots, V vocabulary.
+B slots, T prompt length, V vocabulary, E ids that end a row, C columns, one
+per token drawn, A alternatives, k tokens proposed ahead.
 """
 
 import dataclasses
 import functools
+import typing
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from lm import config as config_lib
 from lm import sharding
 from lm.model import attention, decoder
-from lm.sample import rules
+from lm.model import cache as cache_lib
+from lm.sample import request, rules
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=["lengths", "limits", "eos", "parameters"],
-  meta_fields=[],
-)
-@dataclasses.dataclass
+@typing.dataclass_transform()
+def _node(cls: type) -> type:
+  """A dataclass whose fields are all arrays, or trees of them."""
+  return jax.tree_util.register_dataclass(dataclasses.dataclass(cls))
+
+
+@_node
 class Rows:
-  """What stays the same while a batch is decoded.
+  """What a request sets for its row.
 
-  Tokens in each prompt, tokens at most to draw (0 for rows that only fill the
-  batch), the id that ends the row, and the rules.
+  Tokens at most, and at least; ids that end it, filled up with V; whether
+  alternatives are wanted, and log-probabilities after the rules.
   """
 
-  lengths: Int[Array, "B"]
   limits: Int[Array, "B"]
-  eos: Int[Array, "B"]
+  min_tokens: Int[Array, "B"]
+  ends: Int[Array, "B E"]
+  alternatives: Bool[Array, "B"]
+  processed: Bool[Array, "B"]
   parameters: rules.Parameters
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=[
-    "cache",
-    "n_steps",
-    "done",
-    "n_tokens",
-    "tokens",
-    "log_probabilities",
-  ],
-  meta_fields=[],
-)
-@dataclasses.dataclass
-class Progress:
-  """What decoding carries from step to step.
+@_node
+class Slots:
+  """Where each row stands, apart from its cache.
 
-  Column 0 of `tokens` is the last of the prompt and column i + 1 was drawn in
-  step i; of a row, the first `n_tokens` that were drawn count. The cache holds
-  what stands before column `n_steps`.
+  `last` was drawn, or ends the prompt, and has not been read yet: it has
+  position `lengths`. `history` is all up to it, by position.
   """
 
-  cache: attention.Cache
-  n_steps: Int[Array, ""]
+  rows: Rows
+  past: rules.Past
+  last: Int[Array, "B"]
+  history: Int[Array, "B R"]
+  lengths: Int[Array, "B"]
+  n_drawn: Int[Array, "B"]
   done: Bool[Array, "B"]
-  n_tokens: Int[Array, "B"]
-  tokens: Int[Array, "B S"]
-  log_probabilities: Float[Array, "B S"]
+
+
+@_node
+class Drawn:
+  """What one call of `decode` drew: of each row, the first `n` columns, with
+  log-probabilities and the likeliest alternatives.
+  """
+
+  ids: Int[Array, "B C"]
+  logs: Float[Array, "B C"]
+  other_ids: Int[Array, "B C A"]
+  other_logs: Float[Array, "B C A"]
+  n: Int[Array, "B"]
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -76,96 +86,346 @@ def unroll(
   """Graph and arrays of the model, with arrays of its own for each layer.
 
   All but vectors come in the compute dtype, to which the model would
-  otherwise cast them at every use.
+  otherwise cast them at every use, and are gathered over `fsdp` once. Kernels
+  that training may demand are left to choice: lengths are others here.
   """
+  cfg = dataclasses.replace(cfg, attention="auto")
   graph, state = nnx.split(decoder.bind(cfg, params).unroll())
-  return graph, jax.tree.map(
-    lambda x: x.astype(cfg.dtype) if x.ndim > 1 else x, state
-  )
+
+  def prepare(x):
+    if sharding.has_mesh():
+      axes = jax.typeof(x).sharding.spec
+      x = jax.sharding.reshard(
+        x, P(*(None if a == "fsdp" else a for a in axes))
+      )
+    return x.astype(cfg.dtype) if x.ndim > 1 else x
+
+  return graph, jax.tree.map(prepare, state)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "n_slots"))
-def prefill(
+@functools.partial(
+  jax.jit,
+  static_argnames=("configs", "n_slots", "longest", "n_new", "int8"),
+)
+def empty(
+  row: Slots,
+  *,
+  configs: tuple[config_lib.ModelConfig, ...],
+  n_slots: int,
+  longest: int,
+  n_new: int,
+  int8: bool,
+) -> tuple[list[cache_lib.Cache], Slots]:
+  """A cache for each model, and slots like `row` in which nothing runs."""
+  where = sharding.spec("batch")
+
+  def zeros(x):
+    return jnp.zeros((n_slots, *x.shape[1:]), x.dtype, out_sharding=where)
+
+  done = jnp.ones(n_slots, bool, out_sharding=where)
+  caches = [
+    cache_lib.empty(cfg, n_slots, longest, n_new=n_new, int8=int8)
+    for cfg in configs
+  ]
+  return caches, dataclasses.replace(jax.tree.map(zeros, row), done=done)
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=("graph", "longest", "n_new", "int8", "bidirectional"),
+)
+def read(
   graph: Any,
   state: Any,
-  inputs: Int[Array, "B T"],
-  last: Int[Array, "B"],
-  rows: Rows,
-  n_slots: int,
-) -> Progress:
-  """Reads the prompts, all but the `last` token of each, into a new cache.
+  inputs: Int[Array, "P T"],
+  lengths: Int[Array, "P"],
+  *,
+  longest: int,
+  n_new: int = 1,
+  int8: bool = False,
+  bidirectional: bool = False,
+) -> cache_lib.Cache:
+  """The cache of a prompt, without its last token.
 
-  The last one is left to the first step of `decode`, so that every token is
-  drawn by the same program, and the head never reads a prompt.
+  That one is left to the first step of `decode`, so that every token is drawn
+  by the same program, and the head never reads a prompt. P is 1, or on a mesh
+  the devices along the batch, each of which reads the same prompt.
   """
   model = nnx.merge(graph, state)
-  n_rows, n_tokens = inputs.shape
-  places = jnp.arange(n_tokens)[None]
-  real = places < rows.lengths[:, None] - 1
+  places = jnp.arange(inputs.shape[1])[None]
+  real = places < lengths[:, None]
   tokens = attention.Tokens(
     # Padding lies at 0, since a learned table may end before the bucket does.
     positions=jnp.where(real, places, 0),
     segments=real.astype(jnp.int32),
-    prefix=jnp.zeros_like(real),
+    prefix=real if bidirectional else None,
   )
-  empty = attention.empty_cache(model.cfg, n_rows, n_slots)
-  _, cache = model.extend(inputs, tokens, empty)
-  slots = jnp.zeros_like(empty.tokens.positions)
-  return Progress(
-    cache=cache,
-    n_steps=jnp.zeros((), jnp.int32),
-    done=rows.limits == 0,
-    n_tokens=jnp.zeros_like(rows.lengths),
-    tokens=attention.write(slots, last[:, None], 0),
-    log_probabilities=jnp.zeros_like(slots, jnp.float32),
+  pairs = model.read(inputs, tokens)
+  return cache_lib.of_prompts(
+    model.cfg, pairs, lengths, longest, n_new=n_new, int8=int8
   )
+
+
+@functools.partial(jax.jit, donate_argnames=("caches", "slots"))
+def admit(
+  caches: list[cache_lib.Cache],
+  slots: Slots,
+  prompts: list[cache_lib.Cache],
+  row: Slots,
+  seeds: Array,
+  new: Bool[Array, "B"],
+) -> tuple[list[cache_lib.Cache], Slots]:
+  """Puts a prompt and its request into each slot that is `new`.
+
+  `prompts`, one per model, and `row` have one row, or as many as `read` had;
+  `seeds` is by slot.
+  """
+
+  def choose(new, seeds, old, row):
+    def one(old, row):
+      where = new.reshape(-1, *(1,) * (old.ndim - 1))
+      return jnp.where(where, row, old)
+
+    merged = jax.tree.map(one, old, row)
+    parameters = merged.rows.parameters
+    seeds = jnp.where(new, seeds, parameters.seed)
+    parameters = dataclasses.replace(parameters, seed=seeds)
+    rows = dataclasses.replace(merged.rows, parameters=parameters)
+    return dataclasses.replace(merged, rows=rows)
+
+  filled = [
+    cache_lib.insert(cache, prompt, new)
+    for cache, prompt in zip(caches, prompts, strict=True)
+  ]
+  return filled, sharding.by_row(choose, new, seeds, slots, row)
 
 
 @functools.partial(
-  jax.jit, static_argnames=("graph", "n_ids"), donate_argnames="progress"
+  jax.jit,
+  static_argnames=("graph", "n_ids", "n_columns", "ahead", "draft_graph"),
+  donate_argnames=("caches", "slots"),
 )
 def decode(
-  graph: Any, state: Any, rows: Rows, progress: Progress, n_ids: int
-) -> Progress:
-  """Draws tokens, of the first `n_ids`, until every row is done."""
+  graph: Any,
+  state: Any,
+  caches: list[cache_lib.Cache],
+  slots: Slots,
+  called_off: Bool[Array, "B"],
+  n_steps: Int[Array, ""],
+  until_free: Bool[Array, ""],
+  *,
+  n_ids: int,
+  n_columns: int,
+  ahead: int = 0,
+  draft_graph: Any = None,
+  draft_state: Any = None,
+) -> tuple[list[cache_lib.Cache], Slots, Drawn]:
+  """Takes up to `n_steps` steps, each of a token for each row, of the first
+  `n_ids`. Ends sooner where all rows are done or, if `until_free`, where one
+  becomes so. Rows that are `called_off` are done.
+
+  Each step may check `ahead` = k tokens that were proposed by another model, or
+  without one by what followed the last two tokens earlier in the row; C must
+  be k + 1 times the steps. Which tokens come out does not depend on it: each is
+  drawn from the model's own logits with the noise of its own position, and a
+  proposal only spares a step where it says the same.
+  """
   model = nnx.merge(graph, state)
+  draft = None if draft_graph is None else nnx.merge(draft_graph, draft_state)
+  slots = dataclasses.replace(slots, done=slots.done | called_off)
+  before = slots.done
 
-  def step(now: Progress) -> Progress:
-    alive = ~now.done[:, None]
-    # Rows that are done write empty slots, and stay within the context.
-    position = (rows.lengths - 1 + now.n_steps)[:, None]
-    tokens = attention.Tokens(
-      positions=jnp.where(alive, position, 0),
-      segments=alive.astype(jnp.int32),
-      prefix=jnp.zeros_like(alive),
-    )
-    inputs = jax.lax.dynamic_slice_in_dim(now.tokens, now.n_steps, 1, axis=1)
-    hidden, cache = model.extend(inputs, tokens, now.cache)
-    logits = model.logits(hidden)[:, 0]
-    ids, logs = _sample(logits, rows, now.n_steps, n_ids)
-    n_steps = now.n_steps + 1
-    ended = (ids == rows.eos) | jnp.isnan(logs) | (n_steps >= rows.limits)
-    return Progress(
-      cache=cache,
-      n_steps=n_steps,
-      done=now.done | ended,
-      n_tokens=now.n_tokens + ~now.done,
-      tokens=attention.write(now.tokens, ids[:, None], n_steps),
-      log_probabilities=attention.write(
-        now.log_probabilities, logs[:, None], n_steps
-      ),
-    )
+  def more(carry):
+    _, slots, _, n = carry
+    freed = until_free & jnp.any(slots.done & ~before)
+    return (n < n_steps) & ~jnp.all(slots.done) & ~freed
 
-  return jax.lax.while_loop(lambda now: ~jnp.all(now.done), step, progress)
+  def step(carry):
+    (cache, *rest), slots, drawn, n = carry
+    if draft is None:
+      proposed = sharding.by_row(functools.partial(_repeat, k=ahead), slots)
+    else:
+      proposed, *rest = _propose(draft, rest[0], slots, ahead, n_ids)
+    inputs = jnp.concatenate([slots.last[:, None], proposed], axis=1)
+    hidden, cache = model.extend(inputs, cache)
+    accept = functools.partial(_accept, n_ids=n_ids)
+    logits = model.logits(hidden)
+    slots, drawn = sharding.by_row(accept, logits, proposed, slots, drawn)
+    cache = dataclasses.replace(cache, lengths=slots.lengths)
+    return [cache, *rest], slots, drawn, n + 1
+
+  drawn = sharding.by_row(
+    functools.partial(_nothing, n_columns=n_columns), slots
+  )
+  zero = jnp.zeros((), jnp.int32)
+  caches, slots, drawn, _ = jax.lax.while_loop(
+    more, step, (caches, slots, drawn, zero)
+  )
+  return caches, slots, drawn
 
 
-def _sample(logits, rows, n_steps, n_ids):
-  sample = functools.partial(rules.sample, n_ids=n_ids)
-  if sharding.has_mesh():
-    # Rows are drawn apart, so each device draws its own, on whole rows.
-    logits = jax.sharding.reshard(logits, sharding.partition("batch", None))
-    by_row = sharding.partition("batch")
-    sample = jax.shard_map(
-      sample, in_specs=by_row, out_specs=by_row, check_vma=False
-    )
-  return sample(logits, rows.parameters, rows.lengths + n_steps)
+@functools.partial(jax.jit, static_argnames=("graph", "n_ids"))
+def look(
+  graph: Any,
+  state: Any,
+  cache: cache_lib.Cache,
+  slots: Slots,
+  *,
+  n_ids: int,
+) -> tuple[dict[str, Float[Array, "B V"]], Int[Array, "B"]]:
+  """The distribution of each row's next token after each stage of the rules,
+  and the id that is drawn. Moves nothing.
+  """
+  model = nnx.merge(graph, state)
+  hidden, _ = model.extend(slots.last[:, None], cache)
+  logits = model.logits(hidden)[:, 0]
+
+  def stages_of(logits, slots):
+    parameters = _parameters(slots, logits.shape[1])
+    stages = rules.stages(logits, parameters, slots.past, n_ids)
+    return stages, _sample(logits, slots, n_ids)[0]
+
+  return sharding.by_row(stages_of, logits, slots)
+
+
+def _nothing(slots, n_columns):
+  B, V = slots.past.counts.shape
+  A = min(request.MAX_ALTERNATIVES, V)
+  return Drawn(
+    ids=jnp.zeros((B, n_columns), jnp.int32),
+    logs=jnp.zeros((B, n_columns), jnp.float32),
+    other_ids=jnp.zeros((B, n_columns, A), jnp.int32),
+    other_logs=jnp.zeros((B, n_columns, A), jnp.float32),
+    n=jnp.zeros(B, jnp.int32),
+  )
+
+
+def _accept(logits, proposed, slots, drawn, *, n_ids):
+  """Draws from logits [B, k + 1, V] until a proposal says another token."""
+  k = proposed.shape[1]
+  agreed = jnp.ones(len(proposed), bool)
+  for i in range(k + 1):
+    alive = agreed & ~slots.done
+    slots, drawn = _draw(logits[:, i], slots, drawn, alive, n_ids)
+    if i < k:
+      agreed &= slots.last == proposed[:, i]
+  return slots, drawn
+
+
+def _parameters(slots, n_vocab):
+  """The rules of each row; no end is drawn before its `min_tokens`."""
+  rows = slots.rows
+  early = slots.n_drawn < rows.min_tokens
+
+  def without_ends():
+    ids = jnp.arange(n_vocab)[None, None]
+    ends = jnp.any(ids == rows.ends[:, :, None], axis=1)
+    return jnp.where(early[:, None] & ends, -jnp.inf, rows.parameters.bias)
+
+  bias = jax.lax.cond(
+    jnp.any(early), without_ends, lambda: rows.parameters.bias
+  )
+  return dataclasses.replace(rows.parameters, bias=bias)
+
+
+def _sample(logits, slots, n_ids):
+  """The id that each row draws next, and its scores after the rules."""
+  parameters = _parameters(slots, logits.shape[1])
+  return rules.sample(logits, parameters, slots.past, slots.lengths + 1, n_ids)
+
+
+def _draw(logits, slots, drawn, alive, n_ids):
+  """One more token for each row that is `alive`."""
+  rows, past = slots.rows, slots.past
+  ids, processed = _sample(logits, slots, n_ids)
+  total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+  def after_rules():
+    logs = jax.nn.log_softmax(processed)
+    return jnp.where(rows.processed[:, None], logs, logits - total)
+
+  scores = jax.lax.cond(
+    jnp.any(rows.processed), after_rules, lambda: logits - total
+  )
+  row = jnp.arange(len(ids))
+  log = scores[row, ids]
+  A = drawn.other_ids.shape[2]
+  other_logs, other_ids = jax.lax.cond(
+    jnp.any(rows.alternatives),
+    lambda: tuple(jax.lax.top_k(scores, A)),
+    lambda: (drawn.other_logs[:, 0], drawn.other_ids[:, 0]),
+  )
+  # Rows that are not alive write nothing: their column is out of range.
+  column = jnp.where(alive, drawn.n, drawn.ids.shape[1])
+
+  def put(old, new):
+    return old.at[row, column].set(new, mode="drop")
+
+  drawn = Drawn(
+    put(drawn.ids, ids),
+    put(drawn.logs, log),
+    put(drawn.other_ids, other_ids),
+    put(drawn.other_logs, other_logs),
+    drawn.n + alive,
+  )
+  n_drawn = slots.n_drawn + alive
+  ended = jnp.any(ids[:, None] == rows.ends, axis=1) | jnp.isnan(log)
+  lengths = slots.lengths + alive
+  place = jnp.where(alive, lengths, slots.history.shape[1])
+  slots = Slots(
+    rows=rows,
+    past=dataclasses.replace(past, counts=past.counts.at[row, ids].add(alive)),
+    last=jnp.where(alive, ids, slots.last),
+    history=slots.history.at[row, place].set(ids, mode="drop"),
+    lengths=lengths,
+    n_drawn=n_drawn,
+    done=slots.done | (alive & (ended | (n_drawn >= rows.limits))),
+  )
+  return slots, drawn
+
+
+def _repeat(slots, k):
+  """Proposes [B, k] what followed the last two tokens where they stood before
+  (prompt lookup): the latest such place, else anything.
+  """
+  B, R = slots.history.shape
+  place = jnp.arange(R)[None]
+  row = jnp.arange(B)
+  last, before = slots.last, slots.history[row, slots.lengths - 1]
+  pair = (jnp.roll(slots.history, 1, axis=1) == before[:, None]) & (
+    slots.history == last[:, None]
+  )
+  pair &= (place > 0) & (place < slots.lengths[:, None])
+  found = jnp.max(jnp.where(pair, place, 0), axis=1)
+  ahead = jnp.minimum(found[:, None] + 1 + jnp.arange(k)[None], R - 1)
+  return jnp.take_along_axis(slots.history, ahead, axis=1)
+
+
+def _propose(draft, cache, slots, k, n_ids):
+  """Proposes [B, k] what `draft` draws by the same rules and noise. It also
+  reads its last proposal, so that its cache lacks nothing if that is taken.
+  """
+  cache = dataclasses.replace(cache, lengths=slots.lengths)
+  proposed = []
+  for i in range(k + 1):
+    hidden, cache = draft.extend(slots.last[:, None], cache)
+    if i == k:
+      break
+    go_on = functools.partial(_go_on, n_ids=n_ids)
+    slots = sharding.by_row(go_on, draft.logits(hidden)[:, 0], slots)
+    cache = dataclasses.replace(cache, lengths=slots.lengths)
+    proposed.append(slots.last[:, None])
+  return jnp.concatenate(proposed, axis=1), cache
+
+
+def _go_on(logits, slots, n_ids):
+  """`slots` as if what is drawn from `logits` were right."""
+  ids, _ = _sample(logits, slots, n_ids)
+  counts = slots.past.counts.at[jnp.arange(len(ids)), ids].add(1)
+  return dataclasses.replace(
+    slots,
+    past=dataclasses.replace(slots.past, counts=counts),
+    last=ids,
+    lengths=slots.lengths + 1,
+    n_drawn=slots.n_drawn + 1,
+  )

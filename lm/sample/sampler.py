@@ -1,93 +1,59 @@
-"""Requests in, continuations out: batches of them, padded to buckets.
+"""The Python interface: a model, and what can be asked of it.
 
-All rows of a call run together: prompts are padded on the right to a power of
-two and read at once, then one `lax.while_loop` draws a token for every row at
-a time until the last row is done.
+`generate` and `stream` continue prompts, `next_token` looks at one
+distribution, `score` judges a text. All samples go through the slots of an
+`Engine` (lm/sample/engine.py); prompts are padded on the right to a power of
+two.
 
-A row's noise follows from its seed and position alone. Its logits follow from
-its own tokens alone too, but XLA may sum in another order for another bucket:
-with different neighbours they can differ in the last bit.
+A sample's noise follows from its seed and positions alone. Its logits follow
+from its own tokens alone too, but XLA may sum in another order for another
+number of slots or places: there they can differ in the last bit. An engine of
+fixed slots and places gives every request the same tokens, bit for bit,
+whatever else it serves.
 """
 
 import contextlib
-import dataclasses
 import math
-import typing
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array
 
 from lm import checkpoint, sharding
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.model import decoder
-from lm.sample import loop, rules
+from lm.sample import engine as engine_lib
+from lm.sample import loop, rules, scoring
+from lm.sample import request as request_lib
+from lm.sample.request import (
+  Alternative,
+  Candidate,
+  NextToken,
+  Piece,
+  Request,
+  Result,
+  Score,
+)
 
-# Smallest buckets, in tokens.
-MIN_PROMPT = 16
-MIN_SLOTS = 64
-DEFAULT_NEW_TOKENS = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-  """A prompt and the rules by which it is continued (lm/sample/rules.py).
-
-  The defaults draw from the model's own distribution.
-  """
-
-  # Text or ids; the tokenizer's bos is put in front unless it stands there.
-  prompt: str | Sequence[int] = ""
-  # 0 is greedy.
-  temperature: float = 1.0
-  # 0 keeps every id.
-  top_k: int = 0
-  top_p: float = 1.0
-  # None: 256, or what the context leaves if that is less.
-  max_new_tokens: int | None = None
-  seed: int = 0
-  # Sample i is what a request of one sample with `seed + i` gets.
-  n_samples: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-  """One continuation.
-
-  `token_ids` ends with eos where that ended it; `text` has no trace of it.
-  `log_probabilities` are natural, one per token, of the raw logits.
-  `error` is a row whose logits became NaN: its last token means nothing.
-  """
-
-  request: Request
-  seed: int
-  text: str
-  token_ids: list[int]
-  log_probabilities: list[float]
-  finish_reason: Literal["eos", "length", "error"]
-
-
-class _Row(NamedTuple):
-  """One sample: its prompt's ids with bos, and how many to draw at most."""
-
-  request: Request
-  seed: int
-  prompt: list[int]
-  limit: int
+# Slots that `generate` uses at most, for each device along the batch.
+MAX_SLOTS = 32
 
 
 class Sampler:
   """Continues prompts with one model.
 
   `params` lie on `mesh` (axes data, fsdp, tensor) or, without one, on one
-  device. Layers are copied into arrays of their own, in the compute dtype;
-  other arrays may stay shared, so do not donate `params`.
+  device. Layers are copied into arrays of their own, in the compute dtype, and
+  gathered over fsdp; other arrays may stay shared, so do not donate `params`.
+
+  `int8_cache` keeps keys and values in 8 bits. `ahead` tokens are proposed at
+  each step, by `draft` (a smaller sampler of the same tokenizer and mesh) or
+  without one by looking up what the text repeats; no token depends on it.
   """
 
   def __init__(
@@ -96,15 +62,31 @@ class Sampler:
     params: decoder.Params,
     tokenizer: tokenizer_lib.Tokenizer,
     mesh: jax.sharding.Mesh | None = None,
+    *,
+    int8_cache: bool = False,
+    ahead: int = 0,
+    draft: "Sampler | None" = None,
   ):
     if tokenizer.size > cfg.vocab_size:
       raise config_lib.ConfigError(
         f"vocabulary mismatch: the tokenizer has {tokenizer.size} ids, the "
         f"model {cfg.vocab_size}; give the tokenizer that it was trained with"
       )
+    if not 0 <= ahead <= MAX_AHEAD or (draft is not None and ahead == 0):
+      raise config_lib.ConfigError(
+        f"ahead={ahead}: must be in [0, {MAX_AHEAD}], and at least 1 with a "
+        "draft"
+      )
+    if draft is not None:
+      _check_draft(cfg, tokenizer, mesh, draft)
     self.cfg, self.tokenizer, self.mesh = cfg, tokenizer, mesh
-    with self._in_mesh():
-      self._graph, self._state = loop.unroll(cfg, params)
+    self.int8_cache, self.ahead, self.draft = int8_cache, ahead, draft
+    # Devices along the batch.
+    self.ways = 1
+    if mesh is not None:
+      self.ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    with self.in_mesh():
+      self.graph, self.state = loop.unroll(cfg, params)
 
   @classmethod
   def from_checkpoint(
@@ -112,56 +94,175 @@ class Sampler:
     workdir: str,
     step: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    **options: Any,
   ) -> "Sampler":
-    """Of the last step of a run, or of `step`. Reads parameters only."""
+    """Of the last step of a run, or of `step`. Reads parameters only, each
+    device its own part; `options` are those of the constructor.
+    """
     meta = checkpoint.load_meta(workdir, step)
     cfg = meta.config.model
     params = checkpoint.load_params(workdir, cfg, meta.step, mesh)
     tokenizer = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
-    return cls(cfg, params, tokenizer, mesh)
+    return cls(cfg, params, tokenizer, mesh, **options)
 
-  def generate(self, requests: Sequence[Request]) -> list[Result]:
+  # --- what can be asked ------------------------------------------------------
+
+  def generate(
+    self, requests: Sequence[Request], n_slots: int | None = None
+  ) -> list[Result]:
     """`n_samples` results for each request, in order.
 
-    Raises ConfigError on a request that cannot be met, before it compiles.
+    None: a slot for each sample, up to 32 per device along the batch. Raises
+    ConfigError on a request that cannot be met, before anything compiles.
     """
-    rows = self._rows(requests)
-    n_tokens, tokens, log_probabilities = self._run(rows)
-    return [
-      self._result(row, tokens[i, :n].tolist(), log_probabilities[i, :n])
-      for i, (row, n) in enumerate(zip(rows, n_tokens, strict=False))
-    ]
+    pieces = self.stream(requests, n_slots, engine_lib.MAX_STEPS)
+    results = {p.job: p.result for p in pieces if p.result is not None}
+    return [results[job] for job in sorted(results)]
 
-  def _result(
-    self, row: _Row, token_ids: list[int], logs: np.ndarray
-  ) -> Result:
-    reason = "length"
-    if token_ids[-1] == self.tokenizer.eos:
-      reason = "eos"
-    if np.isnan(logs[-1]):
-      reason = "error"
-    text = self.tokenizer.decode(token_ids)
-    return Result(row.request, row.seed, text, token_ids, logs.tolist(), reason)
-
-  def _rows(self, requests: Sequence[Request]) -> list[_Row]:
+  def stream(
+    self,
+    requests: Sequence[Request],
+    n_slots: int | None = None,
+    n_steps: int = 1,
+  ) -> Iterator[Piece]:
+    """What `generate` gives, as it comes, every `n_steps` tokens."""
     if not requests:
       raise config_lib.ConfigError("requests=[]: give at least one Request")
-    rows = []
+    resolved = [self.resolve(request) for request in requests]
+    n = sum(request.n_samples for request in requests)
+    n = min(n, MAX_SLOTS * self.ways)
+    slots = n_slots or self.ways * engine_lib.bucket(-(-n // self.ways), 1)
+    n_places = max(len(prompt) + limit for prompt, limit in resolved)
+    n_places = engine_lib.bucket(n_places, engine_lib.MIN_PLACES)
+    engine = self.engine(slots, n_places)
     for request in requests:
-      _check(request)
-      prompt = self._encode(request.prompt)
-      limit = self._limit(request, len(prompt))
-      rows += [
-        _Row(request, request.seed + i, prompt, limit)
-        for i in range(request.n_samples)
-      ]
-    return rows
+      engine.submit(request)
+    return self._pieces(engine, n_steps)
 
-  def _encode(self, prompt: str | Sequence[int]) -> list[int]:
-    if isinstance(prompt, str):
-      ids = self.tokenizer.encode(prompt)
+  def _pieces(self, engine, n_steps):
+    while not engine.idle:
+      yield from engine.step(n_steps)
+
+  def engine(
+    self, n_slots: int, n_places: int | None = None
+  ) -> engine_lib.Engine:
+    """Slots to be served from a queue; `n_places`: tokens of prompt and
+    continuation, at most those of the context, which is the default.
+    """
+    if n_slots < 1 or n_slots % self.ways:
+      raise config_lib.ConfigError(
+        f"n_slots={n_slots}: must be a multiple of {self.ways}, the devices "
+        "along the batch"
+      )
+    return engine_lib.Engine(self, n_slots, n_places or self.cfg.context_length)
+
+  def next_token(self, request: Request, n: int = 5) -> NextToken:
+    """The distribution after the prompt: its `n` likeliest ids, and the one
+    that `generate` draws first, with the share each stage of the rules leaves.
+    """
+    prompt, _ = self.resolve(request)
+    engine = engine_lib.Engine(self, self.ways, self._places(len(prompt) + 1))
+    stages, drawn = engine.look(request)
+    raw = stages["raw"].astype(np.float64)
+    # By probability descending, then by id.
+    order = np.lexsort((np.arange(len(raw)), -raw))
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(1, len(order) + 1)
+    cumulative = np.cumsum(raw[order])
+
+    def candidate(i):
+      return Candidate(
+        id=int(i),
+        piece=self._piece(int(i)),
+        rank=int(rank[i]),
+        probability=float(raw[i]),
+        cumulative=float(cumulative[rank[i] - 1]),
+        stages={name: float(stages[name][i]) for name in rules.STAGES},
+      )
+
+    some = raw[raw > 0]
+    return NextToken(
+      prompt_ids=prompt,
+      candidates=[candidate(i) for i in order[:n]],
+      entropy=float(-np.sum(some * np.log2(some))),
+      chosen=candidate(drawn),
+    )
+
+  def score(self, text: str | Sequence[int], alternatives: int = 0) -> Score:
+    """How likely a text is. One that is longer than the context is read in
+    windows that overlap by half, so that each token has seen at least half a
+    context, or all there is, before it.
+    """
+    request_lib.check(Request(alternatives=alternatives), self.tokenizer.size)
+    ids = self.encode(text)
+    context = self.cfg.context_length
+    parts, start, n_scored = [], 0, 1
+    while n_scored < len(ids):
+      window = ids[start : start + context + 1]
+      parts.append(self._score(window, n_scored - start - 1, alternatives))
+      n_scored = start + len(window)
+      start += context // 2
+    logs, ranks, others = (
+      [x for part in parts for x in part[i]] for i in range(3)
+    )
+    return Score(
+      token_ids=ids[1:],
+      pieces=[self._piece(i) for i in ids[1:]],
+      log_probabilities=logs,
+      ranks=ranks,
+      alternatives=others,
+      n_bytes=self.tokenizer.n_bytes(ids[1:]) if ids[1:] else 0,
+    )
+
+  def check(self, request: Request) -> None:
+    """Raises ConfigError on a request that cannot be met."""
+    self.resolve(request)
+
+  # --- what they are made of --------------------------------------------------
+
+  def resolve(
+    self, request: Request, n_places: int | None = None
+  ) -> tuple[list[int], int]:
+    """Ids of the prompt with bos, and how many tokens to draw at most.
+
+    Raises ConfigError where they do not fit into the context, or `n_places`.
+    """
+    request_lib.check(request, self.tokenizer.size)
+    prompt = self.encode(request.prompt)
+    context = min(n_places or math.inf, self.cfg.context_length)
+    start, length = repr(request.prompt[:20]), len(prompt)
+    if length >= context:
+      raise config_lib.ConfigError(
+        f"prompt={start}...: has {length} tokens with bos; it must leave room "
+        f"for one more in the context of {context}: shorten it"
+      )
+    limit = request.max_new_tokens
+    if limit is None:
+      limit = min(request_lib.DEFAULT_NEW_TOKENS, int(context - length))
+    if length + limit > context:
+      raise config_lib.ConfigError(
+        f"max_new_tokens={limit}: with the {length} tokens of "
+        f"prompt={start}... it must not exceed the context of {context}; at "
+        f"most {context - length} fit"
+      )
+    if request.min_tokens > limit:
+      raise config_lib.ConfigError(
+        f"min_tokens={request.min_tokens}: at most {limit} tokens are drawn"
+      )
+    return prompt, limit
+
+  def models(self) -> list["Sampler"]:
+    """This one, and what drafts for it."""
+    return [self] if self.draft is None else [self, self.draft]
+
+  def encode(self, text: str | Sequence[int]) -> list[int]:
+    """Ids of text, or ids, with bos in front. Raises ConfigError on ids that
+    the tokenizer has not.
+    """
+    if isinstance(text, str):
+      ids = self.tokenizer.encode(text)
     else:
-      ids = [int(i) for i in prompt]
+      ids = [int(i) for i in text]
       for i in ids:
         if not 0 <= i < self.tokenizer.size:
           raise config_lib.ConfigError(
@@ -171,126 +272,71 @@ class Sampler:
     bos = self.tokenizer.bos
     return ids if ids[:1] == [bos] else [bos, *ids]
 
-  def _limit(self, request: Request, length: int) -> int:
-    """Tokens to draw after a prompt of `length` ids."""
-    context = self.cfg.context_length
-    start = repr(request.prompt[:20])
-    if length >= context:
-      raise config_lib.ConfigError(
-        f"prompt={start}...: has {length} tokens with bos; it must leave room "
-        f"for one more in the context of {context}: shorten it"
-      )
-    if request.max_new_tokens is None:
-      return min(DEFAULT_NEW_TOKENS, context - length)
-    if length + request.max_new_tokens > context:
-      raise config_lib.ConfigError(
-        f"max_new_tokens={request.max_new_tokens}: with the {length} tokens of "
-        f"prompt={start}... it must not exceed the context of {context}; at "
-        f"most {context - length} fit"
-      )
-    return request.max_new_tokens
+  def _piece(self, i: int) -> str:
+    """Of ids that pad the model's vocabulary too."""
+    return self.tokenizer.piece(i) if i < self.tokenizer.size else f"<{i}>"
 
-  def _run(self, rows: list[_Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens drawn [B], their ids [B, S] and log-probabilities [B, S]."""
-    n_read = max(len(row.prompt) for row in rows) - 1
-    n_prompt = _bucket(n_read, MIN_PROMPT)
-    # The prompt's last token needs a slot, the last one drawn does not.
-    n_slots = _bucket(n_prompt + max(row.limit for row in rows), MIN_SLOTS)
-    ways = 1
-    if self.mesh is not None:
-      ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-    n_rows = ways * _bucket(math.ceil(len(rows) / ways), 1)
-    filler = _Row(Request(temperature=0.0), 0, [self.tokenizer.bos], 0)
-    rows = rows + [filler] * (n_rows - len(rows))
-    inputs = np.full((n_rows, n_prompt), self.tokenizer.pad, np.int32)
-    for i, row in enumerate(rows):
-      inputs[i, : len(row.prompt) - 1] = row.prompt[:-1]
-    last = np.array([row.prompt[-1] for row in rows], np.int32)
-    with self._in_mesh():
-      batch = self._batch(rows)
-      inputs, last = self._place(inputs), self._place(last)
-      progress = loop.prefill(
-        self._graph, self._state, inputs, last, batch, n_slots
-      )
-      progress = loop.decode(
-        self._graph, self._state, batch, progress, self.tokenizer.size
-      )
-      return (
-        self._fetch(progress.n_tokens),
-        self._fetch(progress.tokens)[:, 1:],
-        self._fetch(progress.log_probabilities)[:, 1:],
-      )
+  def _places(self, n: int) -> int:
+    return engine_lib.bucket(n, engine_lib.MIN_PLACES)
 
-  def _batch(self, rows: list[_Row]) -> loop.Rows:
-    def column(values, dtype):
-      return self._place(np.array(values, dtype))
-
-    requests = [row.request for row in rows]
-    # All k beyond the vocabulary are one, and int32 has an end.
-    k = [min(r.top_k, self.cfg.vocab_size) for r in requests]
-    return loop.Rows(
-      column([len(row.prompt) for row in rows], np.int32),
-      column([row.limit for row in rows], np.int32),
-      column([self.tokenizer.eos] * len(rows), np.int32),
-      rules.Parameters(
-        temperature=column([r.temperature for r in requests], np.float32),
-        top_k=column(k, np.int32),
-        top_p=column([r.top_p for r in requests], np.float32),
-        seed=column([row.seed for row in rows], np.uint32),
-      ),
+  def _score(self, window: list[int], first: int, n: int):
+    """Of the window's tokens from `first` + 1 on: logs, ranks, alternatives."""
+    length = len(window) - 1
+    ids = np.full(
+      (self.ways, engine_lib.bucket(length, scoring.CHUNK) + 1),
+      self.tokenizer.pad,
+      np.int32,
     )
+    ids[:, : len(window)] = window
+    lengths = np.full(self.ways, length, np.int32)
+    with self.in_mesh():
+      scored = scoring.score(
+        self.graph,
+        self.state,
+        *(self.place(x) for x in (ids[:, :-1], ids[:, 1:], lengths)),
+        n_alternatives=n,
+      )
+      logs, ranks, other_ids, other_logs = (
+        x[0, first:length] for x in self.fetch(scored)
+      )
+    others = [
+      [Alternative(int(i), float(x)) for i, x in zip(*pair, strict=True)]
+      for pair in zip(other_ids, other_logs, strict=True)
+    ]
+    return logs.tolist(), ranks.tolist(), others
 
-  def _in_mesh(self):
+  def in_mesh(self):
     if self.mesh is None:
       return contextlib.nullcontext()
     return jax.set_mesh(self.mesh)
 
-  def _place(self, rows: np.ndarray) -> Array:
+  def place(self, rows: np.ndarray) -> jax.Array:
     """On the mesh, cut along the batch; each process has all rows."""
     if self.mesh is None:
       return jnp.asarray(rows)
     where = NamedSharding(self.mesh, sharding.partition("batch"))
     return jax.make_array_from_callback(rows.shape, where, lambda i: rows[i])
 
-  def _fetch(self, x: Array) -> np.ndarray:
-    """All rows, on every process."""
+  def fetch(self, tree: Any) -> Any:
+    """All rows, as NumPy arrays, on every process."""
     if self.mesh is not None:
-      x = jax.device_put(x, NamedSharding(self.mesh, P()))
-    return np.asarray(x)
+      tree = jax.device_put(tree, NamedSharding(self.mesh, P()))
+    return jax.tree.map(np.asarray, tree)
 
 
-def _check(request: Request) -> None:
-  """Raises ConfigError on the first parameter that breaks its rule."""
-  hints = typing.get_type_hints(Request)
-  hints.pop("prompt")
-  for name, hint in hints.items():
-    config_lib.check_types(getattr(request, name), hint, f"request.{name}")
-  largest = float(np.finfo(np.float32).max)
-  r = request
-  for name, holds, rule in (
-    (
-      "temperature",
-      0 <= r.temperature <= largest,
-      "must be at least 0, a float32; 0 is greedy",
-    ),
-    ("top_k", r.top_k >= 0, "must be at least 0; 0 keeps all ids"),
-    ("top_p", 0 < r.top_p <= 1, "must be in (0, 1]; 1 keeps all ids"),
-    (
-      "max_new_tokens",
-      r.max_new_tokens is None or r.max_new_tokens >= 1,
-      "must be at least 1, or None for what the context leaves",
-    ),
-    ("n_samples", r.n_samples >= 1, "must be at least 1"),
-    (
-      "seed",
-      0 <= r.seed <= 2**32 - max(r.n_samples, 1),
-      "must be at least 0, and seed + n_samples at most 2**32",
-    ),
+# Tokens proposed at once at most: each costs a draw in every step.
+MAX_AHEAD = 16
+
+
+def _check_draft(cfg, tokenizer, mesh, draft) -> None:
+  for what, same in (
+    ("tokenizer", draft.tokenizer.fingerprint == tokenizer.fingerprint),
+    ("mesh", draft.mesh == mesh),
+    ("vocab_size", draft.cfg.vocab_size == cfg.vocab_size),
+    ("context_length", draft.cfg.context_length >= cfg.context_length),
   ):
-    if not holds:
-      raise config_lib.ConfigError(f"{name}={getattr(r, name)!r}: {rule}")
-
-
-def _bucket(n: int, least: int) -> int:
-  """The smallest power of two that is at least `n` and `least`."""
-  return 2 ** math.ceil(math.log2(max(n, least)))
+    if not same:
+      raise config_lib.ConfigError(
+        f"draft: its {what} is not that of the model; both must be trained "
+        "with the same tokenizer and a context at least as long"
+      )

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import config as config_lib
+from lm.data import tokenizer as tokenizer_lib
 from lm.model import counts, decoder
-from lm.sample import loop, rules
+from lm.sample import sampler as sampler_lib
 from lm.train import step as step_lib
 from lm.verify import result, trial
 from lm.verify.result import Result
@@ -180,36 +181,34 @@ def decode(config: config_lib.Config) -> Iterator[Result]:
 
 
 def _decode_error(model: config_lib.ModelConfig) -> float:
+  # A vocabulary of bytes at least, so that there is a tokenizer for it.
+  size = max(model.vocab_size, tokenizer_lib.BYTES_SIZE)
+  model = dataclasses.replace(model, vocab_size=size)
   T = min(model.context_length, 256)
   n_new = min(24, T // 2)
   lengths = np.array([T - n_new, 1, (T - n_new) // 2, 2])
   n_rows, places = len(lengths), np.arange(T)[None]
-  ids = np.random.default_rng(5).integers(model.vocab_size, size=(n_rows, T))
-  last = ids[np.arange(n_rows), lengths - 1]
-
-  def column(value, dtype):
-    return jnp.full(n_rows, value, dtype)
-
-  rows = loop.Rows(
-    lengths=jnp.asarray(lengths, jnp.int32),
-    limits=column(n_new, jnp.int32),
-    eos=column(-1, jnp.int32),  # no id, so that no row ends early
-    parameters=rules.Parameters(
-      temperature=column(2.0, jnp.float32),
-      top_k=column(0, jnp.int32),
-      top_p=column(1.0, jnp.float32),
-      seed=jnp.arange(n_rows, dtype=jnp.uint32),
-    ),
+  ids = np.random.default_rng(5).integers(
+    tokenizer_lib.BYTES_SIZE, size=(n_rows, T)
   )
+  tokenizer = tokenizer_lib.Tokenizer()
+  ids[:, 0] = tokenizer.bos
   params = trial.params(model)
-  graph, state = loop.unroll(model, params)
-  read = jnp.asarray(ids[:, : T - n_new], jnp.int32)
-  progress = loop.prefill(
-    graph, state, read, jnp.asarray(last, jnp.int32), rows, T
+  sampler = sampler_lib.Sampler(model, params, tokenizer)
+  results = sampler.generate(
+    [
+      sampler_lib.Request(
+        row[:n].tolist(),
+        temperature=2.0,
+        max_new_tokens=n_new,
+        min_tokens=n_new,  # no row ends early
+        seed=i,
+      )
+      for i, (row, n) in enumerate(zip(ids, lengths, strict=True))
+    ]
   )
-  progress = loop.decode(graph, state, rows, progress, model.vocab_size)
-  drawn = np.asarray(progress.tokens)[:, 1 : n_new + 1]
-  found = np.asarray(progress.log_probabilities)[:, 1 : n_new + 1]
+  drawn = np.array([result.token_ids for result in results])
+  found = np.array([result.log_probabilities for result in results])
   at = lengths[:, None] + np.arange(n_new)
   np.put_along_axis(ids, at, drawn, axis=1)
   batch = {

@@ -1,0 +1,337 @@
+"""Continuous batching: a queue of samples, served through fixed slots.
+
+A slot that becomes free is filled from the queue while the others go on. What
+a sample gets does not depend on when, where or beside whom it is served: its
+noise follows from its seed and positions, and its logits from a program that
+is the same for any content of the other slots.
+"""
+
+import collections
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from lm.model import cache as cache_lib
+from lm.sample import loop, rules, text
+from lm.sample import request as request_lib
+from lm.sample.request import Alternative, Piece, Request, Result
+
+# Smallest buckets, in tokens.
+MIN_PROMPT = 16
+MIN_PLACES = 64
+# Steps that a program takes at most before the host sees what it drew.
+MAX_STEPS = 32
+
+
+@dataclasses.dataclass
+class _Job:
+  """One sample: what it is asked for, and what it has so far."""
+
+  number: int
+  request: Request
+  seed: int
+  prompt: list[int]
+  limit: int
+  text: text.Stream
+  token_ids: list[int] = dataclasses.field(default_factory=list)
+  logs: list[float] = dataclasses.field(default_factory=list)
+  others: list[list[Alternative]] = dataclasses.field(default_factory=list)
+  n_given: int = 0
+  reason: Any = None
+
+
+class Engine:
+  """Slots of one sampler. Not for several threads: one of them owns it.
+
+  `n_places` bounds prompt and continuation together, in tokens with bos.
+  """
+
+  def __init__(self, sampler: Any, n_slots: int, n_places: int):
+    self.sampler, self.n_slots, self.n_places = sampler, n_slots, n_places
+    self._queue: collections.deque[_Job] = collections.deque()
+    self._slots: list[_Job | None] = [None] * n_slots
+    self._ended: list[_Job] = []
+    self._n_jobs = 0
+    # The prompt that was read last, for the other samples of its request.
+    self._prompt: tuple[list[int], bool, Any] | None = None
+    # Tokens that are written beyond the row and then taken back need room.
+    self._longest = n_places + sampler.ahead
+    with sampler.in_mesh():
+      self._state = self._empty()
+
+  @property
+  def idle(self) -> bool:
+    """Whether no job is queued, running, or ended without its last piece."""
+    return not (self._queue or self._ended or any(self._slots))
+
+  def n_free(self) -> int:
+    return self._slots.count(None)
+
+  def submit(self, request: Request) -> list[int]:
+    """Queues each sample; their job numbers. Raises ConfigError."""
+    prompt, limit = self.sampler.resolve(request, self.n_places)
+    jobs = []
+    for i in range(request.n_samples):
+      stream = text.Stream(self.sampler.tokenizer, request.stop)
+      seed = request.seed + i
+      job = _Job(self._n_jobs, request, seed, prompt, limit, stream)
+      self._n_jobs += 1
+      jobs.append(job.number)
+      if limit > 0:
+        self._queue.append(job)
+      else:
+        self._end(job, "length")
+    return jobs
+
+  def cancel(self, number: int) -> None:
+    """Calls a job off; its last piece comes with the next step. One that has
+    ended, or that there never was, is left alone.
+    """
+    for job in [*self._queue, *self._slots]:
+      if job is not None and job.number == number and job.reason is None:
+        self._end(job, "cancelled")
+        if job in self._queue:
+          self._queue.remove(job)
+        else:
+          self._slots[self._slots.index(job)] = None
+
+  def step(self, n_steps: int = MAX_STEPS) -> list[Piece]:
+    """Fills free slots and takes up to `n_steps` steps, fewer where a slot
+    becomes free and somebody waits for it. Returns what the jobs gained.
+    """
+    with self.sampler.in_mesh():
+      self._fill()
+      if any(self._slots):
+        self._decode(min(n_steps, MAX_STEPS))
+    self._slots = [
+      None if job is None or job.reason else job for job in self._slots
+    ]
+    pieces = [self._piece(job, None) for job in self._slots if job is not None]
+    for job in self._ended:
+      job.text.end()
+      pieces.append(self._piece(job, self._result(job)))
+    self._ended = []
+    return [p for p in pieces if p.token_ids or p.text or p.result]
+
+  def look(self, request: Request) -> tuple[dict[str, np.ndarray], int]:
+    """The next token's distribution after each stage of the rules, each [V],
+    and the id that is drawn. Leaves nothing behind.
+    """
+    early = min(request.min_tokens, 1)
+    one = dataclasses.replace(
+      request, n_samples=1, max_new_tokens=1, min_tokens=early
+    )
+    (job,) = self.submit(one)
+    s = self.sampler
+    with s.in_mesh():
+      self._fill()
+      caches, slots = self._state
+      found = loop.look(
+        s.graph, s.state, caches[0], slots, n_ids=s.tokenizer.size
+      )
+      slot = [j.number if j else None for j in self._slots].index(job)
+      stages, drawn = jax.tree.map(lambda x: x[slot], s.fetch(found))
+    self.cancel(job)
+    self._ended.clear()
+    return stages, int(drawn)
+
+  def _fill(self) -> None:
+    """Admits from the queue all samples of a request at once, as far as there
+    are slots: its prompt is read once.
+    """
+    while self._queue and None in self._slots:
+      job = self._queue[0]
+      new = np.zeros(self.n_slots, bool)
+      seeds = np.zeros(self.n_slots, np.uint32)
+      while (
+        self._queue
+        and self._queue[0].request is job.request
+        and None in self._slots
+      ):
+        slot = self._slots.index(None)
+        self._slots[slot] = sample = self._queue.popleft()
+        new[slot], seeds[slot] = True, sample.seed
+      self._admit(job, new, seeds)
+
+  def _admit(self, job: _Job, new: np.ndarray, seeds: np.ndarray) -> None:
+    """Puts the job's prompt and rules into the slots that are new."""
+    both_ways = job.request.bidirectional_prompt
+    if self._prompt is None or self._prompt[:2] != (job.prompt, both_ways):
+      self._prompt = (job.prompt, both_ways, self._read(job.prompt, both_ways))
+    place, (caches, slots) = self.sampler.place, self._state
+    row = self._row(job)
+    seeds, new = place(seeds), place(new)
+    self._state = loop.admit(caches, slots, self._prompt[2], row, seeds, new)
+
+  def _empty(self) -> tuple[list[cache_lib.Cache], loop.Slots]:
+    """Caches, and slots in which nothing runs."""
+    s = self.sampler
+    filler = _Job(0, Request(), 0, [0], 0, text.Stream(s.tokenizer, ()))
+    return loop.empty(
+      self._row(filler),
+      configs=tuple(each.cfg for each in s.models()),
+      n_slots=self.n_slots,
+      longest=self._longest,
+      n_new=s.ahead + 1,
+      int8=s.int8_cache,
+    )
+
+  def _read(self, prompt: list[int], both_ways: bool) -> list[cache_lib.Cache]:
+    n_read = len(prompt) - 1
+    inputs = np.full(
+      (self.sampler.ways, min(bucket(n_read, MIN_PROMPT), self._longest)),
+      self.sampler.tokenizer.pad,
+      np.int32,
+    )
+    inputs[:, :n_read] = prompt[:-1]
+    lengths = np.full(self.sampler.ways, n_read, np.int32)
+    place = self.sampler.place
+    return [
+      loop.read(
+        each.graph,
+        each.state,
+        place(inputs),
+        place(lengths),
+        longest=self._longest,
+        n_new=self.sampler.ahead + 1,
+        int8=self.sampler.int8_cache,
+        bidirectional=both_ways,
+      )
+      for each in self.sampler.models()
+    ]
+
+  def _row(self, job: _Job) -> loop.Slots:
+    """What a request sets in its slot, once for each device of the batch."""
+    r, V = job.request, self.sampler.cfg.vocab_size
+    ways, place = self.sampler.ways, self.sampler.place
+
+    def column(value, dtype):
+      return place(np.full(ways, value, dtype))
+
+    def rows(row):
+      return place(np.broadcast_to(row, (ways, len(row))))
+
+    ends = np.full(request_lib.MAX_ENDS, V, np.int32)
+    ids = [self.sampler.tokenizer.eos, *r.stop_ids]
+    ends[: len(ids)] = ids
+    bias = np.zeros(V, np.float32)
+    for i, value in r.logit_bias.items():
+      bias[i] = value
+    bias[list(r.forbidden)] = -np.inf
+    in_prompt = np.zeros(V, bool)
+    in_prompt[job.prompt] = True
+    history = np.zeros(self._longest, np.int32)
+    history[: len(job.prompt)] = job.prompt
+    return loop.Slots(
+      rows=loop.Rows(
+        limits=column(job.limit, np.int32),
+        min_tokens=column(r.min_tokens, np.int32),
+        ends=rows(ends),
+        alternatives=column(r.alternatives > 0, bool),
+        processed=column(r.processed, bool),
+        parameters=rules.Parameters(
+          temperature=column(r.temperature, np.float32),
+          # All k beyond the vocabulary are one, and int32 has an end.
+          top_k=column(min(r.top_k, V), np.int32),
+          top_p=column(r.top_p, np.float32),
+          min_p=column(r.min_p, np.float32),
+          typical_p=column(r.typical_p, np.float32),
+          repetition_penalty=column(r.repetition_penalty, np.float32),
+          frequency_penalty=column(r.frequency_penalty, np.float32),
+          presence_penalty=column(r.presence_penalty, np.float32),
+          temperature_last=column(r.temperature_last, bool),
+          seed=column(0, np.uint32),
+          bias=rows(bias),
+        ),
+      ),
+      past=rules.Past(
+        prompt=rows(in_prompt), counts=rows(np.zeros(V, np.int32))
+      ),
+      last=column(job.prompt[-1], np.int32),
+      history=rows(history),
+      lengths=column(len(job.prompt) - 1, np.int32),
+      n_drawn=column(0, np.int32),
+      done=column(False, bool),
+    )
+
+  def _decode(self, n_steps: int) -> None:
+    """Takes steps on the device and hands each job what its slot drew."""
+    s, (caches, slots) = self.sampler, self._state
+    called_off = np.array([job is None for job in self._slots])
+    *self._state, drawn = loop.decode(
+      s.graph,
+      s.state,
+      caches,
+      slots,
+      s.place(called_off),
+      np.int32(n_steps),
+      np.bool_(bool(self._queue)),
+      n_ids=s.tokenizer.size,
+      n_columns=MAX_STEPS * (s.ahead + 1),
+      ahead=s.ahead,
+      draft_graph=None if s.draft is None else s.draft.graph,
+      draft_state=None if s.draft is None else s.draft.state,
+    )
+    drawn = s.fetch(vars(drawn))
+    for slot, job in enumerate(self._slots):
+      if job is not None:
+        self._take(job, drawn, slot)
+
+  def _take(self, job: _Job, drawn: dict[str, np.ndarray], slot: int) -> None:
+    """What a slot drew, up to what ends the job."""
+    n_others = job.request.alternatives
+    ends = {self.sampler.tokenizer.eos, *job.request.stop_ids}
+    for column in range(int(drawn["n"][slot])):
+      at = slot, column
+      token, log = int(drawn["ids"][at]), float(drawn["logs"][at])
+      job.token_ids.append(token)
+      job.logs.append(log)
+      if n_others:
+        others = zip(
+          drawn["other_ids"][at].tolist(),
+          drawn["other_logs"][at].tolist(),
+          strict=True,
+        )
+        job.others.append([Alternative(*pair) for pair in others][:n_others])
+      if math.isnan(log):
+        return self._end(job, "error")
+      if token in ends:
+        return self._end(job, "eos")
+      if job.text.add(token):
+        return self._end(job, "stop")
+      if len(job.token_ids) == job.limit:
+        return self._end(job, "length")
+
+  def _end(self, job: _Job, reason: str) -> None:
+    job.reason = reason
+    self._ended.append(job)
+
+  def _piece(self, job: _Job, result: Result | None) -> Piece:
+    given, job.n_given = job.n_given, len(job.token_ids)
+    return Piece(
+      job=job.number,
+      text=job.text.take(),
+      token_ids=job.token_ids[given:],
+      log_probabilities=job.logs[given:],
+      alternatives=job.others[given:],
+      result=result,
+    )
+
+  def _result(self, job: _Job) -> Result:
+    return Result(
+      request=job.request,
+      seed=job.seed,
+      text=job.text.text,
+      token_ids=job.token_ids,
+      log_probabilities=job.logs,
+      finish_reason=job.reason,
+      alternatives=job.others,
+    )
+
+
+def bucket(n: int, least: int) -> int:
+  """The smallest power of two that is at least `n` and `least`."""
+  return 2 ** math.ceil(math.log2(max(n, least)))
