@@ -13,6 +13,7 @@ setuptools.setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["lm", "lm.*"]),
+  package_data={"lm.sample": ["*.html"], "lm.sample.serve": ["page.*"]},
   install_requires=[
     "absl-py>=2.5",
     "array-record>=0.8.6",
@@ -23,6 +24,7 @@ setuptools.setup(
     "importlib-resources>=6",
     "jax>=0.10",
     "jaxtyping>=0.3.11",
+    "jinja2>=3.1",
     "matplotlib>=3.11",
     "numpy>=2.4",
     "optax>=0.2.8",
@@ -40,6 +42,8 @@ setuptools.setup(
     "tpu": ["libtpu"],
     # Run directories in Google Cloud Storage (gs://).
     "gcs": ["gcsfs"],
+    # python -m lm.sample.serve
+    "serve": ["starlette>=1.10", "uvicorn>=0.54"],
     # What benchmarks/ compares with.
     "bench": ["torch>=2.13", "transformers>=5.23"],
     "test": [
@@ -47,6 +51,12 @@ setuptools.setup(
       "hypothesis>=6.170",
       # Holds the schemas that `launch --to=gke` is tested against.
       "kubernetes-validate>=1.37",
+      # The server, as its clients see it: theirs, and a real browser.
+      "httpx>=0.28",
+      "openai>=3.54",
+      "playwright>=1.65",
+      "starlette>=1.10",
+      "uvicorn>=0.54",
       # The extra brings Node.js as a wheel: nothing but PyPI is needed.
       "pyright[nodejs]>=1.1.414",
       "pytest>=9.2",

@@ -112,6 +112,9 @@ class TokenizerConfig:
 
   kind: Literal["sentencepiece", "bytes"] = "sentencepiece"
   path: str | None = None
+  # File with a Jinja template that lays out a conversation, as chat needs it.
+  # Its text goes into the checkpoint.
+  chat_template: str | None = None
   # Text that the trainer reads at most, in bytes, spread over all documents.
   train_bytes: int = 10_000_000
 

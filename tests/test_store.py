@@ -121,6 +121,14 @@ def test_the_tokenizer_is_trained_once_on_a_spread_of_documents(
   config.tokenizer.train_bytes = 6000
   other = store_lib.prepare(config)
   assert other.tokenizer.fingerprint != prepared.tokenizer.fingerprint
+  # A chat template needs no other training.
+  monkeypatch.setattr(tokenizer_lib, "train", None)
+  template = tmp_path / "chat.jinja"
+  template.write_text("<user>")
+  config.tokenizer.chat_template = str(template)
+  talker = store_lib.prepare(config).tokenizer
+  assert talker.chat_template == "<user>"
+  assert talker.model == other.tokenizer.model
 
 
 @pytest.mark.parametrize("part", ["tokens", "ends"])

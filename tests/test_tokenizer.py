@@ -123,6 +123,66 @@ def test_json_carries_all_of_it(tokenizer):
   assert again.encode(CORPUS[0]) == tokenizer.encode(CORPUS[0])
 
 
+def test_a_chat_template_goes_with_the_tokenizer(trained):
+  template = "{{ messages[0].content }}\n<user> \u2603"
+  for model in (None, trained.model):
+    plain = tokenizer_lib.Tokenizer(model)
+    tokenizer = tokenizer_lib.Tokenizer(model, template)
+    again = tokenizer_lib.Tokenizer.from_json(tokenizer.to_json())
+    assert again.chat_template == template
+    assert again.fingerprint == tokenizer.fingerprint != plain.fingerprint
+    assert again.encode(CORPUS[0]) == plain.encode(CORPUS[0])
+    assert (
+      tokenizer_lib.Tokenizer.from_json(plain.to_json()).chat_template is None
+    )
+
+
+def test_without_a_chat_template_nothing_has_changed():
+  """What a checkpoint of an earlier version holds, and its fingerprint."""
+  tokenizer = tokenizer_lib.Tokenizer()
+  assert tokenizer.to_json() == '{"kind": "bytes"}'
+  assert tokenizer.fingerprint == "eb929771327edd99"
+
+
+def test_the_config_names_the_chat_template(tmp_path, trained):
+  path = tmp_path / "chat.jinja"
+  path.write_text("<user>\n{% generation %}x{% endgeneration %}")
+  config = make_config(vocab_size=384)
+  config.tokenizer.kind = "bytes"
+  assert tokenizer_lib.load(config).chat_template is None
+  config.tokenizer.chat_template = str(path)
+  assert tokenizer_lib.load(config).chat_template == path.read_text()
+  model = tmp_path / "a.model"
+  model.write_bytes(trained.model)
+  config = make_config()
+  config.tokenizer.path = str(model)
+  config.tokenizer.chat_template = str(path)
+  assert tokenizer_lib.load(config).chat_template == path.read_text()
+
+
+@pytest.mark.parametrize(
+  "content, message",
+  [
+    (None, "absent.*No such file.*name a file of UTF-8 text, or None"),
+    (b"\xff", "can't decode byte 0xff.*; name a file of UTF-8 text"),
+    (b"a\n{% if %}", "chat template, line 2: Expected an expression"),
+    (b"{% nothing %}", "chat template, line 1: .*unknown tag 'nothing'"),
+    (b"{% generation %}", "chat template, line 1: .*endgeneration"),
+  ],
+)
+def test_a_chat_template_that_is_none_is_refused(tmp_path, content, message):
+  """Before a run, not once it is over and somebody wants to talk."""
+  path = tmp_path / "absent.jinja"
+  if content is not None:
+    path.write_bytes(content)
+  config = make_config(vocab_size=384)
+  config.tokenizer.kind = "bytes"
+  config.tokenizer.chat_template = str(path)
+  with pytest.raises(config_lib.ConfigError, match=message) as error:
+    tokenizer_lib.load(config)
+  assert f"config.tokenizer.chat_template={str(path)!r}: " in str(error.value)
+
+
 def test_training_is_deterministic_and_reads_its_texts(trained):
   again = tokenizer_lib.train(make_config(), CORPUS)
   assert again.fingerprint == trained.fingerprint

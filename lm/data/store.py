@@ -201,6 +201,7 @@ def _make_tokenizer(
     config.tokenizer.train_bytes,
     [source.fingerprint() for source in sources],
   ]
+  template = tokenizer_lib.read_template(config)
   directory = config.data.cache_dir
   path = os.path.join(directory, f"tokenizer-{_key(made_of)}.json")
   if not os.path.exists(path):
@@ -214,7 +215,8 @@ def _make_tokenizer(
           file.write(tokenizer.to_json())
         os.rename(path + _PARTIAL, path)
   with open(path) as file:
-    return tokenizer_lib.Tokenizer.from_json(file.read())
+    trained = tokenizer_lib.Tokenizer.from_json(file.read())
+  return tokenizer_lib.Tokenizer(trained.model, template)
 
 
 def _sample(

@@ -6,16 +6,19 @@ reserved id: text that spells one is ordinary text.
 """
 
 import base64
+import functools
 import hashlib
 import io
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
+import jinja2
 import numpy as np
 import sentencepiece
 from google.protobuf import message
+from jinja2 import ext, sandbox
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
 from lm import config as config_lib
@@ -64,10 +67,15 @@ class Tokenizer:
   Reserved tokens that the model lacks follow its own ids. Normalisation is
   the identity whatever the model asks for, so that `decode(encode(s)) == s`
   and counts of bytes are exact.
+
+  `chat_template` is the Jinja text by which lm/sample/chat.py lays out a
+  conversation. It has a part in the fingerprint, and None has none.
   """
 
-  def __init__(self, model: bytes | None = None):
-    self.model = model
+  def __init__(
+    self, model: bytes | None = None, chat_template: str | None = None
+  ):
+    self.model, self.chat_template = model, chat_template
     if model is None:
       self._pieces = [b""] * len(RESERVED) + [bytes([i]) for i in range(256)]
       self._pieces += [b""] * (BYTES_SIZE - len(self._pieces))
@@ -78,6 +86,8 @@ class Tokenizer:
         self._processor.piece_to_id(f"<0x{byte:02X}>")
         for byte in _SPACE.encode()
       ]
+    # Id of each of RESERVED.
+    self.reserved = reserved
     self._names = {i: name for name, i in reserved.items()}
     # Bytes of text that each id stands for: int64 [size], 0 for reserved ids.
     self.byte_lengths = np.array([len(p) for p in self._pieces], np.int64)
@@ -153,17 +163,21 @@ class Tokenizer:
 
   def to_json(self) -> str:
     """All of it, for a checkpoint; `from_json` is the inverse."""
-    if self.model is None:
-      return json.dumps({"kind": "bytes"})
-    model = base64.b64encode(self.model).decode()
-    return json.dumps({"kind": "sentencepiece", "model": model})
+    content = {"kind": "bytes"}
+    if self.model is not None:
+      model = base64.b64encode(self.model).decode()
+      content = {"kind": "sentencepiece", "model": model}
+    if self.chat_template is not None:
+      content["chat_template"] = self.chat_template
+    return json.dumps(content)
 
   @classmethod
   def from_json(cls, text: str) -> "Tokenizer":
     content = json.loads(text)
+    template = content.get("chat_template")
     if content["kind"] == "bytes":
-      return cls()
-    return cls(base64.b64decode(content["model"]))
+      return cls(None, template)
+    return cls(base64.b64decode(content["model"]), template)
 
 
 def _read_model(
@@ -216,14 +230,14 @@ def _read_model(
 
 def load(config: config_lib.Config) -> Tokenizer:
   """The tokenizer of bytes, or of the `.model` that the config names."""
-  path = config.tokenizer.path
+  path, template = config.tokenizer.path, read_template(config)
   if config.tokenizer.kind == "bytes":
-    tokenizer = Tokenizer()
+    tokenizer = Tokenizer(None, template)
   else:
     assert path is not None, "a tokenizer without a path is trained"
     try:
       with open(path, "rb") as file:
-        tokenizer = Tokenizer(file.read())
+        tokenizer = Tokenizer(file.read(), template)
     except OSError as error:
       raise config_lib.ConfigError(
         f"config.tokenizer.path={path!r}: {error.strerror}; name a "
@@ -239,6 +253,62 @@ def load(config: config_lib.Config) -> Tokenizer:
       ) from error
   check_vocabulary(config, tokenizer)
   return tokenizer
+
+
+class _Generation(ext.Extension):
+  """`{% generation %}` marks what training learns from: nothing, to read."""
+
+  tags = {"generation"}
+
+  def parse(self, parser):
+    next(parser.stream)
+    return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> NoReturn:
+  raise config_lib.ConfigError(f"chat template: {message}")
+
+
+@functools.lru_cache
+def compile_template(text: str) -> jinja2.Template:
+  """A chat template, in the dialect of those on the Hugging Face hub.
+
+  It may change nothing but its own variables, and `raise_exception(message)`
+  is a ConfigError. Raises ConfigError, with the line, on what is not Jinja.
+  """
+  environment = sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True,
+    lstrip_blocks=True,
+    extensions=[_Generation, ext.loopcontrols],
+  )
+  environment.globals["raise_exception"] = _raise_exception
+  try:
+    return environment.from_string(text)
+  except jinja2.TemplateSyntaxError as error:
+    raise config_lib.ConfigError(
+      f"chat template, line {error.lineno}: {error.message}"
+    ) from error
+
+
+def read_template(config: config_lib.Config) -> str | None:
+  """Text of the chat template that the config names, once it has compiled."""
+  path = config.tokenizer.chat_template
+  if path is None:
+    return None
+  try:
+    with open(path, encoding="utf-8") as file:
+      text = file.read()
+    compile_template(text)
+  except (OSError, UnicodeDecodeError) as error:
+    raise config_lib.ConfigError(
+      f"config.tokenizer.chat_template={path!r}: {error}; name a file of UTF-8 "
+      "text, or None"
+    ) from error
+  except config_lib.ConfigError as error:
+    raise config_lib.ConfigError(
+      f"config.tokenizer.chat_template={path!r}: {error}"
+    ) from error
+  return text
 
 
 def check_vocabulary(config: config_lib.Config, tokenizer: Tokenizer) -> None:

@@ -1,0 +1,262 @@
+"""Conversations and gaps as prompts: chat templates, infilling, a chat loop.
+
+A message is `{"role": ..., "content": ...}`. The template that came with the
+checkpoint lays messages out as text, in which it may name reserved tokens
+(<user>, <end_of_turn>, ...): those become their ids. What a message says never
+does, however it is spelt.
+"""
+
+import dataclasses
+import importlib
+import re
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lm import config as config_lib
+from lm.data import tokenizer as tokenizer_lib
+from lm.sample import request as request_lib
+from lm.sample import sampler as sampler_lib
+from lm.sample import show
+
+# While a template runs, a surrogate stands for each reserved token that its
+# own text names: no message can hold one, since surrogates are not characters.
+_MARKS = {
+  name: chr(0xD800 + i) for i, name in enumerate(tokenizer_lib.RESERVED)
+}
+_NAMES = {mark: name for name, mark in _MARKS.items()}
+_SPELLING = re.compile("|".join(map(re.escape, tokenizer_lib.RESERVED)))
+_SURROGATE = re.compile("([\ud800-\udfff])")
+
+
+def chat_ids(
+  tokenizer: tokenizer_lib.Tokenizer, messages: Sequence[Any]
+) -> list[int]:
+  """Ids of a conversation, up to where the assistant's next answer begins.
+
+  bos is there where the template says so. Raises ConfigError where there is no
+  template, on what is not a message, and on what the template refuses.
+  """
+  if tokenizer.chat_template is None:
+    raise config_lib.ConfigError(
+      "chat: this checkpoint has no chat template; train one with "
+      "--config.tokenizer.chat_template=FILE.jinja, or ask it for a completion"
+    )
+  _check(messages)
+  text = _render(tokenizer.chat_template, messages)
+  # Text and marks by turns.
+  parts = _SURROGATE.split(text)
+  _check_parts(parts[::2], messages)
+  ids = tokenizer.encode(parts[0])
+  for mark, part in zip(parts[1::2], parts[2::2], strict=True):
+    ids += [tokenizer.reserved[_NAMES[mark]], *tokenizer.encode(part)]
+  return ids
+
+
+def stop_ids(tokenizer: tokenizer_lib.Tokenizer) -> list[int]:
+  """Ids that end the assistant's turn, besides eos: the end of a turn, and the
+  start of somebody else's, where the template knows them.
+  """
+  names = ("<end_of_turn>", "<user>", "<system>")
+  template = tokenizer.chat_template or ""
+  return [tokenizer.reserved[name] for name in names if name in template]
+
+
+def fim_ids(
+  tokenizer: tokenizer_lib.Tokenizer,
+  prefix: str,
+  suffix: str,
+  order: str = "psm",
+) -> list[int]:
+  """Ids after which a model writes what belongs between `prefix` and `suffix`,
+  and then eos (arXiv:2207.14255): prefix, suffix, middle, or suffix first.
+
+  Every tokenizer here has the three tokens. A model that was not trained to
+  fill gaps has never seen them, and what it then writes is of no worth.
+  """
+  if order not in ("psm", "spm"):
+    raise config_lib.ConfigError(
+      f"order={order!r}: must be 'psm' (prefix first) or 'spm'"
+    )
+  before, after = tokenizer.encode(prefix), tokenizer.encode(suffix)
+  start, hole, end = (
+    [tokenizer.fim_prefix],
+    [tokenizer.fim_suffix],
+    [tokenizer.fim_middle],
+  )
+  if order == "psm":
+    return start + before + hole + after + end
+  return start + hole + after + end + before
+
+
+def _check(messages: Sequence[Any]) -> None:
+  if not messages:
+    raise config_lib.ConfigError("messages=[]: must hold at least one message")
+  for i, item in enumerate(messages):
+    if not isinstance(item, Mapping) or set(item) != {"role", "content"}:
+      raise config_lib.ConfigError(
+        f"messages[{i}]={_short(item)}: must be an object with role and "
+        "content, and nothing else"
+      )
+    for name, value in item.items():
+      if not isinstance(value, str):
+        raise config_lib.ConfigError(
+          f"messages[{i}].{name}={_short(value)}: must be a text"
+        )
+      if _SURROGATE.search(value):
+        raise config_lib.ConfigError(
+          f"messages[{i}].{name}={_short(value)}: has half a character (a "
+          "surrogate), which is not text"
+        )
+
+
+def _render(template: str, messages: Sequence[Any]) -> str:
+  """The text, with marks where the template names reserved tokens."""
+  marked = _SPELLING.sub(lambda match: _MARKS[match[0]], template)
+  compiled = tokenizer_lib.compile_template(marked)
+  try:
+    return compiled.render(
+      messages=[dict(item) for item in messages],
+      bos_token=_MARKS["<bos>"],
+      eos_token=_MARKS["<eos>"],
+      add_generation_prompt=True,
+    )
+  except config_lib.ConfigError:
+    raise
+  except Exception as error:
+    # A template is a program of the user's own: it may fail in any way.
+    frames = traceback.extract_tb(error.__traceback__)
+    line = [f.lineno for f in frames if f.filename == "<template>"][-1:]
+    where = f", line {line[0]}" if line else ""
+    raise config_lib.ConfigError(
+      f"chat template{where}: {type(error).__name__}: {error}"
+    ) from error
+
+
+def _check_parts(texts: Sequence[str], messages: Sequence[Any]) -> None:
+  """Raises ConfigError on `<{{ role }}>`: a token is written whole or not."""
+  said = [value for item in messages for value in item.values()]
+  for text in texts:
+    for name in _SPELLING.findall(text):
+      if not any(name in value for value in said):
+        raise config_lib.ConfigError(
+          f"chat template: puts {name} together out of parts, which would be "
+          "ordinary text; write the token whole"
+        )
+
+
+def _short(value: object) -> str:
+  text = repr(value)
+  return text if len(text) < 60 else f"{text[:57]}..."
+
+
+# --- in the terminal ---------------------------------------------------------
+
+
+def talk(
+  sampler: sampler_lib.Sampler,
+  request: request_lib.Request,
+  system: str | None = None,
+) -> int:
+  """Answers the lines of stdin, by the rules of `request`, until they end.
+
+  Answers go to stdout, all else to stderr. Returns 1 if a line got no answer:
+  it is then taken out of the history. Raises ConfigError where the template
+  would refuse every line.
+  """
+  start = [] if system is None else [_message("system", system)]
+  chat_ids(sampler.tokenizer, [*start, _message("user", "?")])
+  terminal = sys.stdin.isatty()
+  if terminal:
+    importlib.import_module("readline")  # With it, input() edits lines.
+    _note("/reset forgets the conversation; /exit or Ctrl-D ends it")
+  history, failed = start, False
+  while True:
+    try:
+      line = input("> " if terminal else "")
+    except (EOFError, KeyboardInterrupt):
+      break
+    if line.strip() == "/exit":
+      break
+    if line.strip() == "/reset":
+      history = start
+      _note("the conversation starts anew")
+    elif line.strip():
+      asked = [*history, _message("user", line)]
+      try:
+        asked, prompt = _fit(sampler, asked, len(start), request)
+        answer = _answer(sampler, request, prompt)
+        history = [*asked, _message("assistant", answer)]
+      except config_lib.ConfigError as error:
+        _note(f"error: {error}")
+        failed = True
+  return 1 if failed else 0
+
+
+def _fit(
+  sampler: sampler_lib.Sampler,
+  messages: list[dict[str, str]],
+  n_kept: int,
+  request: request_lib.Request,
+) -> tuple[list[dict[str, str]], list[int]]:
+  """Messages that leave room for an answer, and their ids.
+
+  The oldest turns after the first `n_kept` messages go, and a note says so.
+  """
+  context, room = sampler.cfg.context_length, request.max_new_tokens
+  if room is None:
+    room = min(request_lib.DEFAULT_NEW_TOKENS, context // 4)
+  n_messages = len(messages)
+  while True:
+    ids = chat_ids(sampler.tokenizer, messages)
+    n_tokens = len(sampler.encode(ids))  # With bos.
+    if n_tokens + room <= context:
+      break
+    turns = [i for i, m in enumerate(messages) if m["role"] == "user"]
+    if len(turns) == 1:
+      raise config_lib.ConfigError(
+        f"this message alone makes a prompt of {n_tokens} tokens; the context "
+        f"of {context} keeps {room} for the answer: shorten it"
+      )
+    messages = messages[:n_kept] + messages[turns[1] :]
+  if len(messages) < n_messages:
+    _note(
+      f"the oldest {n_messages - len(messages)} messages are forgotten: the "
+      f"context has {context} tokens"
+    )
+  return messages, ids
+
+
+def _answer(
+  sampler: sampler_lib.Sampler,
+  request: request_lib.Request,
+  prompt: list[int],
+) -> str:
+  """Streams it; Ctrl-C ends it where it is."""
+  ends = {*request.stop_ids, *stop_ids(sampler.tokenizer)}
+  request = dataclasses.replace(
+    request, prompt=prompt, stop_ids=sorted(ends), n_samples=1
+  )
+  text, reason = "", "cancelled"
+  try:
+    for piece in sampler.stream([request]):
+      text += piece.text
+      show.write(piece.text)
+      reason = piece.result.finish_reason if piece.result else reason
+  except KeyboardInterrupt:
+    pass
+  show.write("\n")
+  if reason == "error":
+    raise config_lib.RunError("NaN logits: the answer means nothing")
+  if reason not in ("eos", "stop"):
+    _note("the answer was cut short")
+  return text
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+  return {"role": role, "content": content}
+
+
+def _note(text: str) -> None:
+  print(f"[{text}]", file=sys.stderr, flush=True)

@@ -1,0 +1,344 @@
+"""What the sampler does, to look at: tables, and JSON of all there is."""
+
+import dataclasses
+import itertools
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import rich.console
+from rich import box
+from rich import table as table_lib
+from rich import text as text_lib
+
+from lm.data import tokenizer as tokenizer_lib
+from lm.sample import request as request_lib
+from lm.sample import sampler as sampler_lib
+
+# For a probability of 0: the rules removed it.
+_NOTHING = "\u2013"
+_DRAWN = "\u25b8"
+
+
+def printable(text: str) -> str:
+  """`text` for a terminal: what would control it stands as its escape."""
+  return "".join(
+    c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text
+  )
+
+
+def write(text: str, bold: bool = False) -> None:
+  """To stdout, at once: as it is, unless a terminal reads it."""
+  if sys.stdout.isatty():
+    text = printable(text)
+    text = f"\x1b[1m{text}\x1b[0m" if bold else text
+  print(text, end="", flush=True)
+
+
+def visible(piece: str) -> str:
+  """A token for a table, where a blank could not be seen."""
+  return piece.replace(" ", "\u2423")
+
+
+def dumps(value: Any) -> str:
+  """JSON of dataclasses, too; numbers that are not finite are null."""
+  return json.dumps(_plain(value), allow_nan=False)
+
+
+def put(value: Any, shown: Sequence[Any], as_json: bool) -> None:
+  """Onto stdout: `value` for programs, or what `shown` has for people."""
+  if as_json:
+    print(dumps(value))
+    return
+  console = rich.console.Console(markup=False, highlight=False, emoji=False)
+  if not console.is_terminal:
+    console.width = 120  # A file has no width of its own.
+  for i, item in enumerate(shown):
+    if i:
+      console.print()
+    # A terminal breaks lines of text itself, and loses no blank.
+    console.print(item, soft_wrap=isinstance(item, text_lib.Text))
+
+
+def _plain(value: Any) -> Any:
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    value = {
+      field.name: getattr(value, field.name)
+      for field in dataclasses.fields(value)
+    }
+  if isinstance(value, dict):
+    return {str(key): _plain(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [_plain(item) for item in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
+def new_table(*columns: str) -> table_lib.Table:
+  """Columns of numbers, but for those whose names end with a blank."""
+  table = table_lib.Table(box=box.SIMPLE_HEAD)
+  for name in columns:
+    justify = "left" if name.endswith(" ") else "right"
+    table.add_column(name.strip(), justify=justify)
+  return table
+
+
+def percent(probability: float) -> str:
+  if probability == 0:
+    return _NOTHING
+  return f"{probability:.2%}" if probability >= 1e-4 else f"{probability:.0e}"
+
+
+def _tail(tokenizer: tokenizer_lib.Tokenizer, ids: Sequence[int]) -> str:
+  """The end of what the model has read, on one line."""
+  text = visible("".join(tokenizer.piece(i) for i in ids[-48:]))
+  whole = len(ids) <= 48 and len(text) <= 48
+  return text if whole else f"\u2026{text[-47:]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """An id and its probability."""
+
+  id: int
+  piece: str
+  probability: float
+
+
+def choices(
+  tokenizer: tokenizer_lib.Tokenizer,
+  alternatives: Iterable[request_lib.Alternative],
+) -> list[Choice]:
+  # The model's vocabulary may have rows that the tokenizer has no id for.
+  return [
+    Choice(
+      a.id,
+      tokenizer.piece(a.id) if a.id < tokenizer.size else f"<{a.id}>",
+      math.exp(a.log_probability),
+    )
+    for a in alternatives
+  ]
+
+
+def tokens(
+  said: request_lib.Score | request_lib.Result,
+  tokenizer: tokenizer_lib.Tokenizer,
+) -> list[dict[str, Any]]:
+  """Token by token; `running` is the sum up to and with each. Of a text, not
+  of a continuation, also the ranks.
+  """
+  logs = said.log_probabilities
+  rows = [
+    {
+      "id": token,
+      "piece": tokenizer.piece(token),
+      "probability": math.exp(log),
+      "log_probability": log,
+      "bits": -log / math.log(2),
+      "running": running,
+      "alternatives": choices(tokenizer, others),
+    }
+    for token, log, running, others in zip(
+      said.token_ids,
+      logs,
+      itertools.accumulate(logs),
+      said.alternatives or [[]] * len(logs),
+      strict=True,
+    )
+  ]
+  if isinstance(said, request_lib.Score):
+    for row, rank in zip(rows, said.ranks, strict=True):
+      row["rank"] = rank
+  return rows
+
+
+def results(
+  found: Iterable[request_lib.Result], tokenizer: tokenizer_lib.Tokenizer
+) -> list[dict[str, Any]]:
+  """Continuations for programs."""
+  return [
+    {
+      "request": result.request,
+      "seed": result.seed,
+      "text": result.text,
+      "finish_reason": result.finish_reason,
+      "tokens": tokens(result, tokenizer),
+    }
+    for result in found
+  ]
+
+
+# --- the next token ----------------------------------------------------------
+
+
+def stages(request: request_lib.Request) -> set[str]:
+  """Names of the stages at which these rules can change a distribution."""
+  r = request
+  changes = {
+    "penalties": r.repetition_penalty != 1
+    or r.frequency_penalty != 0
+    or r.presence_penalty != 0
+    or bool(r.logit_bias or r.forbidden)
+    or r.min_tokens > 0,
+    "temperature": r.temperature != 1,
+  }
+  if r.temperature > 0:
+    changes["min_p"] = r.min_p > 0
+    changes["top_k"] = r.top_k > 0
+    changes["top_p"] = r.top_p < 1
+    changes["typical_p"] = r.typical_p < 1
+  return {name for name, changed in changes.items() if changed}
+
+
+def candidates(
+  found: request_lib.NextToken,
+  request: request_lib.Request,
+  tokenizer: tokenizer_lib.Tokenizer,
+) -> rich.console.Group:
+  """A row per candidate, a column per stage that the request uses. The one
+  that is drawn is marked; it comes last if it is none of them.
+  """
+  used = stages(request)
+  shown = [name for name in found.chosen.stages if name in used]
+  table = new_table(
+    " ",
+    "rank",
+    "candidate ",
+    "raw",
+    "cumulative",
+    *shown,
+  )
+  rows = list(found.candidates)
+  if found.chosen.id not in {row.id for row in rows}:
+    rows.append(found.chosen)
+  for row in rows:
+    drawn = row.id == found.chosen.id
+    table.add_row(
+      _DRAWN if drawn else "",
+      str(row.rank),
+      text_lib.Text(visible(row.piece)),
+      percent(row.probability),
+      f"{row.cumulative:.2%}",
+      *(percent(row.stages[name]) for name in shown),
+      style="bold" if drawn else None,
+    )
+  return rich.console.Group(
+    text_lib.Text(f"after {_tail(tokenizer, found.prompt_ids)}"),
+    table,
+    text_lib.Text(
+      f"seed {request.seed} draws {visible(found.chosen.piece)}; the model's "
+      f"entropy is {found.entropy:.2f} bits"
+    ),
+  )
+
+
+# --- step by step ------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """One round of the loop: what was read, what might come, and what came.
+
+  `probability` is the model's own of the token drawn, `running` the natural
+  log-probability of all that was drawn so far. `candidates` are the likeliest
+  ids, and `kept` the likeliest after the rules: if the last of these has the
+  probability 0, no other id was kept.
+  """
+
+  number: int
+  context: str
+  id: int
+  piece: str
+  probability: float
+  log_probability: float
+  running: float
+  candidates: list[Choice]
+  kept: list[Choice]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+  """The continuation that `generate` gives, and how it came about."""
+
+  request: request_lib.Request
+  text: str
+  finish_reason: str
+  steps: list[Step]
+
+
+def trace(
+  sampler: sampler_lib.Sampler, request: request_lib.Request, n: int
+) -> Trace:
+  """Draws twice, the same tokens: once to learn the model's own probabilities,
+  once to learn what the rules made of them.
+  """
+  tokenizer = sampler.tokenizer
+  wide = min(request_lib.MAX_ALTERNATIVES, tokenizer.size)
+  raw = dataclasses.replace(request, alternatives=n, processed=False)
+  ruled = dataclasses.replace(request, alternatives=wide, processed=True)
+  (result,), (after,) = sampler.generate([raw]), sampler.generate([ruled])
+  ids = [*sampler.encode(request.prompt), *result.token_ids]
+  n_read = len(ids) - len(result.token_ids)
+  logs = result.log_probabilities
+  steps = [
+    Step(
+      number=i + 1,
+      context=_tail(tokenizer, ids[: n_read + i]),
+      id=token,
+      piece=tokenizer.piece(token),
+      probability=math.exp(logs[i]),
+      log_probability=logs[i],
+      running=math.fsum(logs[: i + 1]),
+      candidates=choices(tokenizer, result.alternatives[i]),
+      kept=choices(tokenizer, after.alternatives[i]),
+    )
+    for i, token in enumerate(result.token_ids)
+  ]
+  return Trace(request, result.text, result.finish_reason, steps)
+
+
+def step_table(step: Step) -> rich.console.Group:
+  """The likeliest candidates of a step and, last, one drawn from below them."""
+  table = new_table(
+    " ",
+    "rank",
+    "candidate ",
+    "raw",
+    "cumulative",
+    "after the rules",
+  )
+  kept = {choice.id: percent(choice.probability) for choice in step.kept}
+  # Of the rest it is known that they have no more than the last of these.
+  least = percent(step.kept[-1].probability)
+  rest = least if least == _NOTHING else f"\u2264 {least}"
+  cumulative = itertools.accumulate(c.probability for c in step.candidates)
+  rows = [
+    (str(rank), choice, f"{total:.2%}")
+    for rank, (choice, total) in enumerate(
+      zip(step.candidates, cumulative, strict=True), 1
+    )
+  ]
+  if step.id not in {choice.id for choice in step.candidates}:
+    drawn = Choice(step.id, step.piece, step.probability)
+    rows.append((f"> {len(rows)}", drawn, ""))
+  for rank, choice, total in rows:
+    table.add_row(
+      _DRAWN if choice.id == step.id else "",
+      rank,
+      text_lib.Text(visible(choice.piece)),
+      percent(choice.probability),
+      total,
+      kept.get(choice.id, rest),
+      style="bold" if choice.id == step.id else None,
+    )
+  return rich.console.Group(
+    text_lib.Text(f"{step.number}. after {step.context}"),
+    table,
+    text_lib.Text(
+      f"draws {visible(step.piece)}, log P {step.log_probability:.3f}; log P "
+      f"of all that was drawn {step.running:.3f}"
+    ),
+  )
