@@ -1,0 +1,350 @@
+"""What a client is told: OpenAI's shapes of completions and chats.
+
+A token's name is its text, where that is whole characters; `bytes:\\xe2\\x80`
+where it is a part of one, as OpenAI writes it; and its reserved name, such as
+`<eos>`. All tokens drawn are listed, also the one that ended the text and those
+that a stop text cut off, so that log-probabilities add up to what was drawn.
+"""
+
+import codecs
+import math
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from lm.data import tokenizer as tokenizer_lib
+from lm.sample import request as request_lib
+from lm.sample.serve import protocol
+
+# What OpenAI writes for a log-probability of minus infinity.
+LEAST = -9999.0
+_REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
+
+Object = dict[str, Any]
+
+
+def token_bytes(tokenizer: tokenizer_lib.Tokenizer, i: int) -> list[int]:
+  """None for a reserved id, nor for a row that the model has over."""
+  return list(tokenizer.decode_bytes([i])) if i < tokenizer.size else []
+
+
+def token_name(tokenizer: tokenizer_lib.Tokenizer, i: int) -> str:
+  content = bytes(token_bytes(tokenizer, i))
+  if not content:
+    return (tokenizer.piece(i) if i < tokenizer.size else "") or f"<{i}>"
+  try:
+    return content.decode()
+  except UnicodeDecodeError:
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+
+class Answer:
+  """Builds one answer, whole or in chunks; a subclass per endpoint."""
+
+  object: str
+  chunk_object: str
+  prefix: str
+
+  def __init__(
+    self, plan: protocol.Plan, tokenizer: tokenizer_lib.Tokenizer, model: str
+  ):
+    self.plan, self.tokenizer = plan, tokenizer
+    self._head = {
+      "id": f"{self.prefix}-{uuid.uuid4().hex}",
+      "created": int(time.time()),
+      "model": model,
+    }
+    self.n_choices = len(plan.requests) * plan.n
+    self._n_drawn = 0
+
+  def whole(
+    self, results: Sequence[request_lib.Result | None], scores: Sequence[Any]
+  ) -> Object:
+    """Of a result per choice, None where nothing was to be drawn, and, where
+    the prompts were to be scored, a Score for each of them.
+    """
+    choices = []
+    for i, result in enumerate(results):
+      score = scores[i // self.plan.n] if scores else None
+      choices.append(self._choice(i, result, score))
+      self._n_drawn += len(result.token_ids) if result else 0
+    return {
+      "object": self.object,
+      **self._head,
+      "choices": choices,
+      "usage": self._usage(),
+    }
+
+  def opening(self, scores: Sequence[Any]) -> list[Object]:
+    """Chunks that come before any token."""
+    raise NotImplementedError
+
+  def chunks(self, i: int, piece: request_lib.Piece) -> list[Object]:
+    """Chunks for a piece of choice `i`; none where it shows nothing yet."""
+    raise NotImplementedError
+
+  def closing(self) -> list[Object]:
+    """The count of tokens, where it was asked for."""
+    if not self.plan.usage:
+      return []
+    return [{**self._chunk([]), "usage": self._usage()}]
+
+  def _choice(self, i: int, result: Any, score: Any) -> Object:
+    raise NotImplementedError
+
+  def _end(self, i: int, result: request_lib.Result | None) -> Object:
+    """Why the choice ended, and the seed that gives it again."""
+    request = self.plan.requests[i // self.plan.n]
+    if result is None:
+      return {"finish_reason": "length", "seed": request.seed + i % self.plan.n}
+    if result.finish_reason not in _REASONS:
+      raise protocol.Refusal(
+        500,
+        "the model's logits became NaN"
+        if result.finish_reason == "error"
+        else "the request was cancelled",
+        kind="server_error",
+      )
+    return {
+      "finish_reason": _REASONS[result.finish_reason],
+      "seed": result.seed,
+    }
+
+  def _chunk(self, choices: list[Object]) -> Object:
+    return {"object": self.chunk_object, **self._head, "choices": choices}
+
+  def _usage(self) -> Object:
+    n_prompt = sum(len(prompt) for prompt in self.plan.prompts)
+    return {
+      "prompt_tokens": n_prompt,
+      "completion_tokens": self._n_drawn,
+      "total_tokens": n_prompt + self._n_drawn,
+    }
+
+  def _top(self, gained: Any, place: int) -> list[tuple[int, float]]:
+    """Ids and log-probabilities: the alternatives, then the token if it is not
+    one of them.
+    """
+    pairs = []
+    if gained.alternatives:
+      pairs = [(a.id, a.log_probability) for a in gained.alternatives[place]]
+    own = gained.token_ids[place], gained.log_probabilities[place]
+    if all(i != own[0] for i, _ in pairs):
+      pairs.append(own)
+    return [(i, max(value, LEAST)) for i, value in pairs]
+
+
+class Completion(Answer):
+  """`text_offset` counts characters of the answer's own `text`.
+
+  With `echo` the prompt's tokens come first, bos only where the client sent it.
+  A log-probability is null for bos alone, which nothing precedes; a text's
+  first token is conditioned on the bos that is put in front of it.
+  """
+
+  object = chunk_object = "text_completion"
+  prefix = "cmpl"
+
+  def __init__(self, *arguments):
+    super().__init__(*arguments)
+    self._offsets = [_Offsets(self.tokenizer) for _ in range(self.n_choices)]
+
+  def opening(self, scores: Sequence[Any]) -> list[Object]:
+    if not self.plan.echo:
+      return []
+    chunks = []
+    for i in range(self.n_choices):
+      choice = self._echo(i, scores[i // self.plan.n] if scores else None)
+      end = {"finish_reason": None}
+      if not self.plan.samples:
+        end = self._end(i, None)
+      chunks.append(self._chunk([{**choice, **end}]))
+    return chunks
+
+  def chunks(self, i: int, piece: request_lib.Piece) -> list[Object]:
+    self._n_drawn += len(piece.token_ids)
+    wanted = self.plan.logprobs is not None and piece.token_ids
+    if not (piece.text or wanted or piece.result):
+      return []
+    end = {"finish_reason": None}
+    if piece.result:
+      end = self._end(i, piece.result)
+    logprobs = self._logprobs(i, piece) if wanted else None
+    choice = {"index": i, "text": piece.text, "logprobs": logprobs, **end}
+    return [self._chunk([choice])]
+
+  def _choice(self, i: int, result: Any, score: Any) -> Object:
+    choice = {"index": i, "text": "", "logprobs": None}
+    if self.plan.echo:
+      choice = self._echo(i, score)
+    end = self._end(i, result)
+    if result is None:
+      return {**choice, **end}
+    choice["text"] += result.text
+    if self.plan.logprobs is not None:
+      mine = self._logprobs(i, result)
+      before = choice["logprobs"]
+      choice["logprobs"] = {
+        name: [*before[name], *mine[name]] if before else mine[name]
+        for name in mine
+      }
+    return {**choice, **end}
+
+  def _echo(self, i: int, score: request_lib.Score | None) -> Object:
+    text = self.tokenizer.decode(self.plan.prompts[i // self.plan.n])
+    logprobs = None
+    if score is not None:
+      logprobs = self._logprobs(i, score)
+      if self.plan.bos_given[i // self.plan.n]:
+        bos = token_name(self.tokenizer, self.tokenizer.bos)
+        first = {
+          "tokens": bos,
+          "token_logprobs": None,
+          "top_logprobs": None,
+          "text_offset": 0,
+        }
+        logprobs = {name: [v, *logprobs[name]] for name, v in first.items()}
+    return {"index": i, "text": text, "logprobs": logprobs}
+
+  def _logprobs(self, i: int, gained: Any) -> Object:
+    """Of a Result, Piece or Score."""
+    tops = []
+    for place in range(len(gained.token_ids)):
+      names: dict[str, float] = {}
+      for other, value in self._top(gained, place):
+        # Two ids may spell the same text: the likelier one is shown.
+        names.setdefault(token_name(self.tokenizer, other), value)
+      tops.append(names)
+    ids = gained.token_ids
+    return {
+      "tokens": [token_name(self.tokenizer, j) for j in ids],
+      "token_logprobs": [max(v, LEAST) for v in gained.log_probabilities],
+      "top_logprobs": tops,
+      "text_offset": [self._offsets[i].of(j) for j in ids],
+    }
+
+
+class Chat(Answer):
+  object, chunk_object = "chat.completion", "chat.completion.chunk"
+  prefix = "chatcmpl"
+
+  def opening(self, scores: Sequence[Any]) -> list[Object]:
+    delta = {"role": "assistant", "content": ""}
+    return [
+      self._chunk(
+        [{"index": i, "delta": delta, "logprobs": None, "finish_reason": None}]
+      )
+      for i in range(self.n_choices)
+    ]
+
+  def chunks(self, i: int, piece: request_lib.Piece) -> list[Object]:
+    self._n_drawn += len(piece.token_ids)
+    wanted = self.plan.logprobs is not None and piece.token_ids
+    found = []
+    if piece.text or wanted:
+      logprobs = self._logprobs(piece) if wanted else None
+      delta = {"content": piece.text}
+      found.append({"delta": delta, "logprobs": logprobs})
+      found[-1]["finish_reason"] = None
+    if piece.result:
+      end = self._end(i, piece.result)
+      found.append({"delta": {}, "logprobs": None, **end})
+    return [self._chunk([{"index": i, **choice}]) for choice in found]
+
+  def _choice(self, i: int, result: Any, score: Any) -> Object:
+    end = self._end(i, result)
+    message = {"role": "assistant", "content": result.text, "refusal": None}
+    wanted = self.plan.logprobs is not None
+    logprobs = self._logprobs(result) if wanted else None
+    return {"index": i, "message": message, "logprobs": logprobs, **end}
+
+  def _logprobs(self, gained: Any) -> Object:
+    content = []
+    for place, i in enumerate(gained.token_ids):
+      entry = self._entry(i, gained.log_probabilities[place])
+      top = [] if not self.plan.logprobs else self._top(gained, place)
+      entry["top_logprobs"] = [
+        self._entry(*pair) for pair in top[: self.plan.logprobs]
+      ]
+      content.append(entry)
+    return {"content": content, "refusal": None}
+
+  def _entry(self, i: int, value: float) -> Object:
+    return {
+      "token": token_name(self.tokenizer, i),
+      "logprob": max(value, LEAST),
+      "bytes": token_bytes(self.tokenizer, i) or None,
+    }
+
+
+class _Offsets:
+  """Where in the text each token starts, in characters, asked in order."""
+
+  def __init__(self, tokenizer: tokenizer_lib.Tokenizer):
+    self._tokenizer, self._n = tokenizer, 0
+    self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+  def of(self, i: int) -> int:
+    start = self._n
+    self._n += len(self._decoder.decode(self._tokenizer.decode_bytes([i])))
+    return start
+
+
+def next_token(
+  found: request_lib.NextToken,
+  tokenizer: tokenizer_lib.Tokenizer,
+  model: str,
+) -> Object:
+  """Entropy is in bits; see lm/sample/request.py for the rest."""
+
+  def candidate(c: request_lib.Candidate) -> Object:
+    return {
+      "id": c.id,
+      "token": token_name(tokenizer, c.id),
+      "bytes": token_bytes(tokenizer, c.id),
+      "ends": c.id == tokenizer.eos,
+      "rank": c.rank,
+      "probability": c.probability,
+      "cumulative": c.cumulative,
+      "stages": c.stages,
+    }
+
+  return {
+    "object": "next_token",
+    "model": model,
+    "prompt_ids": found.prompt_ids,
+    "entropy": found.entropy,
+    "chosen": candidate(found.chosen),
+    "candidates": [candidate(c) for c in found.candidates],
+  }
+
+
+def score(
+  found: request_lib.Score, tokenizer: tokenizer_lib.Tokenizer, model: str
+) -> Object:
+  """A list per token; `total` is natural, `bits_per_byte` null without text."""
+  bits = -found.total / (found.n_bytes or 1) / math.log(2)
+  return {
+    "object": "score",
+    "model": model,
+    "token_ids": found.token_ids,
+    "tokens": [token_name(tokenizer, i) for i in found.token_ids],
+    "bytes": [token_bytes(tokenizer, i) for i in found.token_ids],
+    "log_probabilities": [max(v, LEAST) for v in found.log_probabilities],
+    "ranks": found.ranks,
+    "alternatives": [
+      [
+        {
+          "id": a.id,
+          "token": token_name(tokenizer, a.id),
+          "log_probability": max(a.log_probability, LEAST),
+        }
+        for a in place
+      ]
+      for place in found.alternatives
+    ],
+    "total": found.total,
+    "n_bytes": found.n_bytes,
+    "bits_per_byte": bits if found.n_bytes else None,
+  }

@@ -1,0 +1,577 @@
+"""The server, over real sockets: what it answers is what the Sampler gives."""
+
+import math
+
+import httpx
+import openai
+import pytest
+import serving
+
+from lm.sample import chat as chat_lib
+from lm.sample import request as request_lib
+from lm.sample.serve import answers
+
+Request = request_lib.Request
+post = serving.post
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def sampler():
+  return serving.sampler_of(serving.TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def tiny(sampler):
+  with serving.serve(sampler) as running:
+    yield running
+
+
+@pytest.fixture(scope="module")
+def client(tiny):
+  with openai.OpenAI(
+    base_url=f"{tiny.url}/v1", api_key="none", max_retries=0
+  ) as client:
+    yield client
+
+
+def names(sampler, ids):
+  return [answers.token_name(sampler.tokenizer, i) for i in ids]
+
+
+def check_choice(sampler, choice, result):
+  """A choice of the openai client, with logprobs, against a Result."""
+  reason = {"eos": "stop"}.get(result.finish_reason, result.finish_reason)
+  assert (choice.text, choice.finish_reason) == (result.text, reason)
+  assert choice.seed == result.seed
+  assert choice.logprobs.tokens == names(sampler, result.token_ids)
+  assert choice.logprobs.token_logprobs == pytest.approx(
+    result.log_probabilities, abs=2e-5
+  )
+
+
+RULES = {
+  "temperature": 0.8,
+  "top_k": 50,
+  "top_p": 0.95,
+  "min_p": 0.001,
+  "typical_p": 0.99,
+  "repetition_penalty": 1.1,
+  "frequency_penalty": 0.2,
+  "presence_penalty": 0.1,
+  "min_tokens": 3,
+  "forbidden": [200, 201],
+  "temperature_last": True,
+}
+
+
+@pytest.mark.parametrize("form", ["text", "texts", "ids", "lists of ids"])
+def test_completions_are_those_of_the_sampler(sampler, client, form):
+  encode = sampler.tokenizer.encode
+  prompts = {
+    "text": "def f(",
+    "texts": ["", "a\u00e9\u4f60"],
+    "ids": encode("xyz"),
+    "lists of ids": [[1, *encode("q")], encode("zz")],
+  }[form]
+  own = {name: value for name, value in RULES.items() if "p" != name}
+  openai_names = ("temperature", "top_p", "frequency_penalty")
+  openai_names += ("presence_penalty",)
+  known = {name: own.pop(name) for name in openai_names}
+  found = client.completions.create(
+    model="any",
+    prompt=prompts,
+    max_tokens=9,
+    n=2,
+    seed=5,
+    logprobs=3,
+    user="somebody",
+    logit_bias={"163": 4.0},
+    stop=["\n\n", "q"],
+    extra_body=own,
+    **known,
+  )
+  each = prompts if form in ("texts", "lists of ids") else [prompts]
+  requests = [
+    Request(
+      prompt,
+      max_new_tokens=9,
+      n_samples=2,
+      seed=5,
+      logit_bias={163: 4.0},
+      stop=["\n\n", "q"],
+      **RULES,
+    )
+    for prompt in each
+  ]
+  expected = sampler.generate(requests)
+  assert [choice.index for choice in found.choices] == list(
+    range(len(expected))
+  )
+  for choice, result in zip(found.choices, expected, strict=True):
+    check_choice(sampler, choice, result)
+    for own_log, top in zip(
+      choice.logprobs.token_logprobs, choice.logprobs.top_logprobs, strict=True
+    ):
+      assert len(top) in (3, 4) and own_log in top.values()
+  n_prompt = sum(len(sampler.encode(prompt)) for prompt in each)
+  n_drawn = sum(len(result.token_ids) for result in expected)
+  usage = found.usage
+  assert (usage.prompt_tokens, usage.completion_tokens) == (n_prompt, n_drawn)
+  assert found.model == "tiny" and found.object == "text_completion"
+
+
+def test_a_stream_is_the_whole_in_parts(sampler, client):
+  asked = {
+    "model": "any",
+    "prompt": ["ab", "\u4f60"],
+    "max_tokens": 30,
+    "n": 2,
+    "seed": 3,
+    "logprobs": 1,
+    "stop": "k",
+  }
+  whole = client.completions.create(**asked)
+  chunks = list(
+    client.completions.create(
+      **asked, stream=True, stream_options={"include_usage": True}
+    )
+  )
+  *chunks, last = chunks
+  assert last.choices == [] and last.usage == whole.usage
+  assert len({chunk.id for chunk in chunks}) == 1
+  for expected in whole.choices:
+    parts = [
+      choice
+      for chunk in chunks
+      for choice in chunk.choices
+      if choice.index == expected.index
+    ]
+    assert len(parts) > 3
+    assert "".join(part.text for part in parts) == expected.text
+    assert [part.finish_reason for part in parts[:-1]] == [None] * (
+      len(parts) - 1
+    )
+    assert parts[-1].finish_reason == expected.finish_reason
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+      joined = [
+        x for p in parts if p.logprobs for x in getattr(p.logprobs, name)
+      ]
+      assert joined == getattr(expected.logprobs, name)
+
+
+def test_a_stream_ends_as_openai_ends_it(tiny):
+  body = {"prompt": "a", "max_tokens": 3, "stream": True, "seed": 1}
+  found = post(tiny, "completions", body)
+  assert found.headers["content-type"].startswith("text/event-stream")
+  events = found.text.split("\n\n")
+  assert events[-2:] == ["data: [DONE]", ""]
+  assert all(e.startswith("data: {") for e in events[:-2])
+
+
+def test_defaults_are_those_of_openai(sampler, client):
+  """16 tokens, or what the context leaves; a seed of its own, which is told."""
+  first, second = (
+    client.completions.create(model="any", prompt="abc") for _ in range(2)
+  )
+  assert first.usage.completion_tokens == 16
+  assert first.choices[0].seed != second.choices[0].seed
+  again = client.completions.create(
+    model="any", prompt="abc", seed=first.choices[0].seed
+  )
+  assert again.choices[0].text == first.choices[0].text
+  full = client.completions.create(model="any", prompt="a" * 95)
+  assert full.usage.total_tokens == sampler.cfg.context_length
+  # An explicit null is as good as nothing.
+  found = client.completions.create(
+    model="any", prompt="abc", seed=7, stop=None, suffix=None, logit_bias=None
+  )
+  (result,) = sampler.generate([Request("abc", max_new_tokens=16, seed=7)])
+  assert found.choices[0].text == result.text
+
+
+def loglikelihood(choice, n_context):
+  """What lm-eval's `local-completions` makes of a choice."""
+  logs = choice["logprobs"]["token_logprobs"][n_context:-1]
+  tops = choice["logprobs"]["top_logprobs"][n_context:-1]
+  greedy = all(
+    log == max(top.values()) for log, top in zip(logs, tops, strict=True)
+  )
+  return sum(logs), greedy
+
+
+def test_echo_scores_the_prompt_as_lm_eval_reads_it(sampler, tiny):
+  (greedy,) = sampler.generate([Request("ab", 0.0, max_new_tokens=5)])
+  context = sampler.tokenizer.encode("ab")
+  other = sampler.tokenizer.encode("other")
+  prompts = [context + greedy.token_ids, context + other, [1, *context, 9]]
+  body = {
+    "model": "tiny",
+    "prompt": prompts,
+    "temperature": 0,
+    "max_tokens": 1,
+    "logprobs": 1,
+    "seed": 1234,
+    "echo": True,
+  }
+  choices = post(tiny, "completions", body).json()["choices"]
+  for choice, prompt in zip(choices, prompts, strict=True):
+    logprobs = choice["logprobs"]
+    n = len(prompt) + 1
+    assert {len(column) for column in logprobs.values()} == {n}
+    score = sampler.score(prompt)
+    # bos has no log-probability, and is listed only where it was sent.
+    bos = prompt[0] == 1
+    assert (logprobs["token_logprobs"][0] is None) == bos
+    assert (logprobs["top_logprobs"][0] is None) == bos
+    logs = logprobs["token_logprobs"][bos:-1]
+    assert logs == pytest.approx(score.log_probabilities, abs=2e-5)
+    text = sampler.tokenizer.decode(prompt)
+    assert choice["text"].startswith(text)
+  total, is_greedy = loglikelihood(choices[0], 2)
+  assert is_greedy
+  assert total == pytest.approx(sum(greedy.log_probabilities), abs=1e-4)
+  assert not loglikelihood(choices[1], 2)[1]
+
+
+def test_echo_may_draw_nothing(sampler, tiny, client):
+  """Also of a text that is longer than the context, and of an empty one."""
+  for text in ("", "abc", "long " * 50):
+    for stream in (False, True):
+      found = client.completions.create(
+        model="tiny",
+        prompt=text,
+        echo=True,
+        logprobs=2,
+        max_tokens=0,
+        stream=stream,
+      )
+      (choice,) = (list(found)[0] if stream else found).choices
+      assert choice.text == text and choice.finish_reason == "length"
+      score = sampler.score(text)
+      assert choice.logprobs.token_logprobs == pytest.approx(
+        score.log_probabilities, abs=2e-5
+      )
+      assert choice.logprobs.text_offset == list(range(len(text)))
+  plain = client.completions.create(
+    model="tiny", prompt="ab", echo=True, max_tokens=4, seed=2
+  )
+  (result,) = sampler.generate([Request("ab", max_new_tokens=4, seed=2)])
+  assert plain.choices[0].text == "ab" + result.text
+  assert plain.choices[0].logprobs is None
+
+
+def test_offsets_count_characters(client):
+  found = client.completions.create(
+    model="tiny", prompt="a\u4f60b", echo=True, logprobs=0, max_tokens=0
+  )
+  logprobs = found.choices[0].logprobs
+  assert logprobs.tokens == ["a", *names_of("\u4f60"), "b"]
+  assert logprobs.text_offset == [0, 1, 1, 1, 2]
+
+
+def names_of(character):
+  """As OpenAI writes the bytes of a part of a character."""
+  return [f"bytes:\\x{byte:02x}" for byte in character.encode()]
+
+
+def expected_chat(sampler, messages, **fields):
+  tokenizer = sampler.tokenizer
+  ids = chat_lib.chat_ids(tokenizer, messages)
+  stops = chat_lib.stop_ids(tokenizer)
+  return sampler.generate([Request(ids, stop_ids=stops, **fields)])
+
+
+def test_chats_are_those_of_the_template(sampler, client):
+  asked = {
+    "model": "tiny",
+    "messages": [
+      *HELLO,
+      {"role": "assistant", "content": "<user>"},
+      {"role": "user", "content": [{"type": "text", "text": "again"}]},
+    ],
+    "max_completion_tokens": 20,
+    "n": 2,
+    "seed": 4,
+    "logprobs": True,
+    "top_logprobs": 2,
+  }
+  whole = client.chat.completions.create(**asked)
+  messages = [*asked["messages"][:2], {"role": "user", "content": "again"}]
+  expected = expected_chat(
+    sampler, messages, max_new_tokens=20, n_samples=2, seed=4
+  )
+  for choice, result in zip(whole.choices, expected, strict=True):
+    assert choice.message.content == result.text
+    assert choice.message.role == "assistant"
+    content = choice.logprobs.content
+    assert [entry.token for entry in content] == names(
+      sampler, result.token_ids
+    )
+    assert [entry.logprob for entry in content] == pytest.approx(
+      result.log_probabilities, abs=2e-5
+    )
+    assert all(len(entry.top_logprobs) == 2 for entry in content)
+  chunks = list(client.chat.completions.create(**asked, stream=True))
+  for choice in whole.choices:
+    parts = [p for c in chunks for p in c.choices if p.index == choice.index]
+    assert parts[0].delta.role == "assistant"
+    text = "".join(part.delta.content or "" for part in parts)
+    assert text == choice.message.content
+    assert parts[-1].finish_reason == choice.finish_reason
+    content = [x for p in parts if p.logprobs for x in p.logprobs.content]
+    assert content == choice.logprobs.content
+
+
+def test_the_end_of_the_turn_ends_a_chat(sampler, client):
+  end = sampler.tokenizer.end_of_turn
+  found = client.chat.completions.create(
+    model="tiny", messages=HELLO, seed=1, logit_bias={str(end): 100}
+  )
+  assert found.choices[0].finish_reason == "stop"
+  assert found.choices[0].message.content == ""
+  assert found.usage.completion_tokens == 1
+
+
+def test_a_chat_fills_what_the_context_leaves(sampler, client):
+  found = client.chat.completions.create(model="tiny", messages=HELLO, seed=1)
+  (result,) = expected_chat(sampler, HELLO, seed=1)
+  assert found.choices[0].message.content == result.text
+  assert found.choices[0].finish_reason == (
+    "length" if result.finish_reason == "length" else "stop"
+  )
+
+
+def test_a_checkpoint_without_a_template_refuses_chats():
+  with serving.serve(serving.sampler_of()) as running:
+    found = post(running, "chat/completions", {"messages": HELLO})
+  assert found.status_code == 400
+  assert "no chat template" in found.json()["error"]["message"]
+
+
+def test_steps_by_next_token_are_the_completion(sampler, tiny, client):
+  """Also by ids, as the page does it."""
+  rules = {"temperature": 1.2, "top_k": 40, "top_p": 0.9, "seed": 11}
+  prompt, drawn = "def ", []
+  for _ in range(6):
+    found = post(tiny, "next_token", {"prompt": prompt, **rules}).json()
+    request = Request(prompt, **rules)
+    expected = sampler.next_token(request, 20)
+    assert found["prompt_ids"] == expected.prompt_ids
+    assert found["entropy"] == pytest.approx(expected.entropy)
+    assert found["chosen"]["id"] == expected.chosen.id
+    for one, other in zip(
+      found["candidates"], expected.candidates, strict=True
+    ):
+      assert one["stages"] == pytest.approx(other.stages)
+      for name in ("id", "rank", "probability", "cumulative"):
+        assert one[name] == pytest.approx(getattr(other, name))
+      content = sampler.tokenizer.decode_bytes([other.id])
+      assert bytes(one["bytes"]) == content
+      assert one["ends"] == (other.id == sampler.tokenizer.eos)
+    drawn.append(found["chosen"]["id"])
+    prompt = [*found["prompt_ids"], found["chosen"]["id"]]
+  asked = {name: rules[name] for name in ("temperature", "top_p", "seed")}
+  whole = client.completions.create(
+    model="tiny",
+    prompt="def ",
+    max_tokens=6,
+    logprobs=0,
+    extra_body={"top_k": 40},
+    **asked,
+  )
+  assert whole.choices[0].logprobs.tokens == names(sampler, drawn)
+
+
+def test_score_is_that_of_the_sampler(sampler, tiny):
+  for text in ("some text \u4f60", [1, 200, 201], ""):
+    found = post(tiny, "score", {"input": text, "alternatives": 3}).json()
+    expected = sampler.score(text, 3)
+    assert found["token_ids"] == expected.token_ids
+    assert found["tokens"] == names(sampler, expected.token_ids)
+    assert found["log_probabilities"] == pytest.approx(
+      expected.log_probabilities, abs=2e-5
+    )
+    assert found["ranks"] == expected.ranks
+    assert [[a["id"] for a in place] for place in found["alternatives"]] == [
+      [a.id for a in place] for place in expected.alternatives
+    ]
+    assert found["total"] == pytest.approx(expected.total, abs=1e-4)
+    if expected.n_bytes:
+      bits = -expected.total / math.log(2) / expected.n_bytes
+      assert found["bits_per_byte"] == pytest.approx(bits, abs=1e-4)
+    else:
+      assert found["bits_per_byte"] is None
+
+
+def test_models_and_health(sampler, tiny, client):
+  (card,) = client.models.list().data
+  assert card.id == "tiny"
+  assert card.context_length == sampler.cfg.context_length
+  assert client.models.retrieve("tiny") == card
+  with pytest.raises(openai.NotFoundError, match="no model 'gpt'"):
+    client.models.retrieve("gpt")
+  found = httpx.get(f"{tiny.url}/health")
+  assert found.status_code == 200 and found.json()["status"] == "ok"
+  missing = httpx.get(f"{tiny.url}/v1/nothing")
+  assert missing.status_code == 404 and "error" in missing.json()
+  wrong = httpx.get(f"{tiny.url}/v1/completions")
+  assert wrong.status_code == 405 and "error" in wrong.json()
+
+
+REFUSED = [
+  ("completions", {"promt": "a"}, "promt", "did you mean 'prompt'"),
+  (
+    "completions",
+    {"prompt": "a", "temprature": 1},
+    "temprature",
+    "temperature",
+  ),
+  ("completions", {}, "prompt", "missing"),
+  ("completions", {"prompt": 5}, "prompt", "must be text"),
+  ("completions", {"prompt": []}, "prompt", "not empty"),
+  ("completions", {"prompt": ["a", 1]}, "prompt", "must be text"),
+  ("completions", {"prompt": [1, True]}, "prompt", "must be text"),
+  ("completions", {"prompt": [1.0]}, "prompt", "must be text"),
+  ("completions", {"prompt": [384]}, "prompt", "384 is not in"),
+  ("completions", {"prompt": [[-1]]}, "prompt", "-1 is not in"),
+  ("completions", {"prompt": "a" * 101}, "prompt", "shorten it"),
+  ("completions", {"prompt": "a", "max_tokens": 200}, "max_tokens", "at most"),
+  ("completions", {"prompt": "a", "max_tokens": 0}, "max_tokens", "echo"),
+  (
+    "completions",
+    {"prompt": "a", "max_tokens": -1},
+    "max_tokens",
+    "at least 0",
+  ),
+  ("completions", {"prompt": "a", "max_tokens": "9"}, "max_tokens", "type int"),
+  ("completions", {"prompt": "a", "temperature": -1}, "temperature", "greedy"),
+  ("completions", {"prompt": "a", "temperature": "1"}, "temperature", "float"),
+  ("completions", {"prompt": "a", "top_p": 0}, "top_p", "must be in"),
+  ("completions", {"prompt": "a", "top_k": 1.5}, "top_k", "type int"),
+  ("completions", {"prompt": "a", "min_p": 2}, "min_p", "must be in"),
+  ("completions", {"prompt": "a", "n": 0}, "n", "at least 1"),
+  ("completions", {"prompt": "a", "n": True}, "n", "type int"),
+  ("completions", {"prompt": "a", "seed": -1}, "seed", "at least 0"),
+  ("completions", {"prompt": "a", "logprobs": 21}, "logprobs", "must be in"),
+  ("completions", {"prompt": "a", "logprobs": True}, "logprobs", "type int"),
+  ("completions", {"prompt": "a", "stop": [""]}, "stop", "one character"),
+  ("completions", {"prompt": "a", "stop": 5}, "stop", "must be texts"),
+  ("completions", {"prompt": "a", "stop": [5]}, "stop", "must be texts"),
+  (
+    "completions",
+    {"prompt": "a", "forbidden": ["a"]},
+    "forbidden",
+    "must be ids",
+  ),
+  (
+    "completions",
+    {"prompt": "a", "logit_bias": {"x": 1}},
+    "logit_bias",
+    "no id",
+  ),
+  (
+    "completions",
+    {"prompt": "a", "logit_bias": {"999": 1}},
+    "logit_bias",
+    "ids",
+  ),
+  (
+    "completions",
+    {"prompt": "a", "logit_bias": [1]},
+    "logit_bias",
+    "type dict",
+  ),
+  ("completions", {"prompt": "a", "stream": 1}, "stream", "type bool"),
+  ("completions", {"prompt": "a", "stop_ids": 5}, "stop_ids", "must be ids"),
+  (
+    "completions",
+    {"prompt": "a", "stop_ids": [5, 6, 7, 8]},
+    "stop_ids",
+    "at most 3",
+  ),
+  (
+    "completions",
+    {"prompt": "a", "logit_bias": {"5": "x"}},
+    "logit_bias",
+    "must be numbers",
+  ),
+  (
+    "completions",
+    {"prompt": "a", "stream_options": {}},
+    "stream_options",
+    "needs stream",
+  ),
+  (
+    "completions",
+    {"prompt": "a", "stream": True, "stream_options": {"usage": True}},
+    "stream_options",
+    "did you mean 'include_usage'",
+  ),
+  ("completions", {"prompt": "a", "best_of": 2}, "best_of", "not supported"),
+  ("completions", {"prompt": "a", "suffix": "b"}, "suffix", "not supported"),
+  ("completions", {"prompt": "a", "n": 2000}, None, "at most 516"),
+  ("chat/completions", {"messages": []}, "messages", "at least one"),
+  ("chat/completions", {"messages": "hi"}, "messages", "list of objects"),
+  ("chat/completions", {"messages": [{"role": "user"}]}, "messages", "needs"),
+  (
+    "chat/completions",
+    {"messages": [{"role": "wizard", "content": "x"}]},
+    "messages",
+    "no role wizard",
+  ),
+  (
+    "chat/completions",
+    {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+    "messages",
+    "more than text",
+  ),
+  (
+    "chat/completions",
+    {"messages": HELLO, "top_logprobs": 3},
+    "top_logprobs",
+    "needs logprobs",
+  ),
+  (
+    "chat/completions",
+    {"messages": HELLO, "tools": [{"type": "function"}]},
+    "tools",
+    "not supported",
+  ),
+  (
+    "chat/completions",
+    {"messages": HELLO, "response_format": {"type": "json_object"}},
+    "response_format",
+    "not supported",
+  ),
+  ("next_token", {"prompt": "a", "candidates": 0}, "candidates", "must be in"),
+  ("next_token", {"prompt": ["a", "b"]}, "prompt", "one only"),
+  ("next_token", {"prompt": "a", "max_tokens": 1}, "max_tokens", "unknown"),
+  ("score", {"text": "a"}, "text", "unknown"),
+  ("score", {"input": "a", "alternatives": 21}, "alternatives", "at most 20"),
+]
+
+
+@pytest.mark.parametrize("path, body, param, message", REFUSED)
+def test_what_cannot_be_met_is_refused(tiny, path, body, param, message):
+  found = post(tiny, path, body)
+  error = found.json()["error"]
+  assert found.status_code == 400, error
+  assert set(error) == {"message", "type", "param", "code"}
+  assert error["type"] == "invalid_request_error"
+  assert error["param"] == param and message in error["message"]
+
+
+def test_what_asks_for_nothing_is_taken(client):
+  client.completions.create(
+    model="x", prompt="a", best_of=1, suffix="", max_tokens=1
+  )
+  client.chat.completions.create(
+    model="x",
+    messages=HELLO,
+    max_tokens=1,
+    tools=[],
+    response_format={"type": "text"},
+    store=False,
+    metadata={"a": "b"},
+  )

@@ -1,0 +1,443 @@
+"""The server under stress: limits, clients that leave, failures, the door."""
+
+import asyncio
+import functools
+import gc
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import jax
+import jax.numpy as jnp
+import openai
+import pytest
+import serving
+
+from lm import checkpoint
+from lm import config as config_lib
+from lm.data import tokenizer as tokenizer_lib
+from lm.model import decoder
+from lm.sample import chat as chat_lib
+from lm.sample import request as request_lib
+from lm.sample import sampler as sampler_lib
+from lm.sample.serve import worker as worker_lib
+
+Request = request_lib.Request
+HELLO = [{"role": "user", "content": "Hello"}]
+JSON = {"content-type": "application/json"}
+post = serving.post
+
+
+@pytest.fixture(scope="module")
+def sampler():
+  return serving.sampler_of(serving.TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def tiny(sampler):
+  with serving.serve(sampler) as running:
+    yield running
+
+
+MALFORMED = {
+  b"": 400,
+  b"{": 400,
+  b"[]": 400,
+  b'"a"': 400,
+  b'{"prompt": "a", "temperature": NaN}': 400,
+  b'{"prompt": "a", "temperature": 1e999}': 400,
+  b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}": 400,
+  b'{"prompt": "a", "temperature": ' + b"9" * 400 + b"}": 400,
+  b'{"prompt": "a", "logit_bias": {"5": ' + b"9" * 400 + b"}}": 400,
+  b'{"prompt": "\\ud800"}': 400,
+  b'{"prompt": "\xff"}': 400,
+  b'{"prompt": ' + b"[" * 20000 + b"]" * 20000 + b"}": 400,
+  b'{"prompt": "' + b"a" * 70000 + b'"}': 413,
+}
+
+
+def send(running, body, **headers):
+  headers = {"content-type": "application/json", **headers}
+  return httpx.post(
+    f"{running.url}/v1/completions",
+    content=body,
+    headers=headers,
+    timeout=120.0,
+  )
+
+
+@pytest.mark.parametrize("body", MALFORMED, ids=lambda body: body[:40])
+def test_malformed_bodies_are_refused(tiny, body):
+  for content in (body, iter([body])):  # With a length, and in chunks.
+    found = send(tiny, content)
+    assert found.status_code == MALFORMED[body], found.text
+    assert found.json()["error"]["message"]
+
+
+def test_web_pages_elsewhere_cannot_use_the_server(tiny):
+  """Neither by a request that needs no leave, nor by a name of their own."""
+  found = send(tiny, b'{"prompt": "a"}', **{"content-type": "text/plain"})
+  assert found.status_code == 415
+  found = send(tiny, b'{"prompt": "a"}', host="evil.example:8000")
+  assert found.status_code == 403 and "127.0.0.1" in found.text
+  assert "access-control-allow-origin" not in found.headers
+
+
+def test_a_key_is_asked_for():
+  with serving.serve(
+    serving.sampler_of(), token="s3cret", loopback_only=False
+  ) as running:
+    for key in (None, "none", "s3cre", "s3crett", "\u00e9"):
+      headers = {} if key is None else {"authorization": f"Bearer {key}"}
+      headers = {k: v.encode("latin-1") for k, v in headers.items()}
+      for path in ("completions", "next_token", "score"):
+        found = post(running, path, {"prompt": "a"}, headers=headers)
+        assert found.status_code == 401
+        assert found.json()["error"]["type"] == "authentication_error"
+        assert "s3cret" not in found.text
+    assert httpx.get(f"{running.url}/v1/models").status_code == 401
+    assert httpx.get(f"{running.url}/").status_code == 200
+    assert httpx.get(f"{running.url}/health").status_code == 200
+    with openai.OpenAI(
+      base_url=f"{running.url}/v1", api_key="s3cret", max_retries=0
+    ) as client:
+      client.completions.create(model="x", prompt="a", max_tokens=1)
+
+
+class Slow:
+  """The engine of `worker` with pauses, so that calls last."""
+
+  def __init__(self, engine, seconds):
+    self._engine, self._seconds = engine, seconds
+
+  def __getattr__(self, name):
+    return getattr(self._engine, name)
+
+  def step(self, n_steps):
+    time.sleep(self._seconds)
+    return self._engine.step(1)
+
+
+@pytest.fixture
+def slow(sampler):
+  """A server of two slots and a queue of one, slow but not from compiling."""
+  engine = sampler.engine(2)
+  engine.submit(Request("a", max_new_tokens=1))
+  engine.step(1)
+  with serving.serve(
+    sampler, n_slots=2, max_queue=1, timeout_seconds=1.5
+  ) as running:
+    running.worker._engine = Slow(running.worker._engine, 0.05)
+    yield running
+
+
+def test_a_full_queue_says_so(slow):
+  body = {"prompt": "a", "max_tokens": 8, "n": 3, "min_tokens": 8}
+  with httpx.Client() as client, httpx.Client() as other:
+    url = f"{slow.url}/v1/completions"
+    with client.stream("POST", url, json={**body, "stream": True}) as stream:
+      chunks = stream.iter_bytes()
+      next(chunks)
+      for more in ({}, {"stream": True}):
+        found = other.post(url, json={"prompt": "a", **more})
+        assert found.status_code == 429
+        assert "queue is full" in found.json()["error"]["message"]
+      found = other.post(f"{slow.url}/v1/score", json={"input": "a"})
+      assert found.status_code == 429
+      assert b"[DONE]" in b"".join(chunks)
+  assert post(slow, "completions", {"prompt": "a"}).status_code == 200
+
+
+def test_time_is_bounded(slow):
+  body = {"prompt": "a", "max_tokens": 90, "min_tokens": 90}
+  found = post(slow, "completions", body)
+  assert found.status_code == 504
+  slow.settle()
+  with openai.OpenAI(base_url=f"{slow.url}/v1", api_key="x") as client:
+    stream = client.completions.create(
+      model="x",
+      prompt="a",
+      max_tokens=90,
+      extra_body={"min_tokens": 90},
+      stream=True,
+    )
+    with pytest.raises(openai.APIError, match="longer than 1.5 seconds"):
+      list(stream)
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(slow):
+  with socket.create_connection(("127.0.0.1", slow.port)) as connection:
+    head = (
+      f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{slow.port}\r\n"
+      "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+    )
+    connection.sendall(head.encode())
+    assert connection.recv(100).startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_slots(slow, stream):
+  body = {"prompt": "a", "max_tokens": 90, "min_tokens": 90, "n": 3}
+  content = json.dumps({**body, "stream": stream}).encode()
+  with socket.create_connection(("127.0.0.1", slow.port)) as connection:
+    head = (
+      f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{slow.port}\r\n"
+      f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n"
+    )
+    connection.sendall(head.encode() + b"\r\n" + content)
+    while slow.worker._engine.n_free():
+      time.sleep(0.01)
+  start = time.monotonic()
+  slow.settle()
+  assert time.monotonic() - start < 1.0  # Far less than the time allowed.
+
+
+def test_a_server_that_stops_says_so(sampler):
+  with serving.serve(sampler, n_slots=1) as running:
+    running.worker._engine = Slow(running.worker._engine, 0.05)
+    found = {}
+
+    def ask():
+      body = {"prompt": "a", "max_tokens": 90, "min_tokens": 90}
+      found["long"] = post(running, "completions", body)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while running.worker._engine.n_free():
+      time.sleep(0.01)
+    loop = running.worker._loop
+    loop.call_soon_threadsafe(running.worker.interrupt)
+    thread.join()
+    assert found["long"].status_code == 503
+    assert post(running, "completions", {"prompt": "a"}).status_code == 503
+    assert httpx.get(f"{running.url}/health").status_code == 503
+
+
+def test_an_engine_that_breaks_is_replaced(sampler, capfd):
+  with serving.serve(sampler, n_slots=2) as running:
+
+    class Broken(Slow):
+      def step(self, n_steps):
+        raise RuntimeError("out of memory")
+
+    running.worker._engine = Broken(running.worker._engine, 0)
+    found = post(running, "completions", {"prompt": "a", "n": 3})
+    assert found.status_code == 500
+    assert "RuntimeError" in found.json()["error"]["message"]
+    assert "out of memory" in capfd.readouterr().err
+    found = post(running, "completions", {"prompt": "a", "seed": 1})
+    assert found.status_code == 200
+
+
+def test_nan_logits_are_an_error_of_the_server():
+  clean = serving.sampler_of()
+  sampler = sampler_lib.Sampler.__new__(sampler_lib.Sampler)
+  vars(sampler).update(vars(clean))
+  sampler.state = jax.tree.map(lambda x: x * jnp.nan, clean.state)
+  with serving.serve(sampler) as running:
+    for more in ({}, {"stream": True}):
+      found = post(running, "completions", {"prompt": "a", **more})
+      assert "became NaN" in found.text
+      assert found.status_code == (200 if more else 500)
+
+
+# --- two hundred at once -----------------------------------------------------
+
+
+def well_formed(rng, i):
+  """Path and body of a call that is to be answered, and its Request."""
+  fields = {
+    "seed": i,
+    "temperature": rng.choice([0.0, 0.7, 1.0, 1.5]),
+    "top_k": rng.choice([0, 3, 40]),
+    "top_p": rng.choice([0.5, 0.9, 1.0]),
+    "stop": rng.choice([[], ["e"], ["zz", "a"]]),
+  }
+  n_tokens = rng.choice([1, 5, 20, 40])
+  body = {**fields, "max_tokens": n_tokens, "stream": rng.random() < 0.5}
+  if rng.random() < 0.25:
+    return "chat/completions", {**body, "messages": HELLO}
+  prompt = "".join(
+    rng.choice("ab (\u00e9\u4f60") for _ in range(rng.randrange(20))
+  )
+  return "completions", {**body, "prompt": prompt}
+
+
+def expected_text(sampler, path, body):
+  fields = {k: v for k, v in body.items() if k not in ("messages", "stream")}
+  fields["max_new_tokens"] = fields.pop("max_tokens")
+  if path != "completions":
+    fields["prompt"] = chat_lib.chat_ids(sampler.tokenizer, HELLO)
+    fields["stop_ids"] = chat_lib.stop_ids(sampler.tokenizer)
+  (result,) = sampler.generate([Request(**fields)])
+  return result.text
+
+
+async def answered(client, path, body):
+  """The text of an answer, whole or streamed."""
+  found = await client.post(f"/v1/{path}", json=body)
+  assert found.status_code == 200, found.text
+  if not body["stream"]:
+    (choice,) = found.json()["choices"]
+    return choice["text"] if "text" in choice else choice["message"]["content"]
+  events = found.text.split("\n\n")
+  assert events[-2:] == ["data: [DONE]", ""]
+  choices = [json.loads(e[6:])["choices"][0] for e in events[:-2]]
+  return "".join(
+    c["text"] if "text" in c else c["delta"].get("content") or ""
+    for c in choices
+  )
+
+
+async def left(rng, port, path, body):
+  """A client that goes away at some point of its call."""
+  reader, writer = await asyncio.open_connection("127.0.0.1", port)
+  content = json.dumps(body).encode()
+  head = (
+    f"POST /v1/{path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+    f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n"
+  )
+  whole = head.encode() + b"\r\n" + content
+  writer.write(whole[: rng.choice([len(whole), len(whole), len(whole) - 5])])
+  await writer.drain()
+  await asyncio.sleep(rng.random() * 2)
+  if rng.random() < 0.5:
+    writer.transport.abort()
+  writer.close()
+
+
+@pytest.mark.slow
+def test_two_hundred_at_once(sampler, tiny):
+  """120 calls to be answered, 40 clients that leave and 40 bad bodies."""
+  rng = random.Random(0)
+  calls = [well_formed(rng, i) for i in range(120)]
+  leavers = [well_formed(rng, i) for i in range(40)]
+  expected = [expected_text(sampler, *call) for call in calls]
+  malformed = [rng.choice(list(MALFORMED)) for _ in range(40)]
+
+  async def bad(client, body):
+    found = await client.post("/v1/completions", content=body, headers=JSON)
+    assert found.status_code == MALFORMED[body]
+    assert found.json()["error"]["message"]
+
+  async def storm():
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(
+      base_url=tiny.url, limits=limits, timeout=120
+    ) as client:
+      tasks = [answered(client, *call) for call in calls]
+      tasks += [left(rng, tiny.port, *call) for call in leavers]
+      tasks += [bad(client, body) for body in malformed]
+      order = list(range(len(tasks)))
+      rng.shuffle(order)
+      shuffled = await asyncio.gather(*(tasks[i] for i in order))
+    found = dict(zip(order, shuffled, strict=True))
+    return [found[i] for i in range(len(calls))]
+
+  assert asyncio.run(storm()) == expected
+  tiny.settle()
+  gc.collect()
+  tickets = [x for x in gc.get_objects() if isinstance(x, worker_lib.Ticket)]
+  assert not tickets
+
+
+# --- the door ----------------------------------------------------------------
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def door(*arguments, code=None, **environment):
+  command = ["-m", "lm.sample.serve"] if code is None else ["-c", code]
+  return subprocess.Popen(
+    [sys.executable, *command, *arguments],
+    cwd=ROOT,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ([], "--workdir: missing"),
+    (["--workdir=x", "--host=0.0.0.0"], "--host=0.0.0.0: other machines"),
+    (["--workdir=x", "--host=::"], "--host=::: other machines"),
+    (["--workdir=x", "--api_key_env=NONE"], "--api_key_env=NONE: the variable"),
+    (["--workdir=x", "--slots=0"], "--slots=0: must be"),
+    (["--workdir=x", "--port=70000"], "--port=70000: at most 65535"),
+    (["--workdir=/nowhere"], "/nowhere"),
+  ],
+)
+def test_the_door_refuses_in_one_line(arguments, message):
+  with door(*arguments) as process:
+    out, error = process.communicate(timeout=60)
+  assert (process.returncode, out) == (2, "")
+  assert error.count("\n") == 1 and message in error
+
+
+def test_a_missing_extra_is_named():
+  code = (
+    "import runpy, sys\n"
+    "sys.modules['uvicorn'] = None\n"
+    "runpy.run_module('lm.sample.serve', run_name='__main__')"
+  )
+  with door("--workdir=x", code=code) as process:
+    _, error = process.communicate(timeout=60)
+  assert process.returncode == 2
+  assert "uvicorn is missing" in error and ".[serve]" in error
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  path = str(tmp_path_factory.mktemp("runs") / "tiny_run")
+  config = config_lib.Config()
+  config.model, config.tokenizer.kind = serving.MODEL, "bytes"
+  config.train.sequence_length = 100
+  make = jax.jit(functools.partial(decoder.init_params, serving.MODEL))
+  checkpoints = checkpoint.Checkpoints(path, config.checkpoint)
+  tokenizer = tokenizer_lib.Tokenizer().to_json()
+  meta = checkpoint.Meta(1, config, tokenizer, "none")
+  rest = {"step": jnp.asarray(1)}
+  checkpoints.save(1, make(jax.random.key(0)), None, rest, meta, loss=1.0)
+  checkpoints.close()
+  return path
+
+
+@pytest.mark.slow
+def test_the_door_serves_and_ends_in_order(workdir):
+  """SIGTERM lets a call that runs come to its end."""
+  with door(
+    f"--workdir={workdir}", "--port=0", "--api_key_env=KEY", KEY="k"
+  ) as process:
+    line = process.stdout.readline()
+    url = re.fullmatch(r"tiny_run: (http://127\.0\.0\.1:\d+)/\n", line)[1]
+    with openai.OpenAI(
+      base_url=f"{url}/v1", api_key="k", max_retries=0
+    ) as client:
+      stream = client.completions.create(
+        model="x",
+        prompt="def f(",
+        max_tokens=60,
+        seed=3,
+        stream=True,
+        extra_body={"min_tokens": 60},
+      )
+      text = next(stream).choices[0].text
+      process.send_signal(signal.SIGTERM)
+      text += "".join(chunk.choices[0].text for chunk in stream)
+    out, error = process.communicate(timeout=60)
+  assert (process.returncode, out, error) == (0, "", "")
+  request = Request("def f(", max_new_tokens=60, min_tokens=60, seed=3)
+  (result,) = serving.sampler_of().generate([request])
+  assert text == result.text
