@@ -484,3 +484,37 @@ def test_the_door_refuses_in_one_line(workdir):
   assert (
     found.stderr == "error: top_p=0.0: must be in (0, 1]; 1 keeps all ids\n"
   )
+
+
+def test_the_door_lays_a_model_on_a_mesh_with_help(workdir):
+  """Four devices, 8 bits of cache, proposals by a draft (the same model)."""
+  device_count = os.environ.get("XLA_FLAGS", "")
+  found = subprocess.run(
+    [
+      *(sys.executable, "-m", "lm.sample", f"--workdir={workdir}"),
+      *("--mesh=1,2,2", "--ahead=2", f"--draft={workdir}", "--int8_cache"),
+      *("--prompt=first", "--max_new_tokens=8", "--temperature=0"),
+    ],
+    cwd=pathlib.Path(__file__).parent.parent,
+    env=os.environ
+    | {
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": f"{device_count} --xla_force_host_platform_device_count=4",
+    },
+    capture_output=True,
+    text=True,
+  )
+  assert found.returncode == 0, found.stderr
+  small = sampler_lib.Sampler(
+    LLAMA, params_of(LLAMA), tokenizer_lib.Tokenizer(), int8_cache=True
+  )
+  (expected,) = small.generate(
+    [Request("first", temperature=0.0, max_new_tokens=8)]
+  )
+  assert found.stdout == f"first{expected.text}\n"
+
+
+@pytest.mark.parametrize("mesh", ["2,0,1", "1,1,64"])
+def test_the_door_refuses_a_mesh_that_cannot_be(workdir, mesh):
+  found = run_door(f"--workdir={workdir}", f"--mesh={mesh}")
+  assert found.returncode == 2 and f"error: --mesh={mesh}: " in found.stderr

@@ -20,12 +20,10 @@ from absl import flags
 
 from lm import config as config_lib
 from lm import door
-from lm.sample import chat, heat, show
+from lm.sample import chat, heat, loading, show
 from lm.sample import request as request_lib
 from lm.sample import sampler as sampler_lib
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of lm.train.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint; default: the last.")
 _PROMPT = flags.DEFINE_multi_string(
   "prompt", [], "Text to continue; repeat it for several. Default: none."
 )
@@ -119,8 +117,7 @@ _MODES = {
 
 
 def main() -> int:
-  if _WORKDIR.value is None:
-    raise config_lib.ConfigError("--workdir: missing; write --workdir=RUN")
+  loading.check()
   mode = _mode()
   # Before the checkpoint, which takes longer to read.
   texts = _PROMPT.value + [_read("prompt_file", p) for p in _PROMPT_FILE.value]
@@ -128,7 +125,7 @@ def main() -> int:
   requests = [_request(text) for text in texts]
   path = _SCORE.value
   scored = "" if path is None else _read("score", path)
-  sampler = sampler_lib.Sampler.from_checkpoint(_WORKDIR.value, _STEP.value)
+  sampler = loading.sampler()
   if mode == "chat":
     return chat.talk(sampler, requests[0], _SYSTEM.value)
   if path is not None:

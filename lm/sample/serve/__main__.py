@@ -18,9 +18,8 @@ from absl import flags
 
 from lm import config as config_lib
 from lm import door
+from lm.sample import loading
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of lm.train.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint; default: the last.")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
 _PORT = flags.DEFINE_integer("port", 8000, "0: any that is free.")
 _SLOTS = flags.DEFINE_integer("slots", 8, "Samples that run at once.")
@@ -47,8 +46,7 @@ GRACE_SECONDS = 5.0
 
 
 def main() -> int:
-  if _WORKDIR.value is None:
-    raise config_lib.ConfigError("--workdir: missing; write --workdir=RUN")
+  loading.check()
   _check_flags()
   token = _token()
   # Late, so that the mistakes above are told at once.
@@ -59,11 +57,10 @@ def main() -> int:
       )
   import uvicorn
 
-  from lm.sample import sampler as sampler_lib
   from lm.sample.serve import app as app_lib
   from lm.sample.serve import worker as worker_lib
 
-  sampler = sampler_lib.Sampler.from_checkpoint(_WORKDIR.value, _STEP.value)
+  sampler = loading.sampler()
   worker = worker_lib.Worker(sampler, _SLOTS.value, _MAX_QUEUE.value)
   limits = app_lib.Limits(
     _MAX_BODY_BYTES.value,
@@ -71,7 +68,7 @@ def main() -> int:
     token=token,
     loopback_only=token is None and not _ALLOW_PUBLIC.value,
   )
-  name = pathlib.Path(_WORKDIR.value.rstrip("/")).name
+  name = pathlib.Path(flags.FLAGS.workdir.rstrip("/")).name
   config = uvicorn.Config(
     app_lib.make(worker, name, limits),
     host=_HOST.value,

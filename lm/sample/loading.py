@@ -1,0 +1,78 @@
+"""The flags by which commands find their model, and how it is run."""
+
+import math
+
+import jax
+from absl import flags
+
+from lm import config as config_lib
+from lm import sharding
+from lm.sample import sampler as sampler_lib
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of lm.train.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint; default: the last.")
+_MESH = flags.DEFINE_list(
+  "mesh",
+  None,
+  "Devices along data, fsdp and tensor, such as 1,1,4; default: one device.",
+)
+_INT8_CACHE = flags.DEFINE_bool(
+  "int8_cache", False, "Keep keys and values in 8 bits."
+)
+_AHEAD = flags.DEFINE_integer(
+  "ahead",
+  0,
+  "Tokens proposed at each step, by --draft or what the text repeats; no token "
+  "depends on it.",
+)
+_DRAFT = flags.DEFINE_string(
+  "draft", None, "Run directory of a smaller model that proposes tokens."
+)
+
+
+def check() -> None:
+  """Raises ConfigError on flags that no model can be loaded by."""
+  if _WORKDIR.value is None:
+    raise config_lib.ConfigError("--workdir: missing; write --workdir=RUN")
+  _shape()
+
+
+def sampler() -> sampler_lib.Sampler:
+  """The model that the flags name. Raises ConfigError."""
+  check()
+  mesh, shape = None, _shape()
+  if shape is not None:
+    n, found = math.prod(shape), jax.devices()
+    if n > len(found):
+      raise config_lib.ConfigError(
+        f"--mesh={','.join(_MESH.value)}: needs {n} devices; there are "
+        f"{len(found)}"
+      )
+    mesh = jax.make_mesh(shape, sharding.MESH_AXES, devices=found[:n])
+  load = sampler_lib.Sampler.from_checkpoint
+  draft = None
+  if _DRAFT.value is not None:
+    draft = load(_DRAFT.value, None, mesh, int8_cache=_INT8_CACHE.value)
+  return load(
+    _WORKDIR.value,
+    _STEP.value,
+    mesh,
+    int8_cache=_INT8_CACHE.value,
+    ahead=_AHEAD.value,
+    draft=draft,
+  )
+
+
+def _shape() -> tuple[int, ...] | None:
+  if _MESH.value is None:
+    return None
+  try:
+    shape = tuple(map(int, _MESH.value))
+  except ValueError:
+    shape = ()
+  if len(shape) != len(sharding.MESH_AXES) or min(shape) < 1:
+    raise config_lib.ConfigError(
+      f"--mesh={','.join(_MESH.value)}: must be three numbers of devices, "
+      "along data, fsdp and tensor, such as 1,1,4"
+    )
+  return shape
