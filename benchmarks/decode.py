@@ -1,6 +1,7 @@
 """Decoding against what the machine's memory allows, and against Hugging Face.
 
 JAX_PLATFORMS=cpu python benchmarks/decode.py [--batch=1,8,32] [--n_new=64]
+    [--temperature=1 --top_k=50 --top_p=0.9] [--config=configs/llama_1b.py]
 JAX_PLATFORMS=cpu python benchmarks/decode.py --queue
 
 A GPT-2 of random weights (124M, float32) continues a prompt of 32 tokens,
@@ -13,6 +14,7 @@ log-uniform) through 8 slots, by continuous batching and in batches of 8 that
 each last as long as their longest sample.
 """
 
+import dataclasses
 import functools
 import os
 import sys
@@ -28,6 +30,7 @@ from rich import table as table_lib
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from lm import config as config_lib
+from lm import door
 from lm.data import tokenizer as tokenizer_lib
 from lm.model import decoder
 from lm.sample import request as request_lib
@@ -38,6 +41,11 @@ _N_NEW = flags.DEFINE_integer("n_new", 64, "Tokens to draw of each.")
 _TURNS = flags.DEFINE_integer("turns", 3, "Turns, of which the best counts.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
 _REFERENCE = flags.DEFINE_bool("reference", True, "Time Hugging Face too.")
+_CONFIG = flags.DEFINE_string(
+  "config", None, "Model of this config, in float32, in place of GPT-2."
+)
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Of ours, where it is hot.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Of ours, where it is hot.")
 _QUEUE = flags.DEFINE_bool("queue", False, "Continuous against static batches.")
 _N_PROMPT = 32
 
@@ -79,6 +87,8 @@ def make_request(n_new: int, seed: int) -> request_lib.Request:
   return request_lib.Request(
     [i % 200 + 120 for i in range(_N_PROMPT - 1)],
     temperature=_TEMPERATURE.value,
+    top_k=_TOP_K.value,
+    top_p=_TOP_P.value,
     max_new_tokens=n_new,
     min_tokens=n_new,
     seed=seed,
@@ -196,8 +206,12 @@ def main(_) -> None:
   if _QUEUE.value:
     return compare_queue()
   cfg, n_new = GPT2, _N_NEW.value
+  if _CONFIG.value is not None:
+    cfg = door.load(_CONFIG.value).model
+    cfg = dataclasses.replace(cfg, dtype="float32")
   ours, ceiling = make_ours(cfg), make_ceiling(cfg)
-  reference = make_reference(cfg) if _REFERENCE.value else None
+  compares = _REFERENCE.value and _CONFIG.value is None
+  reference = make_reference(cfg) if compares else None
   table = table_lib.Table(
     "batch",
     "steps/s",

@@ -57,6 +57,7 @@ def serve(engine, wanted, n_steps=7):
   return [results[request.seed] for request in wanted]
 
 
+@pytest.mark.slow
 def test_the_same_tokens_in_any_batch_and_order():
   sampler, wanted = sampler_of(LLAMA), requests(32)
   expected = token_ids(sampler.generate(wanted))
@@ -136,6 +137,7 @@ def test_a_job_that_is_called_off_frees_its_slot():
   assert token_ids([results[second], results[third]]) == token_ids(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", families.ALL)
 def test_greedy_is_the_full_argmax_over_200_tokens(name):
   """Of each family: over bucket borders, and far beyond each window."""
@@ -165,6 +167,7 @@ def test_a_windowed_layer_keeps_hardly_more_than_its_window():
   assert lengths == {window, cfg.context_length}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("helper", ["lookup", "itself", "another"])
 def test_tokens_proposed_ahead_change_none(helper, monkeypatch):
   """Also with windows, penalties and ends; itself is always right."""

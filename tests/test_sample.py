@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -429,6 +430,25 @@ def test_a_checkpoint_samples_as_its_model_does(workdir):
   sharded = sampler_lib.Sampler.from_checkpoint(workdir, mesh=mesh)
   leaves = jax.tree.leaves(sharded.state)
   assert any(not x.sharding.is_fully_replicated for x in leaves)
+
+
+def test_a_checkpoint_needs_its_parameters_only(workdir, tmp_path):
+  """No byte of the optimizer is read: it is not there any more. Each device
+  gets its own part, also where it was trained on another mesh.
+  """
+  run = tmp_path / "run"
+  shutil.copytree(workdir, run)
+  shutil.rmtree(run / "checkpoints" / "7" / "rest")
+  expected = sampler_of(LLAMA).generate(MIXED)
+  assert (
+    sampler_lib.Sampler.from_checkpoint(str(run)).generate(MIXED) == expected
+  )
+  mesh = jax.make_mesh((1, 2, 2), ("data", "fsdp", "tensor"))
+  params = checkpoint.load_params(str(run), LLAMA, 7, mesh)
+  mlp = params["layers"]["mlp"]["up"]
+  parts = {shard.data.shape for shard in mlp.addressable_shards}
+  L, D, F = mlp.shape
+  assert parts == {(L, D // 2, F // 2)}
 
 
 def run_door(*arguments):

@@ -118,7 +118,7 @@ class Engine:
 
   def look(self, request: Request) -> tuple[dict[str, np.ndarray], int]:
     """The next token's distribution after each stage of the rules, each [V],
-    and the id that is drawn. Leaves nothing behind.
+    and the id that is drawn. Needs a free slot, and leaves nothing behind.
     """
     early = min(request.min_tokens, 1)
     one = dataclasses.replace(
@@ -135,7 +135,7 @@ class Engine:
       slot = [j.number if j else None for j in self._slots].index(job)
       stages, drawn = jax.tree.map(lambda x: x[slot], s.fetch(found))
     self.cancel(job)
-    self._ended.clear()
+    self._ended = [ended for ended in self._ended if ended.number != job]
     return stages, int(drawn)
 
   def _fill(self) -> None:
