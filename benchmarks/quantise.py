@@ -3,8 +3,8 @@
 JAX_PLATFORMS=cpu python benchmarks/quantise.py --workdir=runs/quickstart
 
 Texts are pieces of a context each, in the order of the validation documents,
-scored token by token through the cache, as decoding would see them. Without
-an 8-bit cache `Sampler.score`, which reads a text at once, has to say the same.
+scored token by token through the cache, as decoding would see them. "At once"
+is `Sampler.score`, which reads a text without a cache and has to say the same.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import rich
-from absl import app, flags
+from absl import app, flags, logging
 from flax import nnx
 from rich import table as table_lib
 
@@ -68,6 +68,7 @@ def score(graph, state, texts, int8):
 
 def main(argv) -> None:
   del argv
+  logging.set_verbosity(logging.ERROR)  # Orbax tells of each file
   meta = checkpoint.load_meta(_WORKDIR.value, None)
   tokenizer = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
   params = checkpoint.load_params(
@@ -76,9 +77,9 @@ def main(argv) -> None:
   texts = read_texts(meta, tokenizer, _TEXTS.value)
   n_tokens = texts[:, 1:].size
   table = table_lib.Table(title=f"{n_tokens} tokens of validation text")
-  for name in ("compute", "weights", "cache", "bytes of weights"):
+  for name in ("compute", "weights", "cache"):
     table.add_column(name)
-  for name in ("perplexity", "change", "by Sampler.score"):
+  for name in ("MB", "perplexity", "change", "at once"):
     table.add_column(name, justify="right")
   first = None
   for dtype in ("float32", "bfloat16"):
@@ -95,7 +96,7 @@ def main(argv) -> None:
           dtype,
           weights or dtype,
           "int8" if int8 else dtype,
-          f"{size:,}",
+          f"{size / 1e6:.2f}",
           f"{found:.4f}",
           f"{found / first - 1:+.3%}",
           "" if int8 else f"{math.exp(-whole / n_tokens):.4f}",
