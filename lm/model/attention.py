@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from lm import config as config_lib
@@ -338,17 +339,21 @@ class Attention(nnx.Module):
     speed, for one token as for eight).
     """
     N, H, D = self.o.shape
-    weight = jax.lax.reshape(
-      self.o[...], (N * H, D), out_sharding=sharding.spec("heads", "embed")
-    )
+    weight, scales = layers.parts(self.o)
+    where = None
+    if sharding.has_mesh():  # as it lies: sampling has gathered it over fsdp
+      heads, _, embed = jax.typeof(weight).sharding.spec
+      where = P(heads, embed)
+    weight = jax.lax.reshape(weight, (N * H, D), out_sharding=where)
     x = jax.lax.reshape(
       x,
       (*x.shape[:2], N * H),
       out_sharding=sharding.spec("batch", None, "heads"),
     )
-    return jnp.einsum(
+    y = jnp.einsum(
       "BTX,XD->BTD",
       x,
       weight.astype(x.dtype),
       out_sharding=sharding.spec("batch", None, None),
     )
+    return layers.rescale(y, scales)

@@ -3,6 +3,10 @@
 B batch, T query length, D model, F mlp, H head, V vocabulary.
 """
 
+import dataclasses
+import re
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -36,9 +40,46 @@ def project(
   equation: str, x: Array, matrix: nnx.Param, *axes: str | None
 ) -> Array:
   """Contracts x with a weight in x's dtype; `axes` names the output's."""
-  return jnp.einsum(
-    equation, x, matrix[...].astype(x.dtype), out_sharding=sharding.spec(*axes)
+  weight, scales = parts(matrix)
+  if isinstance(weight, Reversed):
+    inputs, axes_in, outputs = re.split(",|->", equation)
+    equation = f"{inputs},{axes_in[::-1]}->{outputs}"
+    weight = weight.values
+  y = jnp.einsum(
+    equation, x, weight.astype(x.dtype), out_sharding=sharding.spec(*axes)
   )
+  return rescale(y, scales)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Reversed:
+  """A weight whose axes lie in reverse order, for `project`.
+
+  A product of one token with a tall matrix is a fifth faster on CPUs where the
+  sum runs along memory.
+  """
+
+  values: Array
+
+
+def parts(matrix: nnx.Param) -> tuple[Any, Array | None]:
+  """A weight, or where it is a `qwix.QArray`, its int8 values and the scale of
+  each of its outputs, for `rescale`.
+  """
+  value = matrix.get_value()
+  if isinstance(value, jax.Array | Reversed):
+    return value, None
+  return value.qvalue, value.scale
+
+
+def rescale(
+  y: Float[Array, "B T *outputs"], scales: Array | None
+) -> Float[Array, "B T *outputs"]:
+  """What int8 values gave, times the scales."""
+  if scales is None:
+    return y
+  return (y * scales.reshape(1, 1, *y.shape[2:])).astype(y.dtype)
 
 
 def add_bias(x: Array, bias: nnx.Param | None) -> Array:

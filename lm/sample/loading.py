@@ -16,6 +16,12 @@ _MESH = flags.DEFINE_list(
   None,
   "Devices along data, fsdp and tensor, such as 1,1,4; default: one device.",
 )
+_WEIGHTS = flags.DEFINE_enum(
+  "weights",
+  None,
+  sampler_lib.WEIGHTS,
+  "Keep the weights so; default: the model's own dtype.",
+)
 _INT8_CACHE = flags.DEFINE_bool(
   "int8_cache", False, "Keep keys and values in 8 bits."
 )
@@ -50,14 +56,15 @@ def sampler() -> sampler_lib.Sampler:
       )
     mesh = jax.make_mesh(shape, sharding.MESH_AXES, devices=found[:n])
   load = sampler_lib.Sampler.from_checkpoint
+  options = {"weights": _WEIGHTS.value, "int8_cache": _INT8_CACHE.value}
   draft = None
   if _DRAFT.value is not None:
-    draft = load(_DRAFT.value, None, mesh, int8_cache=_INT8_CACHE.value)
+    draft = load(_DRAFT.value, None, mesh, **options)
   return load(
     _WORKDIR.value,
     _STEP.value,
     mesh,
-    int8_cache=_INT8_CACHE.value,
+    **options,
     ahead=_AHEAD.value,
     draft=draft,
   )

@@ -13,6 +13,7 @@ whatever else it serves.
 """
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,8 +28,8 @@ from lm import checkpoint, sharding
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.model import decoder
+from lm.sample import beam, loop, rules, scoring
 from lm.sample import engine as engine_lib
-from lm.sample import loop, rules, scoring
 from lm.sample import request as request_lib
 from lm.sample.request import (
   Alternative,
@@ -40,6 +41,8 @@ from lm.sample.request import (
   Score,
 )
 
+# What weights may be kept as.
+WEIGHTS = ("float32", "bfloat16", "int8")
 # Slots that `generate` uses at most, for each device along the batch.
 MAX_SLOTS = 32
 
@@ -51,7 +54,9 @@ class Sampler:
   device. Layers are copied into arrays of their own, in the compute dtype, and
   gathered over fsdp; other arrays may stay shared, so do not donate `params`.
 
-  `int8_cache` keeps keys and values in 8 bits. `ahead` tokens are proposed at
+  `weights` is the compute dtype, where it is to be another than in training, or
+  "int8": the layers' matrices in 8 bits, with a scale for each output.
+  `int8_cache` keeps keys and values so. `ahead` tokens are proposed at
   each step, by `draft` (a smaller sampler of the same tokenizer and mesh) or
   without one by looking up what the text repeats; no token depends on it.
   """
@@ -63,6 +68,7 @@ class Sampler:
     tokenizer: tokenizer_lib.Tokenizer,
     mesh: jax.sharding.Mesh | None = None,
     *,
+    weights: str | None = None,
     int8_cache: bool = False,
     ahead: int = 0,
     draft: "Sampler | None" = None,
@@ -77,6 +83,13 @@ class Sampler:
         f"ahead={ahead}: must be in [0, {MAX_AHEAD}], and at least 1 with a "
         "draft"
       )
+    if weights not in (None, *WEIGHTS):
+      raise config_lib.ConfigError(
+        f"weights={weights!r}: must be one of {', '.join(WEIGHTS)}, or None "
+        "for the model's own dtype"
+      )
+    if weights in ("float32", "bfloat16"):
+      cfg = dataclasses.replace(cfg, dtype=weights)
     if draft is not None:
       _check_draft(cfg, tokenizer, mesh, draft)
     self.cfg, self.tokenizer, self.mesh = cfg, tokenizer, mesh
@@ -86,7 +99,7 @@ class Sampler:
     if mesh is not None:
       self.ways = mesh.shape["data"] * mesh.shape["fsdp"]
     with self.in_mesh():
-      self.graph, self.state = loop.unroll(cfg, params)
+      self.graph, self.state = loop.unroll(cfg, params, weights == "int8")
 
   @classmethod
   def from_checkpoint(
@@ -187,6 +200,18 @@ class Sampler:
       entropy=float(-np.sum(some * np.log2(some))),
       chosen=candidate(drawn),
     )
+
+  def beam(
+    self,
+    request: Request,
+    n_beams: int,
+    length_penalty: float = 1.0,
+    early_stopping: bool | str = False,
+  ) -> list[Result]:
+    """The likeliest continuations that a beam search finds, best first
+    (lm/sample/beam.py).
+    """
+    return beam.search(self, request, n_beams, length_penalty, early_stopping)
 
   def score(self, text: str | Sequence[int], alternatives: int = 0) -> Score:
     """How likely a text is. One that is longer than the context is read in
