@@ -538,3 +538,14 @@ def test_the_door_lays_a_model_on_a_mesh_with_help(workdir):
 def test_the_door_refuses_a_mesh_that_cannot_be(workdir, mesh):
   found = run_door(f"--workdir={workdir}", f"--mesh={mesh}")
   assert found.returncode == 2 and f"error: --mesh={mesh}: " in found.stderr
+
+
+def test_the_door_searches_with_beams(workdir):
+  found = run_door(
+    f"--workdir={workdir}", "--prompt=a", "--beams=2", "--max_new_tokens=4"
+  )
+  assert found.returncode == 0, found.stderr
+  expected = sampler_of(LLAMA).beam(Request("a", max_new_tokens=4), 2)
+  for result in expected:
+    assert f"a{result.text}" in found.stdout
+  assert found.stdout.count("---\n") == len(expected)

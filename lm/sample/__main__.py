@@ -51,6 +51,12 @@ _SCORE = flags.DEFINE_string("score", None, "File: how likely is its text?")
 _HTML = flags.DEFINE_string("html", None, "Page to write, with --score.")
 _CHAT = flags.DEFINE_bool("chat", False, "Answer the lines of stdin.")
 _SYSTEM = flags.DEFINE_string("system", None, "System message of --chat.")
+_BEAMS = flags.DEFINE_integer(
+  "beams",
+  None,
+  "Search for the likeliest continuations with so many beams; draws nothing.",
+  lower_bound=1,
+)
 _JSON = flags.DEFINE_bool("json", False, "One JSON document on stdout.")
 _STREAM = flags.DEFINE_bool(
   "stream", None, "Show text as it is drawn; default: one sample, a terminal."
@@ -106,12 +112,19 @@ _HOMES = {
 }
 _PROMPTS = {"prompt", "prompt_file", "infill_suffix", "infill_order"}
 _ALONE = _RULES.keys() - {"alternatives", "processed", "n_samples"}
+# What lm/sample/beam.py knows.
+_SEARCHED = {
+  *("repetition_penalty", "frequency_penalty", "presence_penalty"),
+  *("logit_bias", "forbidden", "max_new_tokens", "min_tokens", "stop_ids"),
+  *("processed", "bidirectional_prompt"),
+}
 # What there is to do, and the flags that have a part in it.
 _MODES = {
   "chat": {"system"} | _ALONE - {"bidirectional_prompt"},
   "score": {"candidates", "html", "json"},
   "trace": {"candidates", "json"} | _PROMPTS | _ALONE,
   "candidates": {"json"} | _PROMPTS | _ALONE - {"max_new_tokens"},
+  "beams": {"json"} | _PROMPTS | _SEARCHED,
   "generate": {"stream", "json"} | _PROMPTS | _RULES.keys(),
 }
 
@@ -215,15 +228,20 @@ def _generate(
   ]
   streams = _STREAM.value
   if streams is None:
-    streams = len(before) == 1 and sys.stdout.isatty() and not _JSON.value
+    alone = len(before) == 1 and _BEAMS.value is None
+    streams = alone and sys.stdout.isatty() and not _JSON.value
   if streams and (len(before) > 1 or _JSON.value):
     raise config_lib.ConfigError(
       "--stream: shows one sample as it is drawn; leave out --json, and ask "
       "for one prompt and one sample"
     )
   start = time.perf_counter()
-  results = []
-  if streams:
+  results: list[request_lib.Result] = []
+  if _BEAMS.value is not None:
+    found = [sampler.beam(r, _BEAMS.value) for r in requests]
+    before = [t for t, r in zip(texts, found, strict=True) for _ in r]
+    results = [result for one in found for result in one]
+  elif streams:
     _write(before[0], _streamed(sampler, requests[0], results))
   else:
     results = sampler.generate(requests)

@@ -36,50 +36,50 @@ _DRAFT = flags.DEFINE_string(
 )
 
 
-def check() -> None:
-  """Raises ConfigError on flags that no model can be loaded by."""
+def check() -> str:
+  """The run directory. Raises ConfigError on flags that no model can be loaded
+  by, without a look at the devices.
+  """
   if _WORKDIR.value is None:
     raise config_lib.ConfigError("--workdir: missing; write --workdir=RUN")
-  _shape()
+  if _MESH.value is not None:
+    _shape(_MESH.value)
+  return _WORKDIR.value
 
 
 def sampler() -> sampler_lib.Sampler:
   """The model that the flags name. Raises ConfigError."""
-  check()
-  mesh, shape = None, _shape()
-  if shape is not None:
-    n, found = math.prod(shape), jax.devices()
-    if n > len(found):
-      raise config_lib.ConfigError(
-        f"--mesh={','.join(_MESH.value)}: needs {n} devices; there are "
-        f"{len(found)}"
-      )
-    mesh = jax.make_mesh(shape, sharding.MESH_AXES, devices=found[:n])
+  workdir, mesh = check(), None
+  if _MESH.value is not None:
+    mesh = _mesh(_MESH.value)
   load = sampler_lib.Sampler.from_checkpoint
   options = {"weights": _WEIGHTS.value, "int8_cache": _INT8_CACHE.value}
   draft = None
   if _DRAFT.value is not None:
     draft = load(_DRAFT.value, None, mesh, **options)
   return load(
-    _WORKDIR.value,
-    _STEP.value,
-    mesh,
-    **options,
-    ahead=_AHEAD.value,
-    draft=draft,
+    workdir, _STEP.value, mesh, ahead=_AHEAD.value, draft=draft, **options
   )
 
 
-def _shape() -> tuple[int, ...] | None:
-  if _MESH.value is None:
-    return None
+def _mesh(numbers: list[str]) -> jax.sharding.Mesh:
+  shape, found = _shape(numbers), jax.devices()
+  n = math.prod(shape)
+  if n > len(found):
+    raise config_lib.ConfigError(
+      f"--mesh={','.join(numbers)}: needs {n} devices; there are {len(found)}"
+    )
+  return jax.make_mesh(shape, sharding.MESH_AXES, devices=found[:n])
+
+
+def _shape(numbers: list[str]) -> tuple[int, ...]:
   try:
-    shape = tuple(map(int, _MESH.value))
+    shape = tuple(map(int, numbers))
   except ValueError:
     shape = ()
   if len(shape) != len(sharding.MESH_AXES) or min(shape) < 1:
     raise config_lib.ConfigError(
-      f"--mesh={','.join(_MESH.value)}: must be three numbers of devices, "
-      "along data, fsdp and tensor, such as 1,1,4"
+      f"--mesh={','.join(numbers)}: must be three numbers of devices, along "
+      "data, fsdp and tensor, such as 1,1,4"
     )
   return shape

@@ -46,7 +46,7 @@ GRACE_SECONDS = 5.0
 
 
 def main() -> int:
-  loading.check()
+  workdir = loading.check()
   _check_flags()
   token = _token()
   # Late, so that the mistakes above are told at once.
@@ -68,7 +68,7 @@ def main() -> int:
     token=token,
     loopback_only=token is None and not _ALLOW_PUBLIC.value,
   )
-  name = pathlib.Path(flags.FLAGS.workdir.rstrip("/")).name
+  name = pathlib.Path(workdir.rstrip("/")).name
   config = uvicorn.Config(
     app_lib.make(worker, name, limits),
     host=_HOST.value,
