@@ -16,6 +16,8 @@ say "Evaluating on the validation files"
 python -m lm.evaluate --workdir="$workdir"
 say "What compressors make of the same files, each alone"
 PYTHONPATH=. python benchmarks/compressors.py --config=configs/quickstart.py
+say "What may follow '$prompt'"
+python -m lm.sample --workdir="$workdir" --prompt="$prompt" --candidates=5
 say "Greedy continuation of '$prompt'"
 python -m lm.sample --workdir="$workdir" --prompt="$prompt" \
   --temperature=0 --max_new_tokens=120

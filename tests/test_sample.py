@@ -391,6 +391,10 @@ def test_a_mesh_changes_no_token():
     params = make(jax.random.key(0))
   assert not params["embed"].sharding.is_fully_replicated
   sampler = sampler_lib.Sampler(LLAMA, params, tokenizer_lib.Tokenizer(), mesh)
+  laid = {
+    axis for x in jax.tree.leaves(sampler.state) for axis in x.sharding.spec
+  }
+  assert laid == {None, "tensor"}  # gathered over fsdp once, not at each step
   found = sampler.generate([*MIXED, MIXED[1]])
   expected = sampler_of(LLAMA).generate(MIXED)
   expected.append(expected[1])

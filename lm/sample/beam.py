@@ -114,8 +114,8 @@ def search(
   engine.submit(dataclasses.replace(request, n_samples=n_rows, seed=0))
   ends = {sampler.tokenizer.eos, *request.stop_ids}
   with sampler.in_mesh():
-    engine._fill()
-    caches, slots = engine._state
+    engine.fill()
+    caches, slots = engine.state
     found = _search(
       sampler.graph,
       sampler.state,
@@ -214,7 +214,7 @@ def _choose(logits, beams, *, n_ids):
   """One step of one device's beams: parents, and what becomes of them."""
   slots, (n, V) = beams.slots, logits.shape
   processed = rules.process(
-    logits, loop._parameters(slots, V), slots.past, n_ids
+    logits, loop.parameters_of(slots, V), slots.past, n_ids
   )
   own = jax.nn.log_softmax(processed)
   shown = jnp.where(

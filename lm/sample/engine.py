@@ -47,6 +47,7 @@ class Engine:
   """Slots of one sampler. Not for several threads: one of them owns it.
 
   `n_places` bounds prompt and continuation together, in tokens with bos.
+  `state` is the caches, one per model, and what lm/sample/loop.py calls slots.
   """
 
   def __init__(self, sampler: Any, n_slots: int, n_places: int):
@@ -60,7 +61,7 @@ class Engine:
     # Tokens that are written beyond the row and then taken back need room.
     self._longest = n_places + sampler.ahead
     with sampler.in_mesh():
-      self._state = self._empty()
+      self.state = self._empty()
 
   @property
   def idle(self) -> bool:
@@ -103,7 +104,7 @@ class Engine:
     becomes free and somebody waits for it. Returns what the jobs gained.
     """
     with self.sampler.in_mesh():
-      self._fill()
+      self.fill()
       if any(self._slots):
         self._decode(min(n_steps, MAX_STEPS))
     self._slots = [
@@ -127,8 +128,8 @@ class Engine:
     (job,) = self.submit(one)
     s = self.sampler
     with s.in_mesh():
-      self._fill()
-      caches, slots = self._state
+      self.fill()
+      caches, slots = self.state
       found = loop.look(
         s.graph, s.state, caches[0], slots, n_ids=s.tokenizer.size
       )
@@ -138,7 +139,7 @@ class Engine:
     self._ended = [ended for ended in self._ended if ended.number != job]
     return stages, int(drawn)
 
-  def _fill(self) -> None:
+  def fill(self) -> None:
     """Admits from the queue all samples of a request at once, as far as there
     are slots: its prompt is read once.
     """
@@ -161,10 +162,10 @@ class Engine:
     both_ways = job.request.bidirectional_prompt
     if self._prompt is None or self._prompt[:2] != (job.prompt, both_ways):
       self._prompt = (job.prompt, both_ways, self._read(job.prompt, both_ways))
-    place, (caches, slots) = self.sampler.place, self._state
+    place, (caches, slots) = self.sampler.place, self.state
     row = self._row(job)
     seeds, new = place(seeds), place(new)
-    self._state = loop.admit(caches, slots, self._prompt[2], row, seeds, new)
+    self.state = loop.admit(caches, slots, self._prompt[2], row, seeds, new)
 
   def _empty(self) -> tuple[list[cache_lib.Cache], loop.Slots]:
     """Caches, and slots in which nothing runs."""
@@ -259,9 +260,9 @@ class Engine:
 
   def _decode(self, n_steps: int) -> None:
     """Takes steps on the device and hands each job what its slot drew."""
-    s, (caches, slots) = self.sampler, self._state
+    s, (caches, slots) = self.sampler, self.state
     called_off = np.array([job is None for job in self._slots])
-    *self._state, drawn = loop.decode(
+    *self.state, drawn = loop.decode(
       s.graph,
       s.state,
       caches,

@@ -309,7 +309,7 @@ def look(
   logits = model.logits(hidden)[:, 0]
 
   def stages_of(logits, slots):
-    parameters = _parameters(slots, logits.shape[1])
+    parameters = parameters_of(slots, logits.shape[1])
     stages = rules.stages(logits, parameters, slots.past, n_ids)
     return stages, _sample(logits, slots, n_ids)[0]
 
@@ -340,7 +340,7 @@ def _accept(logits, proposed, slots, drawn, *, n_ids):
   return slots, drawn
 
 
-def _parameters(slots, n_vocab):
+def parameters_of(slots, n_vocab):
   """The rules of each row; no end is drawn before its `min_tokens`."""
   rows = slots.rows
   early = slots.n_drawn < rows.min_tokens
@@ -358,7 +358,7 @@ def _parameters(slots, n_vocab):
 
 def _sample(logits, slots, n_ids):
   """The id that each row draws next, and its scores after the rules."""
-  parameters = _parameters(slots, logits.shape[1])
+  parameters = parameters_of(slots, logits.shape[1])
   return rules.sample(logits, parameters, slots.past, slots.lengths + 1, n_ids)
 
 
