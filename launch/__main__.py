@@ -99,6 +99,6 @@ def main(arguments: Sequence[str]) -> int:
 if __name__ == "__main__":
   try:
     sys.exit(main(sys.argv[1:]))
-  except config_lib.ConfigError as error:
+  except config_lib.UserError as error:
     print("error:", " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(2)
+    sys.exit(error.exit_code)

@@ -15,14 +15,24 @@ import typing
 from typing import Any, Literal
 
 
-class ConfigError(ValueError):
-  """A config that cannot work; the message says what to change."""
+class UserError(Exception):
+  """An error told in one line, without a traceback: what was found, the rule,
+  and what to do. `exit_code` is that of the program it ends.
+  """
+
+  exit_code = 1
+
+
+class ConfigError(UserError):
+  """The input cannot work: a config, a flag, a file, a request."""
 
   exit_code = 2
 
 
-class RunError(ConfigError):
-  """What went wrong outside of the config, and may not on another try."""
+class RunError(UserError):
+  """The world failed: a disk, a network, another process. The same input may
+  work on another try.
+  """
 
   exit_code = 1
 

@@ -7,10 +7,11 @@ is one line on stderr and exit code 2, before anything is compiled or written.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
-import errno
 import glob
+import io
 import os
 import runpy
 import sys
@@ -23,6 +24,7 @@ from typing import Any, Literal
 from absl import app, flags, logging
 
 from lm import config as config_lib
+from lm import files
 
 
 def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
@@ -30,16 +32,19 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
 
   `main` gets the validated Config, or nothing where `takes_config` is False
   (a door that reads its config from a checkpoint). Other flags are absl flags
-  that the door defines. A ConfigError from `main` ends as any mistake on the
-  command line does, and a full or broken disk likewise; every other exception
-  is a bug and keeps its traceback.
+  that the door defines. What `explain` knows ends as one line on stderr and
+  its exit code; Ctrl-C ends with 130. Every other exception is a bug and keeps
+  its traceback.
   """
+  for stream in (sys.stdout, sys.stderr):
+    # A terminal of another encoding, or text that is none: shown as escapes.
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors="backslashreplace")
   for name, about in _PROCESSES.items():
     flags.DEFINE_string(name, None, about)
   overrides = []
   if takes_config:
-    about = "Config file; each --config.FIELD=VALUE changes one of its fields."
-    flags.DEFINE_string("config", None, about)
+    define_path("config", "Config file; --config.FIELD=VALUE changes a field.")
     overrides = [a for a in sys.argv if a.startswith("--config.")]
 
   def parse(argv: list[str]) -> list[str]:
@@ -51,21 +56,31 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
       sys.exit(_refuse(config_lib.ConfigError(str(error))))
 
   def guarded(argv: list[str]) -> int | None:
-    for name in _PROCESSES:
-      if (value := flags.FLAGS[name].value) is not None:
-        os.environ[name.upper()] = str(value)
     try:
+      for name in _PROCESSES:
+        if (value := flags.FLAGS[name].value) is not None:
+          os.environ[name.upper()] = str(value)
       config = [load(flags.FLAGS.config, overrides)] if takes_config else []
       if len(argv) > 1:
         raise config_lib.ConfigError(
           f"{argv[1]!r}: not a flag; write --FLAG=VALUE"
         )
-      return main(*config)
-    except (config_lib.ConfigError, OSError) as error:
-      if isinstance(error, OSError) and error.errno not in _OUTSIDE:
-        raise
-      return _leave(_refuse(error))
-    except Exception:
+      code = main(*config)
+      sys.stdout.flush()
+      return code
+    except KeyboardInterrupt:
+      print("stopped by Ctrl-C", file=sys.stderr)
+      return _leave(130)
+    except BrokenPipeError:  # whoever read the output has left, as `head` does
+      os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+      return _leave(141)
+    except Exception as error:
+      if (told := explain(error)) is not None:
+        return _leave(_refuse(told))
+      error.add_note(
+        "This is an error in the program: report it, with this traceback and "
+        "the command, to the project's issue tracker."
+      )
       if not _joined():
         raise
       traceback.print_exc()
@@ -73,6 +88,60 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
 
   argv = [a for a in sys.argv if a not in overrides]
   app.run(guarded, argv=argv, flags_parser=parse)
+
+
+def explain(error: Exception) -> config_lib.UserError | None:
+  """What a library's or the operating system's error means to the user; None
+  for one that is a bug.
+
+  This is the only place that knows: code below raises what it gets.
+  """
+  if isinstance(error, config_lib.UserError):
+    return error
+  if isinstance(error, OSError):
+    name = error.filename
+    where = "" if name is None else f"{name}: "
+    return config_lib.RunError(f"{where}{error.strerror or error}")
+  if isinstance(error, MemoryError):
+    return config_lib.RunError(
+      "out of memory; make the model or the batch smaller, or use a larger "
+      "machine"
+    )
+  if type(error).__name__ == "JaxRuntimeError":  # jax may not be imported
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" in text:
+      return config_lib.RunError(
+        f"out of device memory: {text[:300]}; lower train.batch_size, raise "
+        "train.microbatches, set model.remat='full', or use more devices"
+      )
+    if notes := getattr(error, "__notes__", ()):
+      return config_lib.RunError(f"{text[:300]}. {' '.join(notes)}")
+  return None
+
+
+class _Path(flags.ArgumentParser):
+  """An absl flag's value that is a path."""
+
+  def __init__(self, name: str):
+    self._name = name
+
+  def parse(self, argument: Any) -> Any:
+    return files.user_path(argument, f"--{self._name}")
+
+  def flag_type(self) -> str:
+    return "path"
+
+
+def define_path(name: str, about: str) -> flags.FlagHolder:
+  """A flag for a path: `~` is the home directory, and '' is refused."""
+  return flags.DEFINE(_Path(name), name, None, about)
+
+
+def define_paths(name: str, about: str) -> flags.FlagHolder:
+  """The same, repeatable; [] without any."""
+  return flags.DEFINE_multi(
+    _Path(name), flags.ArgumentSerializer(), name, [], about
+  )
 
 
 # Flags that say by hand what lm/sharding.py reads from the environment.
@@ -96,14 +165,11 @@ def _leave(code: int) -> int:
   disk with room, or processes that wait for this one.
   """
   if code == 1 or _joined():
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+      with contextlib.suppress(OSError):
+        stream.flush()
     os._exit(code)
   return code
-
-
-# What a disk does to any program.
-_OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def _refuse(error: Exception) -> int:
@@ -142,7 +208,7 @@ def _from_file(path: str) -> config_lib.Config:
     names = runpy.run_path(path)
     if "get_config" in names:
       config = names["get_config"]()
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == path]
     where = f"{path}:{lines[-1]}" if lines else path

@@ -17,6 +17,7 @@ LM = pathlib.Path(__file__).parent.parent / "lm"
 # Each room of lm/ imports itself and rooms of earlier rows only.
 ORDER = (
   ("config",),
+  ("files",),
   ("door", "sharding"),
   ("model", "data"),
   ("checkpoint",),
@@ -73,7 +74,7 @@ def function():
   assert rooms == {"one", "two", "three", "own", "four", "five"}
 
 
-@pytest.mark.parametrize("module", ["lm", "lm.config", "lm.door"])
+@pytest.mark.parametrize("module", ["lm", "lm.config", "lm.files", "lm.door"])
 def test_light_modules_import_neither_jax_nor_numpy(module):
   """So a mistake on the command line is reported in a blink."""
   heavy = subprocess.run(

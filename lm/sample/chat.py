@@ -122,7 +122,7 @@ def _render(template: str, messages: Sequence[Any]) -> str:
       eos_token=_MARKS["<eos>"],
       add_generation_prompt=True,
     )
-  except config_lib.ConfigError:
+  except config_lib.UserError:
     raise
   except Exception as error:
     # A template is a program of the user's own: it may fail in any way.
@@ -188,7 +188,7 @@ def talk(
         asked, prompt = _fit(sampler, asked, len(start), request)
         answer = _answer(sampler, request, prompt)
         history = [*asked, _message("assistant", answer)]
-      except config_lib.ConfigError as error:
+      except config_lib.UserError as error:
         _note(f"error: {error}")
         failed = True
   return 1 if failed else 0

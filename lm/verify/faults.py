@@ -263,7 +263,7 @@ def differences(workdir: pathlib.Path, wanted: pathlib.Path) -> int:
     try:
       meta = checkpoint.load_meta(str(run))
       values += [(meta.step, *item) for item in meta.digests.items()]
-    except config_lib.ConfigError:
+    except config_lib.UserError:
       values.append((0, "checkpoint", "none"))
     both.append(set(values))
   return len(both[0] ^ both[1])
