@@ -332,18 +332,18 @@ def test_a_score_is_the_sum_of_conditionals(scan_layers):
 
 
 def test_a_long_text_is_scored_once_in_windows():
-  """Each token sees half a context at least; the first window, all."""
+  """By a stride of half the context; the first window scores all it has."""
   cfg = LLAMA
   sampler, text = sampler_of(cfg), "the quick brown fox " * 15
-  score = sampler.score(text)
   ids, context = sampler.encode(text), cfg.context_length
+  start = context // 2
+  score = sampler.score(text, stride=start)
   assert len(score.log_probabilities) == len(ids) - 1
   np.testing.assert_allclose(
     score.log_probabilities[:context],
     sampler.score(ids[: context + 1]).log_probabilities,
     atol=2e-5,
   )
-  start = context // 2
   late = np.asarray(ids[start : start + context + 1])
   logits = np.asarray(
     full_logits(cfg, params_of(cfg), jnp.asarray(late[None, :-1], jnp.int32))

@@ -25,9 +25,9 @@ from jax.sharding import PartitionSpec as P
 
 from lm import checkpoint, sharding
 from lm import config as config_lib
-from lm.data import sources
+from lm.data import sources, windows
 from lm.data import tokenizer as tokenizer_lib
-from lm.evaluate import corpora, perplexity, windows
+from lm.evaluate import corpora, perplexity
 from lm.model import decoder
 
 BYTES = tokenizer_lib.Tokenizer()

@@ -21,9 +21,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lm import config as config_lib
 from lm import sharding
-from lm.data import sources
+from lm.data import sources, windows
 from lm.data import tokenizer as tokenizer_lib
-from lm.evaluate import windows
 from lm.model import decoder, loss
 
 # Batches that the device has in hand while the host reads an earlier one.

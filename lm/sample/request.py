@@ -24,7 +24,7 @@ class Request:
   The defaults draw from the model's own distribution.
   """
 
-  # Text or ids; the tokenizer's bos is put in front unless it stands there.
+  # Text, in front of which the tokenizer's bos is put; or ids, as they are.
   prompt: str | Sequence[int] = ""
   # 0 is greedy.
   temperature: float = 1.0
@@ -148,8 +148,9 @@ class NextToken:
 class Score:
   """How likely a text is: lists with an entry for each of its tokens.
 
-  The first is conditioned on bos. `log_probabilities` are natural; `ranks`
-  count from 1. `alternatives` are the likeliest ids of each place.
+  A text's first is conditioned on bos; of ids the first is not scored.
+  `log_probabilities` are natural; `ranks` count from 1. `alternatives` are the
+  likeliest ids of each place.
   """
 
   token_ids: list[int]

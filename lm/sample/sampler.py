@@ -32,7 +32,6 @@ from lm.sample import beam, loop, rules, scoring
 from lm.sample import engine as engine_lib
 from lm.sample import request as request_lib
 from lm.sample.request import (
-  Alternative,
   Candidate,
   NextToken,
   Piece,
@@ -186,7 +185,7 @@ class Sampler:
     def candidate(i):
       return Candidate(
         id=int(i),
-        piece=self._piece(int(i)),
+        piece=self.piece(int(i)),
         rank=int(rank[i]),
         probability=float(raw[i]),
         cumulative=float(cumulative[rank[i] - 1]),
@@ -213,31 +212,30 @@ class Sampler:
     """
     return beam.search(self, request, n_beams, length_penalty, early_stopping)
 
-  def score(self, text: str | Sequence[int], alternatives: int = 0) -> Score:
-    """How likely a text is. One that is longer than the context is read in
-    windows that overlap by half, so that each token has seen at least half a
-    context, or all there is, before it.
+  def score(
+    self,
+    text: str | Sequence[int],
+    alternatives: int = 0,
+    *,
+    stride: int | None = None,
+    eos: bool = False,
+  ) -> Score:
+    """How likely a text is, given bos, or all ids but the first, given that;
+    with `eos`, and that it ends there: the number of `lm.evaluate`.
+
+    What is longer than the context is read in windows, each of which scores
+    the next `stride` tokens (default: the context) and is as long as it can.
     """
+    ids = self.encode(text) + [self.tokenizer.eos] * eos
+    found = self.scoring(ids, alternatives, stride)
+    return scoring.collect(self, ids, found)
+
+  def scoring(
+    self, ids: Sequence[int], alternatives: int = 0, stride: int | None = None
+  ) -> Iterator[scoring.Part]:
+    """The same, a window at a time, for one who has other work between them."""
     request_lib.check(Request(alternatives=alternatives), self.tokenizer.size)
-    ids = self.encode(text)
-    context = self.cfg.context_length
-    parts, start, n_scored = [], 0, 1
-    while n_scored < len(ids):
-      window = ids[start : start + context + 1]
-      parts.append(self._score(window, n_scored - start - 1, alternatives))
-      n_scored = start + len(window)
-      start += context // 2
-    logs, ranks, others = (
-      [x for part in parts for x in part[i]] for i in range(3)
-    )
-    return Score(
-      token_ids=ids[1:],
-      pieces=[self._piece(i) for i in ids[1:]],
-      log_probabilities=logs,
-      ranks=ranks,
-      alternatives=others,
-      n_bytes=self.tokenizer.n_bytes(ids[1:]) if ids[1:] else 0,
-    )
+    return scoring.parts(self, ids, alternatives, stride)
 
   def check(self, request: Request) -> None:
     """Raises ConfigError on a request that cannot be met."""
@@ -281,54 +279,27 @@ class Sampler:
     return [self] if self.draft is None else [self, self.draft]
 
   def encode(self, text: str | Sequence[int]) -> list[int]:
-    """Ids of text, or ids, with bos in front. Raises ConfigError on ids that
-    the tokenizer has not.
+    """Ids of a text, with bos in front; ids as they are, or bos alone where
+    there are none. Raises ConfigError on ids that the tokenizer has not.
     """
-    if isinstance(text, str):
-      ids = self.tokenizer.encode(text)
-    else:
-      ids = [int(i) for i in text]
-      for i in ids:
-        if not 0 <= i < self.tokenizer.size:
-          raise config_lib.ConfigError(
-            f"prompt: id {i} is not in [0, {self.tokenizer.size}), the ids of "
-            "the tokenizer; encode the prompt with the checkpoint's own"
-          )
     bos = self.tokenizer.bos
-    return ids if ids[:1] == [bos] else [bos, *ids]
+    if isinstance(text, str):
+      return [bos, *self.tokenizer.encode(text)]
+    ids = [int(i) for i in text]
+    for i in ids:
+      if not 0 <= i < self.tokenizer.size:
+        raise config_lib.ConfigError(
+          f"prompt: id {i} is not in [0, {self.tokenizer.size}), the ids of "
+          "the tokenizer; encode the prompt with the checkpoint's own"
+        )
+    return ids or [bos]
 
-  def _piece(self, i: int) -> str:
+  def piece(self, i: int) -> str:
     """Of ids that pad the model's vocabulary too."""
     return self.tokenizer.piece(i) if i < self.tokenizer.size else f"<{i}>"
 
   def _places(self, n: int) -> int:
     return engine_lib.bucket(n, engine_lib.MIN_PLACES)
-
-  def _score(self, window: list[int], first: int, n: int):
-    """Of the window's tokens from `first` + 1 on: logs, ranks, alternatives."""
-    length = len(window) - 1
-    ids = np.full(
-      (self.ways, engine_lib.bucket(length, scoring.CHUNK) + 1),
-      self.tokenizer.pad,
-      np.int32,
-    )
-    ids[:, : len(window)] = window
-    lengths = np.full(self.ways, length, np.int32)
-    with self.in_mesh():
-      scored = scoring.score(
-        self.graph,
-        self.state,
-        *(self.place(x) for x in (ids[:, :-1], ids[:, 1:], lengths)),
-        n_alternatives=n,
-      )
-      logs, ranks, other_ids, other_logs = (
-        x[0, first:length] for x in self.fetch(scored)
-      )
-    others = [
-      [Alternative(int(i), float(x)) for i, x in zip(*pair, strict=True)]
-      for pair in zip(other_ids, other_logs, strict=True)
-    ]
-    return logs.tolist(), ranks.tolist(), others
 
   def in_mesh(self):
     if self.mesh is None:
