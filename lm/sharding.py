@@ -158,22 +158,27 @@ def mesh_shape(config: config_lib.Config, n_devices: int) -> tuple[int, ...]:
       f"config.mesh={shape}: does not multiply to the {n_devices} devices "
       "here; change an axis, or set one to None to take what is left"
     )
-  m, t = config.model, config.train
-  ways = shape["data"] * shape["fsdp"]
+  t, ways = config.train, shape["data"] * shape["fsdp"]
   rows = t.batch_size // t.microbatches
-  for path, value, axis, parts in (
-    ("train.batch_size / train.microbatches", rows, "data * fsdp", ways),
-    ("model.d_model", m.d_model, "fsdp", shape["fsdp"]),
-    ("model.n_heads", m.n_heads, "tensor", shape["tensor"]),
-    ("model.n_kv_heads", m.n_kv_heads, "tensor", shape["tensor"]),
-    ("model.d_mlp", m.d_mlp, "tensor", shape["tensor"]),
-    ("model.vocab_size", m.vocab_size, "tensor", shape["tensor"]),
-  ):
-    if value % parts:
-      raise config_lib.ConfigError(
-        f"config.{path}={value}: must be a multiple of mesh {axis}={parts}"
-      )
+  name = "config.train.batch_size / train.microbatches"
+  _check_multiple(name, rows, "data * fsdp", ways)
+  check_model(config.model, shape["fsdp"], shape["tensor"])
   return tuple(sizes)
+
+
+def check_model(m: config_lib.ModelConfig, fsdp: int, tensor: int) -> None:
+  """Raises ConfigError where the model's weights cannot be cut so."""
+  _check_multiple("config.model.d_model", m.d_model, "fsdp", fsdp)
+  for name in ("n_heads", "n_kv_heads", "d_mlp", "vocab_size"):
+    value = getattr(m, name)
+    _check_multiple(f"config.model.{name}", value, "tensor", tensor)
+
+
+def _check_multiple(path: str, value: int, axis: str, parts: int) -> None:
+  if value % parts:
+    raise config_lib.ConfigError(
+      f"{path}={value}: must be a multiple of mesh {axis}={parts}"
+    )
 
 
 def make_mesh(config: config_lib.Config, devices=None) -> jax.sharding.Mesh:

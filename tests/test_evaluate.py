@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 
@@ -486,9 +487,7 @@ def workdir(tmp_path_factory):
   (path / "empty.txt").write_text("")
   checkpoints = checkpoint.Checkpoints(str(path), config.checkpoint)
   meta = checkpoint.Meta(7, config, BYTES.to_json(), "none")
-  checkpoints.save(
-    7, PARAMS, ema=None, rest={"step": np.zeros(())}, meta=meta, loss=None
-  )
+  checkpoints.save({"params": PARAMS, "rest": {"step": np.zeros(())}}, meta)
   checkpoints.close()
   return path
 
@@ -621,6 +620,21 @@ def test_skipped_documents_are_counted(workdir, tmp_path):
     evaluate(workdir, specs=specs, data=options)
 
 
+def test_a_source_without_text_has_no_bits_per_byte(workdir, tmp_path):
+  """One that has some is scored, its empty documents with it."""
+  (tmp_path / "a.txt").touch()
+  (tmp_path / "b.txt").touch()
+  options = {"text_unit": "file"}
+  specs = [f"text:{tmp_path}/*.txt"]
+  with pytest.raises(
+    config_lib.ConfigError, match="holds no text; all of its 2"
+  ):
+    evaluate(workdir, specs=specs, data=options)
+  (tmp_path / "b.txt").write_text("b")
+  (result,) = evaluate(workdir, specs=specs, data=options).results
+  assert [d.totals.n_bytes for d in result.documents] == [0, 1]
+
+
 @pytest.mark.parametrize(
   ("options", "message"),
   [
@@ -630,6 +644,7 @@ def test_skipped_documents_are_counted(workdir, tmp_path):
     ({"specs": ["text:{}/none*.txt"]}, "no file matches"),
     ({"specs": ["text:{}/empty.txt"]}, "empty, holds no document"),
     ({"specs": ["nothing"]}, "'nothing': malformed"),
+    ({"batch_size": 10**9}, "--batch_size=1000000000: with a context of 11"),
     ({"output": "{}/none/eval.json"}, "no directory .*; create it"),
     ({"output": "{}"}, "cannot be written"),
   ],
@@ -654,12 +669,17 @@ def test_command_reports_a_mistake_in_one_line(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+  """The system lets no file grow beyond ten bytes."""
   path = tmp_path / "eval.json"
   path.write_text("old")
   evaluation = corpora.Evaluation("runs/a", 7, 11, 11, [])
-  monkeypatch.setattr(json, "dump", lambda *_, **__: 1 / 0)
-  with pytest.raises(ZeroDivisionError):
-    corpora.write(evaluation, str(path), documents=False)
+  limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+  try:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
+    with pytest.raises(OSError, match="too large"):
+      corpora.write(evaluation, str(path), documents=False)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
   assert path.read_text() == "old"
   assert list(tmp_path.iterdir()) == [path]

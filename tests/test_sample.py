@@ -323,6 +323,13 @@ def test_programs_are_compiled_once_per_bucket():
     ({"top_k": -1}, "top_k=-1: must be at least 0; 0 keeps"),
     ({"max_new_tokens": -1}, "max_new_tokens=-1: must be at least 0"),
     ({"n_samples": 0}, "n_samples=0: must be at least 1"),
+    ({"n_samples": 10**9}, "n_samples=1000000000: .* at most 65536"),
+    (
+      {"prompt": "caf\udce9"},
+      r"prompt='caf.udce9': .* at character 3 is not a",
+    ),
+    ({"stop": ["ok", "\udce9"]}, r"stop='.udce9': .* a surrogate"),
+    ({"max_new_tokens": 10**18}, "max_new_tokens=1000000000000000000: .* most"),
     ({"seed": -1}, "seed=-1: must be at least 0"),
     ({"seed": 2**32 - 1, "n_samples": 2}, "seed=4294967295.*at most 2"),
   ],
@@ -416,9 +423,9 @@ def workdir(tmp_path_factory):
   params = params_of(LLAMA)
   for step, factor in ((3, 2), (7, 1)):
     scaled = jax.tree.map(lambda x, f=factor: x * f, params)
-    meta = checkpoint.Meta(step, config, tokenizer, "none")
+    meta = checkpoint.Meta(step, config, tokenizer, "none", loss=1.0)
     rest = {"step": jnp.asarray(step)}
-    checkpoints.save(step, scaled, None, rest, meta, loss=1.0)
+    checkpoints.save({"params": scaled, "rest": rest}, meta)
   checkpoints.close()
   return path
 

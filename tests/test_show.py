@@ -465,9 +465,9 @@ def workdir(tmp_path_factory):
   config.model, config.tokenizer.kind = CFG, "bytes"
   config.train.sequence_length = 60
   checkpoints = checkpoint.Checkpoints(path, config.checkpoint)
-  meta = checkpoint.Meta(7, config, TOKENIZER.to_json(), "none")
+  meta = checkpoint.Meta(7, config, TOKENIZER.to_json(), "none", loss=1.0)
   rest = {"step": jnp.asarray(7)}
-  checkpoints.save(7, params(), None, rest, meta, loss=1.0)
+  checkpoints.save({"params": params(), "rest": rest}, meta)
   checkpoints.close()
   return path
 
@@ -616,6 +616,8 @@ def test_what_the_door_refuses(workdir, tmp_path):
   """Before it reads a checkpoint, but for the last ones."""
   run, file = f"--workdir={workdir}", f"--score={tmp_path / 'empty'}"
   (tmp_path / "empty").touch()
+  text = tmp_path / "text"
+  text.write_text("a")
   cases = [
     ([], "--workdir: missing"),
     (["--score=x", "--top_k=3"], "--top_k: has no part in --score"),
@@ -642,9 +644,17 @@ def test_what_the_door_refuses(workdir, tmp_path):
     ([run, file], "--score=.*is empty; name a text"),
     (
       [run, "--trace", "--candidates=21"],
-      r"alternatives=21: must be in \[0, 20",
+      "--candidates=21: must be at most 20",
     ),
+    ([run, "--candidates=385"], "--candidates=385: must be at most 384"),
     ([run, "--forbidden=400"], "forbidden=400: ids must be integers in"),
+    ([run, "--mesh=1,1,2"], "config.model.n_heads=3: must be a multiple of"),
+    ([run, "--mesh=1,16,1"], "config.model.d_model=24: must be a multiple of"),
+    (["--beams=100000"], "flag --beams=100000"),
+    (["--ahead=17"], "flag --ahead=17"),
+    (["--draft=x"], "--draft=x: proposes --ahead tokens"),
+    ([run, f"--score={text}", "--html=/absent/a"], "--html=.*no directory"),
+    ([run, f"--score={text}", f"--html={tmp_path}"], "--html=.*be written"),
   ]
   calls = [
     ["--workdir=/absent", *c] if c and c[0] != run else c for c, _ in cases
@@ -667,9 +677,9 @@ def test_nan_is_said_and_nothing_else(workdir, tmp_path_factory):
   config.model, config.tokenizer.kind = CFG, "bytes"
   config.train.sequence_length = 60
   checkpoints = checkpoint.Checkpoints(path, config.checkpoint)
-  meta = checkpoint.Meta(7, config, TOKENIZER.to_json(), "none")
+  meta = checkpoint.Meta(7, config, TOKENIZER.to_json(), "none", loss=1.0)
   rest = {"step": jnp.asarray(7)}
-  checkpoints.save(7, poisoned, None, rest, meta, loss=1.0)
+  checkpoints.save({"params": poisoned, "rest": rest}, meta)
   checkpoints.close()
   text = pathlib.Path(path) / "text"
   text.write_text("aZb")

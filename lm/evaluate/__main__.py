@@ -7,12 +7,13 @@
 import jax
 import rich.console
 from absl import flags
+from etils import epath
 
 from lm import config as config_lib
 from lm import door, sharding
 from lm.evaluate import corpora
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run to evaluate.")
+_WORKDIR = door.define_path("workdir", "Run to evaluate.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default: the last.")
 _SOURCE = flags.DEFINE_multi_string(
   "source", [], "Source spec, repeatable; default: the run's validation."
@@ -39,7 +40,7 @@ _INVALID_UTF8 = flags.DEFINE_enum(
   ["error", "replace", "skip"],
   "What to do with bytes that are not UTF-8; default: the run's.",
 )
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.")
+_OUTPUT = door.define_path("output", "JSON file to write.")
 _DOCUMENTS = flags.DEFINE_bool(
   "documents", False, "Show and write every document."
 )
@@ -48,7 +49,7 @@ _DOCUMENTS = flags.DEFINE_bool(
 def main() -> None:
   if _WORKDIR.value is None:
     raise config_lib.ConfigError("--workdir: missing; write --workdir=RUN")
-  sharding.start_processes(config_lib.MeshConfig().heartbeat_seconds)
+  sharding.start_processes(_heartbeat_seconds(_WORKDIR.value))
   data = {"text_unit": _TEXT_UNIT.value, "invalid_utf8": _INVALID_UTF8.value}
   evaluation = corpora.evaluate(
     _WORKDIR.value,
@@ -63,6 +64,17 @@ def main() -> None:
     corpora.show(evaluation, rich.console.Console(), _DOCUMENTS.value)
     if _OUTPUT.value is not None:
       corpora.write(evaluation, _OUTPUT.value, _DOCUMENTS.value)
+
+
+def _heartbeat_seconds(workdir: str) -> int:
+  """The run's, by its config.json: processes join before they can read a
+  checkpoint. The default where there is no such file, or none that is whole.
+  """
+  try:
+    text = (epath.Path(workdir) / "config.json").read_text()
+    return config_lib.from_json(text).mesh.heartbeat_seconds
+  except (OSError, ValueError, config_lib.ConfigError):
+    return config_lib.MeshConfig().heartbeat_seconds
 
 
 if __name__ == "__main__":

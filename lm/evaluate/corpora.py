@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ import rich.markup
 import rich.progress
 import rich.table
 
-from lm import checkpoint, sharding
+from lm import checkpoint, files, sharding
 from lm import config as config_lib
 from lm.data import sources as sources_lib
 from lm.data import tokenizer as tokenizer_lib
@@ -24,6 +23,8 @@ from lm.evaluate import perplexity
 
 # Documents named at each end of a ranking.
 _N_RANKED = 3
+# Tokens of a batch at most: the host holds two batches of some 20 bytes each.
+_MAX_TOKENS = 1 << 26
 
 
 @dataclasses.dataclass
@@ -76,6 +77,8 @@ def evaluate(
   size; no specs are the run's validation sources; `data` changes fields of
   its DataConfig. Bad input is refused before parameters are loaded.
   """
+  if output is not None:
+    files.check_output(output, "--output")
   meta = checkpoint.load_meta(workdir, step)
   config = meta.config
   context = config.model.context_length
@@ -84,8 +87,11 @@ def evaluate(
     raise config_lib.ConfigError(
       f"--stride={stride}: must be from 1 to model.context_length={context}"
     )
-  if output is not None:
-    _check_writable(output)
+  if batch_size is not None and batch_size * context > _MAX_TOKENS:
+    raise config_lib.ConfigError(
+      f"--batch_size={batch_size}: with a context of {context} tokens it must "
+      f"be at most {_MAX_TOKENS // context}, so that the host can hold a batch"
+    )
   data_config = dataclasses.replace(config.data, **data)
   sources = [
     sources_lib.open_source(spec, data_config)
@@ -124,20 +130,13 @@ def _collect(
       f"source {source.spec!r}: none of its {n} documents is valid UTF-8; "
       "correct them, or set invalid_utf8 to 'replace'"
     )
+  if not any(document.totals.n_bytes for document in documents):
+    raise config_lib.ConfigError(
+      f"source {source.spec!r}: holds no text; all of its {n} documents are "
+      "empty"
+    )
   progress.update(bar, completed=n)
   return Result(source.spec, documents, n - len(documents))
-
-
-def _check_writable(path: str) -> None:
-  directory = os.path.dirname(path) or "."
-  if not os.path.isdir(directory):
-    raise config_lib.ConfigError(
-      f"--output={path}: no directory {directory!r}; create it"
-    )
-  if os.path.isdir(path) or not os.access(directory, os.W_OK):
-    raise config_lib.ConfigError(
-      f"--output={path}: cannot be written; name a file in a directory of yours"
-    )
 
 
 def _make_mesh(
@@ -233,16 +232,7 @@ def write(evaluation: Evaluation, path: str, documents: bool) -> None:
     "total": _object(evaluation.totals),
     "sources": [_source(r, documents) for r in evaluation.results],
   }
-  part = f"{path}.{os.getpid()}.part"
-  try:
-    with open(part, "w") as file:
-      json.dump(content, file, indent=2, allow_nan=False)
-      file.write("\n")
-    os.replace(part, path)
-  except BaseException:
-    with contextlib.suppress(FileNotFoundError):
-      os.unlink(part)
-    raise
+  files.replace(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def _source(result: Result, documents: bool) -> dict[str, Any]:

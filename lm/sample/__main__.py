@@ -8,6 +8,7 @@ python -m lm.sample --workdir=RUN --chat
 """
 
 import dataclasses
+import io
 import math
 import os
 import sys
@@ -19,16 +20,17 @@ from typing import Any
 from absl import flags
 
 from lm import config as config_lib
-from lm import door
-from lm.sample import chat, heat, loading, show
+from lm import door, files
+from lm.data import tokenizer as tokenizer_lib
+from lm.sample import beam, chat, heat, loading, show
 from lm.sample import request as request_lib
 from lm.sample import sampler as sampler_lib
 
 _PROMPT = flags.DEFINE_multi_string(
   "prompt", [], "Text to continue; repeat it for several. Default: none."
 )
-_PROMPT_FILE = flags.DEFINE_multi_string(
-  "prompt_file", [], "File whose whole text is one more prompt."
+_PROMPT_FILE = door.define_paths(
+  "prompt_file", "File whose whole text is one more prompt."
 )
 _SUFFIX = flags.DEFINE_string(
   "infill_suffix",
@@ -47,8 +49,10 @@ _CANDIDATES = flags.DEFINE_integer(
   lower_bound=1,
 )
 _TRACE = flags.DEFINE_bool("trace", False, "Show how each token is drawn.")
-_SCORE = flags.DEFINE_string("score", None, "File: how likely is its text?")
-_HTML = flags.DEFINE_string("html", None, "Page to write, with --score.")
+_SCORE = door.define_path(
+  "score", "File: how likely is its text, and that it ends there?"
+)
+_HTML = door.define_path("html", "Page to write, with --score.")
 _CHAT = flags.DEFINE_bool("chat", False, "Answer the lines of stdin.")
 _SYSTEM = flags.DEFINE_string("system", None, "System message of --chat.")
 _BEAMS = flags.DEFINE_integer(
@@ -56,6 +60,7 @@ _BEAMS = flags.DEFINE_integer(
   None,
   "Search for the likeliest continuations with so many beams; draws nothing.",
   lower_bound=1,
+  upper_bound=beam.MAX_BEAMS,
 )
 _JSON = flags.DEFINE_bool("json", False, "One JSON document on stdout.")
 _STREAM = flags.DEFINE_bool(
@@ -138,8 +143,17 @@ def main() -> int:
   requests = [_request(text) for text in texts]
   path = _SCORE.value
   scored = "" if path is None else _read("score", path)
-  sampler = loading.sampler()
+  if path is not None and not scored:
+    raise config_lib.ConfigError(f"--score={path}: is empty; name a text")
+  if _HTML.value is not None:
+    files.check_output(_HTML.value, "--html")
+  found = loading.meta()
+  _check(mode, requests, tokenizer_lib.Tokenizer.from_json(found.tokenizer))
+  sampler = loading.sampler(found)
   if mode == "chat":
+    # A line that is not UTF-8 is refused by itself, and the chat goes on.
+    if isinstance(sys.stdin, io.TextIOWrapper):
+      sys.stdin.reconfigure(errors="surrogateescape")
     return chat.talk(sampler, requests[0], _SYSTEM.value)
   if path is not None:
     return _score(sampler, path, scored)
@@ -177,6 +191,25 @@ def _request(prompt: str) -> request_lib.Request:
   rules: dict[str, Any] = {name: flags.FLAGS[name].value for name in _RULES}
   rules["logit_bias"] = dict(map(_bias, rules["logit_bias"]))
   return request_lib.Request(prompt=prompt, **rules)
+
+
+def _check(
+  mode: str,
+  requests: list[request_lib.Request],
+  tokenizer: tokenizer_lib.Tokenizer,
+) -> None:
+  """Raises ConfigError on what cannot be met, before parameters are read."""
+  for name, text in (("infill_suffix", _SUFFIX), ("system", _SYSTEM)):
+    request_lib.check_text(f"--{name}", text.value or "")
+  for request in requests:
+    request_lib.check(request, tokenizer.size)
+  most = tokenizer.size
+  if mode != "candidates":
+    most = min(most, request_lib.MAX_ALTERNATIVES)
+  if (_CANDIDATES.value or 0) > most:
+    raise config_lib.ConfigError(
+      f"--candidates={_CANDIDATES.value}: must be at most {most}"
+    )
 
 
 def _bias(text: str) -> tuple[int, float]:
@@ -309,13 +342,12 @@ def _trace(
 
 def _score(sampler: sampler_lib.Sampler, path: str, text: str) -> int:
   tokenizer = sampler.tokenizer
-  if not text:
-    raise config_lib.ConfigError(f"--score={path}: is empty; name a text")
-  score = sampler.score(text, alternatives=_CANDIDATES.value or 5)
+  score = sampler.score(text, alternatives=_CANDIDATES.value or 5, eos=True)
   if math.isnan(score.total):
     return _refuse_nan(f"in {path}")
   if _HTML.value is not None:
-    heat.write_page(score, tokenizer, os.path.basename(path), _HTML.value)
+    page = heat.page(score, tokenizer, os.path.basename(path))
+    files.replace(_HTML.value, page)
   rows = show.tokens(score, tokenizer)
   shown = [
     heat.heat_map(score, tokenizer),

@@ -45,6 +45,8 @@ from lm.sample import engine as engine_lib
 from lm.sample import loop, rules, text
 from lm.sample.request import Request, Result
 
+# Each is a row of the cache, and every step compares all that they lead to.
+MAX_BEAMS = 64
 _EARLY = (False, True, "never")
 # Fields that say how to draw, or ask for what a search does not follow.
 _MEANINGLESS = (
@@ -146,8 +148,11 @@ def _check(request, n_beams, length_penalty, early_stopping) -> None:
         f"and ends at ids; leave it at {getattr(neutral, name)!r}"
       )
   integer = isinstance(n_beams, int) and not isinstance(n_beams, bool)
-  if not integer or n_beams < 1:
-    raise config_lib.ConfigError(f"n_beams={n_beams!r}: must be at least 1")
+  if not integer or not 1 <= n_beams <= MAX_BEAMS:
+    raise config_lib.ConfigError(
+      f"n_beams={n_beams!r}: must be in [1, {MAX_BEAMS}], since each is a row "
+      "of the cache"
+    )
   number = isinstance(length_penalty, int | float)
   if not number or not math.isfinite(length_penalty):
     raise config_lib.ConfigError(

@@ -10,7 +10,6 @@ import jinja2
 import rich.console
 from rich import text as text_lib
 
-from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.sample import request as request_lib
 from lm.sample import show
@@ -121,23 +120,6 @@ def _heat(bits: float) -> str:
 
 def _share(bits: float) -> float:
   return min(max(bits / HOT_BITS, 0.0), 1.0)
-
-
-def write_page(
-  score: request_lib.Score,
-  tokenizer: tokenizer_lib.Tokenizer,
-  name: str,
-  path: str,
-) -> None:
-  """Raises ConfigError where the path cannot be written."""
-  text = page(score, tokenizer, name)
-  try:
-    with open(path, "w", encoding="utf-8") as file:
-      file.write(text)
-  except OSError as error:
-    raise config_lib.ConfigError(
-      f"--html={path}: {error}; name a file in a directory that there is"
-    ) from error
 
 
 def page(

@@ -5,11 +5,11 @@ import math
 import jax
 from absl import flags
 
+from lm import checkpoint, door, sharding
 from lm import config as config_lib
-from lm import sharding
 from lm.sample import sampler as sampler_lib
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of lm.train.")
+_WORKDIR = door.define_path("workdir", "Run directory of lm.train.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default: the last.")
 _MESH = flags.DEFINE_list(
   "mesh",
@@ -30,9 +30,11 @@ _AHEAD = flags.DEFINE_integer(
   0,
   "Tokens proposed at each step, by --draft or what the text repeats; no token "
   "depends on it.",
+  lower_bound=0,
+  upper_bound=sampler_lib.MAX_AHEAD,
 )
-_DRAFT = flags.DEFINE_string(
-  "draft", None, "Run directory of a smaller model that proposes tokens."
+_DRAFT = door.define_path(
+  "draft", "Run directory of a smaller model that proposes tokens."
 )
 
 
@@ -44,22 +46,34 @@ def check() -> str:
     raise config_lib.ConfigError("--workdir: missing; write --workdir=RUN")
   if _MESH.value is not None:
     _shape(_MESH.value)
+  if _DRAFT.value is not None and _AHEAD.value == 0:
+    raise config_lib.ConfigError(
+      f"--draft={_DRAFT.value}: proposes --ahead tokens; set that too"
+    )
   return _WORKDIR.value
 
 
-def sampler() -> sampler_lib.Sampler:
-  """The model that the flags name. Raises ConfigError."""
-  workdir, mesh = check(), None
+def meta() -> checkpoint.Meta:
+  """What the checkpoint that the flags name says of itself. Raises ConfigError
+  also where its model cannot be cut along --mesh.
+  """
+  found = checkpoint.load_meta(check(), _STEP.value)
   if _MESH.value is not None:
-    mesh = _mesh(_MESH.value)
+    _, fsdp, tensor = _shape(_MESH.value)
+    sharding.check_model(found.config.model, fsdp, tensor)
+  return found
+
+
+def sampler(found: checkpoint.Meta | None = None) -> sampler_lib.Sampler:
+  """The model that the flags name, or that of `meta()`. Raises ConfigError."""
+  mesh = None if _MESH.value is None else _mesh(_MESH.value)
+  step = (found or meta()).step
   load = sampler_lib.Sampler.from_checkpoint
   options = {"weights": _WEIGHTS.value, "int8_cache": _INT8_CACHE.value}
   draft = None
   if _DRAFT.value is not None:
     draft = load(_DRAFT.value, None, mesh, **options)
-  return load(
-    workdir, _STEP.value, mesh, ahead=_AHEAD.value, draft=draft, **options
-  )
+  return load(check(), step, mesh, ahead=_AHEAD.value, draft=draft, **options)
 
 
 def _mesh(numbers: list[str]) -> jax.sharding.Mesh:

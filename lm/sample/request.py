@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -15,6 +16,8 @@ DEFAULT_NEW_TOKENS = 256
 MAX_ALTERNATIVES = 20
 # Ids that end a row at most, eos among them.
 MAX_ENDS = 4
+# All samples of a request are held in memory until its last one ends.
+MAX_SAMPLES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +210,12 @@ def check(request: Request, n_ids: int) -> None:
       and (r.max_new_tokens is None or r.min_tokens <= r.max_new_tokens),
       "must be at least 0 and at most max_new_tokens",
     ),
-    ("n_samples", r.n_samples >= 1, "must be at least 1"),
+    (
+      "n_samples",
+      1 <= r.n_samples <= MAX_SAMPLES,
+      f"must be at least 1 and at most {MAX_SAMPLES}, since all are held in "
+      "memory; ask again from a later seed for more",
+    ),
     (
       "seed",
       0 <= r.seed <= 2**32 - max(r.n_samples, 1),
@@ -223,10 +231,29 @@ def check(request: Request, n_ids: int) -> None:
       raise config_lib.ConfigError(f"{name}={getattr(r, name)!r}: {rule}")
 
 
+def check_text(name: str, text: str) -> None:
+  """Raises ConfigError where `text` has no UTF-8: a surrogate is half a
+  character, or a byte of a command line that is not UTF-8.
+  """
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise config_lib.ConfigError(
+      f"{name}={text[:40]!r}: {text[error.start]!r} at character {error.start} "
+      "is not a character but a surrogate; give text that is UTF-8"
+    ) from error
+
+
 def _check_sequences(request: Request, n_ids: int) -> None:
   def refuse(name: str, value: object, rule: str):
     raise config_lib.ConfigError(f"{name}={value!r}: {rule}")
 
+  if isinstance(request.prompt, str):
+    check_text("prompt", request.prompt)
+  elif not isinstance(request.prompt, Sequence) or not all(
+    isinstance(i, numbers.Integral) for i in request.prompt
+  ):
+    refuse("prompt", request.prompt, "must be text, or a sequence of ids")
   for name in ("stop", "forbidden", "stop_ids"):
     value = getattr(request, name)
     if isinstance(value, str) or not isinstance(value, Sequence):
@@ -234,6 +261,7 @@ def _check_sequences(request: Request, n_ids: int) -> None:
   for text in request.stop:
     if not isinstance(text, str) or not text:
       refuse("stop", text, "must be texts of at least one character")
+    check_text("stop", text)
   if len(request.stop_ids) >= MAX_ENDS:
     refuse("stop_ids", request.stop_ids, f"at most {MAX_ENDS - 1} ids")
   if not isinstance(request.logit_bias, Mapping):

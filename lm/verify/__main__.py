@@ -11,7 +11,7 @@ import rich.console
 from absl import flags
 
 from lm import config as config_lib
-from lm import door
+from lm import door, files
 
 _ONLY = flags.DEFINE_list("only", None, "Checks to make; default: all.")
 _SHRINK = flags.DEFINE_bool(
@@ -21,9 +21,13 @@ _SHRINK = flags.DEFINE_bool(
   "switch; default: where the config is large.",
 )
 _DEVICES = flags.DEFINE_integer(
-  "devices", 8, "Devices that a CPU is to look like.", lower_bound=1
+  "devices",
+  8,
+  "Devices that a CPU is to look like.",
+  lower_bound=1,
+  upper_bound=256,  # each has threads of its own
 )
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.")
+_OUTPUT = door.define_path("output", "JSON file to write.")
 _FAULTS = flags.DEFINE_bool(
   "faults",
   False,
@@ -33,6 +37,13 @@ _FAULTS = flags.DEFINE_bool(
 
 
 def main(config: config_lib.Config) -> int:
+  if _OUTPUT.value is not None:
+    files.check_output(_OUTPUT.value, "--output")
+  if _ONLY.value is not None and (_FAULTS.value or not _ONLY.value):
+    raise config_lib.ConfigError(
+      f"--only={','.join(_ONLY.value)}: must name checks, and has no part in "
+      "--faults"
+    )
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   import jax
 

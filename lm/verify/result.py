@@ -1,10 +1,8 @@
 """What a check found: as a row of a table and as JSON."""
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +10,8 @@ import rich.box
 import rich.console
 import rich.markup
 import rich.table
+
+from lm import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,16 +81,7 @@ def write(results: Sequence[Result], path: str, about: dict[str, Any]) -> None:
       for result in results
     ],
   }
-  part = f"{path}.{os.getpid()}.part"
-  try:
-    with open(part, "w") as file:
-      json.dump(content, file, indent=2, allow_nan=False)
-      file.write("\n")
-    os.replace(part, path)
-  except BaseException:
-    with contextlib.suppress(FileNotFoundError):
-      os.unlink(part)
-    raise
+  files.replace(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def _finite(value: float | None) -> float | None:
