@@ -12,6 +12,7 @@ import pytest
 from hypothesis import strategies as st
 
 from lm import config as config_lib
+from lm.data import template as template_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.model import decoder
 from lm.sample import chat
@@ -108,7 +109,9 @@ def test_the_dialect_is_that_of_the_hub():
 """
   tokenizer = bytes_tokenizer(template)
   ids = chat.chat_ids(tokenizer, say("a", "b", "c"))
-  assert ids == [*tokenizer.encode("[a]\n[b]\n"), tokenizer.eos]
+  text = tokenizer.encode("[a]\n[b]\n")
+  # A template need not say bos, with which each document begins in training.
+  assert ids == [tokenizer.bos, *text, tokenizer.eos]
 
 
 SPELLINGS = st.sampled_from([*tokenizer_lib.RESERVED, "{{ 1 }}", "{% x %}"])
@@ -174,6 +177,48 @@ def test_templates_that_are_refused(template, message):
   assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+  "template, message",
+  [
+    ("{{ 'a' * 10**9 }}", "needs more memory than 500 MB"),
+    ("{{ 'a' * 10**7 }}", "output exceeds 2097152 characters"),
+    ("{{ 'x'.ljust(10**9) }}", "needs more memory"),
+    ("{{ '%1000000000d' % 1 }}", "needs more memory"),
+    ("{{ '{:1000000000}'.format(1) }}", "needs more memory"),
+    ("{{ 'a' | center(10**9) }}", "needs more memory"),
+    (
+      "{% set x = namespace(s='aa') %}{% for i in range(99) %}"
+      "{% set x.s = x.s ~ x.s %}{% endfor %}",
+      "needs more memory",
+    ),
+    ("{{ lipsum(n=10**9) }}", "takes more than 2 seconds|needs more memory"),
+    ("{{ 10**(10**8) }}", "takes more than 2 seconds"),
+    ("{% if 10**(10**8) > 1 %}{% endif %}", "takes more than 2 seconds"),
+    ("{{ range(10**9) }}", "OverflowError"),
+    (
+      "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
+      "{% endfor %}",
+      "takes more than 2 seconds",
+    ),
+    (
+      "{% for i in range(99999) %}{% for j in range(99999) %}aaaaaaaaaa"
+      "{% endfor %}{% endfor %}",
+      "output exceeds",
+    ),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    ("(" * 5 + "{{" + "(" * 99999 + "1", "chat template"),
+  ],
+)
+def test_templates_are_bounded(template, message):
+  """In memory, time and output; and what comes after them is rendered."""
+  with pytest.raises(config_lib.ConfigError, match=message) as error:
+    chat.chat_ids(bytes_tokenizer(template), say("a"))
+  assert "\n" not in str(error.value) and len(str(error.value)) < 2000
+  with pytest.raises(config_lib.ConfigError, match="chat template"):
+    template_lib.check("{% if %}")
+  assert chat.chat_ids(bytes_tokenizer(), say("a"))
+
+
 def test_what_ends_a_turn_is_what_the_template_names():
   t = bytes_tokenizer()
   assert chat.stop_ids(t) == [t.end_of_turn, t.user, t.system]
@@ -187,14 +232,14 @@ def test_what_ends_a_turn_is_what_the_template_names():
 def test_gaps(tokenizer):
   t = tokenizer
   before, after = t.encode("def <fim_middle>("), t.encode("):\n")
-  psm = [t.fim_prefix, *before, t.fim_suffix, *after, t.fim_middle]
+  psm = [t.bos, t.fim_prefix, *before, t.fim_suffix, *after, t.fim_middle]
   assert chat.fim_ids(t, "def <fim_middle>(", "):\n") == psm
-  spm = [t.fim_prefix, t.fim_suffix, *after, t.fim_middle, *before]
+  spm = [t.bos, t.fim_prefix, t.fim_suffix, *after, t.fim_middle, *before]
   assert chat.fim_ids(t, "def <fim_middle>(", "):\n", "spm") == spm
   with pytest.raises(config_lib.ConfigError, match="order='mps': must be"):
     chat.fim_ids(t, "", "", "mps")
   # Without a prefix the two are one.
-  empty = [t.fim_prefix, t.fim_suffix, t.fim_middle]
+  empty = [t.bos, t.fim_prefix, t.fim_suffix, t.fim_middle]
   assert chat.fim_ids(t, "", "") == chat.fim_ids(t, "", "", "spm") == empty
 
 

@@ -6,22 +6,20 @@ reserved id: text that spells one is ordinary text.
 """
 
 import base64
-import functools
 import hashlib
 import io
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
 import numpy as np
 import sentencepiece
 from google.protobuf import message
-from jinja2 import ext, sandbox
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
 from lm import config as config_lib
+from lm.data import template as template_lib
 
 N_SENTINELS = 100
 RESERVED = (
@@ -255,41 +253,6 @@ def load(config: config_lib.Config) -> Tokenizer:
   return tokenizer
 
 
-class _Generation(ext.Extension):
-  """`{% generation %}` marks what training learns from: nothing, to read."""
-
-  tags = {"generation"}
-
-  def parse(self, parser):
-    next(parser.stream)
-    return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_exception(message: str) -> NoReturn:
-  raise config_lib.ConfigError(f"chat template: {message}")
-
-
-@functools.lru_cache
-def compile_template(text: str) -> jinja2.Template:
-  """A chat template, in the dialect of those on the Hugging Face hub.
-
-  It may change nothing but its own variables, and `raise_exception(message)`
-  is a ConfigError. Raises ConfigError, with the line, on what is not Jinja.
-  """
-  environment = sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True,
-    lstrip_blocks=True,
-    extensions=[_Generation, ext.loopcontrols],
-  )
-  environment.globals["raise_exception"] = _raise_exception
-  try:
-    return environment.from_string(text)
-  except jinja2.TemplateSyntaxError as error:
-    raise config_lib.ConfigError(
-      f"chat template, line {error.lineno}: {error.message}"
-    ) from error
-
-
 def read_template(config: config_lib.Config) -> str | None:
   """Text of the chat template that the config names, once it has compiled."""
   path = config.tokenizer.chat_template
@@ -298,7 +261,7 @@ def read_template(config: config_lib.Config) -> str | None:
   try:
     with open(path, encoding="utf-8") as file:
       text = file.read()
-    compile_template(text)
+    template_lib.check(text)
   except (OSError, UnicodeDecodeError) as error:
     raise config_lib.ConfigError(
       f"config.tokenizer.chat_template={path!r}: {error}; name a file of UTF-8 "

@@ -10,11 +10,11 @@ import dataclasses
 import importlib
 import re
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lm import config as config_lib
+from lm.data import template as template_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.sample import request as request_lib
 from lm.sample import sampler as sampler_lib
@@ -35,8 +35,9 @@ def chat_ids(
 ) -> list[int]:
   """Ids of a conversation, up to where the assistant's next answer begins.
 
-  bos is there where the template says so. Raises ConfigError where there is no
-  template, on what is not a message, and on what the template refuses.
+  bos is in front, whether the template says so or not. Raises ConfigError where
+  there is no template, on what is not a message, and on what the template
+  refuses.
   """
   if tokenizer.chat_template is None:
     raise config_lib.ConfigError(
@@ -51,7 +52,7 @@ def chat_ids(
   ids = tokenizer.encode(parts[0])
   for mark, part in zip(parts[1::2], parts[2::2], strict=True):
     ids += [tokenizer.reserved[_NAMES[mark]], *tokenizer.encode(part)]
-  return ids
+  return ids if ids[:1] == [tokenizer.bos] else [tokenizer.bos, *ids]
 
 
 def stop_ids(tokenizer: tokenizer_lib.Tokenizer) -> list[int]:
@@ -70,7 +71,8 @@ def fim_ids(
   order: str = "psm",
 ) -> list[int]:
   """Ids after which a model writes what belongs between `prefix` and `suffix`,
-  and then eos (arXiv:2207.14255): prefix, suffix, middle, or suffix first.
+  and then eos (arXiv:2207.14255): bos, then prefix, suffix, middle, or suffix
+  first.
 
   Every tokenizer here has the three tokens. A model that was not trained to
   fill gaps has never seen them, and what it then writes is of no worth.
@@ -81,7 +83,7 @@ def fim_ids(
     )
   before, after = tokenizer.encode(prefix), tokenizer.encode(suffix)
   start, hole, end = (
-    [tokenizer.fim_prefix],
+    [tokenizer.bos, tokenizer.fim_prefix],
     [tokenizer.fim_suffix],
     [tokenizer.fim_middle],
   )
@@ -114,24 +116,13 @@ def _check(messages: Sequence[Any]) -> None:
 def _render(template: str, messages: Sequence[Any]) -> str:
   """The text, with marks where the template names reserved tokens."""
   marked = _SPELLING.sub(lambda match: _MARKS[match[0]], template)
-  compiled = tokenizer_lib.compile_template(marked)
-  try:
-    return compiled.render(
-      messages=[dict(item) for item in messages],
-      bos_token=_MARKS["<bos>"],
-      eos_token=_MARKS["<eos>"],
-      add_generation_prompt=True,
-    )
-  except config_lib.UserError:
-    raise
-  except Exception as error:
-    # A template is a program of the user's own: it may fail in any way.
-    frames = traceback.extract_tb(error.__traceback__)
-    line = [f.lineno for f in frames if f.filename == "<template>"][-1:]
-    where = f", line {line[0]}" if line else ""
-    raise config_lib.ConfigError(
-      f"chat template{where}: {type(error).__name__}: {error}"
-    ) from error
+  values = {
+    "messages": [dict(item) for item in messages],
+    "bos_token": _MARKS["<bos>"],
+    "eos_token": _MARKS["<eos>"],
+    "add_generation_prompt": True,
+  }
+  return template_lib.render(marked, values)
 
 
 def _check_parts(texts: Sequence[str], messages: Sequence[Any]) -> None:
@@ -210,7 +201,7 @@ def _fit(
   n_messages = len(messages)
   while True:
     ids = chat_ids(sampler.tokenizer, messages)
-    n_tokens = len(sampler.encode(ids))  # With bos.
+    n_tokens = len(ids)
     if n_tokens + room <= context:
       break
     turns = [i for i, m in enumerate(messages) if m["role"] == "user"]

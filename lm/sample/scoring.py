@@ -39,7 +39,7 @@ def parts(
   """Scores all of `ids` but the first, a window of the context at a time and
   one call of the device for each, by the windows of `lm.evaluate`.
   """
-  context = sampler.cfg.context_length
+  context: int = sampler.cfg.context_length
   stride = context if stride is None else stride
   if not 1 <= stride <= context:
     raise config_lib.ConfigError(

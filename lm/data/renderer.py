@@ -1,0 +1,89 @@
+"""The process in which lm/data/template.py runs templates.
+
+A line of JSON is a task, and a line of JSON the answer: {"text": ...} or
+{"error": ...}. The kernel ends the process where a task takes too long, since
+nothing in Python can end a multiplication. Nothing of lm is imported.
+"""
+
+import functools
+import json
+import resource
+import signal
+import sys
+import traceback
+from typing import NoReturn
+
+import jinja2
+from jinja2 import ext, sandbox
+
+
+class _Refused(Exception):
+  """What a template says by raise_exception(message)."""
+
+
+class _Generation(ext.Extension):
+  """`{% generation %}` marks what training learns from: nothing, to read."""
+
+  tags = {"generation"}
+
+  def parse(self, parser):
+    next(parser.stream)
+    return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> NoReturn:
+  raise _Refused(message)
+
+
+@functools.lru_cache
+def _compile(text: str) -> jinja2.Template:
+  environment = sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True,
+    lstrip_blocks=True,
+    extensions=[_Generation, ext.loopcontrols],
+  )
+  environment.globals["raise_exception"] = _raise_exception
+  return environment.from_string(text)
+
+
+def _answer(task: dict) -> dict[str, str]:
+  try:
+    template = _compile(task["template"])
+    if task["values"] is None:
+      return {"text": ""}
+    parts, n_characters = [], 0
+    for part in template.generate(**task["values"]):
+      parts.append(part)
+      n_characters += len(part)
+      if n_characters > task["most"]:
+        return {"error": f"output exceeds {task['most']} characters"}
+    return {"text": "".join(parts)}
+  except _Refused as error:
+    return {"error": str(error)}
+  except MemoryError:
+    return {"error": f"needs more memory than {task['megabytes']} MB"}
+  except jinja2.TemplateSyntaxError as error:
+    return {"line": str(error.lineno), "error": str(error.message)}
+  except Exception as error:
+    # A template is a program: it may fail in any way.
+    frames = traceback.extract_tb(error.__traceback__)
+    line = [str(f.lineno) for f in frames if f.filename == "<template>"][-1:]
+    return {
+      "line": "".join(line),
+      "error": f"{type(error).__name__}: {error}"[:1000],
+    }
+
+
+def main() -> None:
+  for line in sys.stdin:
+    task = json.loads(line)
+    size = task["megabytes"] * 10**6
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    signal.setitimer(signal.ITIMER_PROF, task["seconds"])
+    answer = json.dumps(_answer(task))
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    print(answer, flush=True)
+
+
+if __name__ == "__main__":
+  main()
