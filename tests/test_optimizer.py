@@ -1,6 +1,7 @@
 """Schedules and optimizers against closed forms, NumPy and optax itself."""
 
 import math
+import re
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from lm import config as config_lib
 from lm.train import optimizer
 
 L, D, N, H, F = 3, 5, 2, 7, 11
+NAMES = ("adamw", "lion", "adafactor", "muon")
 
 
 def _params(seed=0):
@@ -60,15 +62,22 @@ def _leaves(tree):
     ("linear", {0: 0.2, 4: 1, 52: 1 - 48 / 96, 99: 1 - 95 / 96}),
     ("cosine", {4: 1, 52: 0.5, 99: 0.5 * (1 + math.cos(math.pi * 95 / 96))}),
     ("rsqrt", {4: 1, 16: 0.5, 64: 0.25}),
-    ("wsd", {4: 1, 76: 1, 82: 18 / 24, 99: 1 / 24}),
+    ("wsd", {4: 1, 75: 1, 76: 24 / 25, 82: 18 / 25, 99: 1 / 25}),
   ],
 )
 def test_schedule_closed_form(name, expected):
-  """100 steps, 4 of warm-up; `wsd` decays over the last quarter of the 96."""
+  """100 steps, 4 of warm-up; `wsd` decays over the last quarter of all."""
   cfg = _config(schedule=name, warmup_steps=4, decay_fraction=0.25)
   rate = optimizer.schedule(cfg, 100, peak=3.0)
   for step, value in expected.items():
     assert rate(step) == pytest.approx(3.0 * value, rel=1e-5, abs=1e-6), step
+
+
+def test_wsd_decays_over_its_fraction_whatever_the_warmup():
+  cfg = _config(schedule="wsd", warmup_steps=500, decay_fraction=0.2)
+  rates = [optimizer.rate_at(cfg, 1000, step) for step in range(0, 1000, 10)]
+  assert rates[50:81] == [pytest.approx(0.1)] * 31
+  assert rates[81:] == [pytest.approx(0.1 * i / 20) for i in range(19, 0, -1)]
 
 
 def test_schedule_ends_at_its_floor():
@@ -152,7 +161,73 @@ def test_adafactor_treats_each_layer_as_a_tensor_of_its_own():
       )
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
+@pytest.mark.parametrize("name", NAMES)
+def test_without_gradients_a_step_is_the_weight_decay(name):
+  """Every leaf against -lr * weight_decay * parameter, and 0 for vectors, at
+  each step of a schedule; what Muon leaves to Adam decays at Adam's rate.
+  """
+  fields = {"schedule": "wsd", "warmup_steps": 2, "adam_peak_lr": 0.03}
+  cfg = _config(name=name, weight_decay=0.3, **fields)
+  transform, params = optimizer.make(cfg, 8), _params()
+  zeros = jax.tree.map(np.zeros_like, params)
+  state, update = transform.init(params), jax.jit(transform.update)
+  matrices = {"['layers']['attention']['q']", "['layers']['attention']['o']"}
+  matrices |= {"['layers']['mlp']['up']"}
+  # Warm-up 1/3, 2/3, then flat, and the last 8/5 of 8 steps decay.
+  shape = [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1 / 1.6]
+  for step, part in enumerate(shape):
+    changes, state = update(zeros, state, params)
+    got, before = _leaves(changes), _leaves(params)
+    for leaf, w in before.items():
+      peak = 0.03 if name == "muon" and leaf not in matrices else 0.1
+      rate = 0.0 if "scale" in leaf or "bias" in leaf else peak * part * 0.3
+      np.testing.assert_allclose(
+        got[leaf], -rate * w, rtol=1e-5, atol=1e-30, err_msg=f"{leaf} {step}"
+      )
+    params = optax.apply_updates(params, changes)
+
+
+# Where leaves of the state stand, `{part}` of the partition; the parameters'
+# own paths come after them.
+STATES = {
+  "adamw": "[0].count [0].mu [0].nu [2].count",
+  "lion": "[0].count [0].mu [2].count",
+  "adafactor": " ".join(
+    f".inner_states[{part}].inner_state{leaf}"
+    for part in (False, True)
+    for leaf in "[0].count [0].v [0].v_col [0].v_row [2].count".split()
+  ),
+  "muon": " ".join(
+    f".inner_states['{part}'].inner_state{leaf}"
+    for part, leaves in (
+      ("adam", "[0].count [0].mu [0].nu [2].count"),
+      ("muon", "[0].count [0].mu [0].ns_coeffs [3].count"),
+    )
+    for leaf in leaves.split()
+  ),
+}
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("name", NAMES)
+def test_state_is_a_tree_that_stored_runs_have(name, decay):
+  """A checkpoint is read by these paths. A change here, ours or optax's, ends
+  all runs of that optimizer: CHANGELOG.md must say so.
+  """
+  transform = optimizer.make(_config(name=name, weight_decay=decay), 10)
+  state = jax.eval_shape(transform.init, _params())
+  found = {
+    re.sub(r"\['(embed|final_norm|layers)'\].*", "", jax.tree_util.keystr(path))
+    for path, _ in jax.tree_util.tree_leaves_with_path(state)
+  }
+  wanted = set(STATES[name].split())
+  if name == "adafactor" and decay:  # its decay follows the schedule
+    counts = ".inner_states[{}].inner_state[4].inner_state.count"
+    wanted |= {counts.format(part) for part in (False, True)}
+  assert found == wanted
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_slots_lie_as_their_weights(name):
   """No slot as large as its weight is whole on every device."""
   P = jax.sharding.PartitionSpec

@@ -34,7 +34,8 @@ def schedule(
   """Learning rate of step 0 .. steps - 1: linear warm-up, then the shape.
 
   `rsqrt` is peak * sqrt(warmup / step), which never ends; `wsd` (warm-up,
-  stable, decay: arXiv:2404.06395) decays linearly over its last part.
+  stable, decay: arXiv:2404.06395) decays linearly over the last
+  `decay_fraction` of all steps, warm-up included.
   """
   warmup = cfg.warmup_steps
 
@@ -50,7 +51,7 @@ def schedule(
     shape = {
       "linear": 1 - done,
       "cosine": 0.5 * (1 + jnp.cos(jnp.pi * done)),
-      "wsd": jnp.minimum(1.0, (1 - done) / cfg.decay_fraction),
+      "wsd": jnp.clip((steps - step) / (cfg.decay_fraction * steps), 0, 1),
     }[cfg.schedule]
     floor = cfg.final_lr_fraction
     return peak * rise * (floor + (1 - floor) * shape)
@@ -58,15 +59,25 @@ def schedule(
   return rate
 
 
+def rate_at(cfg: config_lib.OptimizerConfig, steps: int, step: int) -> float:
+  """Learning rate of one step of a run of `steps`, as reports call it `lr`."""
+  return float(schedule(cfg, steps, cfg.peak_lr)(step))
+
+
+def decayed(params: Any) -> Any:
+  """Which parameters decay: all but vectors."""
+  return jax.tree.map(lambda kind: kind != "vector", kinds(params))
+
+
 def make(
   cfg: config_lib.OptimizerConfig, steps: int
 ) -> optax.GradientTransformation:
-  """The transformation, without the clip, which train/step.py does."""
+  """The transformation, without the clip, which train/step.py does.
+
+  Weight decay takes lr * weight_decay of each parameter that is `decayed`,
+  whichever the optimizer, at the learning rate of that parameter.
+  """
   rate = schedule(cfg, steps, cfg.peak_lr)
-
-  def decayed(params):
-    return jax.tree.map(lambda kind: kind != "vector", kinds(params))
-
   if cfg.name == "adamw":
     return optax.adamw(
       rate,
@@ -88,13 +99,17 @@ def make(
     return _layerwise(
       lambda: optax.adafactor(
         rate,
-        weight_decay_rate=cfg.weight_decay or None,
+        # Optax does not multiply this one by the learning rate.
+        weight_decay_rate=(lambda step: cfg.weight_decay * rate(step))
+        if cfg.weight_decay
+        else None,
         weight_decay_mask=decayed,
       )
     )
-  return optax.contrib.muon(
+  muon = optax.contrib.muon(
     rate,
     beta=cfg.momentum,
+    eps=cfg.epsilon,
     weight_decay=cfg.weight_decay,
     weight_decay_mask=decayed,
     adam_b1=cfg.b1,
@@ -103,6 +118,16 @@ def make(
     adam_learning_rate=schedule(cfg, steps, cfg.adam_peak_lr),
     muon_weight_dimension_numbers=_muon_dimensions,
   )
+
+  def update(updates, state, params=None):
+    # Optax keeps that mask from what it gives to Adam: vectors would decay.
+    # Neither Muon nor Adam reads parameters but to decay them.
+    shown = jax.tree.map(
+      lambda kept, p: p if kept else jnp.zeros_like(p), decayed(params), params
+    )
+    return muon.update(updates, state, shown)
+
+  return optax.GradientTransformation(muon.init, update)
 
 
 def _muon_dimensions(params: Any) -> Any:
