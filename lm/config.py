@@ -10,8 +10,10 @@ import dataclasses
 import difflib
 import json
 import math
+import struct
 import types
 import typing
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 
@@ -180,7 +182,7 @@ class OptimizerConfig:
   clip_norm: float | None = 1.0
   schedule: Literal["constant", "linear", "cosine", "rsqrt", "wsd"] = "linear"
   warmup_steps: int = 50
-  # Last part of the run in which `wsd` decays.
+  # Last part of the run, warm-up included, in which `wsd` decays.
   decay_fraction: float = 0.2
   # Where the decay ends, as a fraction of the peak.
   final_lr_fraction: float = 0.0
@@ -235,6 +237,13 @@ class CheckpointConfig:
   keep_every: int | None = None
   # Best by validation loss.
   keep_best: int = 1
+  # Where a checkpoint has other arrays than the run wants: stop, or take the
+  # parameters and start what does not fit (optimizer state, average) afresh.
+  # With the latter, fields of the optimizer may change on a restart.
+  on_mismatch: Literal["refuse", "fresh_optimizer"] = "refuse"
+  # Damaged checkpoints that one start may move to damaged/, going back to the
+  # one before; one more ends the start.
+  set_aside: int = 1
 
 
 @dataclasses.dataclass
@@ -263,7 +272,33 @@ class Config:
 
 
 def validate(config: Config) -> Config:
-  """Returns `config`, or raises ConfigError naming the first broken rule."""
+  """Returns `config`, which is about to be run; raises ConfigError naming the
+  first broken rule, or the first field that is set and that nothing reads.
+  """
+  check(config)
+  o, steps = config.optimizer, config.train.steps
+  flat = (1 - o.decay_fraction) * steps
+  _require(
+    o.schedule != "wsd" or o.warmup_steps <= flat + 1e-6,  # of its rounding
+    "config.optimizer.warmup_steps",
+    o.warmup_steps,
+    f"must be at most {flat:.0f}: schedule='wsd' decays from that step on, "
+    f"the last decay_fraction={o.decay_fraction} of train.steps={steps}",
+  )
+  for path, value, default, reader in _without_effect(config):
+    _require(
+      value == default,
+      path,
+      value,
+      f"has no effect: only {reader} reads it; leave it at {default!r}",
+    )
+  return config
+
+
+def check(config: Config) -> Config:
+  """Returns `config`, or raises ConfigError naming the first broken rule of
+  those that a stored config keeps too.
+  """
   check_types(config, Config, "config")
   for path, value in _leaves(config):
     name = path.rsplit(".", 1)[-1]
@@ -277,12 +312,26 @@ def validate(config: Config) -> Config:
       _require(value >= 0, path, value, "must not be negative")
     if name in _BELOW_ONE:
       _require(0 <= value < 1, path, value, "must be in [0, 1)")
+      _require(_float32(value) < 1, path, value, "is 1 in float32; lower it")
   _validate_model(config.model)
   _validate_run(config)
   return config
 
 
 def _validate_model(m: ModelConfig) -> None:
+  for others, size in (
+    ("vocab_size", m.vocab_size),
+    ("context_length", m.context_length if m.positions == "learned" else 0),
+    ("n_layers * n_heads * d_head", m.n_layers * m.n_heads * m.d_head),
+    ("n_layers * d_mlp", m.n_layers * m.d_mlp),
+  ):
+    _require(
+      m.d_model * size <= _MOST_WEIGHTS,
+      "config.model.d_model",
+      m.d_model,
+      f"times {others} must be at most {_MOST_WEIGHTS:.0e}, more than any "
+      "machine holds; make one of them smaller",
+    )
   _require(
     m.n_heads % m.n_kv_heads == 0,
     "config.model.n_heads",
@@ -323,6 +372,13 @@ def _validate_run(config: Config) -> None:
     "config.train.batch_size",
     t.batch_size,
     f"must be a multiple of train.microbatches={t.microbatches}",
+  )
+  _require(
+    config.tokens_per_step <= 2**31 - 1,
+    "config.train.batch_size",
+    t.batch_size,
+    f"times sequence_length={t.sequence_length} must be at most {2**31 - 1}, "
+    "the largest int32: it counts the tokens of a step",
   )
   _require(len(d.train) > 0, "config.data.train", d.train, "names no source")
   _require(
@@ -373,16 +429,113 @@ _POSITIVE = frozenset(
   " epsilon clip_norm sigma slow_step_factor".split()
 )
 _NOT_NEGATIVE = frozenset(
-  "seed init_scale weight_decay warmup_steps z_loss keep_best".split()
+  "seed init_scale weight_decay warmup_steps z_loss keep_best set_aside".split()
 )
 _BELOW_ONE = frozenset(
   "embedding_dropout residual_dropout b1 b2 momentum ema_decay".split()
 )
+# What a whole number may be at most, where that is not the largest int32.
+_AT_MOST = {
+  "seed": (2**32 - 1, "what 32 bits hold, of which random keys are made"),
+  "n_layers": (10_000, "since decoding names each of them in its program"),
+  "window": (10**6, "since the state holds as many numbers"),
+  "workers": (10_000, "since each is a thread"),
+  "prefetch_rows": (10**6, "since they are held in memory"),
+  "epochs": (10**6, "since an int64 must count their windows"),
+  "train_bytes": (10**12, "since they are held in memory"),
+}
+# Of one weight, over all layers.
+_MOST_WEIGHTS = 10**12
+
+# Fields that have an effect in some configs only: whether they have one in
+# this config, and what reads them where they have.
+_READERS: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
+  (
+    "model.rope_theta model.rope_scaling",
+    lambda c: c.model.positions == "rope",
+    "model.positions='rope'",
+  ),
+  (
+    "model.rope_theta_windowed",
+    lambda c: c.model.positions == "rope" and any(c.model.windows),
+    "model.positions='rope' in a layer with one of model.windows",
+  ),
+  (
+    "tokenizer.path",
+    lambda c: c.tokenizer.kind == "sentencepiece",
+    "tokenizer.kind='sentencepiece'",
+  ),
+  (
+    "tokenizer.train_bytes",
+    lambda c: c.tokenizer.kind == "sentencepiece" and c.tokenizer.path is None,
+    "tokenizer.kind='sentencepiece' without tokenizer.path",
+  ),
+  (
+    "data.text_unit",
+    lambda c: any(
+      source.startswith("text:") for source in c.data.train + c.data.validation
+    ),
+    "a source text:GLOB",
+  ),
+  (
+    "optimizer.adam_peak_lr optimizer.momentum",
+    lambda c: c.optimizer.name == "muon",
+    "optimizer.name='muon'",
+  ),
+  (
+    "optimizer.b1 optimizer.b2",
+    lambda c: c.optimizer.name != "adafactor",
+    "optimizer.name='adamw', 'lion' or 'muon'",
+  ),
+  (
+    "optimizer.epsilon",
+    lambda c: c.optimizer.name in ("adamw", "muon"),
+    "optimizer.name='adamw' or 'muon'",
+  ),
+  (
+    "optimizer.decay_fraction",
+    lambda c: c.optimizer.schedule == "wsd",
+    "optimizer.schedule='wsd'",
+  ),
+  (
+    "optimizer.final_lr_fraction",
+    lambda c: c.optimizer.schedule in ("linear", "cosine", "wsd"),
+    "optimizer.schedule='linear', 'cosine' or 'wsd'",
+  ),
+)
+
+
+def _without_effect(config: Config) -> Iterator[tuple[str, Any, Any, str]]:
+  """(path, value, default, what would read it) of fields that nothing reads."""
+  for paths, has_effect, reader in _READERS:
+    if has_effect(config):
+      continue
+    for room, field in (path.split(".") for path in paths.split()):
+      nodes = (getattr(tree, room) for tree in (config, Config()))
+      value, default = (getattr(node, field) for node in nodes)
+      yield f"config.{room}.{field}", value, default, reader
 
 
 def _require(holds: bool, path: str, value: Any, rule: str) -> None:
   if not holds:
-    raise ConfigError(f"{path}={value!r}: {rule}")
+    raise ConfigError(f"{path}={_shown(value)}: {rule}")
+
+
+def _shown(value: Any) -> str:
+  """`repr`, cut where it is long."""
+  try:
+    text = repr(value)
+  except (ValueError, RecursionError):  # an int of 5000 digits, a deep list
+    text = f"<{type(value).__name__} beyond what can be shown>"
+  return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _float32(value: float) -> float:
+  """What a float32 makes of `value`."""
+  try:
+    return struct.unpack("<f", struct.pack("<f", float(value)))[0]
+  except OverflowError:
+    return math.inf
 
 
 def _leaves(node: Any, path: str = "config"):
@@ -400,7 +553,7 @@ def check_types(value: Any, kind: Any, path: str) -> None:
   if dataclasses.is_dataclass(kind):
     if not isinstance(value, kind):  # type: ignore[arg-type]
       name = kind.__name__  # type: ignore[attr-defined]
-      raise ConfigError(f"{path}={value!r}: must be a {name}")
+      raise ConfigError(f"{path}={_shown(value)}: must be a {name}")
     known = typing.get_type_hints(kind)
     for name in vars(value):
       if name not in known:
@@ -416,11 +569,11 @@ def check_types(value: Any, kind: Any, path: str) -> None:
     return check_types(value, kinds[0], path)
   if origin is Literal:
     if value not in args:
-      raise ConfigError(f"{path}={value!r}: {unknown(str(value), args)}")
+      raise ConfigError(f"{path}={_shown(value)}: {unknown(value, args)}")
     return
   if origin is tuple:
     if not isinstance(value, tuple):
-      raise ConfigError(f"{path}={value!r}: must be a tuple")
+      raise ConfigError(f"{path}={_shown(value)}: must be a tuple")
     for i, item in enumerate(value):
       check_types(item, args[0], f"{path}[{i}]")
     return
@@ -430,15 +583,32 @@ def check_types(value: Any, kind: Any, path: str) -> None:
   ):
     name = kind.__name__
     raise ConfigError(
-      f"{path}={value!r}: must be of type {name}, not {type(value).__name__}"
+      f"{path}={_shown(value)}: must be of type {name}, not "
+      f"{type(value).__name__}"
     )
-  if kind is float and not math.isfinite(value):
-    raise ConfigError(f"{path}={value!r}: must be finite")
+  if kind is int:
+    name = path.rsplit(".", 1)[-1].partition("[")[0]
+    most, why = _AT_MOST.get(name, (2**31 - 1, "the largest int32"))
+    _require(value <= most, path, value, f"must be at most {most}, {why}")
+  if kind is float:
+    single = _float32(value)
+    _require(
+      math.isfinite(single), path, value, "must be finite, also in float32"
+    )
+    _require(
+      value == 0 or abs(single) >= 2**-126,
+      path,
+      value,
+      "counts as 0 in float32; write 0 or a number further from it",
+    )
+  if kind is str:
+    _require("\0" not in value, path, value, "must not hold a NUL")
 
 
-def unknown(name: str, known: Any) -> str:
+def unknown(name: Any, known: Any) -> str:
   known = [str(k) for k in known]
-  near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+  text = name if isinstance(name, str) else _shown(name)
+  near = difflib.get_close_matches(text[:100], known, n=1, cutoff=0.5)
   hint = f"did you mean {near[0]!r}? " if near else ""
   return f"unknown; {hint}Known: {', '.join(known)}"
 
@@ -450,13 +620,15 @@ def to_json(config: Config) -> str:
   return json.dumps(dataclasses.asdict(config), indent=2)
 
 
-def from_json(text: str) -> Config:
-  """Inverse of `to_json`; raises ConfigError on what is not a config."""
+def from_json(text: str | bytes) -> Config:
+  """Inverse of `to_json`, for a config that was stored: it may hold fields
+  without effect. Raises ConfigError on what is not a config.
+  """
   try:
     tree = json.loads(text)
-  except json.JSONDecodeError as error:
+  except (ValueError, RecursionError) as error:
     raise ConfigError(f"config={text[:40]!r}...: not JSON: {error}") from error
-  return validate(from_dict(Config, tree, "config"))
+  return check(from_dict(Config, tree, "config"))
 
 
 def from_dict(kind: Any, value: Any, path: str) -> Any:
@@ -465,7 +637,7 @@ def from_dict(kind: Any, value: Any, path: str) -> Any:
     return None
   if dataclasses.is_dataclass(kind):
     if not isinstance(value, dict):
-      raise ConfigError(f"{path}={value!r}: must be an object of fields")
+      raise ConfigError(f"{path}={_shown(value)}: must be an object of fields")
     known = typing.get_type_hints(kind)
     for name in value:
       if name not in known:
@@ -485,10 +657,17 @@ def from_dict(kind: Any, value: Any, path: str) -> Any:
 
 
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
-  """Fields whose values differ: path -> (value in a, value in b)."""
+  """Fields whose values differ: path -> (value in a, value in b); without
+  those that have no effect in either.
+  """
   left, right = dict(_leaves(a)), dict(_leaves(b))
+  dead = [{path for path, *_ in _without_effect(tree)} for tree in (a, b)]
+
+  def has_effect(path: str) -> bool:
+    return not any(f"{path}.".startswith(f"{x}.") for x in dead[0] & dead[1])
+
   return {
     path: (left.get(path), right.get(path))
     for path in sorted(left.keys() | right.keys())
-    if left.get(path) != right.get(path)
+    if left.get(path) != right.get(path) and has_effect(path)
   }

@@ -263,9 +263,12 @@ def _read(text: str, kind: Any) -> Any:
     return {"true": True, "false": False}.get(text.lower(), text)
   try:
     value = ast.literal_eval(text)
-  except (SyntaxError, ValueError):
-    value = text
+  except (SyntaxError, ValueError, MemoryError, RecursionError):
+    value = text  # the last two: brackets or signs beyond what Python parses
   if origin is tuple:
     # One bare item, such as a single source, is a tuple of one.
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-  return float(value) if kind is float and type(value) is int else value
+  if kind is float and type(value) is int:
+    with contextlib.suppress(OverflowError):  # then check_types refuses it
+      return float(value)
+  return value

@@ -123,7 +123,7 @@ def test_literal_takes_its_choices_and_names_the_nearest(case):
     ),
     (
       {"optimizer.peak_lr": float("nan")},
-      "config.optimizer.peak_lr=nan: must be finite",
+      "config.optimizer.peak_lr=nan: must be finite, also in float32",
     ),
     (
       {"data.train": ["text:a"]},
@@ -241,7 +241,125 @@ RULES = [
     "config.mesh=(None, 1, 2): mode pmap is pure data parallel: set fsdp=1 and"
     " tensor=1",
   ),
+  (
+    {
+      "optimizer.schedule": "wsd",
+      "optimizer.warmup_steps": 801,
+    },
+    "config.optimizer.warmup_steps=801: must be at most 800: schedule='wsd'"
+    " decays from that step on, the last decay_fraction=0.2 of"
+    " train.steps=1000",
+  ),
 ]
+
+# A size that nothing could hold is refused before anything is made of it.
+INT32 = "must be at most 2147483647, the largest int32"
+SIZES = [
+  ("seed", 2**32, "must be at most 4294967295, what 32 bits hold"),
+  ("seed", 2**63, "must be at most 4294967295"),
+  ("optimizer.skip.window", 10**13, "must be at most 1000000, since the state"),
+  ("model.n_layers", 10**9, "must be at most 10000, since decoding"),
+  ("model.d_model", 10**12, INT32),
+  ("model.d_model", 10**9, "times vocab_size must be at most 1e+12"),
+  ("model.vocab_size", 2**31 - 1, None),
+  ("model.windows", (5, 10**12), INT32),
+  ("train.steps", 10**30, INT32),
+  ("train.batch_size", 10**12, INT32),
+  ("train.batch_size", 10**7, "times sequence_length=256 must be at most"),
+  ("data.prefetch_rows", 10**9, "must be at most 1000000"),
+  ("mesh.data", 10**100, INT32),
+  ("optimizer.peak_lr", 10**400, "must be finite, also in float32"),
+  ("optimizer.peak_lr", 1e39, "must be finite, also in float32"),
+  ("optimizer.peak_lr", 1e-39, "counts as 0 in float32"),
+  ("optimizer.epsilon", 1e-300, "counts as 0 in float32"),
+  ("optimizer.b2", 1 - 2**-26, "is 1 in float32; lower it"),
+  ("data.train_weights", (1e300,), "must be finite, also in float32"),
+  ("model.rope_scaling.factor", 1e39, "must be finite, also in float32"),
+  ("data.cache_dir", "a\0b", "must not hold a NUL"),
+]
+
+
+@pytest.mark.parametrize("field, value, expected", SIZES, ids=str)
+def test_size_beyond_reason_is_refused_in_stored_configs_too(
+  field, value, expected
+):
+  config = changed({field: value})
+  if expected is None:
+    config_lib.validate(config)
+    return
+  got = message(config)
+  assert got.startswith(f"config.{field}") and expected in got
+  assert len(got) < 500
+  with pytest.raises(config_lib.ConfigError) as info:
+    config_lib.from_json(config_lib.to_json(config))
+  assert str(info.value) == got
+
+
+def test_number_with_too_many_digits_to_print_is_refused():
+  for field in ("seed", "optimizer.b1", "model.norm"):
+    got = message(changed({field: 16**5000}))
+    assert got.startswith(f"config.{field}")
+
+
+# Set, and read by nothing: (what makes it so, the field, who would read it).
+LEARNED = {"model.positions": "learned", "model.rope_scaling": None}
+BYTES = {"tokenizer.kind": "bytes"}
+UNREAD = [
+  (LEARNED, "model.rope_theta", 5e5, "model.positions='rope'"),
+  (
+    LEARNED,
+    "model.rope_scaling",
+    config_lib.RopeScaling(),
+    "model.positions='rope'",
+  ),
+  (
+    {},
+    "model.rope_theta_windowed",
+    5e5,
+    "model.positions='rope' in a layer with one of model.windows",
+  ),
+  (
+    {**LEARNED, "model.windows": (5,)},
+    "model.rope_theta_windowed",
+    5e5,
+    "model.positions='rope' in a layer with one of model.windows",
+  ),
+  (BYTES, "tokenizer.path", "a.model", "tokenizer.kind='sentencepiece'"),
+  (
+    BYTES,
+    "tokenizer.train_bytes",
+    7,
+    "tokenizer.kind='sentencepiece' without tokenizer.path",
+  ),
+  (
+    {"tokenizer.path": "a.model"},
+    "tokenizer.train_bytes",
+    7,
+    "tokenizer.kind='sentencepiece' without tokenizer.path",
+  ),
+  (
+    {"data.train": ("jsonl:a#text",)},
+    "data.text_unit",
+    "line",
+    "a source text:GLOB",
+  ),
+]
+
+
+@pytest.mark.parametrize("also, field, value, reader", UNREAD, ids=str)
+def test_field_that_nothing_reads_is_refused(also, field, value, reader):
+  plain = config_lib.validate(changed(also))
+  room, name = field.split(".")
+  default = getattr(getattr(config_lib.Config(), room), name)
+  config = changed({**also, field: value})
+  assert message(config) == (
+    f"config.{field}={value!r}: has no effect: only {reader} reads it; leave"
+    f" it at {default!r}"
+  )
+  # A run that was stored with it loads, and goes on without it.
+  stored = config_lib.from_json(config_lib.to_json(config))
+  assert stored == config
+  assert config_lib.differences(stored, plain) == {}
 
 
 @pytest.mark.parametrize("changes, expected", RULES, ids=str)
@@ -252,12 +370,31 @@ def test_rule(changes, expected):
 @pytest.mark.parametrize(
   "changes",
   [
-    {"model.positions": "learned", "model.d_head": 5},
+    {
+      "model.positions": "learned",
+      "model.d_head": 5,
+      "model.rope_scaling": None,
+    },
     {"model.n_heads": 6, "model.n_kv_heads": 3},
     {"model.windows": (1, None)},
     {"train.sequence_length": 256},
     {"data.train_weights": (0.1,)},
-    {"optimizer.decay_fraction": 1.0, "optimizer.final_lr_fraction": 1.0},
+    {
+      "optimizer.schedule": "wsd",
+      "optimizer.warmup_steps": 0,
+      "optimizer.decay_fraction": 1.0,
+      "optimizer.final_lr_fraction": 1.0,
+    },
+    # 1 - 0.9 is less than 0.1.
+    {
+      "optimizer.schedule": "wsd",
+      "optimizer.decay_fraction": 0.9,
+      "optimizer.warmup_steps": 100,
+    },
+    {"data.validation": ()},
+    {"seed": 2**32 - 1, "optimizer.warmup_steps": 2**31 - 1},
+    {"model.rope_theta": 10**30, "optimizer.epsilon": 2**-126},
+    {"model.init_scale": 0, "optimizer.b2": 1 - 2**-24},
     {"mesh.mode": "pmap", "mesh.data": 8},
     {"optimizer.weight_decay": 0.0, "model.init_scale": 0.0},
   ],
@@ -359,6 +496,25 @@ def test_json_round_trip_keeps_every_field():
     ('{"sead": 3}', "config.sead: unknown; did you mean 'seed'?"),
     ('{"data": {"train": "ab"}}', "config.data.train='ab': must be a tuple"),
     ('{"train": {"steps": 0}}', "config.train.steps=0: must be at least 1"),
+    ("null", "config=None: must be a Config"),
+    ("", "config=''...: not JSON: "),
+    (b"\x93\xff\x00\x01", "config=b'\\x93\\xff\\x00\\x01'...: not JSON: "),
+    (b"\xef\xbb\xbf[]", "config=[]: must be an object of fields"),
+    ("[" * 10**5, "config='[[[[[[[["),
+    ('{"a":' * 10**5, "config='{"),
+    ('{"seed": ' + "1" * 5000 + "}", 'config=\'{"seed": 111'),
+    ('{"seed": NaN}', "config.seed=nan: must be of type int, not float"),
+    ('{"optimizer": {"b1": NaN}}', "config.optimizer.b1=nan: must be finite"),
+    ('{"optimizer": {"b1": 1e400}}', "config.optimizer.b1=inf: must be finite"),
+    (
+      '{"data": {"train": {"a": 1}}}',
+      "config.data.train={'a': 1}: must be a t",
+    ),
+    (
+      '{"data": {"train": [null]}}',
+      "config.data.train[0]=None: must be of type str",
+    ),
+    ('{"model": {"n_layers": 1000000000}}', "config.model.n_layers=1000000000"),
   ],
 )
 def test_from_json_refuses_what_is_not_a_config(text, expected):
@@ -453,6 +609,15 @@ def test_overrides_apply_in_order(plain):
       "optimizer.skip=on",
       "config.optimizer.skip='on': set one of its fields or None: window,",
     ),
+    (
+      "optimizer.peak_lr=1" + "0" * 400,
+      "config.optimizer.peak_lr=1" + "0" * 299 + "...: must be finite",
+    ),
+    ("optimizer.peak_lr=1" + "0" * 5000, "config.optimizer.peak_lr='100"),
+    ("seed=0x1" + "0" * 5000, "config.seed=<int beyond what can be shown>: "),
+    ("seed=4294967296", "config.seed=4294967296: must be at most 4294967295"),
+    ("seed=" + "(" * 10**5, "config.seed='((("),
+    ("seed=" + "-" * 10**5 + "1", "config.seed='---"),
     ("model=None", "config.model='None': set one of its fields: vocab_size,"),
     ("model.windows=(1,x)", "config.model.windows[0]='(1,x)': must be of type"),
   ],
