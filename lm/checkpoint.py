@@ -2,15 +2,23 @@
 
 `params` (and `ema`, the averaged parameters, where the run keeps them) is what
 evaluation and sampling read; `rest` is the remaining training state; `meta`
-has the config, the tokenizer, the fingerprint of the data and a digest of each
-item's bits. A step directory is complete or absent. Arrays are restored onto
-whatever mesh the reader has, and compared with their digest.
+has the config, the tokenizer, the fingerprints of the data, the names, shapes
+and dtypes of all arrays, and a digest of each item's bits and of itself. A
+step directory is complete or absent.
+
+Reading tells three things apart. A checkpoint whose arrays are other ones than
+wanted is refused (ConfigError); one that a digest or the array library calls
+corrupt is `files.Damaged`; whatever else fails is the world's (RunError), is
+tried again, and moves nothing.
 """
 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,29 +28,36 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
 
 from lm import config as config_lib
-from lm import sharding
+from lm import files, sharding
 from lm.model import decoder
+
+Trees = dict[str, Any]
+
+# Format 1 has no number, no `trees`, and no digest of meta itself.
+FORMAT = 2
 
 
 @dataclasses.dataclass
 class Meta:
   """What a checkpoint says of itself.
 
-  `tokenizer` is `Tokenizer.to_json()`; `fingerprint` names the token stores;
-  `batch_hash` stands for every batch up to `step`, in order, and `digests` for
-  the bits of each item; they are made when it is saved.
+  `tokenizer` is `Tokenizer.to_json()`; `fingerprint` and `validation` name the
+  token stores of training and of validation; `batch_hash` stands for every
+  batch up to `step`, in order; `loss` is the validation loss at `step`, if it
+  was measured. `digests` stand for the bits of each item, and `trees` for its
+  arrays, `dtype[shape]` by name; both are made when it is saved, and `trees`
+  is {} in format 1.
   """
 
   step: int
   config: config_lib.Config
   tokenizer: str
   fingerprint: str
+  validation: str | None = None
   batch_hash: str = ""
+  loss: float | None = None
   digests: dict[str, str] = dataclasses.field(default_factory=dict)
-
-
-class Damaged(config_lib.RunError):
-  """A checkpoint that is not what was saved."""
+  trees: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
 
 
 class Checkpoints:
@@ -67,6 +82,8 @@ class Checkpoints:
     ]
     if keep.keep_every is not None:
       policies.append(managers.EveryNSteps(keep.keep_every))
+    if jax.process_index() == 0:
+      _mend_losses(_directory(workdir))
     self._manager = ocp.CheckpointManager(
       _directory(workdir),
       options=ocp.CheckpointManagerOptions(
@@ -83,55 +100,56 @@ class Checkpoints:
   def steps(self) -> list[int]:
     return sorted(self._manager.all_steps())
 
-  def save(
-    self,
-    step: int,
-    params: Any,
-    ema: Any | None,
-    rest: Any,
-    meta: Meta,
-    loss: float | None,
-  ) -> None:
-    """Starts to save; `loss` is the validation loss of this step, if known."""
-    trees = {"params": params, "rest": rest}
-    if ema is not None:
-      trees["ema"] = ema
+  def save(self, trees: Trees, meta: Meta) -> None:
+    """Starts to save the items `trees` (`params`, `rest`, maybe `ema`) as the
+    checkpoint of `meta.step`.
+    """
     items: dict[str, Any] = {
       name: ocp.args.StandardSave(tree) for name, tree in trees.items()
     }
-    items["meta"] = ocp.args.JsonSave(
-      {
-        "config": config_lib.to_json(meta.config),
-        "tokenizer": meta.tokenizer,
-        "fingerprint": meta.fingerprint,
-        "batch_hash": meta.batch_hash,
-        "digests": {name: _digest(tree) for name, tree in trees.items()},
-      }
-    )
-    metrics = None if loss is None else {"loss": loss}
+    digests = {name: _digest(tree) for name, tree in trees.items()}
+    content: dict[str, Any] = {
+      "format": FORMAT,
+      "config": config_lib.to_json(meta.config),
+      "tokenizer": meta.tokenizer,
+      "fingerprint": meta.fingerprint,
+      "validation": meta.validation,
+      "batch_hash": meta.batch_hash,
+      "loss": meta.loss,
+      "digests": digests,
+      "trees": {name: _names(tree) for name, tree in trees.items()},
+    }
+    content["digest"] = _digest_of_meta(content)
+    items["meta"] = ocp.args.JsonSave(content)
+    metrics = None if meta.loss is None else {"loss": meta.loss}
     with self._writing():
       self._manager.save(
-        step, args=ocp.args.Composite(**items), metrics=metrics, force=True
+        meta.step, args=ocp.args.Composite(**items), metrics=metrics, force=True
       )
 
-  def restore(
-    self, step: int, params: Any, ema: Any | None, rest: Any
-  ) -> tuple[Any, Any | None, Any]:
-    """The three trees of `step`, laid out as the given abstract ones.
+  def restore(self, meta: Meta, like: Trees) -> Trees:
+    """The items of `meta.step`, laid out as the abstract trees `like`.
 
-    Raises Damaged where they are not what was saved.
+    Raises as `compare` and `Damaged` say.
     """
-    trees = {"params": params, "rest": rest}
-    if ema is not None:
-      trees["ema"] = ema
-    found = _restore(self._manager, step, trees)
-    return found["params"], found.get("ema"), found["rest"]
+    return _restore(self._manager.directory, meta, like)
 
-  def set_aside(self, step: int) -> str:
-    """Moves a damaged checkpoint out of the way; returns where it is now."""
+  def restore_parts(self, meta: Meta, like: Trees) -> Trees:
+    """Those arrays of the items that `like` has, which no digest covers."""
+    return read_items(self._manager.directory / str(meta.step), like)
+
+  def reload(self) -> None:
+    """Sees what another process has moved."""
+    self._manager.reload()
+
+  def set_aside(self, step: int, where: str) -> str:
+    """Moves a checkpoint out of the way, into the directory `where` of the run;
+    returns its new place.
+    """
     source = self._manager.directory / str(step)
-    target = self._manager.directory.parent / "damaged" / str(step)
-    if jax.process_index() == 0:
+    target = self._manager.directory.parent / where / str(step)
+    # Of several processes any may have found the damage, or all of them.
+    with contextlib.suppress(FileNotFoundError):
       target.parent.mkdir(parents=True, exist_ok=True)
       if target.exists():
         target.rmtree()
@@ -156,31 +174,58 @@ class Checkpoints:
     except jax.errors.JaxRuntimeError:
       raise
     except Exception as error:
+      if files.reason(error) is None:
+        raise
       raise config_lib.RunError(
         f"{self._manager.directory}: a checkpoint could not be written: "
-        f"{_first_line(error)}. Once the cause is gone, the same command goes "
-        f"on from step {self.latest_step() or 0}"
+        f"{files.first_line(error)}. Once the cause is gone, the same command "
+        f"goes on from step {self.latest_step() or 0}"
       ) from error
+
+
+def steps(workdir: str) -> list[int]:
+  """Steps of the complete checkpoints of a run, in order."""
+  directory = _directory(workdir)
+
+  def read():
+    found = directory.exists()
+    return sorted(ocp.utils.checkpoint_steps(directory)) if found else []
+
+  return files.attempt(directory, read)
 
 
 def load_meta(workdir: str, step: int | None = None) -> Meta:
   """Reads what the last checkpoint (or that of `step`) says of itself.
 
-  Raises ConfigError where there is none, or Damaged.
+  Raises ConfigError where there is none or it has a later format, or Damaged.
   """
   step = _find_step(workdir, step)
-  with _reader(workdir) as manager, _reading(manager, step):
-    found = manager.restore(
-      step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-    )["meta"]
+  path = _directory(workdir) / str(step) / "meta" / "metadata"
+  content = files.attempt(path, lambda: json.loads(path.read_bytes()))
+  try:
+    # Either name can be hurt, and not both by one bit.
+    if "digest" in content or "format" in content:
+      if content.pop("digest", None) != _digest_of_meta(content):
+        raise files.Damaged(
+          f"checkpoint file {path} is damaged: its digest differs"
+        )
+    version = content.pop("format", 1)
+    if version > FORMAT:
+      raise config_lib.ConfigError(
+        f"checkpoint {path.parent.parent}: has format {version}, and this "
+        f"program reads formats 1 to {FORMAT}: use the version that wrote it"
+      )
+    fields = {f.name for f in dataclasses.fields(Meta)} & content.keys()
+    kept = {name: content[name] for name in fields - {"config"}}
     return Meta(
-      step=step,
-      config=config_lib.from_json(found["config"]),
-      tokenizer=found["tokenizer"],
-      fingerprint=found["fingerprint"],
-      batch_hash=found["batch_hash"],
-      digests=found["digests"],
+      step=step, config=config_lib.from_json(content["config"]), **kept
     )
+  except (KeyError, TypeError, AttributeError) as error:
+    raise files.Damaged(
+      f"checkpoint file {path} is damaged: {files.first_line(error)}"
+    ) from error
+  except config_lib.ConfigError as error:
+    raise config_lib.ConfigError(f"checkpoint file {path}: {error}") from error
 
 
 def load_params(
@@ -192,93 +237,162 @@ def load_params(
   """Parameters alone, straight into their shards on `mesh` (None: whole, on
   the first device): the averaged ones where the run keeps an average.
 
-  Raises ConfigError where there is none, or Damaged.
+  Raises ConfigError where there are none of this model, or Damaged.
   """
-  step = _find_step(workdir, step)
+  meta = load_meta(workdir, step)
   target = sharding.abstract(
     functools.partial(decoder.init_params, model), jax.random.key(0), mesh=mesh
   )
-  averaged = (_directory(workdir) / str(step) / "ema").exists()
-  name = "ema" if averaged else "params"
-  with _reader(workdir) as manager:
-    return _restore(manager, step, {name: target})[name]
+  name = "ema" if "ema" in meta.digests else "params"
+  return _restore(_directory(workdir), meta, {name: target})[name]
 
 
-def _restore(
-  manager: ocp.CheckpointManager, step: int, trees: dict[str, Any]
-) -> dict[str, Any]:
-  """Items of `step`, laid out as abstract `trees`, compared with what their
-  digests say. Raises Damaged.
+def compare(workdir: str, meta: Meta, like: Trees) -> dict[str, list[str]]:
+  """Differences between the arrays stored and the arrays of `like`, in words,
+  by item; {} where there are none. Reads no array.
   """
-  items: dict[str, Any] = {
-    name: ocp.args.StandardRestore(tree) for name, tree in trees.items()
-  }
-  items["meta"] = ocp.args.JsonRestore()
-  with _reading(manager, step):
-    found = manager.restore(step, args=ocp.args.Composite(**items))
-  for name in trees:
-    got, want = _digest(found[name]), found["meta"]["digests"][name]
+  return _compare(_directory(workdir), meta, like)
+
+
+def _compare(
+  directory: epath.Path, meta: Meta, like: Trees
+) -> dict[str, list[str]]:
+  found = {}
+  for name, tree in like.items():
+    want, have = _names(tree), meta.trees.get(name)
+    if have is None and name in meta.digests:  # format 1
+      have = _stored_names(directory / str(meta.step) / name)
+    have = have or {}
+    lines = [
+      f"{array}: stored {have.get(array, 'not')}, wanted "
+      f"{want.get(array, 'not')}"
+      for array in sorted(want.keys() | have.keys())
+      if want.get(array) != have.get(array)
+    ]
+    if lines:
+      found[name] = lines
+  return found
+
+
+def _restore(directory: epath.Path, meta: Meta, like: Trees) -> Trees:
+  """Items laid out as `like`, compared with what their digests say. Raises
+  ConfigError where the stored arrays are others, or Damaged.
+  """
+  if different := _compare(directory, meta, like):
+    raise config_lib.ConfigError(
+      f"checkpoint {directory / str(meta.step)}: holds other arrays than this "
+      f"program wants: {describe(different)}. Use the code and config that "
+      "wrote it"
+    )
+  found = read_items(directory / str(meta.step), like)
+  for name, tree in found.items():
+    got, want = _digest(tree), meta.digests[name]
     if got != want:
-      raise Damaged(
-        f"checkpoint {manager.directory / str(step)} is damaged: the digest of "
-        f"`{name}` is {got}, and of what was saved {want}"
+      raise files.Damaged(
+        f"checkpoint {directory / str(meta.step) / name} is damaged: the "
+        f"digest of `{name}` is {got}, and of what was saved {want}"
       )
-  return {name: found[name] for name in trees}
+  return found
 
 
-@contextlib.contextmanager
-def _reading(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
-  """Raises Damaged for whatever goes wrong inside, but on the devices.
-
-  Files that are torn, missing or altered come out of the libraries below as
-  errors of every type.
+def read_items(path: epath.Path, like: Trees) -> Trees:
+  """Those arrays of a checkpoint's items that `like` has, not compared with any
+  digest. Raises Damaged.
   """
-  try:
-    yield
-  except jax.errors.JaxRuntimeError:
-    raise
-  except Exception as error:
-    raise Damaged(
-      f"checkpoint {manager.directory / str(step)} is damaged: "
-      f"{_first_line(error)}"
-    ) from error
+  handler = ocp.PyTreeCheckpointHandler()
+  found = {}
+  with ocp.Checkpointer(handler) as checkpointer:
+    for name, tree in like.items():
+      found[name] = files.attempt(
+        path / name,
+        lambda name=name, tree=tree: checkpointer.restore(
+          path / name,
+          args=ocp.args.PyTreeRestore(
+            item=tree,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+            partial_restore=True,
+          ),
+        ),
+      )
+  return found
 
 
-def _first_line(error: Exception) -> str:
-  """Of at most some 300 characters: libraries add whole specifications."""
-  line = str(error).split("\n")[0].split(" [source", 1)[0]
-  if len(line) > 300:
-    line = f"{line[:150]} ... {line[-150:]}"
-  return f"{type(error).__name__}: {line}"
+def describe(different: Mapping[str, list[str]], most: int = 5) -> str:
+  """Differences in a line, the first of each item."""
+  parts = []
+  for name, lines in different.items():
+    more = f" and {len(lines) - most} more" if len(lines) > most else ""
+    parts.append(f"in `{name}` {', '.join(lines[:most])}{more}")
+  return "; ".join(parts)
+
+
+def _names(tree: Any) -> dict[str, str]:
+  """`dtype[shape]` of each array, by its path in the tree."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): (
+      f"{x.dtype}[{','.join(map(str, x.shape))}]"
+    )
+    for path, x in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def _stored_names(path: epath.Path) -> dict[str, str]:
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    stored = files.attempt(path, lambda: checkpointer.metadata(path))
+  return _names(stored.item_metadata.tree)
+
+
+def _mend_losses(directory: epath.Path) -> None:
+  """Writes again what Orbax could not read of a checkpoint's validation loss:
+  a bit of it would keep every checkpoint from being opened.
+  """
+  for step in steps(str(directory.parent)):
+    path = directory / str(step) / "metrics" / "metrics"
+    if not path.exists():
+      continue
+    meta = None
+    with contextlib.suppress(config_lib.UserError):  # told when it is restored
+      meta = load_meta(str(directory.parent), step)
+    try:
+      loss = float(json.loads(path.read_bytes())["loss"])
+    except (ValueError, KeyError, TypeError):
+      loss = None
+    known = None if meta is None else meta.loss
+    if loss is not None and known in (None, loss):
+      continue
+    if known is None:
+      path.parent.rename(path.parent.with_name("metrics.damaged"))
+      done = "set aside; the step no longer counts as one of the best"
+    else:
+      files.replace(path, json.dumps({"loss": known}))
+      done = "written again"
+    print(f"{path} is damaged: {done}", file=sys.stderr)
 
 
 def _digest(tree: Any) -> str:
   return "".join(f"{word:08x}" for word in np.asarray(sharding.digest(tree)))
 
 
+def _digest_of_meta(content: Mapping[str, Any]) -> str:
+  text = json.dumps(content, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _directory(workdir: str) -> epath.Path:
   """Orbax wants absolute paths; those of object stores (gs://) are."""
   path = epath.Path(workdir)
-  return (path if "://" in workdir else path.resolve()) / "checkpoints"
-
-
-def _reader(workdir: str) -> ocp.CheckpointManager:
-  options = ocp.CheckpointManagerOptions(read_only=True, create=False)
-  return ocp.CheckpointManager(_directory(workdir), options=options)
+  return (path.resolve() if files.is_local(workdir) else path) / "checkpoints"
 
 
 def _find_step(workdir: str, step: int | None) -> int:
-  steps = []
-  if _directory(workdir).exists():
-    with _reader(workdir) as manager:
-      steps = sorted(manager.all_steps())
-  if not steps:
+  found = steps(workdir)
+  if not found:
     raise config_lib.ConfigError(
       f"--workdir={workdir}: has no checkpoint; train one there with "
       f"python -m lm.train --config=configs/NAME.py --workdir={workdir}"
     )
-  if step is not None and step not in steps:
+  if step is not None and step not in found:
     raise config_lib.ConfigError(
-      f"--step={step}: no such checkpoint in {workdir}; it has {steps}"
+      f"--step={step}: no such checkpoint in {workdir}; it has {found}"
     )
-  return steps[-1] if step is None else step
+  return found[-1] if step is None else step

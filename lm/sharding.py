@@ -7,17 +7,18 @@ mesh. Without a mesh in context (mode `pmap`, or a plain array on one device)
 """
 
 import glob
+import hashlib
 import importlib.util
 import math
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -112,6 +113,38 @@ def start_processes(heartbeat_seconds: int) -> None:
       f"COORDINATOR_ADDRESS={address}, PROCESS_COUNT={count}, "
       f"PROCESS_INDEX={index}: {error}"
     ) from error
+  except jax.errors.JaxRuntimeError as error:
+    raise config_lib.RunError(
+      f"COORDINATOR_ADDRESS={address}: the other processes were not reached: "
+      f"{str(error)[:200]}"
+    ) from error
+
+
+def wait_for_all(what: str) -> None:
+  """Collective: returns once every process is here."""
+  multihost_utils.sync_global_devices(what)
+
+
+def check_agreement(facts: Mapping[str, str]) -> None:
+  """Collective. Raises ConfigError on every process unless each fact has the
+  same value on all of them; they all must have the same names.
+  """
+  if jax.process_count() == 1:
+    return
+  words = [
+    np.frombuffer(hashlib.sha256(value.encode()).digest()[:8], np.uint32)
+    for value in facts.values()
+  ]
+  # [process, fact, 2]
+  found = multihost_utils.process_allgather(np.stack(words))
+  for i, (name, value) in enumerate(facts.items()):
+    others = np.flatnonzero((found[:, i] != found[0, i]).any(axis=-1))
+    if len(others):
+      raise config_lib.ConfigError(
+        f"{name}: process(es) {others.tolist()} have another value than "
+        f"process 0; on process {jax.process_index()} it is {value[:300]}. All "
+        "processes of a run need the same config and the same data"
+      )
 
 
 _ALIASES = {

@@ -407,9 +407,9 @@ def workdir(tmp_path_factory):
   make = jax.jit(functools.partial(decoder.init_params, serving.MODEL))
   checkpoints = checkpoint.Checkpoints(path, config.checkpoint)
   tokenizer = tokenizer_lib.Tokenizer().to_json()
-  meta = checkpoint.Meta(1, config, tokenizer, "none")
+  meta = checkpoint.Meta(1, config, tokenizer, "none", loss=1.0)
   rest = {"step": jnp.asarray(1)}
-  checkpoints.save(1, make(jax.random.key(0)), None, rest, meta, loss=1.0)
+  checkpoints.save({"params": make(jax.random.key(0)), "rest": rest}, meta)
   checkpoints.close()
   return path
 

@@ -1,5 +1,6 @@
 """The loop: what it writes, how it resumes, how it ends."""
 
+import concurrent.futures
 import copy
 import gc
 import json
@@ -19,7 +20,7 @@ from lm import checkpoint
 from lm import config as config_lib
 from lm.data import pipeline
 from lm.evaluate import perplexity
-from lm.train import loop
+from lm.train import ledger, loop, optimizer
 from lm.train import metrics as metrics_lib
 from lm.train import stop as stop_lib
 
@@ -254,29 +255,141 @@ def test_retention(make, tmp_path):
   kept.close()
 
 
-def test_epochs_end_the_run_with_evaluation_and_checkpoint(make, tmp_path):
+def test_epochs_end_the_run_with_evaluation_and_checkpoint(
+  make, tmp_path, capsys
+):
   config = make(data__epochs=1, train__steps=100_000, train__log_every=50)
   assert loop.train(config, str(tmp_path)) == 0
   last = metrics_lib.read(str(tmp_path))[-1]
-  assert last["step"] < 100_000 and "eval/loss" in last
-  assert checkpoint.load_meta(str(tmp_path)).step == last["step"]
+  step = last["step"]
+  assert step < 100_000 and "eval/loss" in last
+  assert checkpoint.load_meta(str(tmp_path)).step == step
+  said = capsys.readouterr().err
+  assert f"the data end at step {step}, before train.steps=100000" in said
+  (tmp_path / "curves.png").unlink()  # as if killed just before it was drawn
+  assert loop.train(config, str(tmp_path)) == 0
+  assert f"is at step {step}: complete" in capsys.readouterr().err
+  assert (tmp_path / "curves.png").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(make, tmp_path):
+def test_without_validation_sources_nothing_is_evaluated(make, tmp_path):
+  config = make(data__validation=(), train__steps=6)
+  assert loop.train(config, str(tmp_path)) == 0
+  reports = metrics_lib.read(str(tmp_path))
+  assert reports[-1]["step"] == 6
+  assert not any(name.startswith("eval/") for r in reports for name in r)
+  assert checkpoint.load_meta(str(tmp_path)).loss is None
+
+
+@pytest.fixture(scope="module")
+def diverging(make, tmp_path_factory):
+  """A run whose loss is not finite after a few steps, and its error."""
+  workdir = tmp_path_factory.mktemp("diverging")
   config = make(
     optimizer__peak_lr=1e30,
     optimizer__clip_norm=None,
     optimizer__warmup_steps=0,
     optimizer__ema_decay=None,
     checkpoint__save_every=1,
+    train__log_every=1,
   )
-  with pytest.raises(FloatingPointError, match=r"step \d+: loss") as error:
-    loop.train(config, str(tmp_path))
-  step = int(str(error.value).split("step ")[1].split(":")[0])
-  assert f"last checkpoint: step {step - 1}" in str(error.value)
-  params = _params(tmp_path, config)
-  assert checkpoint.load_meta(str(tmp_path)).step == step - 1
+  with pytest.raises(loop.Diverged) as error:
+    loop.train(config, str(workdir))
+  return config, workdir, str(error.value)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(diverging):
+  """With the exit code that launchers do not try again."""
+  config, workdir, said = diverging
+  assert loop.Diverged.exit_code == 2
+  step = int(said.split("step ")[1].split(":")[0])
+  assert f"last checkpoint: step {step - 1}" in said
+  params = _params(workdir, config)
+  assert checkpoint.load_meta(str(workdir)).step == step - 1
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+def test_a_diverged_run_tells_how_to_go_on_and_can(diverging, make, tmp_path):
+  """The last checkpoint is the exploded one; the first one is not."""
+  config, workdir, _ = diverging
+  workdir = shutil.copytree(workdir, tmp_path / "run")
+  with pytest.raises(loop.Diverged, match="--from_step=STEP") as error:
+    loop.train(config, str(workdir))
+  losses = {r["step"]: r["train/loss"] for r in metrics_lib.read(str(workdir))}
+  kept = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
+  for step in kept:
+    assert f"{step} (training loss {losses[step]:.4g})" in str(error.value)
+  better = copy.deepcopy(config)
+  better.optimizer.peak_lr, better.train.steps = 1e-3, kept[0] + 2
+  with pytest.raises(config_lib.ConfigError, match="peak_lr was 1e[+]30"):
+    loop.train(better, str(workdir), from_step=kept[0])
+  better.checkpoint.on_mismatch = "fresh_optimizer"
+  assert loop.train(better, str(workdir), from_step=kept[0]) == 0
+  assert metrics_lib.read(str(workdir))[-1]["step"] == kept[0] + 2
+
+
+def test_a_run_that_leaves_out_every_step_stops(make, tmp_path):
+  """And its reports are JSON, which knows no NaN."""
+  config = make(
+    optimizer__peak_lr=1e30,
+    optimizer__clip_norm=None,
+    optimizer__warmup_steps=0,
+    optimizer__ema_decay=None,
+    optimizer__skip=config_lib.SkipConfig(window=5),
+    train__steps=40,
+    train__log_every=1,
+  )
+  with pytest.raises(loop.Diverged, match="the last 5 steps .* left out"):
+    loop.train(config, str(tmp_path))
+
+  def no_constant(name):
+    raise AssertionError(f"{name} is not JSON")
+
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  reports = [json.loads(line, parse_constant=no_constant) for line in lines]
+  last = reports[-1]
+  assert last["train/loss"] is None and "train/loss" in last["nonfinite"]
+  assert len(reports) < 40
+  metrics_lib.plot(str(tmp_path))
+
+
+def test_a_longer_run_says_what_becomes_of_the_learning_rate(
+  unbroken, tmp_path, capsys
+):
+  config, workdir = unbroken
+  shutil.copytree(workdir, tmp_path / "run")
+  longer = copy.deepcopy(config)
+  longer.train.steps, longer.data.validation = 14, config.data.train
+  assert loop.train(longer, str(tmp_path / "run")) == 0
+  said = capsys.readouterr().err.replace("\n", "")
+  old, new = (
+    optimizer.rate_at(config.optimizer, steps, 12) for steps in (12, 14)
+  )
+  assert f"the learning rate goes from {old:.3g} to {new:.3g}" in said
+  assert "from step 12 on the validation set is another one" in said
+  saved = (tmp_path / "run" / "config.json").read_text()
+  assert config_lib.from_json(saved) == longer
+  history = (tmp_path / "run" / "config_history.jsonl").read_text()
+  assert json.loads(history)["config"]["train"]["steps"] == 12
+
+
+def test_a_run_with_damaged_reports_goes_on(unbroken, tmp_path, capsys):
+  """What can be read is kept, the rest set aside, and said."""
+  config, workdir = unbroken
+  _cut(workdir, tmp_path / "run", step=9)
+  path = tmp_path / "run" / "metrics.jsonl"
+  lines = path.read_bytes().splitlines(keepends=True)
+  bad = [b"{\n", b"\xff\x00\n", b"null\n", b'{"step": "1"}\n', b"\n"]
+  path.write_bytes(b"".join([lines[0], *bad, *lines[1:], b'{"step": 7']))
+  (tmp_path / "run" / "goodput.json").write_text("")
+  assert loop.train(config, str(tmp_path / "run")) == 0
+  assert _exact(tmp_path / "run") == _exact(workdir)
+  said = capsys.readouterr().err.replace("\n", "")
+  assert "metrics.jsonl: 5 damaged line(s) moved to" in said
+  assert "goodput.json is damaged: moved to" in said
+  (aside,) = (tmp_path / "run").glob("metrics.jsonl.damaged-*")
+  assert aside.read_bytes() == b"".join(bad)
+  assert len(ledger.read(str(tmp_path / "run"))) == 1
 
 
 def test_a_run_of_another_config_is_refused(unbroken, make):
@@ -351,7 +464,10 @@ def _wait_for(child, condition):
     time.sleep(0.02)
 
 
-def test_sigterm_saves_exits_0_and_the_run_goes_on(make, tmp_path):
+@pytest.mark.parametrize(
+  ("which", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)]
+)
+def test_a_signal_saves_and_the_run_goes_on(which, code, make, tmp_path):
   workdir = tmp_path / "run"
   config = make(
     train__steps=100_000,
@@ -362,14 +478,57 @@ def test_sigterm_saves_exits_0_and_the_run_goes_on(make, tmp_path):
   )
   child = _start(config, workdir, tmp_path)
   _wait_for(child, lambda: len(metrics_lib.read(str(workdir))) >= 3)
-  child.send_signal(signal.SIGTERM)
+  child.send_signal(which)
   _, said = child.communicate(timeout=120)
-  assert child.returncode == 0, said
+  assert child.returncode == code, said
+  assert "Traceback" not in said
   step = checkpoint.load_meta(str(workdir)).step
   assert f"step {step} is saved" in said
   reports = metrics_lib.read(str(workdir))
   assert [r["step"] for r in reports] == list(range(1, step + 1))
   assert reports[-1]["step"] == step
+
+
+def test_stop_hears_each_signal_and_gives_the_handlers_back():
+  before = {which: signal.getsignal(which) for which in stop_lib.EXIT_CODES}
+  for which, code in stop_lib.EXIT_CODES.items():
+    with stop_lib.Stop() as stop:
+      signal.raise_signal(which)
+      assert stop.asked and stop.agreed() and stop.exit_code == code
+      assert stop.reason == ("Ctrl-C" if code else which.name)
+    assert {w: signal.getsignal(w) for w in before} == before
+
+
+def test_stop_leaves_ignored_signals_alone():
+  """As under nohup, or in the background of a script."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with stop_lib.Stop() as stop:
+      signal.raise_signal(signal.SIGHUP)
+      assert not stop.asked
+  finally:
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_ctrl_c_ends_at_once(monkeypatch):
+  ended, now = [], [0.0]
+  monkeypatch.setattr(stop_lib.os, "_exit", ended.append)
+  monkeypatch.setattr(stop_lib.time, "monotonic", lambda: now[0])
+  with stop_lib.Stop():
+    for seconds in (0.0, 0.1, 2.0):  # the first one comes twice
+      now[0] += seconds
+      signal.raise_signal(signal.SIGINT)
+      assert ended == ([130] if seconds == 2 else [])
+
+
+def test_training_in_a_thread_takes_no_handler(unbroken, tmp_path):
+  config, workdir = unbroken
+  shutil.copytree(workdir, tmp_path / "run")
+  before = signal.getsignal(signal.SIGTERM)
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    done = pool.submit(loop.train, config, str(tmp_path / "run"))
+    assert done.result() == 0
+  assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_sigterm_while_compiling_exits_0(make, tmp_path):

@@ -408,19 +408,21 @@ def test_batches_that_start_again(plant):
 
 
 def test_checkpoint_that_is_rounded(plant):
-  def mistake(real, self, step, params, *rest, **named):
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16) * 1.0, params)
+  def mistake(real, self, trees, meta):
+    params = jax.tree.map(
+      lambda x: x.astype(jnp.bfloat16) * 1.0, trees["params"]
+    )
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    return real(self, step, params, *rest, **named)
+    return real(self, {**trees, "params": params}, meta)
 
   plant(checkpoint.Checkpoints, "save", mistake)
   caught("checkpoint", config())
 
 
 def test_checkpoint_whose_average_is_lost(plant):
-  def mistake(real, self, step, params, ema, rest):
-    found, _, rest = real(self, step, params, ema, rest)
-    return found, found, rest
+  def mistake(real, self, meta, like):
+    found = real(self, meta, like)
+    return {**found, "ema": found["params"]}
 
   plant(checkpoint.Checkpoints, "restore", mistake)
   caught("checkpoint", config())

@@ -44,7 +44,7 @@ def train_batches(
   t = config.train
   first, last = rows or (0, t.batch_size)
   order = training_order(config, prepared)
-  n_batches = _ceil(len(order), t.batch_size)
+  n_batches = n_train_batches(config, prepared)
 
   def make(step: int) -> Batch:
     at = range(step * t.batch_size + first, step * t.batch_size + last)
@@ -52,6 +52,13 @@ def train_batches(
     return _batch(prepared.train, windows, t.sequence_length)
 
   yield from _prefetched(config, make, start_step, n_batches)
+
+
+def n_train_batches(
+  config: config_lib.Config, prepared: store_lib.Prepared
+) -> int:
+  """Batches of all epochs; beyond any run's steps where they are endless."""
+  return _ceil(len(training_order(config, prepared)), config.train.batch_size)
 
 
 def training_order(

@@ -77,9 +77,15 @@ def score(
   return scores
 
 
-def eval_step(cfg: config_lib.ModelConfig) -> Step:
-  """`score`, compiled once for each shape: (params, batch, byte_lengths)."""
-  return jax.jit(functools.partial(score, cfg))
+def eval_step(
+  cfg: config_lib.ModelConfig, whole: NamedSharding | None = None
+) -> Step:
+  """`score`, compiled once for each shape: (params, batch, byte_lengths).
+
+  `whole` is the sharding of an array that every process has all of; it is
+  needed where no mesh is in context to say so (mode pmap).
+  """
+  return jax.jit(functools.partial(score, cfg), out_shardings=whole)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,23 +1,41 @@
 """`python -m lm.train --config=configs/NAME.py --workdir=RUN`."""
 
 import os
+import signal
 
-from absl import flags
+# Before the imports below, which take longer than some wait for an answer: a
+# stop that comes now has nothing to save.
+for _signal, _code in (
+  (signal.SIGTERM, 0),
+  (signal.SIGHUP, 0),
+  (signal.SIGINT, 130),
+):
+  if signal.getsignal(_signal) != signal.SIG_IGN:  # as under nohup
+    signal.signal(_signal, lambda *_, code=_code: os._exit(code))
 
-from lm import config as config_lib
-from lm import door
-from lm.train import stop as stop_lib
+from absl import flags  # noqa: E402
 
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Directory of the run; an unfinished one goes on."
+from lm import config as config_lib  # noqa: E402
+from lm import door, files  # noqa: E402
+from lm.train import stop as stop_lib  # noqa: E402
+
+_WORKDIR = door.define_path(
+  "workdir", "Directory of the run; an unfinished one goes on."
+)
+_FROM_STEP = flags.DEFINE_integer(
+  "from_step",
+  None,
+  "Go on from this checkpoint; later ones are moved to abandoned/.",
+  lower_bound=1,
 )
 
 
 def main(config: config_lib.Config) -> int:
-  if not _WORKDIR.value:
+  if _WORKDIR.value is None:
     raise config_lib.ConfigError(
       "--workdir: missing; write --workdir=runs/NAME"
     )
+  files.check_directory(_WORKDIR.value, "--workdir")
   # XLA's own notices are no news to who trains; errors stay.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   stop = stop_lib.Stop()
@@ -30,7 +48,7 @@ def main(config: config_lib.Config) -> int:
     return loop
 
   loop = stop.start("joining the other processes", load)
-  return loop.train(config, _WORKDIR.value, stop)
+  return loop.train(config, _WORKDIR.value, stop, from_step=_FROM_STEP.value)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ steps that lasted.
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from lm import files
 from lm.train import metrics
 
 PHASES = (
@@ -40,8 +42,7 @@ class Ledger:
 
   def __init__(self, workdir: str, began: float):
     self._path = epath.Path(workdir) / "goodput.json"
-    text = self._path.read_text() if self._path.exists() else "[]"
-    self._attempts: list[dict[str, Any]] = json.loads(text)
+    self._attempts = _earlier(self._path)
     self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
     self._attempt: dict[str, Any] = {
       "began": began,
@@ -91,7 +92,7 @@ class Ledger:
   def write(self) -> None:
     self._attempt["written"] = time.time()
     if jax.process_index() == 0:
-      metrics.replace(self._path, json.dumps(self._attempts, indent=1))
+      files.replace(self._path, json.dumps(self._attempts, indent=1))
 
   def describe(self) -> str:
     """The account in a line, the largest part first."""
@@ -103,6 +104,24 @@ class Ledger:
       f"goodput {share:.1%} of {_time(wall)}, {len(self._attempts)} "
       f"attempt(s): {', '.join(said)}"
     )
+
+
+def _earlier(path: epath.Path) -> list[dict[str, Any]]:
+  """Attempts of earlier starts; [] where their file is damaged, which is set
+  aside, and said.
+  """
+  if not path.exists():
+    return []
+  content = path.read_bytes()
+  try:
+    attempts = json.loads(content)
+    summarize(attempts)
+    return attempts
+  except (ValueError, TypeError, KeyError, AttributeError):
+    if jax.process_index() == 0:
+      where = metrics.set_aside(path, content)
+      print(f"{path} is damaged: moved to {where}", file=sys.stderr)
+    return []
 
 
 def read(workdir: str) -> list[dict[str, Any]]:

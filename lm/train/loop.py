@@ -14,101 +14,119 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from lm import checkpoint, sharding
+from lm import checkpoint, files, sharding
 from lm import config as config_lib
 from lm.data import pipeline, store
 from lm.evaluate import perplexity
 from lm.train import ledger as ledger_lib
 from lm.train import metrics as metrics_lib
+from lm.train import resume
 from lm.train import step as step_lib
 from lm.train import stop as stop_lib
 from lm.train import watchdog as watchdog_lib
 
-# Fields that a restart may change: they say how a run is computed, watched and
-# stored, and how long it is, but not what its steps are.
-_FREE = (
-  "config.mesh.",
-  "config.checkpoint.",
-  "config.data.cache_dir",
-  "config.data.workers",
-  "config.data.prefetch_rows",
-  "config.model.attention",
-  "config.model.remat",
-  "config.model.scan_layers",
-  "config.model.loss_chunk",
-  "config.train.steps",
-  "config.train.microbatches",
-  "config.train.log_every",
-  "config.train.eval_every",
-  "config.train.eval_batches",
-  "config.train.slow_step_factor",
-)
+
+class Diverged(config_lib.ConfigError, FloatingPointError):
+  """The loss went astray. A start with the same config would end the same way,
+  so that its exit code is a ConfigError's, which launchers do not try again.
+  """
 
 
 def train(
-  config: config_lib.Config, workdir: str, stop: stop_lib.Stop | None = None
+  config: config_lib.Config,
+  workdir: str,
+  stop: stop_lib.Stop | None = None,
+  from_step: int | None = None,
 ) -> int:
   """Trains, or goes on training, the run in `workdir`; returns the exit code.
 
+  `from_step` names the checkpoint to go on from; later ones are moved to
+  abandoned/. Without `stop`, signals are heard while this runs, and their
+  handlers given back at its end.
+
   Raises ConfigError before anything is written where the config does not fit
-  the devices, the sources, or the run that is there already; and
-  FloatingPointError, the last good checkpoint kept, where the loss is not
-  finite and no SkipConfig says to go on.
+  the devices, the sources, the other processes, or the run that is there
+  already; RunError where another process has the run; and Diverged, the last
+  good checkpoint kept, where the loss is not finite and no SkipConfig says to
+  go on.
   """
-  stop = stop or stop_lib.Stop()
-  stop.is_first_of_several = (
-    jax.process_count() > 1 and jax.process_index() == 0
-  )
-  mesh = sharding.make_mesh(config)
-  _refuse_other_run(config, workdir)
-  prepared = stop.start(
-    "preparing the corpus", functools.partial(store.prepare, config)
-  )
-  epath.Path(workdir).mkdir(parents=True, exist_ok=True)
-  with contextlib.ExitStack() as closing:
-    try:
-      return _Run(config, workdir, mesh, prepared, stop, closing).go()
-    except BaseException as error:
-      if jax.process_count() > 1:
-        closing.pop_all()  # it would wait for processes that may be lost
-        if isinstance(error, jax.errors.JaxRuntimeError):
-          error.add_note(
-            "Where another process of the run was lost, its own output says "
-            "why. Start them all again: the run goes on from its last "
-            "checkpoint."
-          )
-      raise
+  with contextlib.ExitStack() as own:
+    stop = stop or own.enter_context(stop_lib.Stop())
+    stop.is_first_of_several = (
+      jax.process_count() > 1 and jax.process_index() == 0
+    )
+    resume.check_processes_start_alike(config)
+    mesh = sharding.make_mesh(config)
+    resume.refuse_other_config(config, resume.earlier_config(workdir), workdir)
+    resume.check_from_step(workdir, from_step)
+    prepared = stop.start(
+      "preparing the corpus", functools.partial(store.prepare, config)
+    )
+    resume.check_processes_read_alike(config, prepared, workdir)
+    epath.Path(workdir).mkdir(parents=True, exist_ok=True)
+    lock = files.Lock(workdir) if jax.process_index() == 0 else None
+    if lock is not None:
+      own.callback(lock.release)
+      stop.on_leave = lock.release
+    with contextlib.ExitStack() as closing:
+      try:
+        run = _Run(config, workdir, mesh, prepared, stop, closing, lock)
+        return run.go(from_step)
+      except BaseException as error:
+        if jax.process_count() > 1:
+          closing.pop_all()  # it would wait for processes that may be lost
+          if isinstance(error, jax.errors.JaxRuntimeError):
+            error.add_note(
+              "Where another process of the run was lost, its own output says "
+              "why. Start them all again: the run goes on from its last "
+              "checkpoint."
+            )
+        raise
 
 
 class _Run:
   """What the parts of one run share."""
 
-  def __init__(self, config, workdir, mesh, prepared, stop, closing):
+  def __init__(self, config, workdir, mesh, prepared, stop, closing, lock):
     self.config, self.workdir, self.mesh = config, workdir, mesh
     self.prepared, self.stop, self.closing = prepared, stop, closing
+    self.lock = lock
     self.checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint)
     closing.callback(self.checkpoints.close)
-    self.start = self.checkpoints.latest_step() or 0
     self.meta = checkpoint.Meta(
       step=0,
       config=config,
       tokenizer=prepared.tokenizer.to_json(),
-      fingerprint=_fingerprint(prepared),
-      batch_hash="",
+      fingerprint=resume.fingerprint(prepared.train, prepared.tokenizer),
+      validation=resume.fingerprint(prepared.validation, prepared.tokenizer),
     )
-    self.progress = metrics_lib.Progress(config.train.steps, self.start)
-    closing.callback(self.progress.close)
+    # The step at which the run, or its data, ends.
+    self.last_step = min(
+      config.train.steps, pipeline.n_train_batches(config, prepared)
+    )
     self.rows = step_lib.batch_sharding(config, mesh)
-    self.eval_step = perplexity.eval_step(config.model)
+    # In mode pmap no mesh is in context to say where results lie.
+    whole = NamedSharding(mesh, P()) if config.mesh.mode == "pmap" else None
+    self.eval_step = perplexity.eval_step(config.model, whole)
     # Of the last step: numbers on the devices, then on the host, then reported.
     self.pending: tuple[int, dict[str, Any]] | None = None
     self.unreported: tuple[int, dict[str, float]] | None = None
+    # Steps left out so far, and those of them in a row up to the last step.
+    self.n_skipped, self.n_in_a_row = None, 0
 
-  def go(self) -> int:
-    """Every step from the last checkpoint on."""
-    t, c = self.config.train, self.config.checkpoint
-    if self.start >= t.steps and not self._lacks_evaluation():
+  def go(self, from_step: int | None = None) -> int:
+    """Every step from the last checkpoint, or from that of `from_step`, on."""
+    if from_step is not None:
+      resume.abandon_later(self.checkpoints, from_step)
+    self.start = self.checkpoints.latest_step() or 0
+    self.progress = metrics_lib.Progress(self.last_step, self.start)
+    self.closing.callback(self.progress.close)
+    if self.start >= self.last_step and not self._lacks_evaluation():
+      if jax.process_index() == 0:
+        metrics_lib.plot_if_missing(self.workdir)
       self.progress.say(f"{self.workdir} is at step {self.start}: complete")
       return 0
     self._say_what_runs()
@@ -127,7 +145,9 @@ class _Run:
       evaluated = None
       if self._evaluates_at(step):
         evaluated = self._evaluate(step, state)
-      if step % c.save_every == 0 or step == t.steps:
+      if (
+        step % self.config.checkpoint.save_every == 0 or step == self.last_step
+      ):
         self._save(step, state, evaluated)
       if self.stop.stopping:
         break
@@ -136,8 +156,6 @@ class _Run:
   def _finish(self, step, state, evaluated) -> int:
     """Saves the end, wherever it came, and draws the picture."""
     stopping = self.stop.stopping
-    if not stopping and evaluated is None:  # the data ended first
-      evaluated = self._evaluate(step, state)
     self._read_pending()
     # An evaluation that is due but was cut short is added on restart.
     if not stopping or self._evaluates_at(step):
@@ -150,11 +168,13 @@ class _Run:
       metrics_lib.plot(self.workdir)
     self.ledger.write()
     self.progress.say(self.ledger.describe())
-    if stopping:
-      self.progress.say(
-        f"stopped by SIGTERM; step {step} is saved, the same command goes on"
-      )
-    return 0
+    if not stopping:
+      return 0
+    self.progress.say(
+      f"stopped by {self.stop.reason}; step {step} is saved, the same command "
+      "goes on"
+    )
+    return self.stop.exit_code
 
   # --- parts of a step ---
 
@@ -170,16 +190,15 @@ class _Run:
       ),
       self._place,
     )
-    for step in range(self.start + 1, t.steps + 1):
+    for step in range(self.start + 1, self.last_step + 1):
       with self.ledger.within("data_wait"):
-        batch = next(batches, None)
-      if batch is None:
-        return
+        batch = next(batches)
       yield step, batch
 
   def _evaluates_at(self, step: int) -> bool:
-    t = self.config.train
-    return step % t.eval_every == 0 or step == t.steps
+    every = self.config.train.eval_every
+    due = step % every == 0 or step == self.last_step
+    return due and bool(self.prepared.validation)
 
   def _read_pending(self) -> None:
     """Reads the last step's numbers; raises where they are not finite."""
@@ -192,14 +211,52 @@ class _Run:
     self.meta.batch_hash = _chained(self.meta.batch_hash, batch)
     numbers = {k: float(v) for k, v in found.items()}
     finite = np.isfinite([numbers["loss"], numbers["grad_norm"]]).all()
-    if not finite and self.config.optimizer.skip is None:
-      raise FloatingPointError(
+    skip = self.config.optimizer.skip
+    if not finite and skip is None:
+      raise Diverged(
         f"step {step}: loss {numbers['loss']}, gradient norm "
-        f"{numbers['grad_norm']}; last checkpoint: step "
-        f"{self.checkpoints.latest_step()}. Lower optimizer.peak_lr, or set "
+        f"{numbers['grad_norm']}; {self._ways_back()}"
+      )
+    if skip is not None:
+      self._count_skipped(step, int(numbers["skipped"]), skip.window)
+    self.unreported = step, numbers
+
+  def _count_skipped(self, step: int, n_skipped: int, most: int) -> None:
+    """Raises Diverged after `most` steps in a row that were left out."""
+    before = self.n_skipped
+    self.n_skipped = n_skipped
+    if before is None:  # the first step of this start
+      return
+    self.n_in_a_row = self.n_in_a_row + 1 if n_skipped > before else 0
+    if self.n_in_a_row >= most:
+      raise Diverged(
+        f"step {step}: the last {most} steps (optimizer.skip.window) were all "
+        f"left out; {self._ways_back()}"
+      )
+
+  def _ways_back(self) -> str:
+    """Which checkpoints there are, and how to go on from each."""
+    found = self.checkpoints.steps()
+    if not found:
+      return (
+        "there is no checkpoint. Lower optimizer.peak_lr, or set "
         "optimizer.skip to leave such steps out"
       )
-    self.unreported = step, numbers
+    losses = {
+      r["step"]: r.get("train/loss") for r in metrics_lib.read(self.workdir)
+    }
+    known = [
+      f"{step} (training loss {losses[step]:.4g})"
+      if losses.get(step) is not None
+      else str(step)
+      for step in found
+    ]
+    return (
+      f"last checkpoint: step {found[-1]}; all that are kept: "
+      f"{', '.join(known)}. Go on from one by --from_step=STEP "
+      "--config.checkpoint.on_mismatch=fresh_optimizer with a lower "
+      "optimizer.peak_lr, or with optimizer.skip to leave such steps out"
+    )
 
   def _report_if_due(self) -> None:
     if (
@@ -217,6 +274,11 @@ class _Run:
         self.progress.show(self.writer.last)
       return
     (step, numbers), self.unreported = self.unreported, None
+    if self.lock is not None and self.lock.lost:
+      raise config_lib.RunError(
+        f"--workdir={self.workdir}: another process has taken over this run, "
+        "since this one gave no sign of life; see lock.json there"
+      )
     self.ledger.book()
     spent = self.ledger.seconds
     self.writer.write(
@@ -268,9 +330,8 @@ class _Run:
     self._report_if_due()
     self.watchdog.pause()
     with self.ledger.within("save"):
-      rest = (state.step, state.opt_state, state.history)
-      meta = dataclasses.replace(self.meta, step=step)
-      self.checkpoints.save(step, state.params, state.ema, rest, meta, loss)
+      meta = dataclasses.replace(self.meta, step=step, loss=loss)
+      self.checkpoints.save(step_lib.to_trees(state), meta)
     self.ledger.saved(step)
 
   # --- start ---
@@ -285,22 +346,39 @@ class _Run:
       f"{counts.parameter_count(c.model):,} parameters on {self.mesh.size} "
       f"{jax.devices()[0].device_kind} device(s), {c.mesh.mode} {shape}; "
       f"{tokens:,} training tokens, {c.tokens_per_step:,} a step; "
-      f"from step {self.start} to {c.train.steps}"
+      f"from step {self.start} to {self.last_step}"
     )
+    if self.last_step < c.train.steps:
+      self.progress.say(
+        f"the data end at step {self.last_step}, before "
+        f"train.steps={c.train.steps}: data.epochs={c.data.epochs}"
+      )
 
   def _set_up(self):
     """Compiled step and state, and all that writes while they run."""
-    if self.start == 0 and jax.process_index() == 0:
-      metrics_lib.write_config(self.workdir, self.config)
     self.ledger = ledger_lib.Ledger(self.workdir, self.stop.began)
 
     def make():
       with self.ledger.within("restore"):
-        state = self._first_state()
+        state, meta = resume.first_state(
+          self.config,
+          self.mesh,
+          self.workdir,
+          self.checkpoints,
+          self.meta,
+          self.progress.say,
+        )
+        if meta is not None:
+          self.meta.batch_hash = meta.batch_hash
+        self.start = 0 if meta is None else meta.step
       with self.ledger.within("compile"):
         return step_lib.compile_step(self.config, self.mesh), state
 
     train_step, state = self.stop.start("restoring or compiling", make)
+    if jax.process_index() == 0:
+      said = resume.write_config(self.workdir, self.config, self.start)
+      if said is not None:
+        self.progress.say(said)
     self.writer = metrics_lib.Writer(self.workdir, self.start)
     self.closing.callback(self.writer.close)
     self.meter = metrics_lib.Meter(self.config, self.start)
@@ -310,37 +388,6 @@ class _Run:
     if self.start:
       self.progress.say(self.ledger.describe())
     return train_step, state
-
-  def _first_state(self) -> step_lib.State:
-    """Fresh, or that of the last whole checkpoint on this run's mesh."""
-    like = step_lib.abstract_state(self.config, self.mesh)
-    rest = (like.step, like.opt_state, like.history)
-    while self.start:
-      try:
-        meta = checkpoint.load_meta(self.workdir, self.start)
-        self._refuse_other_data(meta)
-        params, ema, (step, opt_state, history) = self.checkpoints.restore(
-          self.start, like.params, like.ema, rest
-        )
-      except checkpoint.Damaged as error:
-        where = self.checkpoints.set_aside(self.start)
-        self.start = self.checkpoints.latest_step() or 0
-        said = f"{error}. Moved to {where}; going back to step {self.start}"
-        if jax.process_count() > 1:  # the others may not have noticed
-          raise checkpoint.Damaged(f"{said}: start the run again") from error
-        self.progress.say(said)
-        continue
-      self.meta.batch_hash = meta.batch_hash
-      return step_lib.State(step, params, ema, opt_state, history)
-    return step_lib.create_state(self.config, self.mesh)
-
-  def _refuse_other_data(self, before: checkpoint.Meta) -> None:
-    if before.fingerprint != self.meta.fingerprint:
-      raise config_lib.ConfigError(
-        f"--workdir={self.workdir}: its checkpoint was trained on other data "
-        f"(fingerprint {before.fingerprint}, now {self.meta.fingerprint}): the "
-        "sources have changed since. Restore them, or name another workdir"
-      )
 
   def _lacks_evaluation(self) -> bool:
     """Whether the evaluation after the last step was cut short (SIGTERM)."""
@@ -365,28 +412,3 @@ def _chained(before: str, words: np.ndarray) -> str:
   """Digest of a digest and what comes after it."""
   text = bytes.fromhex(before) + words.astype("<u4").tobytes()
   return hashlib.blake2b(text, digest_size=8).hexdigest()
-
-
-def _fingerprint(prepared: store.Prepared) -> str:
-  """Names the stores that training reads, and the tokenizer that made them."""
-  parts = [s.fingerprint for s in prepared.train]
-  parts.append(prepared.tokenizer.fingerprint)
-  return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _refuse_other_run(config: config_lib.Config, workdir: str) -> None:
-  """Raises ConfigError where `workdir` holds a run of another config."""
-  path = epath.Path(workdir) / "config.json"
-  if not path.exists():
-    return
-  before = config_lib.from_json(path.read_text())
-  changed = [
-    f"{name} was {old!r} and is {new!r}"
-    for name, (old, new) in config_lib.differences(before, config).items()
-    if not name.startswith(_FREE)
-  ]
-  if changed:
-    raise config_lib.ConfigError(
-      f"--workdir={workdir}: holds a run of another config: "
-      f"{'; '.join(changed)}. Name another workdir, or restore these fields"
-    )

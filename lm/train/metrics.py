@@ -6,9 +6,12 @@ first write nothing.
 """
 
 import contextlib
+import io
 import json
 import math
 import os
+import sys
+import time
 from typing import Any
 
 import jax
@@ -17,6 +20,7 @@ import rich.progress
 from etils import epath
 
 from lm import config as config_lib
+from lm import files
 from lm.model import counts
 
 # Dense bfloat16 matrix operations per second of one device, by the start of
@@ -35,34 +39,37 @@ _PEAK_FLOPS = {
 
 class Writer:
   """Appends reports to metrics.jsonl and TensorBoard event files; `last` is the
-  last one.
+  last one. Lines that are no reports are set aside, and said.
   """
 
   def __init__(self, workdir: str, start_step: int):
     self._writes = jax.process_index() == 0
-    kept = [r for r in read(workdir) if r["step"] <= start_step]
+    reports, rest = _parse(workdir)
+    kept = [r for r in reports if r["step"] <= start_step]
     self.last: dict[str, Any] = kept[-1] if kept else {}
     if not self._writes:
       return
-    import tensorboardX
-
     self._path = epath.Path(workdir) / "metrics.jsonl"
-    replace(self._path, "".join(json.dumps(r) + "\n" for r in kept))
-    self._events = tensorboardX.SummaryWriter(
-      os.path.join(workdir, "tensorboard"), purge_step=start_step + 1
-    )
+    if rest:
+      print(
+        f"{self._path}: {rest.count(_NEWLINE)} damaged line(s) moved to "
+        f"{set_aside(self._path, rest)}; the other reports are kept",
+        file=sys.stderr,
+      )
+    files.replace(self._path, "".join(_line(r) for r in kept))
+    self._events = _Events(os.path.join(workdir, "tensorboard"), start_step + 1)
 
   def write(self, report: dict[str, Any]) -> None:
     self.last = report
     if not self._writes:
       return
-    line = json.dumps(report) + "\n"
-    if "://" in str(self._path):  # an object store has no appending
-      self._path.write_text(self._path.read_text() + line)
-    else:
+    line = _line(report)
+    if files.is_local(self._path):
       with self._path.open("a") as file:
         file.write(line)
-    self._add_events(report, report["step"])
+    else:  # an object store has no appending
+      self._path.write_text(self._path.read_text() + line)
+    self._events.add(report, report["step"])
 
   def amend(self, found: dict[str, Any]) -> None:
     """Adds to the last report."""
@@ -70,13 +77,8 @@ class Writer:
     if not self._writes:
       return
     reports = [*read(str(self._path.parent))[:-1], self.last]
-    replace(self._path, "".join(json.dumps(r) + "\n" for r in reports))
-    self._add_events(found, self.last["step"])
-
-  def _add_events(self, values: dict[str, Any], step: int) -> None:
-    for name, value in values.items():
-      if name != "step" and isinstance(value, int | float):
-        self._events.add_scalar(name, value, step)
+    files.replace(self._path, "".join(_line(r) for r in reports))
+    self._events.add(found, self.last["step"])
 
   def close(self) -> None:
     if self._writes:
@@ -85,22 +87,84 @@ class Writer:
         self._events.close()
 
 
-def read(workdir: str) -> list[dict[str, Any]]:
-  """The reports of a run, without one that a kill cut short."""
+class _Events:
+  """TensorBoard's scalars, written by the calling thread: a thread of its own
+  would outlive a stop, and print the disk's errors.
+  """
+
+  def __init__(self, directory: str, first_step: int):
+    from tensorboardX import event_file_writer, record_writer, summary
+    from tensorboardX.proto import event_pb2
+
+    # The generated module makes its classes when it is imported.
+    made: Any = vars(event_pb2)
+    self._event, self._scalar = made["Event"], summary.scalar
+    record_writer.directory_check(directory)
+    self._writer = event_file_writer.EventsWriter(
+      os.path.join(directory, "events"), f".{os.getpid()}"
+    )
+    # What an earlier start wrote of later steps is not to be shown.
+    log = made["SessionLog"](status=made["SessionLog"].START)
+    self._write(first_step, session_log=log)
+
+  def add(self, values: dict[str, Any], step: int) -> None:
+    for name, value in values.items():
+      if name != "step" and isinstance(value, int | float):
+        self._write(step, summary=self._scalar(name, value))
+    self._writer.flush()
+
+  def _write(self, step: int, **content: Any) -> None:
+    event = self._event(wall_time=time.time(), step=step, **content)
+    self._writer.write_event(event)
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+_NEWLINE = b"\n"
+
+
+def _line(report: dict[str, Any]) -> str:
+  """A report as JSON, which has no NaN: null, and named in `nonfinite`."""
+  nonfinite = [
+    name
+    for name, value in report.items()
+    if isinstance(value, float) and not math.isfinite(value)
+  ]
+  if nonfinite:
+    report = report | dict.fromkeys(nonfinite) | {"nonfinite": nonfinite}
+  return json.dumps(report, allow_nan=False) + "\n"
+
+
+def _parse(workdir: str) -> tuple[list[dict[str, Any]], bytes]:
+  """The reports of a run in order, and the lines that are none. A last line
+  that a kill cut short is neither.
+  """
   path = epath.Path(workdir) / "metrics.jsonl"
-  text = path.read_text() if path.exists() else ""
-  return [json.loads(line) for line in text.split("\n")[:-1]]
+  content = path.read_bytes() if path.exists() else b""
+  reports, rest = [], b""
+  for line in content.split(_NEWLINE)[:-1]:
+    try:
+      report = json.loads(line)
+      if type(report["step"]) is not int:
+        raise TypeError
+      reports.append(report)
+    except (ValueError, TypeError, KeyError, RecursionError):
+      rest += line + _NEWLINE
+  return reports, rest
 
 
-def replace(path: epath.Path, text: str) -> None:
-  """Writes a file whole or not at all."""
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(text)
-  partial.replace(path)
+def read(workdir: str) -> list[dict[str, Any]]:
+  """The reports of a run; lines that are none are left out."""
+  return _parse(workdir)[0]
 
 
-def write_config(workdir: str, config: config_lib.Config) -> None:
-  replace(epath.Path(workdir) / "config.json", config_lib.to_json(config))
+def set_aside(path: epath.Path, content: bytes) -> epath.Path:
+  """Keeps damaged content of a file beside it; returns where."""
+  now = time.strftime("%Y%m%d-%H%M%S")
+  where = path.with_name(f"{path.name}.damaged-{now}")
+  where.write_bytes(content)
+  return where
 
 
 class Meter:
@@ -191,6 +255,12 @@ def exponential(nats: float) -> float:
   return math.exp(nats) if nats < 709 else math.inf
 
 
+def plot_if_missing(workdir: str) -> None:
+  """Draws what a kill after the last checkpoint has left out."""
+  if not (epath.Path(workdir) / "curves.png").exists():
+    plot(workdir)
+
+
 def plot(workdir: str) -> None:
   """Draws curves.png: loss, bits per byte, learning rate and gradient norm."""
   import matplotlib.figure
@@ -198,7 +268,10 @@ def plot(workdir: str) -> None:
   reports = read(workdir)
 
   def series(name):
-    points = [(r["tokens"], r[name]) for r in reports if name in r]
+    # A number that was not finite is null.
+    points = [
+      (r["tokens"], r[name]) for r in reports if r.get(name) is not None
+    ]
     return tuple(zip(*points, strict=True)) if points else ((), ())
 
   figure = matplotlib.figure.Figure(figsize=(10, 6), layout="constrained")
@@ -220,8 +293,6 @@ def plot(workdir: str) -> None:
     axis.set_xlabel("tokens")
   for axis in axes.flat:
     axis.grid(alpha=0.3)
-  # A name in step with the run directory; the file appears whole.
-  path = epath.Path(workdir) / "curves.png"
-  with path.with_name(".curves.png").open("wb") as file:
-    figure.savefig(file, dpi=110, format="png")
-  path.with_name(".curves.png").replace(path)
+  content = io.BytesIO()
+  figure.savefig(content, dpi=110, format="png")
+  files.replace(epath.Path(workdir) / "curves.png", content.getvalue())

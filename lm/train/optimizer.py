@@ -37,7 +37,7 @@ def schedule(
   stable, decay: arXiv:2404.06395) decays linearly over the last
   `decay_fraction` of all steps, warm-up included.
   """
-  warmup = cfg.warmup_steps
+  warmup = float(cfg.warmup_steps)  # int32 has no room for one more
 
   def rate(step):
     step = jnp.asarray(step, jnp.float32)
@@ -61,7 +61,7 @@ def schedule(
 
 def rate_at(cfg: config_lib.OptimizerConfig, steps: int, step: int) -> float:
   """Learning rate of one step of a run of `steps`, as reports call it `lr`."""
-  return float(schedule(cfg, steps, cfg.peak_lr)(step))
+  return np.asarray(schedule(cfg, steps, cfg.peak_lr)(step)).item()
 
 
 def decayed(params: Any) -> Any:
@@ -192,3 +192,15 @@ def state_specs(params: Any, opt_state: Any) -> Any:
     return P()
 
   return jax.tree_util.tree_map_with_path(spec, opt_state)
+
+
+def starting_at(opt_state: Any, step: int) -> Any:
+  """A fresh state whose schedules go on at `step`; moments count from 0."""
+
+  def is_schedule(node: Any) -> bool:
+    return getattr(node, "_fields", None) == ("count",)
+
+  def move(node: Any) -> Any:
+    return node._replace(count=node.count + step) if is_schedule(node) else node
+
+  return jax.tree.map(move, opt_state, is_leaf=is_schedule)

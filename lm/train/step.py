@@ -63,6 +63,19 @@ class State:
   history: History | None
 
 
+def to_trees(state: State) -> dict[str, Any]:
+  """The state as the items of a checkpoint; `ema` only where there is one."""
+  rest = (state.step, state.opt_state, state.history)
+  trees = {"params": state.params, "rest": rest}
+  return trees if state.ema is None else {**trees, "ema": state.ema}
+
+
+def from_trees(trees: dict[str, Any]) -> State:
+  """Inverse of `to_trees`."""
+  step, opt_state, history = trees["rest"]
+  return State(step, trees["params"], trees.get("ema"), opt_state, history)
+
+
 def init_state(config: config_lib.Config) -> State:
   """Fresh state from config.seed; under jit on a mesh, born sharded."""
   params = decoder.init_params(config.model, jax.random.key(config.seed))
@@ -295,8 +308,18 @@ def compile_step(
   def split(a):
     return a.reshape(n, a.shape[0] // n, *a.shape[1:])
 
+  whole = jax.sharding.NamedSharding(mesh, P())
+
+  def joined(x):
+    """The copies that pmap left on this process's devices, as a part of the
+    array that all processes have: what saving and evaluating expect.
+    """
+    copies = [shard.data for shard in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, whole, copies)
+
   def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-    return pmapped(state, jax.tree.map(split, batch))
+    new, metrics = pmapped(state, jax.tree.map(split, batch))
+    return jax.tree.map(joined, new), metrics
 
   return step
 

@@ -8,6 +8,7 @@ window every time, however fast the machine is.
 """
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -106,6 +107,31 @@ def _tear_a_report(strike: Callable, dies: bool) -> None:
   metrics.Writer.write = tear
 
 
+def _another_tree() -> None:
+  """The optimizer's state gets a link more, as by a new version of optax."""
+  import optax
+
+  from lm.train import optimizer
+
+  make = optimizer.make
+
+  def chained(*args):
+    link = optax.scale_by_schedule(lambda _: 1.0)
+    return optax.chain(link, make(*args))
+
+  optimizer.make = chained
+
+
+def _unreadable() -> None:
+  """Every read of arrays fails as a broken disk's."""
+  import orbax.checkpoint as ocp
+
+  def fails(*_, **__):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+  ocp.Checkpointer.restore = fails
+
+
 def plant(order: Order, strike: Callable[[], None]) -> None:
   """Wraps what the order's window names. Imports the house, and so JAX."""
   from lm import checkpoint
@@ -133,6 +159,11 @@ def plant(order: Order, strike: Callable[[], None]) -> None:
       lambda _, to: os.path.basename(to) == "metrics.jsonl", strike, "before"
     ),
     "end": lambda: before(metrics, "plot", strike),
+    "slow steps": lambda: after(
+      pipeline.DevicePrefetch, "__next__", lambda: time.sleep(2), at=None
+    ),
+    "another optimizer tree": _another_tree,
+    "unreadable checkpoint": _unreadable,
     "any time": lambda: threading.Timer(order.delay, strike).start(),
     "any step": lambda: after(
       pipeline.DevicePrefetch, "__next__", strike, int(order.delay)

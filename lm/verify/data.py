@@ -112,20 +112,20 @@ def checkpoints(config: config_lib.Config) -> Iterator[Result]:
     tokenizer=tokenizer_lib.Tokenizer().to_json(),
     fingerprint="of the data",
     batch_hash="of the batches",
+    loss=1.0,
   )
   with tempfile.TemporaryDirectory() as folder:
     saved = checkpoint.Checkpoints(folder, config.checkpoint)
     try:
-      saved.save(3, state.params, state.ema, _rest(state), meta, loss=1.0)
+      saved.save(step_lib.to_trees(state), meta)
       saved.wait()
-      found = saved.restore(3, target.params, target.ema, _rest(target))
+      told = checkpoint.load_meta(folder)
+      found = saved.restore(told, step_lib.to_trees(target))
     finally:
       saved.close()
-    told = checkpoint.load_meta(folder)
     alone = checkpoint.load_params(folder, config.model)
   where = f"{trial.name(fit[0])} to {trial.name(fit[-1])}"
-  everything = (wanted.params, wanted.ema, _rest(wanted))
-  promised = (target.params, target.ema, _rest(target))
+  everything, promised = map(step_lib.to_trees, (wanted, target))
   moved = [
     jax.tree_util.keystr(path)
     for (path, x), to in zip(
@@ -145,8 +145,3 @@ def checkpoints(config: config_lib.Config) -> Iterator[Result]:
     ("step, config, tokenizer and fingerprint: those that differ", others),
   ):
     yield result.judge("checkpoint", what, error, 0)
-
-
-def _rest(state: step_lib.State):
-  """What a checkpoint keeps beside the weights, as training saves it."""
-  return state.step, state.opt_state, state.history

@@ -12,6 +12,7 @@ import functools
 import glob
 import itertools
 import json
+import math
 import os
 import pathlib
 import random
@@ -23,10 +24,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from lm import checkpoint
 from lm import config as config_lib
-from lm.train import ledger
+from lm.train import ledger, stop
 from lm.train import metrics as metrics_lib
 from lm.verify import bombs, data
 from lm.verify.result import Result
@@ -48,6 +50,7 @@ _RUNNING = (
 # With two processes a SIGTERM to one is told to the other: where it matters.
 _TOLD = ("step", "evaluating", "saving, copied", "compiling")
 _KILL, _TERM = signal.SIGKILL, signal.SIGTERM
+_INT, _HUP = signal.SIGINT, signal.SIGHUP
 # A survivor of a lost peer must have ended by then, in seconds.
 _SURVIVES = 60
 _HEARTBEAT = 10
@@ -68,6 +71,15 @@ def run(config: config_lib.Config) -> Iterator[Result]:
         for window in (*_STARTING, *_RUNNING)
         for which in (_KILL, _TERM)
       ),
+      *(
+        functools.partial(_killed, lab, window, which, 1, False)
+        for window in ("compiling", *_RUNNING)
+        for which in (_INT, _HUP)
+      ),
+      functools.partial(_changed_start, lab, "another optimizer tree", 2),
+      functools.partial(_changed_start, lab, "unreadable checkpoint", 1),
+      *(functools.partial(_flipped_bit, lab, *part) for part in _PARTS),
+      functools.partial(_two_at_once, lab),
       functools.partial(_torn_checkpoint, lab),
       functools.partial(_full_disk, lab),
       functools.partial(_damaged_store, lab),
@@ -80,6 +92,7 @@ def run(config: config_lib.Config) -> Iterator[Result]:
       *(functools.partial(_killed, lab, w, _KILL, 2, True) for w in _TOLD),
       *(functools.partial(_killed, lab, w, _TERM, 2, False) for w in _TOLD),
       functools.partial(_elastic, lab),
+      functools.partial(_pmap, lab),
     ]
     for n_processes in (1, 2):
       lab.unbroken(n_processes)
@@ -135,12 +148,14 @@ class _Lab:
     fresh_corpus: bool = False,
     steps: int | None = None,
     save_every: int | None = None,
+    mode: Literal["jit", "pmap"] = "jit",
   ) -> pathlib.Path:
     """A folder with a config and the tokenized corpus; returns its workdir."""
     home = self.folder / f"run{next(self._numbers)}"
     home.mkdir()
     config = copy.deepcopy(self.config)
     config.data.cache_dir = str(home / "cache")
+    config.mesh.mode = mode
     config.train.steps = steps or config.train.steps
     config.checkpoint.save_every = save_every or config.checkpoint.save_every
     # The tokenizer and the stores of the first run serve the others.
@@ -217,13 +232,14 @@ class _Lab:
     n_processes: int,
     problems: Sequence[str] = (),
     note: str = "",
+    unbroken: pathlib.Path | None = None,
   ) -> Result:
     """Starts the run again, lets it end, and compares it with the unbroken."""
     life = self.live(workdir, n_processes)
     problems = [*problems]
     if any(life.codes):
       problems.append(f"restart ended with {life.codes}: {life.said[-300:]}")
-    n = differences(workdir, self.unbroken(n_processes))
+    n = differences(workdir, unbroken or self.unbroken(n_processes))
     return Result(
       "faults",
       name,
@@ -309,8 +325,9 @@ def _killed(
     problems.append(f"the bomb did not go off: {life.said[-300:]}")
   if which == _KILL and -_KILL not in life.codes:
     problems.append(f"nothing was killed: {life.codes}")
-  told = which == _TERM and (n_processes == 1 or window not in _STARTING)
-  if told and any(life.codes):
+  told = which != _KILL and (n_processes == 1 or window not in _STARTING)
+  promised = stop.EXIT_CODES.get(which, 0)
+  if told and set(life.codes) - {promised}:
     problems.append(f"ended with {life.codes}: {life.said[-300:]}")
   note = ""
   if n_processes > 1 and not group and not told:
@@ -339,6 +356,113 @@ def _torn_checkpoint(lab: _Lab) -> Result:
   return dataclasses.replace(
     found, passed=found.passed and moved, note=note + found.note
   )
+
+
+def _changed_start(lab: _Lab, window: str, code: int) -> Result:
+  """A start that finds the checkpoints unfit for a reason of its own: it ends
+  with one line and `code`, and moves none of them.
+  """
+  workdir = lab.new_run()
+  lab.live(workdir, 1, bombs.Order("", "any step", delay=8.0))
+  before = sorted(os.listdir(workdir / "checkpoints"))
+  life = lab.live(workdir, 1, bombs.Order("", window))
+  problems = [] if life.codes == [code] else [f"ended with {life.codes}"]
+  if "Traceback" in life.said:
+    problems.append(f"a traceback: {life.said[-300:]}")
+  if sorted(os.listdir(workdir / "checkpoints")) != before:
+    problems.append("checkpoints were moved")
+  said = life.said.strip().split("\n")[-1]
+  return lab.finish(window, workdir, 1, problems, f"it said: {said[:200]}")
+
+
+# Files of a checkpoint's item, in which a bit turns over.
+_PARTS = (
+  ("arrays", "params/**/d/*"),
+  ("optimizer state", "rest/**/d/*"),
+  ("meta", "meta/metadata"),
+  ("manifest", "params/manifest.ocdbt"),
+  ("names of arrays", "params/_METADATA"),
+  ("validation loss", "metrics/metrics"),
+)
+
+
+def _flipped_bit(lab: _Lab, part: str, pattern: str) -> Result:
+  """One bit of such files of the last checkpoint: the run ends as if unbroken,
+  and at most that checkpoint was moved.
+  """
+  workdir = lab.new_run()
+  lab.live(workdir, 1, bombs.Order("", "any step", delay=8.0))
+  steps = checkpoint.steps(str(workdir))
+  last = workdir / "checkpoints" / str(steps[-1])
+  for path in last.glob(pattern):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+  found = lab.finish(f"a bit of the last checkpoint's {part}", workdir, 1)
+  damaged = workdir / "damaged"
+  moved = sorted(p.name for p in damaged.iterdir()) if damaged.exists() else []
+  passed = found.passed and moved in ([], [last.name])
+  note = f"set aside: {', '.join(moved) or 'none'}; {found.note}"
+  return dataclasses.replace(found, passed=passed, note=note)
+
+
+def _two_at_once(lab: _Lab) -> Result:
+  """The same command, while it runs: refused, and the first is undisturbed."""
+  workdir = lab.new_run()
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    # Slow enough at its end for the other to start meanwhile.
+    first = pool.submit(lab.live, workdir, 1, bombs.Order("", "slow steps"))
+    deadline = time.monotonic() + _LIFE
+    while not (workdir / "metrics.jsonl").exists():
+      if time.monotonic() > deadline or first.done():
+        break
+      time.sleep(0.05)
+    second = lab.live(workdir, 1)
+    life = first.result()
+  problems = []
+  if second.codes != [1] or "in use by process" not in second.said:
+    problems.append(f"the second ended with {second.codes}")
+  if life.codes != [0]:
+    problems.append(f"the first ended with {life.codes}: {life.said[-300:]}")
+  return lab.finish("the same command twice at once", workdir, 1, problems)
+
+
+def _pmap(lab: _Lab) -> Result:
+  """Mode pmap on two processes: killed, started again, and stopped, it ends as
+  if unbroken, with the losses of mode jit.
+  """
+  unbroken, workdir = (lab.new_run(mode="pmap") for _ in range(2))
+  problems = []
+  for run, order in (
+    (unbroken, None),
+    (workdir, bombs.Order("", "any step", _KILL, delay=5.0)),
+    (workdir, bombs.Order("", "any step", _TERM, delay=3.0)),
+  ):
+    life = lab.live(run, 2, order)
+    killed = order is not None and order.signal == _KILL
+    if not killed and any(life.codes):
+      problems.append(f"ended with {life.codes}: {life.said[-300:]}")
+  error = _largest_error(unbroken, lab.unbroken(2))
+  limit = 1e-4 if lab.config.model.dtype == "float32" else 2e-2
+  if error > limit:
+    problems.append("other losses than mode jit")
+  note = f"losses within {error:.1e} of mode jit"
+  return lab.finish(
+    "mode pmap on 2 processes", workdir, 2, problems, note, unbroken
+  )
+
+
+def _largest_error(got: pathlib.Path, want: pathlib.Path) -> float:
+  """Of the training losses, relative; infinite where batches differ."""
+  pairs = list(
+    itertools.zip_longest(*(metrics_lib.read(str(run)) for run in (got, want)))
+  )
+  if not all(
+    a and b and a["step"] == b["step"] and a["batch_hash"] == b["batch_hash"]
+    for a, b in pairs
+  ):
+    return math.inf
+  return max(abs(a["train/loss"] / b["train/loss"] - 1) for a, b in pairs)
 
 
 def _full_disk(lab: _Lab) -> Result:
@@ -397,17 +521,7 @@ def _elastic(lab: _Lab) -> Result:
   life = lab.live(workdir, 1, n_devices=8)
   if any(life.codes):
     problems.append(f"ended with {life.codes}: {life.said[-300:]}")
-  got, want = (
-    metrics_lib.read(str(run)) for run in (workdir, lab.unbroken(1, 8))
-  )
-  pairs = list(zip(got, want, strict=False))
-  same = len(got) == len(want) and all(
-    a["step"] == b["step"] and a["batch_hash"] == b["batch_hash"]
-    for a, b in pairs
-  )
-  if not same:
-    problems.append("other batches")
-  error = max(abs(a["train/loss"] / b["train/loss"] - 1) for a, b in pairs)
+  error = _largest_error(workdir, lab.unbroken(1, 8))
   # Sums in another order, through a dozen optimizer steps; bfloat16 has 8 bits.
   limit = 1e-4 if lab.config.model.dtype == "float32" else 2e-2
   return Result(

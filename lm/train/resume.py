@@ -1,0 +1,315 @@
+"""Going on with a run: what may have changed, and from which checkpoint.
+
+A restart is the same run as long as its steps would be the same. What decides
+that is the config of the last checkpoint, or before there is one config.json,
+and the fingerprint of the data.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from lm import checkpoint, files, sharding
+from lm import config as config_lib
+from lm.data import pipeline, store
+from lm.data import tokenizer as tokenizer_lib
+from lm.train import metrics, optimizer
+from lm.train import step as step_lib
+
+# Fields that a restart may change: they say how a run is computed, watched and
+# stored, and how long it is, but not what its steps are.
+_FREE = (
+  "config.mesh.",
+  "config.checkpoint.",
+  "config.data.cache_dir",
+  "config.data.workers",
+  "config.data.prefetch_rows",
+  "config.model.attention",
+  "config.model.remat",
+  "config.model.scan_layers",
+  "config.model.loss_chunk",
+  "config.train.steps",
+  "config.train.microbatches",
+  "config.train.log_every",
+  "config.train.eval_every",
+  "config.train.eval_batches",
+  "config.train.slow_step_factor",
+  # The fingerprints decide whether these name the same data as before.
+  "config.data.train",
+  "config.data.validation",
+  "config.data.text_unit",
+  "config.data.invalid_utf8",
+  "config.tokenizer.",
+)
+
+
+def earlier_config(workdir: str) -> config_lib.Config | None:
+  """The config of the run in `workdir`; None where there is no run, or no more
+  than a config.json that cannot be read.
+  """
+  for step in reversed(checkpoint.steps(workdir)):
+    try:
+      return checkpoint.load_meta(workdir, step).config
+    except files.Damaged:  # told when it is restored
+      continue
+  path = epath.Path(workdir) / "config.json"
+  if not path.exists():
+    return None
+  try:
+    return config_lib.from_json(files.attempt(path, path.read_bytes))
+  except config_lib.ConfigError:
+    return None
+
+
+def refuse_other_config(
+  config: config_lib.Config, before: config_lib.Config | None, workdir: str
+) -> None:
+  """Raises ConfigError where `workdir` holds a run of another config."""
+  if before is None:
+    return
+  free = _FREE
+  if config.checkpoint.on_mismatch == "fresh_optimizer":
+    free += ("config.optimizer.",)
+  changed = [
+    f"{name} was {old!r} and is {new!r}"
+    for name, (old, new) in config_lib.differences(before, config).items()
+    # `config.data.train` is one field, and not the start of another's name.
+    if not any(name == f or (f[-1] == "." and name.startswith(f)) for f in free)
+  ]
+  if changed:
+    raise config_lib.ConfigError(
+      f"--workdir={workdir}: holds a run of another config: "
+      f"{'; '.join(changed)}. Name another workdir, or restore these fields"
+    )
+
+
+def write_config(
+  workdir: str, config: config_lib.Config, start: int
+) -> str | None:
+  """Makes config.json the run's present config. What was there goes into
+  config_history.jsonl, with the step up to which it held. Returns what is to
+  be said of it.
+  """
+  path = epath.Path(workdir) / "config.json"
+  content = config_lib.to_json(config)
+  before = path.read_bytes() if path.exists() else None
+  if before == content.encode():
+    return None
+  said = None
+  if before is not None:
+    try:
+      entry = {"until_step": start, "config": json.loads(before)}
+      history = path.with_name("config_history.jsonl")
+      lines = history.read_text() if history.exists() else ""
+      files.replace(history, f"{lines}{json.dumps(entry)}\n")
+    except (ValueError, RecursionError):
+      where = metrics.set_aside(path, before)
+      said = f"{path} is damaged: moved to {where}, and written again"
+  files.replace(path, content)
+  return said
+
+
+# --- several processes --------------------------------------------------------
+
+
+def check_processes_start_alike(config: config_lib.Config) -> None:
+  """Raises ConfigError where the processes of a run have other configs."""
+  tree = json.loads(config_lib.to_json(config))
+  data = tree["data"]
+  for name in ("cache_dir", "workers", "prefetch_rows"):
+    del data[name]  # each host may have its own
+  for name in ("train", "validation"):  # and its files where it likes
+    data[name] = len(data[name])
+  sharding.check_agreement(
+    {f"config.{name}": json.dumps(value) for name, value in tree.items()}
+  )
+
+
+def check_processes_read_alike(
+  config: config_lib.Config, prepared: store.Prepared, workdir: str
+) -> None:
+  """Raises ConfigError where they have other data or checkpoints."""
+  length = config.train.sequence_length
+  facts = {
+    "tokenizer": prepared.tokenizer.fingerprint,
+    f"checkpoints in --workdir={workdir}": str(checkpoint.steps(workdir)),
+  }
+  for kind in ("train", "validation"):
+    for i, tokens in enumerate(getattr(prepared, kind)):
+      facts[f"config.data.{kind}[{i}]={tokens.spec!r}"] = (
+        f"fingerprint {tokens.fingerprint}, {tokens.n_tokens} tokens, "
+        f"{pipeline.n_windows(tokens, length)} windows"
+      )
+  sharding.check_agreement(facts)
+
+
+def fingerprint(
+  stores: Sequence[store.TokenStore], tokenizer: tokenizer_lib.Tokenizer
+) -> str:
+  """Names token stores, and the tokenizer that made them."""
+  parts = [s.fingerprint for s in stores] + [tokenizer.fingerprint]
+  return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+# --- the checkpoint to go on from ---------------------------------------------
+
+
+def check_from_step(workdir: str, from_step: int | None) -> None:
+  found = checkpoint.steps(workdir)
+  if from_step is not None and from_step not in found:
+    raise config_lib.ConfigError(
+      f"--from_step={from_step}: no such checkpoint in {workdir}; it has "
+      f"{found}"
+    )
+
+
+def abandon_later(checkpoints: checkpoint.Checkpoints, step: int) -> None:
+  """Moves the checkpoints after `step` to abandoned/."""
+  for later in checkpoints.steps():
+    if later > step and jax.process_index() == 0:
+      checkpoints.set_aside(later, "abandoned")
+  if jax.process_count() > 1:
+    sharding.wait_for_all("checkpoints abandoned")
+    checkpoints.reload()
+
+
+def first_state(
+  config: config_lib.Config,
+  mesh: jax.sharding.Mesh,
+  workdir: str,
+  checkpoints: checkpoint.Checkpoints,
+  now: checkpoint.Meta,
+  say: Callable[[str], None],
+) -> tuple[step_lib.State, checkpoint.Meta | None]:
+  """The state of the last whole checkpoint on this run's mesh, and its meta;
+  or a fresh state, and None.
+
+  `now` has the fingerprints of this start. Damaged checkpoints are moved to
+  damaged/, up to `config.checkpoint.set_aside`.
+  """
+  like = step_lib.to_trees(step_lib.abstract_state(config, mesh))
+  n_damaged = 0
+  while step := checkpoints.latest_step():
+    try:
+      meta = checkpoint.load_meta(workdir, step)
+      refuse_other_config(config, meta.config, workdir)
+      _refuse_other_data(workdir, meta, now)
+      for line in _changes(meta, now):
+        say(line)
+      return _restored(
+        config, mesh, workdir, checkpoints, meta, like, say
+      ), meta
+    except files.Damaged as error:
+      n_damaged += 1
+      if n_damaged > config.checkpoint.set_aside:
+        raise files.Damaged(
+          f"{error}. This start has moved {n_damaged - 1} damaged "
+          "checkpoint(s) already, and moves no more: look at the disk, then "
+          f"allow it by --config.checkpoint.set_aside={n_damaged}"
+        ) from error
+      where = checkpoints.set_aside(step, "damaged")
+      before = checkpoints.latest_step() or 0
+      said = f"{error}. Moved to {where}; going back to step {before}"
+      if jax.process_count() > 1:  # the others may not have noticed
+        raise files.Damaged(f"{said}: start the run again") from error
+      say(said)
+  return step_lib.create_state(config, mesh), None
+
+
+def _refuse_other_data(
+  workdir: str, before: checkpoint.Meta, now: checkpoint.Meta
+) -> None:
+  if before.fingerprint != now.fingerprint:
+    raise config_lib.ConfigError(
+      f"--workdir={workdir}: its checkpoint was trained on other data "
+      f"(fingerprint {before.fingerprint}, now {now.fingerprint}): the "
+      "sources have changed since. Restore them, or name another workdir"
+    )
+
+
+def _changes(before: checkpoint.Meta, now: checkpoint.Meta) -> list[str]:
+  """What this start does otherwise from here on, in words."""
+  lines = []
+  old, new, step = before.config, now.config, before.step
+  if before.validation not in (None, now.validation):
+    lines.append(
+      f"from step {step} on the validation set is another one (fingerprint "
+      f"{before.validation}, now {now.validation}): losses before and after do "
+      "not compare"
+    )
+  for name, (was, now_is) in config_lib.differences(old, new).items():
+    if name.startswith("config.optimizer."):
+      lines.append(f"from step {step} on {name} is {now_is!r}; was {was!r}")
+  rates = [
+    optimizer.rate_at(c.optimizer, c.train.steps, step) for c in (old, new)
+  ]
+  if not math.isclose(*rates, rel_tol=1e-6):
+    lines.append(
+      f"at step {step} the learning rate goes from {rates[0]:.3g} to "
+      f"{rates[1]:.3g}: schedule {new.optimizer.schedule!r} over "
+      f"train.steps={new.train.steps}, was {old.train.steps}"
+    )
+  return lines
+
+
+def _restored(config, mesh, workdir, checkpoints, meta, like, say):
+  """The state of a checkpoint; where its arrays differ in what may be taken
+  afresh, and the config says to, that part is fresh.
+  """
+  different = checkpoint.compare(workdir, meta, like)
+  if not different:
+    return step_lib.from_trees(checkpoints.restore(meta, like))
+  where = f"checkpoint {meta.step} of {workdir}"
+  said = checkpoint.describe(different)
+  if "params" in different:
+    raise config_lib.ConfigError(
+      f"{where}: holds another model than the config says: {said}. Restore the "
+      "config or the code that wrote it, or name another workdir"
+    )
+  if config.checkpoint.on_mismatch == "refuse":
+    raise config_lib.ConfigError(
+      f"{where}: its optimizer state or average is not what this program "
+      f"makes of the config: {said}. Restore the config, code or optax that "
+      "wrote it, or take what differs afresh with "
+      "--config.checkpoint.on_mismatch=fresh_optimizer"
+    )
+  say(f"{where}: afresh from step {meta.step} on: {said}")
+  fresh = step_lib.create_state(config, mesh)
+  params = checkpoints.restore(meta, {"params": like["params"]})["params"]
+  state = dataclasses.replace(fresh, params=params)
+  ema = like.get("ema")
+  if ema is not None:
+    average = jax.tree.map(jnp.copy, params)
+    if "ema" not in different:
+      average = checkpoints.restore(meta, {"ema": ema})["ema"]
+    state = dataclasses.replace(state, ema=average)
+  return _with_rest(state, meta, like, different, checkpoints)
+
+
+def _with_rest(state, meta, like, different, checkpoints):
+  """`state` with those parts of `rest` that the checkpoint has as wanted:
+  (step, optimizer state, history). A fresh schedule goes on at its step.
+  """
+  if "rest" not in different:
+    rest = checkpoints.restore(meta, {"rest": like["rest"]})["rest"]
+  else:
+    wrong = {line.split("/", 1)[0] for line in different["rest"]}
+    parts = tuple(
+      None if str(i) in wrong else part for i, part in enumerate(like["rest"])
+    )
+    rest = checkpoints.restore_parts(meta, {"rest": parts})["rest"]
+  step, opt_state, history = rest
+  if opt_state is None:
+    opt_state = optimizer.starting_at(state.opt_state, meta.step)
+  return dataclasses.replace(
+    state,
+    step=step,
+    opt_state=opt_state,
+    history=state.history if history is None else history,
+  )
