@@ -1,6 +1,7 @@
 """Tokenizers: lossless, deterministic, and never a reserved id from text."""
 
 import argparse
+import base64
 import inspect
 import io
 import json
@@ -123,6 +124,43 @@ def test_json_carries_all_of_it(tokenizer):
   assert again.encode(CORPUS[0]) == tokenizer.encode(CORPUS[0])
 
 
+@pytest.mark.parametrize(
+  "text",
+  [
+    *("", "x", "null", "[]", "3", "{}", '{"kind": "else"}', "[" * 10**5),
+    *('{"kind": "sentencepiece"}', '{"kind": "sentencepiece", "model": 3}'),
+    *('{"kind": "sentencepiece", "model": "?"}', '{"kind": ["bytes"]}'),
+    *('{"kind": "sentencepiece", "model": ""}', '{"kind": "bytes'),
+    '{"kind": "sentencepiece", "model": "/////w=="}',
+    '{"kind": "bytes", "chat_template": 3}',
+  ],
+)
+def test_json_that_is_no_tokenizer_is_one_line(text):
+  with pytest.raises(config_lib.ConfigError, match="^tokenizer '.*: not one"):
+    tokenizer_lib.Tokenizer.from_json(text)
+
+
+def test_a_model_cut_anywhere_is_one_line(trained):
+  stored = json.loads(trained.to_json())
+  model, n = base64.b64decode(stored["model"]), 0
+  for cut in range(0, len(model), 97):
+    stored["model"] = base64.b64encode(model[:cut]).decode()
+    try:
+      tokenizer_lib.Tokenizer.from_json(json.dumps(stored))
+    except config_lib.ConfigError:
+      n += 1
+  assert n > 10
+
+
+def test_half_a_character_is_refused(tokenizer):
+  for text in ("caf\udce9 ", "\ud83d", "x" * 99 + "\ud800" + "y" * 99):
+    with pytest.raises(config_lib.ConfigError, match="half a char") as error:
+      tokenizer.encode_batch(["fine", text])
+    assert len(str(error.value)) < 200
+    with pytest.raises(config_lib.ConfigError, match="holds half a character"):
+      tokenizer.encode(text)
+
+
 def test_a_chat_template_goes_with_the_tokenizer(trained):
   template = "{{ messages[0].content }}\n<user> \u2603"
   for model in (None, trained.model):
@@ -130,7 +168,8 @@ def test_a_chat_template_goes_with_the_tokenizer(trained):
     tokenizer = tokenizer_lib.Tokenizer(model, template)
     again = tokenizer_lib.Tokenizer.from_json(tokenizer.to_json())
     assert again.chat_template == template
-    assert again.fingerprint == tokenizer.fingerprint != plain.fingerprint
+    # It does not name ids, so that token stores stay when it changes.
+    assert again.fingerprint == tokenizer.fingerprint == plain.fingerprint
     assert again.encode(CORPUS[0]) == plain.encode(CORPUS[0])
     assert (
       tokenizer_lib.Tokenizer.from_json(plain.to_json()).chat_template is None
@@ -270,12 +309,30 @@ def test_a_loaded_model_that_does_not_fit(tmp_path, options, size, message):
 def test_a_file_that_is_no_model(tmp_path):
   with pytest.raises(config_lib.ConfigError, match="not a SentencePiece model"):
     load(tmp_path, b"no model", 701)
+  for content in (b"", b"\0\xff" * 50, b"text\n" * 200):
+    with pytest.raises(config_lib.ConfigError, match="foreign.model'"):
+      load(tmp_path, content, 701)
   config = make_config()
+  config.tokenizer.path = ""
+  with pytest.raises(config_lib.ConfigError, match="tokenizer.path='': empty"):
+    tokenizer_lib.load(config)
   config.tokenizer.path = str(tmp_path / "absent.model")
   with pytest.raises(
     config_lib.ConfigError, match="absent.model.*No such file"
   ):
     tokenizer_lib.load(config)
+
+
+def test_paths_in_the_home_folder(tmp_path, monkeypatch, trained):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (tmp_path / "a.model").write_bytes(trained.model)
+  (tmp_path / "a.jinja").write_bytes(b"\xef\xbb\xbf<user>")
+  config = make_config()
+  config.tokenizer.path = "~/a.model"
+  config.tokenizer.chat_template = "~/a.jinja"
+  tokenizer = tokenizer_lib.load(config)
+  assert tokenizer.fingerprint == trained.fingerprint
+  assert tokenizer.chat_template == "<user>"
 
 
 def test_an_unigram_model_loads(tmp_path):

@@ -19,6 +19,7 @@ from google.protobuf import message
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
 from lm import config as config_lib
+from lm import files
 from lm.data import template as template_lib
 
 N_SENTINELS = 100
@@ -40,6 +41,9 @@ RESERVED = (
 # multiple of 128 so that a mesh can cut the embedding.
 BYTES_SIZE = 384
 
+# What SentencePiece, its messages and JSON raise on what they cannot read.
+_UNREADABLE = (RuntimeError, message.DecodeError, ValueError)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 # SentencePiece writes a space as this character and cannot tell a real one
 # from a space; real ones are encoded by their bytes.
 _SPACE = "\u2581"
@@ -67,7 +71,7 @@ class Tokenizer:
   and counts of bytes are exact.
 
   `chat_template` is the Jinja text by which lm/sample/chat.py lays out a
-  conversation. It has a part in the fingerprint, and None has none.
+  conversation. It is no part of the fingerprint, which names the ids alone.
   """
 
   def __init__(
@@ -89,7 +93,9 @@ class Tokenizer:
     self._names = {i: name for name, i in reserved.items()}
     # Bytes of text that each id stands for: int64 [size], 0 for reserved ids.
     self.byte_lengths = np.array([len(p) for p in self._pieces], np.int64)
-    self.fingerprint = hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+    self.fingerprint = hashlib.sha256(
+      json.dumps(self._vocabulary()).encode()
+    ).hexdigest()[:16]
     self.pad = reserved["<pad>"]
     self.bos = reserved["<bos>"]
     self.eos = reserved["<eos>"]
@@ -116,7 +122,24 @@ class Tokenizer:
   def encode_batch(
     self, texts: Sequence[str], threads: int = 1
   ) -> list[np.ndarray]:
-    """Ids of each text, int32; SentencePiece's own threads share the texts."""
+    """Ids of each text, int32; SentencePiece's own threads share the texts.
+
+    Raises ConfigError on text that UTF-8 cannot spell.
+    """
+    try:
+      return self._encode_batch(texts, threads)
+    except (TypeError, UnicodeEncodeError) as error:
+      for text in texts:
+        if half := _SURROGATE.search(text):
+          raise config_lib.ConfigError(
+            f"text {text[max(0, half.start() - 20) : half.end()]!r}: holds "
+            "half a character (a surrogate), which UTF-8 cannot spell"
+          ) from error
+      raise
+
+  def _encode_batch(
+    self, texts: Sequence[str], threads: int
+  ) -> list[np.ndarray]:
     if self.model is None:
       return [
         np.frombuffer(text.encode(), np.uint8).astype(np.int32) + len(RESERVED)
@@ -161,21 +184,36 @@ class Tokenizer:
 
   def to_json(self) -> str:
     """All of it, for a checkpoint; `from_json` is the inverse."""
-    content = {"kind": "bytes"}
-    if self.model is not None:
-      model = base64.b64encode(self.model).decode()
-      content = {"kind": "sentencepiece", "model": model}
+    content = self._vocabulary()
     if self.chat_template is not None:
       content["chat_template"] = self.chat_template
     return json.dumps(content)
 
+  def _vocabulary(self) -> dict[str, str]:
+    if self.model is None:
+      return {"kind": "bytes"}
+    model = base64.b64encode(self.model).decode()
+    return {"kind": "sentencepiece", "model": model}
+
   @classmethod
   def from_json(cls, text: str) -> "Tokenizer":
-    content = json.loads(text)
-    template = content.get("chat_template")
-    if content["kind"] == "bytes":
-      return cls(None, template)
-    return cls(base64.b64decode(content["model"]), template)
+    """Raises ConfigError on text that `to_json` has not written."""
+    try:
+      content = json.loads(text)
+      template = content.get("chat_template")
+      if content["kind"] not in ("bytes", "sentencepiece"):
+        raise ValueError(f"kind {content['kind']!r}")
+      if not isinstance(template, str | None):
+        raise ValueError("chat_template is not text")
+      model = None
+      if content["kind"] == "sentencepiece":
+        model = base64.b64decode(content["model"], validate=True)
+      return cls(model, template)
+    except (*_UNREADABLE, AttributeError, KeyError, TypeError) as error:
+      raise config_lib.ConfigError(
+        f"tokenizer {text[:40]!r}: not one that this program has stored "
+        f"({type(error).__name__}: {error})"
+      ) from error
 
 
 def _read_model(
@@ -233,6 +271,7 @@ def load(config: config_lib.Config) -> Tokenizer:
     tokenizer = Tokenizer(None, template)
   else:
     assert path is not None, "a tokenizer without a path is trained"
+    path = files.local_path(path, "config.tokenizer.path")
     try:
       with open(path, "rb") as file:
         tokenizer = Tokenizer(file.read(), template)
@@ -241,7 +280,7 @@ def load(config: config_lib.Config) -> Tokenizer:
         f"config.tokenizer.path={path!r}: {error.strerror}; name a "
         "SentencePiece .model, or None to train one"
       ) from error
-    except (RuntimeError, message.DecodeError) as error:
+    except _UNREADABLE as error:
       raise config_lib.ConfigError(
         f"config.tokenizer.path={path!r}: not a SentencePiece model"
       ) from error
@@ -258,11 +297,12 @@ def read_template(config: config_lib.Config) -> str | None:
   path = config.tokenizer.chat_template
   if path is None:
     return None
+  path = files.local_path(path, "config.tokenizer.chat_template")
   try:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
       text = file.read()
     template_lib.check(text)
-  except (OSError, UnicodeDecodeError) as error:
+  except (OSError, ValueError) as error:
     raise config_lib.ConfigError(
       f"config.tokenizer.chat_template={path!r}: {error}; name a file of UTF-8 "
       "text, or None"
