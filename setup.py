@@ -17,6 +17,8 @@ setuptools.setup(
   install_requires=[
     "absl-py>=2.5",
     "array-record>=0.8.6",
+    # Python 3.14's own reader of .zst, for those before it.
+    "backports.zstd>=1.8",
     "etils>=1.15",
     "flax>=0.12.8",
     "grain>=0.2.18",
@@ -35,7 +37,6 @@ setuptools.setup(
     "tensorboardX>=2.6.5",
     "tensorflow-datasets>=4.9.10",
     "tensorstore>=0.1.86",
-    "zstandard>=0.25",
   ],
   extras_require={
     # Runs on TPUs; compiles for them anywhere.

@@ -13,6 +13,7 @@ import pytest
 import tensorstore
 
 from lm import config as config_lib
+from lm.data import arrays
 from lm.data import store as store_lib
 from lm.data import tokenizer as tokenizer_lib
 
@@ -41,8 +42,8 @@ def contents(store) -> list[list[int]]:
 @pytest.mark.parametrize("size, dtype", [(384, "uint16"), (65537, "uint32")])
 def test_documents_come_back_exactly(tmp_path, monkeypatch, size, dtype):
   # Several chunks, shards and batches of text.
-  monkeypatch.setattr(store_lib, "_CHUNK", 16)
-  monkeypatch.setattr(store_lib, "_SHARD", 128)
+  monkeypatch.setattr(arrays, "CHUNK", 16)
+  monkeypatch.setattr(arrays, "SHARD", 128)
   monkeypatch.setattr(store_lib, "_BATCH_CHARACTERS", 100)
   pieces = [b""] * size
   monkeypatch.setattr(
@@ -83,7 +84,7 @@ def test_a_second_preparation_only_opens(tmp_path, monkeypatch):
   first = store_lib.prepare(config)
   monkeypatch.setattr(store_lib, "_build", None)
   # Nor does it need to write, as on a cache that many machines share.
-  monkeypatch.setattr(store_lib.sources_lib, "exclusive", None)
+  monkeypatch.setattr(store_lib.contents, "exclusive", None)
   again = store_lib.prepare(config)
   assert again.train[0].path == first.train[0].path
   assert contents(again.train[0]) == contents(first.train[0])
@@ -131,36 +132,193 @@ def test_the_tokenizer_is_trained_once_on_a_spread_of_documents(
   assert talker.model == other.tokenizer.model
 
 
-@pytest.mark.parametrize("part", ["tokens", "ends"])
-def test_a_file_that_is_missing_or_cut_is_not_read_as_zeros(tmp_path, part):
-  config = make_config(tmp_path)
-  (store,) = store_lib.prepare(config).train
-  file = pathlib.Path(store.path, part, "c", "0")
-  content = file.read_bytes()
-  file.write_bytes(content[:-7])
-  cut = f"{part}/c/0 is {len(content) - 7} bytes, and was {len(content)}"
-  with pytest.raises(config_lib.RunError, match=cut):
-    store_lib.prepare(config)
-  file.unlink()
-  with pytest.raises(config_lib.RunError, match=f"{part}/c/0 is missing"):
-    store_lib.prepare(config)
+# --- damage, and disks that fail ---------------------------------------------
 
 
-def test_a_bit_that_turned_over_is_refused(tmp_path, monkeypatch):
-  config = make_config(tmp_path)
-  (store,) = store_lib.prepare(config).train
-  file = pathlib.Path(store.path, "tokens", "c", "0")
-  content = bytearray(file.read_bytes())
-  content[40] ^= 4  # of the tokens, which come first
-  file.write_bytes(content)
+@pytest.fixture
+def uncached(monkeypatch):
+  """Each read is one of the disk, as in a process that has just started."""
   fresh = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
-  monkeypatch.setattr(store_lib, "_CONTEXT", fresh)
+  monkeypatch.setattr(arrays, "_CONTEXT", fresh)
+
+
+def everything(store) -> tuple:
+  return (
+    *(store.spec, store.fingerprint, store.n_bytes, store.n_tokens),
+    *(contents(store), store.document_bytes.tolist(), store.names),
+    store.window(0, store.n_tokens + 3)[0].tolist(),
+  )
+
+
+def damages(raw: bytes):
+  """Name and content of what a file may become; None is that it is gone."""
+  yield from (("gone", None), ("empty", b""), ("longer", raw + b"\0"))
+  yield from (("half", raw[: len(raw) // 2]), ("cut", raw[:-1]))
+  yield "nothing", bytes(len(raw))
+  rng = np.random.default_rng(len(raw))
+  places = {0, len(raw) - 1, *rng.integers(0, len(raw), 40).tolist()}
+  for place in sorted(places):
+    turned = bytearray(raw)
+    turned[place] ^= 1 << int(rng.integers(8))
+    yield f"bit of byte {place}", bytes(turned)
+
+
+def test_whatever_happens_to_a_file_of_a_store_is_seen(tmp_path, uncached):
+  config = make_config(tmp_path)
   (store,) = store_lib.prepare(config).train
-  with pytest.raises(config_lib.RunError, match="is damaged: .*Remove it"):
-    store.window(0, 30)
+  whole, refused = everything(store), 0
+  files = [p for p in pathlib.Path(store.path).rglob("*") if p.is_file()]
+  assert len(files) == 11  # Two of each array, and the manifest.
+  for file in files:
+    raw = file.read_bytes()
+    for name, damaged in damages(raw):
+      file.unlink() if damaged is None else file.write_bytes(damaged)
+      try:
+        (found,) = store_lib.prepare(config).train
+        assert everything(found) == whole, (file, name)
+      except config_lib.RunError as error:
+        refused += 1
+        said = str(error)
+        assert said.startswith(f"token store {store.path} is damaged: "), said
+        assert "Remove it, and the next start makes it again" in said
+        assert "\n" not in said and len(said) < 600
+        assert file.parent.name in said or file.name in said, (file, name, said)
+      file.write_bytes(raw)
+  assert refused > 11 * 40
   shutil.rmtree(store.path)
   (again,) = store_lib.prepare(config).train
-  assert len(contents(again)) == len(TEXTS)
+  assert everything(again) == whole
+
+
+def test_a_manifest_of_before_manifests_had_digests(tmp_path, uncached):
+  config = make_config(tmp_path)
+  (store,) = store_lib.prepare(config).train
+  whole = everything(store)
+  file = pathlib.Path(store.path, "manifest.json")
+  manifest = json.loads(file.read_text())
+  del manifest["digest"], manifest["arrays"]
+  file.write_text(json.dumps(manifest, indent=2))
+  assert everything(store_lib.prepare(config).train[0]) == whole
+  for key in ("n_tokens", "n_documents", "n_bytes", "files"):
+    bad = {**manifest, key: None}
+    file.write_text(json.dumps(bad, indent=2))
+    with pytest.raises(config_lib.RunError, match="is damaged: "):
+      store_lib.prepare(config)
+  file.write_text(json.dumps({**manifest, "n_tokens": 7}))
+  with pytest.raises(config_lib.RunError, match="tokens has .* says 7"):
+    store_lib.prepare(config)
+
+
+def test_a_store_that_is_a_file(tmp_path):
+  config = make_config(tmp_path)
+  path = store_lib.prepare(config).train[0].path
+  shutil.rmtree(path)
+  pathlib.Path(path).write_text("")
+  with pytest.raises(config_lib.RunError, match="manifest.json is missing"):
+    store_lib.prepare(config)
+
+
+def test_a_tokenizer_that_was_damaged_is_refused(tmp_path):
+  config = make_config(tmp_path, ["some words to learn from " * 9] * 40)
+  config.tokenizer.kind = "sentencepiece"
+  config.model.vocab_size = 383
+  prepared = store_lib.prepare(config)
+  (file,) = (tmp_path / "cache").glob("tokenizer-*.json")
+  raw = file.read_bytes()
+  for name, damaged in damages(raw):
+    if name == "gone":
+      continue
+    file.write_bytes(damaged)
+    try:
+      again = store_lib.prepare(config).tokenizer
+      assert again.fingerprint == prepared.tokenizer.fingerprint, name
+    except config_lib.RunError as error:
+      assert str(error).startswith(f"tokenizer {file} is damaged: ")
+      assert "Remove it" in str(error) and "\n" not in str(error)
+  # One of before it had a digest.
+  file.write_text(prepared.tokenizer.to_json())
+  again = store_lib.prepare(config).tokenizer
+  assert again.fingerprint == prepared.tokenizer.fingerprint
+  file.unlink()
+  again = store_lib.prepare(config).tokenizer
+  assert again.fingerprint == prepared.tokenizer.fingerprint
+  assert file.read_bytes() == raw
+
+
+def test_a_disk_that_fails_is_no_damage(tmp_path, uncached):
+  config = make_config(tmp_path)
+  (store,) = store_lib.prepare(config).train
+  for part in ("tokens", "ends"):
+    file = pathlib.Path(store.path, part, "c", "0")
+    file.unlink()
+    file.symlink_to(file)  # The system refuses to read it.
+  for read in (lambda: store.window(0, 9), lambda: store.ends):
+    with pytest.raises(OSError, match="Too many levels") as error:
+      read()
+    assert error.value.filename.startswith(store.path)
+
+
+def test_a_disk_that_is_full_leaves_nothing_half_written(tmp_path):
+  """Here, files may not grow beyond some kilobytes."""
+  config = make_config(tmp_path)
+  path = tmp_path / "config.py"
+  path.write_text(
+    "from lm import config\n"
+    f"def get_config():\n"
+    f"  return config.from_json({config_lib.to_json(config)!r})\n"
+  )
+  command = f"ulimit -f 8; {sys.executable} -m lm.data --config={path} | cat"
+  done = subprocess.run(
+    ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True
+  )
+  assert done.returncode == 1, done.stderr
+  assert "File too large" in done.stderr and done.stderr.count("\n") == 1
+  assert f"{tmp_path}/cache/tokens-" in done.stderr
+  assert not (tmp_path / "cache").exists()
+
+
+def test_a_source_that_changes_while_it_is_read(tmp_path, monkeypatch):
+  config = make_config(tmp_path)
+  append = store_lib._append
+
+  def slow(*arguments):
+    with open(tmp_path / "train.jsonl", "a") as file:
+      file.write('{"t": "late"}\n')
+    return append(*arguments)
+
+  monkeypatch.setattr(store_lib, "_append", slow)
+  with pytest.raises(config_lib.RunError, match="train.jsonl: has changed"):
+    store_lib.prepare(config)
+  assert not (tmp_path / "cache").exists()
+
+
+# --- names -------------------------------------------------------------------
+
+
+def test_names_need_not_be_utf8(tmp_path):
+  config = make_config(tmp_path)
+  (tmp_path / "caf\udce9[x]").mkdir()
+  (tmp_path / "caf\udce9[x]" / "\udcff.txt").write_text("text")
+  for spec in ("text:{}/caf*/*.txt", "text:{}/caf\udce9[[]x]/*.txt"):
+    config.data.train = (spec.format(tmp_path),)
+    store_lib.prepare(config)
+    (store,) = store_lib.prepare(config).train
+    assert store.spec == config.data.train[0]
+    assert store.names == [f"{tmp_path}/caf\udce9[x]/\udcff.txt"]
+    assert contents(store)[0][1:-1] == [b + 111 for b in b"text"]
+    shutil.rmtree(config.data.cache_dir)
+
+
+def test_a_chat_template_does_not_make_other_stores(tmp_path):
+  config = make_config(tmp_path)
+  before = store_lib.prepare(config)
+  for text in ("<user>", "<user>\n"):
+    (tmp_path / "chat.jinja").write_text(text)
+    config.tokenizer.chat_template = str(tmp_path / "chat.jinja")
+    now = store_lib.prepare(config)
+    assert now.tokenizer.chat_template == text
+    assert now.train[0].path == before.train[0].path
+  assert names(config) == [os.path.basename(before.train[0].path)]
 
 
 def test_a_store_of_another_tokenizer_is_refused(tmp_path):
@@ -182,7 +340,7 @@ def test_a_store_of_another_tokenizer_is_refused(tmp_path):
   [
     (b'{"t": "a"}\n{"t": "\xff"}\n', r"train.jsonl: invalid UTF-8 at byte 18"),
     (b'{"t": "a"}\n{"t": \n', r"train.jsonl:2: invalid JSON"),
-    (b'{"t": "a"}\n{"u": "b"}\n', r"train.jsonl:2: no text field 't'"),
+    (b'{"t": "a"}\n{"u": "b"}\n', r"train.jsonl:2: no field 't'"),
     (b'{"t": ""}\n', "empty"),
     (b"\n", "empty"),
   ],
@@ -259,6 +417,45 @@ def test_the_door_prints_a_row_per_source(tmp_path):
   rows = [line for line in done.stdout.splitlines() if "text:" in line]
   cells = [cell.strip() for cell in rows[0].split("\u2502")]
   assert len(rows) == 2 and cells[2:6] == ["1", "5", "7", "0.714"]
+
+
+@pytest.mark.parametrize(
+  "value, message",
+  [
+    ("", "config.data.cache_dir='': empty"),
+    ("gs://bucket/x", "config.data.cache_dir=gs://bucket/x: .*own disks only"),
+    ("s4://bucket/x", "config.data.cache_dir=s4://bucket/x: .*own disks only"),
+    ("train.jsonl", "cache_dir=train.jsonl: .*not a directory"),
+    ("train.jsonl/below", "cache_dir=train.jsonl/below: .*not a directory"),
+    ("shut/cache", "cache_dir=shut/cache: .*shut cannot be written"),
+  ],
+)
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_a_cache_that_cannot_be_is_refused(
+  tmp_path, monkeypatch, kind, value, message
+):
+  config = make_config(tmp_path, cache_dir=value)
+  config.tokenizer.kind = kind
+  (tmp_path / "shut").mkdir()
+  access = os.access  # As the kernel would answer anybody but root.
+  monkeypatch.setattr(
+    os,
+    "access",
+    lambda path, mode: pathlib.Path(path).name != "shut" and access(path, mode),
+  )
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(config_lib.ConfigError, match=message):
+    store_lib.prepare(config)
+  assert sorted(os.listdir()) == ["shut", "train.jsonl"]
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  config = make_config(tmp_path, cache_dir="~/cache")
+  (store,) = store_lib.prepare(config).train
+  assert os.path.dirname(store.path) == str(tmp_path / "cache")
+  assert sorted(os.listdir()) == ["cache", "train.jsonl"]
 
 
 # --- several processes, and one that dies ------------------------------------

@@ -5,8 +5,9 @@ A directory of TensorStore zarr3 arrays in sharded chunks and a manifest:
 document `ends` (cumulative tokens), `n_bytes` (of UTF-8 text), `names` and
 `name_ends`. It is written beside its place and renamed, so that it is whole
 or absent, and named by its source and tokenizer, so that it is never stale.
-Chunks carry checksums, and the manifest the files' sizes: a store that was
-damaged since is refused, never read as something else.
+Chunks carry checksums, and the manifest the files' sizes, the arrays' metadata
+and a digest of itself: a store that was damaged since is refused, never read as
+something else.
 """
 
 import dataclasses
@@ -21,34 +22,32 @@ from typing import Any
 
 import numpy as np
 import rich.console
+import rich.markup
 import rich.progress
-import tensorstore
 
 from lm import config as config_lib
+from lm import files
+from lm.data import arrays, contents
 from lm.data import sources as sources_lib
 from lm.data import tokenizer as tokenizer_lib
 
 _VERSION = 2
-# Items of an inner chunk, the least that is read, and of a shard, a file.
-_CHUNK = 1 << 14
-_SHARD = 1 << 24
 # Text that is tokenized at a time, in characters; bounds the memory.
 _BATCH_CHARACTERS = 1 << 22
 _PARTIAL = ".partial"
-# A checksum for every chunk.
-_CODEC = {
-  "driver": "zarr3",
-  "codecs": [
-    {
-      "name": "sharding_indexed",
-      "configuration": {
-        "codecs": [{"name": "bytes"}, {"name": "crc32c"}],
-      },
-    }
-  ],
+# Dtype of each array; that of the tokens follows from the vocabulary.
+_ARRAYS = {
+  "tokens": None,
+  "ends": "int64",
+  "n_bytes": "int64",
+  "names": "uint8",
+  "name_ends": "int64",
 }
-# Chunks that were read stay in memory up to this; all stores share it.
-_CONTEXT = tensorstore.Context({"cache_pool": {"total_bytes_limit": 1 << 28}})
+# What a manifest says. One that says no more is of before it had a digest.
+_FIELDS = {
+  **{"version": int, "spec": str, "source": str, "tokenizer": str},
+  **{"n_tokens": int, "n_documents": int, "n_bytes": int, "files": dict},
+}
 
 
 class TokenStore:
@@ -63,36 +62,44 @@ class TokenStore:
     # UTF-8 bytes of all documents.
     self.n_bytes: int = manifest["n_bytes"]
     self._pad, self._bos = pad, bos
-    self._tokens = _open_array(path, "tokens")
+    self._tokens = self._open("tokens", self.n_tokens)
+
+  def _open(self, name: str, n: int | None = None) -> arrays.Array:
+    array = arrays.Array(self.path, name)
+    if n is not None and len(array) != n:
+      raise arrays.damaged(
+        self.path, f"{name} has {len(array)} items, and the manifest says {n}"
+      )
+    return array
+
+  def _column(self, name: str) -> np.ndarray:
+    return self._open(name, self.n_documents).read(0, self.n_documents)
 
   @functools.cached_property
   def ends(self) -> np.ndarray:
     """Tokens up to the end of each document: int64 [n_documents]."""
-    return _open_array(self.path, "ends").read().result()
+    return self._column("ends")
 
   @functools.cached_property
   def document_bytes(self) -> np.ndarray:
     """UTF-8 bytes of each document: int64 [n_documents]."""
-    return _open_array(self.path, "n_bytes").read().result()
+    return self._column("n_bytes")
 
   @functools.cached_property
   def names(self) -> list[str]:
-    ends = _open_array(self.path, "name_ends").read().result()
-    letters = _open_array(self.path, "names").read().result().tobytes()
+    """Of files whose names are not UTF-8, as Python spells those."""
+    ends = self._column("name_ends")
+    letters = self._open("names", int(ends[-1])).read(0, int(ends[-1]))
     starts = [0, *ends[:-1]]
-    return [letters[a:b].decode() for a, b in zip(starts, ends, strict=True)]
+    return [
+      os.fsdecode(letters[a:b].tobytes())
+      for a, b in zip(starts, ends, strict=True)
+    ]
 
   def document(self, i: int) -> np.ndarray:
     """Tokens of document `i`, int32, from its bos to its eos."""
     start = int(self.ends[i - 1]) if i else 0
-    return self._read(start, int(self.ends[i])).astype(np.int32)
-
-  def _read(self, start: int, stop: int) -> np.ndarray:
-    try:
-      return self._tokens[start:stop].read().result()
-    except ValueError as error:
-      cause = str(error).split("[source", 1)[0].strip()
-      raise damaged(self.path, cause) from error
+    return self._tokens.read(start, int(self.ends[i])).astype(np.int32)
 
   def window(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and documents, int32 [length], from token `start` on.
@@ -103,7 +110,7 @@ class TokenStore:
     n = max(0, min(length, self.n_tokens - start))
     tokens = np.full(length, self._pad, np.int32)
     if n:
-      tokens[:n] = self._read(start, start + n)
+      tokens[:n] = self._tokens.read(start, start + n)
     documents = np.zeros(length, np.int32)
     # Text never holds bos, so that it tells where documents start.
     opened = np.cumsum(tokens[:n] == self._bos)
@@ -145,19 +152,11 @@ def prepare_sources(
   return _make_stores(sources, tokenizer, data)
 
 
-def damaged(path: str, cause: str) -> config_lib.RunError:
-  return config_lib.RunError(
-    f"token store {path} is damaged: {cause}. Remove it, and the next start "
-    "makes it again from its source, the same to the token"
-  )
-
-
 def open_store(path: str, tokenizer: tokenizer_lib.Tokenizer) -> TokenStore:
-  """Raises ConfigError where another tokenizer or version made the store, or
-  files of it are gone.
+  """Raises ConfigError where another tokenizer or version made the store, and
+  RunError where it is damaged.
   """
-  with open(os.path.join(path, "manifest.json")) as file:
-    manifest = json.load(file)
+  manifest = _read_manifest(path)
   for key, value in (
     ("version", _VERSION),
     ("tokenizer", tokenizer.fingerprint),
@@ -172,8 +171,24 @@ def open_store(path: str, tokenizer: tokenizer_lib.Tokenizer) -> TokenStore:
   for name, size in manifest["files"].items():
     if sizes.get(name) != size:
       found = "missing" if name not in sizes else f"{sizes[name]} bytes"
-      raise damaged(path, f"{name} is {found}, and was {size} bytes")
+      raise arrays.damaged(path, f"{name} is {found}, and was {size} bytes")
+  there = _array_metadata(path)
+  if manifest.get("arrays", there) != there:  # Old manifests do not say.
+    raise arrays.damaged(path, "a zarr.json is not what was written")
   return TokenStore(path, manifest, tokenizer.pad, tokenizer.bos)
+
+
+def _read_manifest(path: str) -> dict[str, Any]:
+  try:
+    with open(os.path.join(path, "manifest.json"), "rb") as file:
+      manifest = contents.unseal(file.read(), without=_FIELDS)
+    if not all(isinstance(manifest.get(k), t) for k, t in _FIELDS.items()):
+      raise ValueError(f"lacks one of {', '.join(_FIELDS)}")
+    return manifest
+  except (FileNotFoundError, NotADirectoryError) as error:
+    raise arrays.damaged(path, "manifest.json is missing") from error
+  except ValueError as error:
+    raise arrays.damaged(path, f"manifest.json: {error}") from error
 
 
 def _file_sizes(path: str) -> dict[str, int]:
@@ -186,6 +201,15 @@ def _file_sizes(path: str) -> dict[str, int]:
     for name in names
     if name != "manifest.json"
   }
+
+
+def _array_metadata(path: str) -> dict[str, str]:
+  """SHA-256 of what says how to read each array."""
+  found = {}
+  for name in _ARRAYS:
+    with open(os.path.join(path, name, "zarr.json"), "rb") as file:
+      found[name] = hashlib.sha256(file.read()).hexdigest()
+  return found
 
 
 def _make_tokenizer(
@@ -202,21 +226,30 @@ def _make_tokenizer(
     [source.fingerprint() for source in sources],
   ]
   template = tokenizer_lib.read_template(config)
-  directory = config.data.cache_dir
+  directory = sources_lib.cache_directory(config.data)
   path = os.path.join(directory, f"tokenizer-{_key(made_of)}.json")
   if not os.path.exists(path):
-    with sources_lib.exclusive(directory):
+    files.check_directory(directory, "config.data.cache_dir")
+    with contents.exclusive(directory):
       if not os.path.exists(path):
         texts = list(_sample(sources, config.tokenizer.train_bytes))
         _require_text(texts, sources)
         with rich.console.Console(stderr=True).status("training tokenizer"):
           tokenizer = tokenizer_lib.train(config, texts)
-        with open(path + _PARTIAL, "w") as file:
-          file.write(tokenizer.to_json())
-        os.rename(path + _PARTIAL, path)
-  with open(path) as file:
-    trained = tokenizer_lib.Tokenizer.from_json(file.read())
-  return tokenizer_lib.Tokenizer(trained.model, template)
+        files.replace(path, contents.seal(json.loads(tokenizer.to_json())))
+  return tokenizer_lib.Tokenizer(_read_tokenizer(path).model, template)
+
+
+def _read_tokenizer(path: str) -> tokenizer_lib.Tokenizer:
+  try:
+    with open(path, "rb") as file:
+      content = contents.unseal(file.read(), without=("kind", "model"))
+    return tokenizer_lib.Tokenizer.from_json(json.dumps(content))
+  except (ValueError, config_lib.ConfigError) as error:
+    raise config_lib.RunError(
+      f"tokenizer {path} is damaged: {error}. Remove it, and the next start "
+      "trains it again, the same to the id"
+    ) from error
 
 
 def _sample(
@@ -250,18 +283,20 @@ def _make_stores(
   data: config_lib.DataConfig,
 ) -> list[TokenStore]:
   """A store of each source; those that are there are only opened."""
+  directory = sources_lib.cache_directory(data)
   paths = [
     os.path.join(
-      data.cache_dir,
+      directory,
       "tokens-" + _key([_VERSION, source.fingerprint(), tokenizer.fingerprint]),
     )
     for source in sources
   ]
-  if not all(os.path.isdir(path) for path in paths):
-    with sources_lib.exclusive(data.cache_dir):
-      _remove_leftovers(data.cache_dir)
+  if not all(os.path.lexists(path) for path in paths):
+    files.check_directory(directory, "config.data.cache_dir")
+    with contents.exclusive(directory):
+      _remove_leftovers(directory)
       for path, source in zip(paths, sources, strict=True):
-        if not os.path.isdir(path):
+        if not os.path.lexists(path):
           _build(path, source, tokenizer, data)
   return [open_store(path, tokenizer) for path in paths]
 
@@ -286,11 +321,8 @@ def _build(
   n_bytes = 0
   try:
     columns = {
-      "tokens": _Column(partial, "tokens", tokens_dtype),
-      "ends": _Column(partial, "ends", "int64"),
-      "n_bytes": _Column(partial, "n_bytes", "int64"),
-      "names": _Column(partial, "names", "uint8"),
-      "name_ends": _Column(partial, "name_ends", "int64"),
+      name: arrays.Column(partial, name, dtype or tokens_dtype)
+      for name, dtype in _ARRAYS.items()
     }
     for documents in _batches(source):
       n_bytes += _append(columns, documents, tokenizer, data)
@@ -300,6 +332,10 @@ def _build(
       )
     for column in columns.values():
       column.close()
+    if (changed := source.changed()) is not None:
+      raise config_lib.RunError(
+        f"{changed}: has changed while it was read; start again"
+      )
     manifest = {
       "version": _VERSION,
       "spec": source.spec,
@@ -309,9 +345,10 @@ def _build(
       "n_documents": columns["ends"].n,
       "n_bytes": n_bytes,
       "files": _file_sizes(partial),
+      "arrays": _array_metadata(partial),
     }
     with open(os.path.join(partial, "manifest.json"), "w") as file:
-      json.dump(manifest, file, indent=2)
+      file.write(contents.seal(manifest))
     os.rename(partial, path)
   except BaseException:
     shutil.rmtree(partial, ignore_errors=True)
@@ -324,8 +361,11 @@ def _batches(
   """Documents that hold text, some megabytes at a time, with a progress bar."""
   documents, n_characters = [], 0
   console = rich.console.Console(stderr=True)
-  with rich.progress.Progress(console=console, transient=True) as progress:
-    task = progress.add_task(f"tokenizing {source.spec}", total=len(source))
+  with rich.progress.Progress(
+    console=console, transient=True, disable=not console.is_terminal
+  ) as progress:
+    about = f"tokenizing {rich.markup.escape(source.spec)}"
+    task = progress.add_task(about, total=len(source))
     for i in range(len(source)):
       document = source[i]
       if document is not None and document.text:
@@ -338,7 +378,7 @@ def _batches(
 
 
 def _append(
-  columns: dict[str, "_Column"],
+  columns: dict[str, arrays.Column],
   documents: list[sources_lib.Document],
   tokenizer: tokenizer_lib.Tokenizer,
   data: config_lib.DataConfig,
@@ -352,7 +392,7 @@ def _append(
   )
   n_bytes = np.array([len(document.text.encode()) for document in documents])
   assert n_bytes.sum() == sum(tokenizer.n_bytes(ids) for ids in encoded)
-  names = [document.name.encode() for document in documents]
+  names = [os.fsencode(document.name) for document in documents]
   bos, eos = [tokenizer.bos], [tokenizer.eos]
   pieces = [part for ids in encoded for part in (bos, ids, eos)]
   tokens, name_ends = columns["tokens"], columns["names"].n
@@ -363,64 +403,6 @@ def _append(
   columns["names"].append(np.frombuffer(b"".join(names), np.uint8))
   tokens.append(np.concatenate(pieces))
   return int(n_bytes.sum())
-
-
-class _Column:
-  """Writes one array from its start to an end that is not known yet."""
-
-  def __init__(self, path: str, name: str, dtype: str):
-    self.n = 0
-    self._held: list[np.ndarray] = []
-    self._dtype = dtype
-    self._store = tensorstore.open(
-      _spec(path, name),
-      create=True,
-      dtype=dtype,
-      shape=[1 << 56],
-      codec=tensorstore.CodecSpec(_CODEC),
-      chunk_layout=tensorstore.ChunkLayout(
-        write_chunk_shape=[_SHARD], read_chunk_shape=[_CHUNK]
-      ),
-    ).result()
-
-  def append(self, values: np.ndarray) -> None:
-    self._held.append(values.astype(self._dtype))
-    self.n += len(values)
-    if sum(map(len, self._held)) >= _SHARD:
-      self._write(self.n // _SHARD * _SHARD)
-
-  def close(self) -> None:
-    self._write(self.n)
-    self._store.resize(
-      exclusive_max=[self.n], resize_metadata_only=True
-    ).result()
-
-  def _write(self, end: int) -> None:
-    """Writes what is held, up to item `end`; shards are written once."""
-    values = np.concatenate(self._held)
-    start = self.n - len(values)
-    self._store[start:end].write(values[: end - start]).result()
-    self._held = [values[end - start :]]
-
-
-def _spec(path: str, name: str) -> dict[str, Any]:
-  return {
-    "driver": "zarr3",
-    "kvstore": {
-      "driver": "file",
-      "path": os.path.abspath(os.path.join(path, name)) + "/",
-    },
-  }
-
-
-def _open_array(path: str, name: str) -> tensorstore.TensorStore:
-  # A store never changes, so that what is cached stays true.
-  return tensorstore.open(
-    {**_spec(path, name), "recheck_cached_data": False},
-    context=_CONTEXT,
-    open=True,
-    read=True,
-  ).result()
 
 
 def _key(parts: Any) -> str:

@@ -1,0 +1,148 @@
+"""Arrays of a token store: TensorStore zarr3, in sharded chunks with checksums.
+
+TensorStore tells whatever goes wrong by one type of error; here it becomes an
+OSError where a disk failed, and else says that the store is damaged.
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorstore
+
+from lm import config as config_lib
+
+# Items of an inner chunk, the least that is read, and of a shard, a file.
+CHUNK = 1 << 14
+SHARD = 1 << 24
+# A checksum for every chunk.
+_CODEC = {
+  "driver": "zarr3",
+  "codecs": [
+    {
+      "name": "sharding_indexed",
+      "configuration": {
+        "codecs": [{"name": "bytes"}, {"name": "crc32c"}],
+      },
+    }
+  ],
+}
+# Chunks that were read stay in memory up to this; all stores share it.
+_CONTEXT = tensorstore.Context({"cache_pool": {"total_bytes_limit": 1 << 28}})
+# Where the operating system's number stands in an error.
+_NUMBER = re.compile(r"os_error_code='(\d+)'|OS error (\d+)")
+
+
+def damaged(path: str, cause: str) -> config_lib.RunError:
+  return config_lib.RunError(
+    f"token store {path} is damaged: {cause}. Remove it, and the next start "
+    "makes it again from its source, the same to the token"
+  )
+
+
+class Array:
+  """One array of the store `path`, to read."""
+
+  def __init__(self, path: str, name: str):
+    self._path, self._name = path, name
+    with self._errors():
+      # A store never changes, so that what is cached stays true.
+      self._array = tensorstore.open(
+        {**_spec(path, name), "recheck_cached_data": False},
+        context=_CONTEXT,
+        open=True,
+        read=True,
+      ).result()
+
+  def __len__(self) -> int:
+    return self._array.shape[0]
+
+  def read(self, start: int, stop: int) -> np.ndarray:
+    """Items from `start` to `stop`; raises RunError where they are damaged."""
+    with self._errors():
+      return self._array[start:stop].read().result()
+
+  @contextlib.contextmanager
+  def _errors(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:
+      _raise_system(error, os.path.join(self._path, self._name))
+      raise damaged(self._path, f"{self._name}: {_cause(error)}") from error
+
+
+class Column:
+  """Writes one array from its start to an end that is not known yet."""
+
+  def __init__(self, path: str, name: str, dtype: str):
+    self.n = 0
+    self._held: list[np.ndarray] = []
+    self._path, self._dtype = os.path.join(path, name), dtype
+    with self._errors():
+      self._store = tensorstore.open(
+        _spec(path, name),
+        create=True,
+        dtype=dtype,
+        shape=[1 << 56],
+        codec=tensorstore.CodecSpec(_CODEC),
+        chunk_layout=tensorstore.ChunkLayout(
+          write_chunk_shape=[SHARD], read_chunk_shape=[CHUNK]
+        ),
+      ).result()
+
+  def append(self, values: np.ndarray) -> None:
+    self._held.append(values.astype(self._dtype))
+    self.n += len(values)
+    if sum(map(len, self._held)) >= SHARD:
+      self._write(self.n // SHARD * SHARD)
+
+  def close(self) -> None:
+    self._write(self.n)
+    with self._errors():
+      self._store.resize(
+        exclusive_max=[self.n], resize_metadata_only=True
+      ).result()
+
+  def _write(self, end: int) -> None:
+    """Writes what is held, up to item `end`; shards are written once."""
+    values = np.concatenate(self._held)
+    start = self.n - len(values)
+    with self._errors():
+      self._store[start:end].write(values[: end - start]).result()
+    self._held = [values[end - start :]]
+
+  @contextlib.contextmanager
+  def _errors(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:
+      _raise_system(error, self._path)
+      raise config_lib.RunError(
+        f"{self._path}: cannot be written: {_cause(error)}"
+      ) from error
+
+
+def _raise_system(error: Exception, path: str) -> None:
+  """Raises the OSError of `path` that TensorStore's error tells of, if any."""
+  if number := _NUMBER.search(str(error)):
+    code = int(number[1] or number[2])
+    raise OSError(code, os.strerror(code), path) from error
+
+
+def _cause(error: Exception) -> str:
+  """What is behind it all, without the specification that TensorStore adds."""
+  text = re.split(r" \[[a-z_]+=|\[source", str(error), maxsplit=1)[0]
+  return text.rpartition('": ')[2].strip()
+
+
+def _spec(path: str, name: str) -> dict[str, Any]:
+  return {
+    "driver": "zarr3",
+    "kvstore": {
+      "driver": "file",
+      "path": os.path.abspath(os.path.join(path, name)) + "/",
+    },
+  }

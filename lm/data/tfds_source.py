@@ -1,0 +1,159 @@
+"""Corpora of TensorFlow Datasets, in array_record files, without TensorFlow."""
+
+import contextlib
+import functools
+import io
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow_datasets as tfds
+from absl import logging
+
+from lm import config as config_lib
+from lm import files
+from lm.data import contents, python_stdlib, sources
+
+
+class TfdsSource:
+  """A split of a TFDS dataset.
+
+  Datasets lie in `data.cache_dir`/tfds, or in TFDS_DATA_DIR where that is
+  set; one that is not there is built, by one process while others wait.
+  """
+
+  def __init__(
+    self,
+    spec: str,
+    name: str,
+    split: str,
+    feature: str,
+    data: config_lib.DataConfig,
+  ):
+    self.spec, self._feature, self._data = spec, feature, data
+    with _without_info_logs():
+      builder = _builder(spec, name, data)
+      info = builder.info
+      if feature not in info.features:
+        raise config_lib.ConfigError(
+          f"source {spec!r}: no feature {feature!r}; the dataset has "
+          f"{', '.join(info.features)}"
+        )
+      self._named = "name" in info.features
+      try:
+        instructions = info.splits[split].file_instructions
+      except (KeyError, ValueError) as error:
+        raise config_lib.ConfigError(
+          f"source {spec!r}: no split {split!r}; the dataset has "
+          f"{', '.join(info.splits)}"
+        ) from error
+      self._directory = str(builder.data_path)
+      with self._reading():
+        self._source = builder.as_data_source(split=split)
+        self._n = len(self._source)  # Opens its files.
+    self._contents = contents.Contents(
+      spec,
+      sorted({str(i.filename) for i in instructions}),
+      f"{split} {feature} {data.invalid_utf8}",
+      sources.cache_directory(data),
+    )
+
+  def fingerprint(self) -> str:
+    return self._contents.fingerprint
+
+  def changed(self) -> str | None:
+    return self._contents.changed()
+
+  def __len__(self) -> int:
+    return self._n
+
+  def __getitem__(self, i: int) -> sources.Document | None:
+    with self._reading():
+      example = self._source[i]
+    where = f"{self.spec}[{i}]"
+    raw = example[self._feature]
+    if raw is None:  # What TFDS makes of a record that is not to be read.
+      raise self._damaged(f"record {i} is missing")
+    if not isinstance(raw, bytes):
+      raise config_lib.ConfigError(
+        f"{where}: feature {self._feature!r} is not text but "
+        f"{type(raw).__name__}"
+      )
+    text = sources.decode(raw, where, 0, self._data)
+    name = os.fsdecode(example["name"]) if self._named else where
+    return None if text is None else sources.Document(name, text)
+
+  @contextlib.contextmanager
+  def _reading(self) -> Iterator[None]:
+    try:
+      yield
+    except (RuntimeError, ValueError) as error:  # As array_record tells it.
+      raise self._damaged(_first_line(error)) from error
+
+  def _damaged(self, cause: str) -> config_lib.RunError:
+    return config_lib.RunError(
+      f"source {self.spec!r}: {self._directory} is damaged: {cause}. Remove "
+      "that folder, or copy it again"
+    )
+
+
+@contextlib.contextmanager
+def _without_info_logs() -> Iterator[None]:
+  """TFDS logs a line for each file that it looks at."""
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(min(verbosity, logging.WARNING))
+  try:
+    yield
+  finally:
+    logging.set_verbosity(verbosity)
+
+
+def _builder(spec: str, name: str, data: config_lib.DataConfig) -> Any:
+  """The dataset's builder, once its files are there."""
+  if given := os.environ.get("TFDS_DATA_DIR"):
+    directory = files.local_path(given, "TFDS_DATA_DIR")
+  else:
+    directory = os.path.join(sources.cache_directory(data), "tfds")
+  make = functools.partial(
+    tfds.builder, name, data_dir=directory, file_format="array_record"
+  )
+  try:
+    builder = make()
+  except tfds.core.DatasetNotFoundError as error:
+    raise config_lib.ConfigError(
+      f"source {spec!r}: unknown dataset {name!r}: it is not in {directory}, "
+      "and TFDS without TensorFlow cannot build it. Build it where TensorFlow "
+      f"is (tfds build {name} --file_format=array_record) and copy its folder "
+      "there; or download its text as JSON lines and write jsonl:GLOB#FIELD "
+      "(C4 as allenai/c4 has it: jsonl:c4/en/*.json.gz#text)"
+    ) from error
+  except Exception as error:  # The builder is anybody's program.
+    raise config_lib.ConfigError(
+      f"source {spec!r}: unknown dataset, or not one of array_record files in "
+      f"{directory}: {_first_line(error)}"
+    ) from error
+  if builder.data_path.exists():
+    return builder
+  files.check_directory(directory, "config.data.cache_dir")
+  said = sys.stderr
+  if builder.name == python_stdlib.PythonStdlib.name:
+    tfds.disable_progress_bar()  # Built in a second or two.
+    said = io.StringIO()
+  with contents.exclusive(directory), contextlib.redirect_stdout(said):
+    path = builder.data_path
+    for left in path.parent.glob(f"incomplete.*_{path.name}"):
+      left.rmtree()  # Of a process that was killed.
+    try:
+      make().download_and_prepare()
+    except Exception as error:
+      raise config_lib.RunError(
+        f"source {spec!r}: {name!r} could not be downloaded and built in "
+        f"{directory}: {_first_line(error)}"
+      ) from error
+  return make()
+
+
+def _first_line(error: Exception) -> str:
+  lines = str(error).strip().splitlines() or [""]
+  return f"{type(error).__name__}: {lines[0][:300]}"
