@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import reference
 
+from lm import sharding
 from lm.model import counts, decoder
 
 # Row 3 is padding alone, as in the last batch of a validation pass.
@@ -34,6 +35,18 @@ def test_logits_equal_the_reference(name):
   expected = reference.forward(params, cfg, **batch)
   read = batch["segments"] != 0
   np.testing.assert_allclose(logits[read], expected[read], rtol=0, atol=1e-5)
+
+
+def test_fewer_layers_than_windows_are_laid_out_on_a_mesh():
+  """The scan then has a group for all of them, not one of no layers."""
+  cfg = families.BIASED
+  assert cfg.n_layers < len(cfg.windows)
+  mesh = jax.make_mesh((1, 1, 1), sharding.MESH_AXES)
+  batch = families.packed_batch([[7, 5]], 19, cfg.vocab_size)
+  with jax.set_mesh(mesh):
+    params = jax.eval_shape(lambda: decoder.init_params(cfg, jax.random.key(0)))
+    logits = jax.eval_shape(functools.partial(run, cfg), params, batch)
+  assert logits.shape == (1, 19, cfg.vocab_size)
 
 
 @pytest.mark.parametrize("name", families.PUBLISHED)

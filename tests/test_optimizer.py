@@ -1,5 +1,6 @@
 """Schedules and optimizers against closed forms, NumPy and optax itself."""
 
+import dataclasses
 import math
 import re
 
@@ -10,6 +11,7 @@ import pytest
 
 from lm import config as config_lib
 from lm.train import optimizer
+from lm.train import step as step_lib
 
 L, D, N, H, F = 3, 5, 2, 7, 11
 NAMES = ("adamw", "lion", "adafactor", "muon")
@@ -185,6 +187,78 @@ def test_without_gradients_a_step_is_the_weight_decay(name):
         got[leaf], -rate * w, rtol=1e-5, atol=1e-30, err_msg=f"{leaf} {step}"
       )
     params = optax.apply_updates(params, changes)
+
+
+# A value of each field that is not its default.
+OTHER = {
+  "peak_lr": 0.5,
+  "adam_peak_lr": 0.5,
+  "b1": 0.5,
+  "b2": 0.5,
+  "epsilon": 1e-3,
+  "momentum": 0.5,
+  "weight_decay": 0.5,
+  "clip_norm": 0.5,
+  "warmup_steps": 7,
+  "decay_fraction": 0.5,
+  "final_lr_fraction": 0.5,
+  "ema_decay": 0.5,
+  "skip": config_lib.SkipConfig(),
+}
+SCHEDULES = ("constant", "cosine", "rsqrt", "wsd")
+FIELDS = [field.name for field in dataclasses.fields(_config())]
+
+
+def _program(o):
+  """Text of a whole step of a small model, its first state included."""
+  config = config_lib.Config()
+  config.optimizer = o
+  config.model = config_lib.ModelConfig(
+    vocab_size=13,
+    n_layers=1,
+    d_model=D,
+    n_heads=N,
+    n_kv_heads=N,
+    d_head=2,
+    d_mlp=F,
+  )
+  config_lib.validate(config)
+  state = jax.eval_shape(lambda: step_lib.init_state(config))
+  shape = jax.ShapeDtypeStruct((2, 3), np.int32)
+  batch = dict.fromkeys(("inputs", "targets", "segments", "positions"), shape)
+  batch["weights"] = jax.ShapeDtypeStruct((2, 3), np.float32)
+  return str(jax.make_jaxpr(step_lib.train_step(config))(state, batch))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("name", "schedule"),
+  [*((name, "linear") for name in NAMES), *(("lion", s) for s in SCHEDULES)],
+)
+def test_every_field_changes_the_program_or_is_refused(name, schedule):
+  plain = config_lib.OptimizerConfig(name=name, schedule=schedule)
+  before = _program(plain)
+  refused = set()
+  for field in set(FIELDS) - {"name", "schedule"}:
+    try:
+      after = _program(dataclasses.replace(plain, **{field: OTHER[field]}))
+    except config_lib.ConfigError as error:
+      assert f"config.optimizer.{field}=" in str(error)
+      assert "has no effect" in str(error)
+      refused.add(field)
+    else:
+      assert after != before, field
+  unread = {
+    "adamw": {"adam_peak_lr", "momentum"},
+    "lion": {"adam_peak_lr", "momentum", "epsilon"},
+    "adafactor": {"adam_peak_lr", "momentum", "epsilon", "b1", "b2"},
+    "muon": set(),
+  }[name]
+  unread |= {"decay_fraction"} if schedule != "wsd" else set()
+  unread |= (
+    {"final_lr_fraction"} if schedule in ("constant", "rsqrt") else set()
+  )
+  assert refused == unread
 
 
 # Where leaves of the state stand, `{part}` of the partition; the parameters'

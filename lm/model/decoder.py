@@ -225,7 +225,7 @@ def _scan(run, stacked, x, keys, cfg):
   that each layer's window is known when it is compiled.
   """
   graph, state = nnx.split(stacked)
-  period = len(cfg.windows)
+  period = min(len(cfg.windows), cfg.n_layers)
   whole = cfg.n_layers - cfg.n_layers % period
 
   def group(x, group_and_states):
