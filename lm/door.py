@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import glob
 import io
+import logging as pylogging
 import os
 import runpy
 import sys
@@ -40,6 +41,7 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
     # A terminal of another encoding, or text that is none: shown as escapes.
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors="backslashreplace")
+  _hush_libraries()
   for name, about in _PROCESSES.items():
     flags.DEFINE_string(name, None, about)
   overrides = []
@@ -52,7 +54,7 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
     flags.FLAGS.verbosity = logging.ERROR
     try:
       return flags.FLAGS(argv)
-    except flags.Error as error:
+    except (flags.Error, config_lib.ConfigError) as error:
       sys.exit(_refuse(config_lib.ConfigError(str(error))))
 
   def guarded(argv: list[str]) -> int | None:
@@ -88,6 +90,25 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
 
   argv = [a for a in sys.argv if a not in overrides]
   app.run(guarded, argv=argv, flags_parser=parse)
+
+
+def _hush_libraries() -> None:
+  """Leaves out stacks of errors that are raised as well: Orbax logs one for
+  each thread that an error passes through, and TensorStore's reads that are
+  still under way call back into an event loop that Orbax has closed.
+  """
+
+  def is_news(record: pylogging.LogRecord) -> bool:
+    return not (record.exc_info and "orbax" in record.pathname)
+
+  logging.get_absl_logger().addFilter(is_news)
+  hook = sys.unraisablehook
+
+  def told(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+      hook(unraisable)
+
+  sys.unraisablehook = told
 
 
 def explain(error: Exception) -> config_lib.UserError | None:

@@ -221,6 +221,10 @@ def first_line(error: BaseException) -> str:
   line = re.split(r" \[(?:tensorstore_spec|source)", str(error).split("\n")[0])[
     0
   ]
+  # What the operating system said stands at the end, behind many paths.
+  system = re.search(r"\[OS error \d+: ([^\]]+)\]", str(error))
+  if system is not None:
+    line = f"{system[1]}: {line}"
   if len(line) > 300:
     line = f"{line[:150]} ... {line[-150:]}"
   return f"{type(error).__name__}: {line}"

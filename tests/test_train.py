@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm import checkpoint
+from lm import checkpoint, files
 from lm import config as config_lib
 from lm.data import pipeline
 from lm.evaluate import perplexity
@@ -147,10 +147,12 @@ def test_a_damaged_checkpoint_is_set_aside(
   else:
     meta = json.loads((step / "meta" / "metadata").read_text())
     meta["digests"]["rest"] = meta["digests"]["params"]
+    del meta["digest"]
+    meta["digest"] = checkpoint._digest_of_meta(meta)
     (step / "meta" / "metadata").write_text(json.dumps(meta))
   assert loop.train(config, str(tmp_path / "run")) == 0
   said = capsys.readouterr().err.replace("\n", "")
-  assert "checkpoints/9 is damaged" in said and cause in said
+  assert "checkpoints/9/rest is damaged" in said and cause in said
   assert "going back to step 6" in said
   assert (tmp_path / "run" / "damaged" / "9").is_dir()
   assert _exact(tmp_path / "run") == _exact(workdir)
@@ -164,7 +166,7 @@ def test_damaged_parameters_are_not_sampled_from(unbroken, tmp_path):
   config, workdir = unbroken
   shutil.copytree(workdir, tmp_path / "run")
   _tear(tmp_path / "run" / "checkpoints" / "12" / "ema")
-  with pytest.raises(config_lib.ConfigError, match="12 is damaged"):
+  with pytest.raises(files.Damaged, match="12/ema is damaged"):
     checkpoint.load_params(str(tmp_path / "run"), config.model)
   gc.collect()
 
