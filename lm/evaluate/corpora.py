@@ -97,6 +97,8 @@ def evaluate(
     sources_lib.open_source(spec, data_config)
     for spec in specs or config.data.validation
   ]
+  for source in sources:
+    _check_text(source)
   rows = config.train.batch_size // config.train.microbatches
   rows = rows if batch_size is None else batch_size
   mesh, n_rows = _make_mesh(config, rows)
@@ -125,18 +127,18 @@ def _collect(
   for document in scores:
     documents.append(document)
     progress.advance(bar)
-  if not documents:
-    raise config_lib.ConfigError(
-      f"source {source.spec!r}: none of its {n} documents is valid UTF-8; "
-      "correct them, or set invalid_utf8 to 'replace'"
-    )
-  if not any(document.totals.n_bytes for document in documents):
-    raise config_lib.ConfigError(
-      f"source {source.spec!r}: holds no text; all of its {n} documents are "
-      "empty"
-    )
   progress.update(bar, completed=n)
   return Result(source.spec, documents, n - len(documents))
+
+
+def _check_text(source: sources_lib.Source) -> None:
+  """Raises ConfigError unless a document has text; reads up to that one."""
+  documents = (source[i] for i in range(len(source)))
+  if not any(document and document.text for document in documents):
+    raise config_lib.ConfigError(
+      f"source {source.spec!r}: none of its {len(source)} documents has text "
+      "that is UTF-8; correct them, or set invalid_utf8 to 'replace'"
+    )
 
 
 def _make_mesh(
@@ -160,13 +162,16 @@ def _make_mesh(
 
 @contextlib.contextmanager
 def _progress() -> Iterator[rich.progress.Progress]:
+  """On a terminal alone, and gone at the end: what is wrong is one line."""
+  console = rich.console.Console(stderr=True)
   with rich.progress.Progress(
     rich.progress.TextColumn("{task.description}", markup=False),
     rich.progress.BarColumn(),
     rich.progress.MofNCompleteColumn(),
     rich.progress.TimeRemainingColumn(),
-    console=rich.console.Console(stderr=True),
-    disable=jax.process_index() != 0,
+    console=console,
+    transient=True,
+    disable=jax.process_index() != 0 or not console.is_terminal,
   ) as progress:
     yield progress
 

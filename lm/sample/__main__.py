@@ -203,6 +203,16 @@ def _check(
     request_lib.check_text(f"--{name}", text.value or "")
   for request in requests:
     request_lib.check(request, tokenizer.size)
+  n = len(requests)
+  if _SUFFIX.value is not None and n > 1:
+    raise config_lib.ConfigError(
+      f"--infill_suffix: fills one gap; give one prompt, not {n}"
+    )
+  if _STREAM.value and (n > 1 or requests[0].n_samples > 1 or _JSON.value):
+    raise config_lib.ConfigError(
+      "--stream: shows one sample as it is drawn; leave out --json, and ask "
+      "for one prompt and one sample"
+    )
   most = tokenizer.size
   if mode != "candidates":
     most = min(most, request_lib.MAX_ALTERNATIVES)
@@ -238,10 +248,6 @@ def _infill(
   suffix: str,
 ) -> request_lib.Request:
   """The one request, its prompt laid out as a gap between two texts."""
-  if len(requests) > 1:
-    raise config_lib.ConfigError(
-      f"--infill_suffix: fills one gap; give one prompt, not {len(requests)}"
-    )
   prefix = str(requests[0].prompt)
   ids = chat.fim_ids(sampler.tokenizer, prefix, suffix, _ORDER.value)
   return dataclasses.replace(requests[0], prompt=ids)
@@ -263,11 +269,6 @@ def _generate(
   if streams is None:
     alone = len(before) == 1 and _BEAMS.value is None
     streams = alone and sys.stdout.isatty() and not _JSON.value
-  if streams and (len(before) > 1 or _JSON.value):
-    raise config_lib.ConfigError(
-      "--stream: shows one sample as it is drawn; leave out --json, and ask "
-      "for one prompt and one sample"
-    )
   start = time.perf_counter()
   results: list[request_lib.Result] = []
   if _BEAMS.value is not None:

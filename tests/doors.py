@@ -1,0 +1,130 @@
+"""The programs of this project, many command lines one after another.
+
+Each runs in a fork of one process that has imported the libraries already: it
+has the exit code, the streams and the files of a process of its own, and
+starts in milliseconds.
+"""
+
+import ctypes
+import dataclasses
+import importlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import pathlib
+import runpy
+import sys
+import tempfile
+import threading
+
+ROOT = str(pathlib.Path(__file__).parent.parent)
+# What takes seconds to import; none of these defines a flag.
+_PRELOADED = """
+jax.numpy flax.nnx optax orbax.checkpoint grain tensorstore sentencepiece rich
+tensorflow_datasets lm.train.loop lm.evaluate.corpora lm.sample.sampler
+lm.sample.chat lm.sample.show lm.sample.serve.app lm.verify.checks uvicorn
+launch.specs
+""".split()
+
+
+@dataclasses.dataclass
+class Ended:
+  """How a program ended; `code` is None where it had not after the timeout."""
+
+  code: int | None
+  out: str
+  err: str
+
+
+def run(
+  module: str,
+  arguments: list[str],
+  directory: str,
+  *,
+  encoding: str = "utf-8",
+  timeout: float = 60.0,
+) -> Ended:
+  """`python -m module arguments` in `directory`, without the rights of root
+  over files; `encoding` is that of stdout and stderr.
+  """
+  with tempfile.TemporaryDirectory() as said:
+    paths = [os.path.join(said, name) for name in ("out", "err")]
+    for path in paths:
+      pathlib.Path(path).touch()
+    process = _start(_program, module, arguments, directory, encoding, paths)
+    ended = multiprocessing.connection.wait([process.sentinel], timeout)
+    with _ONE:
+      if not ended:
+        process.kill()
+      process.join()
+    out, err = (pathlib.Path(path).read_bytes() for path in paths)
+  code = process.exitcode if ended else None
+  return Ended(code, out.decode(encoding), err.decode(encoding))
+
+
+# Starting a process asks all others whether they have ended, and an exit code
+# can be read once.
+_ONE = threading.Lock()
+
+
+def _start(target, *args):
+  context = multiprocessing.get_context("forkserver")
+  with _ONE:
+    context.set_forkserver_preload(_PRELOADED)
+    process = context.Process(target=target, args=args)
+    process.start()
+  return process
+
+
+def _program(module, arguments, directory, encoding, paths):
+  for fd, path in enumerate(paths, 1):
+    file = os.open(path, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, fd)
+    os.close(file)
+  for stream in (sys.stdout, sys.stderr):
+    stream.reconfigure(encoding=encoding)
+  os.chdir(directory)
+  sys.path.insert(0, ROOT)
+  # As where the packages that read object stores are not installed.
+  sys.modules |= {"gcsfs": None, "s3fs": None}  # type: ignore[dict-item]
+  _be_nobody()
+  import jax
+
+  jax.config.update("jax_platforms", "cpu")
+  sys.argv = [module, *arguments]
+  runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _be_nobody() -> None:
+  """Gives up all capabilities, so that the modes of files count for root too
+  (capset(2), version 3).
+  """
+  header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+  none = (ctypes.c_uint32 * 6)()
+  if ctypes.CDLL(None, use_errno=True).capset(header, none):
+    raise OSError(ctypes.get_errno(), "capset")
+
+
+def flags_of(module: str) -> dict[str, str]:
+  """The flags of a door and what each takes: int, path, string enum, ..."""
+  here, there = multiprocessing.Pipe()
+  process = _start(_flags, module, there)
+  there.close()
+  found = here.recv()
+  process.join()
+  return found
+
+
+def _flags(module, there):
+  sys.path.insert(0, ROOT)
+  importlib.import_module(f"{module}.__main__")
+  from absl import flags
+
+  there.send(
+    {
+      flag.name: flag.flag_type()
+      for home, defined in flags.FLAGS.flags_by_module_dict().items()
+      for flag in defined
+      if home.startswith("lm.")
+    }
+  )
