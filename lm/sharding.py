@@ -217,13 +217,16 @@ def _check_multiple(path: str, value: int, axis: str, parts: int) -> None:
 def make_mesh(config: config_lib.Config, devices=None) -> jax.sharding.Mesh:
   """The run's mesh over `devices`, by default all of every process.
 
-  Over several slices only `data` crosses the network between them, each slice
-  holding a contiguous part of it. In mode pmap its axes are Auto: no layout is
+  Over several TPU slices only `data` crosses the network between them, each
+  slice holding a contiguous part of it; elsewhere JAX calls hosts slices, whose
+  devices need no such order. In mode pmap its axes are Auto: no layout is
   in any type, and the mesh only says where rows are placed.
   """
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape(config, len(devices))
-  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  slices = 1
+  if devices[0].platform == "tpu":
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
   if shape[0] % slices:
     raise config_lib.ConfigError(
       f"config.mesh.data={shape[0]}: must be a multiple of the {slices} slices "
@@ -232,11 +235,16 @@ def make_mesh(config: config_lib.Config, devices=None) -> jax.sharding.Mesh:
   types = jax.sharding.AxisType
   kind = types.Explicit if config.mesh.mode == "jit" else types.Auto
   kinds = (kind,) * len(shape)
+  # An axis may take a part of one of the torus where no other layout is left.
+  split = {"allow_split_physical_axes": True}
   if slices == 1:
-    return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=devices)
-  within = (shape[0] // slices, *shape[1:])
-  between = (slices, *(1,) * len(shape[1:]))
-  grid = mesh_utils.create_hybrid_device_mesh(within, between, devices)
+    grid = mesh_utils.create_device_mesh(shape, devices, **split)
+  else:
+    within = (shape[0] // slices, *shape[1:])
+    between = (slices, *(1,) * len(shape[1:]))
+    grid = mesh_utils.create_hybrid_device_mesh(
+      within, between, devices, **split
+    )
   return jax.sharding.Mesh(grid, MESH_AXES, axis_types=kinds)
 
 

@@ -1,5 +1,6 @@
 """Digests, slices, and how processes find one another."""
 
+import pathlib
 import types
 
 import jax
@@ -9,7 +10,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from lm import config as config_lib
-from lm import sharding
+from lm import door, sharding
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def _tree():
@@ -93,18 +96,20 @@ def test_digests_of_parts_add_up():
 # --- slices -------------------------------------------------------------------
 
 
-def _in_slices(n):
-  """Stand-ins for eight devices, i-th of n slices by turns."""
+def _in_slices(n, count=8, platform="tpu"):
+  """Stand-ins for devices, the i-th of n slices by turns."""
   return [
     types.SimpleNamespace(
       id=i,
       slice_index=i % n,
       process_index=i,
-      platform="cpu",
-      device_kind="cpu",
+      platform=platform,
+      device_kind=platform,
       local_hardware_id=0,
+      coords=(i // n % 2, i // n // 2, 0),
+      core_on_chip=0,
     )
-    for i in range(8)
+    for i in range(count)
   ]
 
 
@@ -128,6 +133,41 @@ def test_only_data_crosses_slices(n, monkeypatch):
     assert len({device.slice_index for device in row.flat}) == 1
   order = [row.flat[0].slice_index for row in grid]
   assert order == sorted(order)
+
+
+@pytest.mark.parametrize("platform", ["gpu", "cpu"])
+def test_hosts_that_jax_calls_slices_are_not_slices(platform, monkeypatch):
+  """8 hosts of 8 GPUs: all 64 may stand along any axis, in their order."""
+  made, real = [], jax.sharding.Mesh
+
+  def mesh(grid, names, axis_types):
+    made.append(grid)
+    return real(np.array(jax.devices()), "data")
+
+  monkeypatch.setattr(jax.sharding, "Mesh", mesh)
+  config = door.load(str(ROOT / "configs/llama3_8b.py"))
+  sharding.make_mesh(config, _in_slices(8, 64, platform))
+  assert made[0].shape == (1, 64, 1)
+  assert [device.id for device in made[0].flat] == list(range(64))
+
+
+def test_an_axis_may_take_a_part_of_the_torus(monkeypatch):
+  """8 and 2 ways over 4x4 chips."""
+  made, real = [], jax.sharding.Mesh
+
+  def mesh(grid, names, axis_types):
+    made.append(grid.shape)
+    return real(np.array(jax.devices()), "data")
+
+  monkeypatch.setattr(jax.sharding, "Mesh", mesh)
+  devices = _in_slices(1, 16)
+  for i, device in enumerate(devices):
+    device.coords = (i % 4, i // 4, 0)
+  config = config_lib.Config()
+  config.train.batch_size = 16
+  config.mesh = config_lib.MeshConfig("jit", data=8, fsdp=2, tensor=1)
+  sharding.make_mesh(config, devices)
+  assert made == [(8, 2, 1)]
 
 
 def test_a_mesh_that_does_not_fit_the_slices_is_refused():
