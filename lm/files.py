@@ -57,7 +57,8 @@ def local_path(text: str, name: str) -> str:
   """`user_path` for what must lie on this machine; else ConfigError."""
   if not is_local(text):
     raise config_lib.ConfigError(
-      f"{name}={text}: is read on this machine's own disks only; copy it there"
+      f"{name}={text}: must lie on a disk of this machine; object stores are "
+      "for run directories"
     )
   return user_path(text, name)
 

@@ -1,14 +1,16 @@
 """Batches: order, packing, and every token once."""
 
 import itertools
+import pathlib
 import threading
 import time
 
 import numpy as np
 import pytest
+import tensorstore
 
 from lm import config as config_lib
-from lm.data import objectives, pipeline
+from lm.data import arrays, objectives, pipeline
 from lm.data import store as store_lib
 from lm.data import tokenizer as tokenizer_lib
 
@@ -344,6 +346,36 @@ def test_an_error_of_the_source_reaches_the_caller():
   next(batches)
   with pytest.raises(OSError, match="unreadable chunk"):
     next(batches)
+
+
+def test_no_validation_has_no_batches(make):
+  config, prepared = make(documents(17, 0))
+  assert prepared.validation == []
+  assert pipeline.n_validation_batches(config, prepared) == 0
+  assert list(pipeline.validation_batches(config, prepared)) == []
+
+
+@pytest.mark.parametrize(
+  "harm, kind, message",
+  [
+    (lambda chunk: chunk.write_bytes(chunk.read_bytes()[:9]), None, "damaged"),
+    (
+      lambda chunk: (chunk.unlink(), chunk.symlink_to(chunk)),
+      OSError,
+      "Too many levels",
+    ),
+  ],
+)
+def test_damage_to_a_store_reaches_the_caller(
+  make, monkeypatch, harm, kind, message
+):
+  """In one line, out of the threads that read."""
+  fresh = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
+  monkeypatch.setattr(arrays, "_CONTEXT", fresh)
+  config, prepared = make(documents(97, 0))
+  harm(pathlib.Path(prepared.train[0].path, "tokens", "c", "0"))
+  with pytest.raises(kind or config_lib.RunError, match=message):
+    take(pipeline.train_batches(config, prepared), 1)
 
 
 def test_threads_stop_with_the_consumer(make):

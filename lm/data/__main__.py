@@ -1,6 +1,7 @@
 """`python -m lm.data --config=FILE`: tokenizer and token stores of a config."""
 
 import rich.console
+import rich.markup
 import rich.table
 
 from lm import config as config_lib
@@ -19,12 +20,12 @@ def main(config: config_lib.Config) -> None:
   stores = [*prepared.train, *prepared.validation]
   for source, tokens in zip(sources, stores, strict=True):
     table.add_row(
-      source,
+      rich.markup.escape(source),
       f"{tokens.n_documents:,}",
       f"{tokens.n_bytes:,}",
       f"{tokens.n_tokens:,}",
       f"{tokens.n_bytes / tokens.n_tokens:.3f}",
-      tokens.path,
+      rich.markup.escape(tokens.path),
     )
   rich.console.Console().print(table)
 

@@ -86,14 +86,16 @@ class Contents:
     large = sum(s.st_size for s in self._stats) > _KEPT_BYTES
     hashes = self._hashes() if large else [None] * len(self._paths)
     for path, stat, known in zip(self._paths, self._stats, hashes, strict=True):
-      digest.update(os.fsencode(os.path.basename(path)))
-      digest.update(f" {stat.st_size}{_read_otherwise(path)}".encode())
-      if known is not None:
-        digest.update(known.encode())
-        continue
       with reading.named(path), open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
+        chunk = file.read(1 << 20)
+        about = f" {stat.st_size}{_read_otherwise(path, chunk)}"
+        digest.update(os.fsencode(os.path.basename(path)) + about.encode())
+        if known is not None:
+          digest.update(known.encode())
+          continue
+        while chunk:
           digest.update(chunk)
+          chunk = file.read(1 << 20)
     return digest.hexdigest()[:16]
 
   def changed(self) -> str | None:
@@ -160,15 +162,17 @@ def _times(stat: os.stat_result) -> list[int]:
   return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def _read_otherwise(path: str) -> str:
+def _read_otherwise(path: str, head: bytes) -> str:
   """Names what an earlier version read otherwise; the text of such a file is
   another now, and so must its fingerprint be.
   """
   if path.endswith((".xz", ".bz2")):
     return " decompressed"
-  with reading.opened(path) as file:
-    if file.read(3) == codecs.BOM_UTF8:
-      return " marked"
+  if path.endswith((".gz", ".zst")):
+    with reading.opened(path) as file:
+      head = file.read(3)
+  if head.startswith(codecs.BOM_UTF8):
+    return " marked"
   if path.endswith(".zst") and not _is_one_frame(path):
     return " frames"
   return ""

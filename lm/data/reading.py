@@ -104,12 +104,13 @@ def _is_folder(path: str) -> bool:
 
 def _matches(folder: str, part: str) -> list[str]:
   """Paths in `folder` whose names `part` names."""
-  if not glob.has_magic(part):
-    path = os.path.join(folder, part)
-    return [path] if os.path.lexists(path) else []
   try:
+    if not glob.has_magic(part):
+      path = os.path.join(folder, part)
+      os.lstat(path)
+      return [path]
     names = os.listdir(folder or ".")
-  except (FileNotFoundError, NotADirectoryError):
+  except (FileNotFoundError, NotADirectoryError, ValueError):
     return []
   if not part.startswith("."):
     names = [name for name in names if not name.startswith(".")]
@@ -135,7 +136,7 @@ def opened(path: str, offset: int = 0) -> Iterator[io.BufferedIOBase]:
 
   Raises ConfigError where it is not what its name says.
   """
-  suffix = os.path.splitext(path)[1].lower()
+  suffix = os.path.splitext(path)[1]
   file: Any
   with named(path, suffix), open(path, "rb") as file:
     if suffix == ".gz" or suffix in _STREAMS:

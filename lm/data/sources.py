@@ -262,8 +262,9 @@ def _json_field(line: str, field: str, where: str) -> bytes:
       f"{where}: invalid JSON, {error.msg} at column {error.colno}; correct it"
     ) from error
   except (RecursionError, ValueError) as error:  # Too deep, too many digits.
+    reason = str(error).split(";")[0]
     raise config_lib.ConfigError(
-      f"{where}: JSON beyond reason: {error}; leave the line out"
+      f"{where}: JSON beyond reason, {reason}; leave the line out"
     ) from error
   if not isinstance(value, dict):
     raise config_lib.ConfigError(

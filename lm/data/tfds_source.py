@@ -4,6 +4,8 @@ import contextlib
 import functools
 import io
 import os
+import pathlib
+import shutil
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -141,17 +143,29 @@ def _builder(spec: str, name: str, data: config_lib.DataConfig) -> Any:
     tfds.disable_progress_bar()  # Built in a second or two.
     said = io.StringIO()
   with contents.exclusive(directory), contextlib.redirect_stdout(said):
-    path = builder.data_path
-    for left in path.parent.glob(f"incomplete.*_{path.name}"):
-      left.rmtree()  # Of a process that was killed.
+    _remove_leftovers(directory, builder)  # Of a process that was killed.
     try:
       make().download_and_prepare()
     except Exception as error:
+      _remove_leftovers(directory, builder)
       raise config_lib.RunError(
         f"source {spec!r}: {name!r} could not be downloaded and built in "
         f"{directory}: {_first_line(error)}"
       ) from error
   return make()
+
+
+def _remove_leftovers(directory: str, builder: Any) -> None:
+  """Removes what nobody takes up again; the caller holds the lock."""
+  path = builder.data_path
+  for left in (
+    *path.parent.glob(f"incomplete.*_{path.name}"),
+    *pathlib.Path(directory, "downloads").rglob("*.tmp.*"),
+  ):
+    if left.is_dir():
+      shutil.rmtree(left)
+    else:
+      left.unlink(missing_ok=True)  # One above it may have gone first.
 
 
 def _first_line(error: Exception) -> str:
