@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import math
 import os
+import time
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -140,6 +141,9 @@ def check_agreement(facts: Mapping[str, str]) -> None:
   for i, (name, value) in enumerate(facts.items()):
     others = np.flatnonzero((found[:, i] != found[0, i]).any(axis=-1))
     if len(others):
+      if jax.process_index() == 0:
+        # The others are joined through this one: they are to end before it.
+        time.sleep(1.0)
       raise config_lib.ConfigError(
         f"{name}: process(es) {others.tolist()} have another value than "
         f"process 0; on process {jax.process_index()} it is {value[:300]}. All "

@@ -285,16 +285,19 @@ def test_without_validation_sources_nothing_is_evaluated(make, tmp_path):
 
 @pytest.fixture(scope="module")
 def diverging(make, tmp_path_factory):
-  """A run whose loss is not finite after a few steps, and its error."""
+  """A run whose loss is not finite after 3 good steps, and its error."""
   workdir = tmp_path_factory.mktemp("diverging")
   config = make(
-    optimizer__peak_lr=1e30,
     optimizer__clip_norm=None,
     optimizer__warmup_steps=0,
     optimizer__ema_decay=None,
     checkpoint__save_every=1,
+    checkpoint__on_mismatch="fresh_optimizer",
     train__log_every=1,
+    train__steps=3,
   )
+  assert loop.train(config, str(workdir)) == 0
+  config.optimizer.peak_lr, config.train.steps = 1e30, 12
   with pytest.raises(loop.Diverged) as error:
     loop.train(config, str(workdir))
   return config, workdir, str(error.value)
@@ -312,22 +315,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(diverging):
 
 
 def test_a_diverged_run_tells_how_to_go_on_and_can(diverging, make, tmp_path):
-  """The last checkpoint is the exploded one; the first one is not."""
+  """The last checkpoint is the exploded one; that of step 3 is not."""
   config, workdir, _ = diverging
   workdir = shutil.copytree(workdir, tmp_path / "run")
   with pytest.raises(loop.Diverged, match="--from_step=STEP") as error:
     loop.train(config, str(workdir))
   losses = {r["step"]: r["train/loss"] for r in metrics_lib.read(str(workdir))}
-  kept = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
-  for step in kept:
+  assert checkpoint.steps(str(workdir))[:4] == [1, 2, 3, 4]
+  for step in checkpoint.steps(str(workdir)):
     assert f"{step} (training loss {losses[step]:.4g})" in str(error.value)
   better = copy.deepcopy(config)
-  better.optimizer.peak_lr, better.train.steps = 1e-3, kept[0] + 2
+  better.optimizer.peak_lr, better.train.steps = 1e-3, 5
+  better.checkpoint.on_mismatch = "refuse"
   with pytest.raises(config_lib.ConfigError, match="peak_lr was 1e[+]30"):
-    loop.train(better, str(workdir), from_step=kept[0])
+    loop.train(better, str(workdir), from_step=3)
   better.checkpoint.on_mismatch = "fresh_optimizer"
-  assert loop.train(better, str(workdir), from_step=kept[0]) == 0
-  assert metrics_lib.read(str(workdir))[-1]["step"] == kept[0] + 2
+  assert loop.train(better, str(workdir), from_step=3) == 0
+  assert metrics_lib.read(str(workdir))[-1]["step"] == 5
+  assert (workdir / "abandoned" / "4").exists()
 
 
 def test_a_run_that_leaves_out_every_step_stops(make, tmp_path):

@@ -256,8 +256,11 @@ def exponential(nats: float) -> float:
 
 
 def plot_if_missing(workdir: str) -> None:
-  """Draws what a kill after the last checkpoint has left out."""
-  if not (epath.Path(workdir) / "curves.png").exists():
+  """Draws what a kill between the last report and the picture left out."""
+  picture, reports = (
+    epath.Path(workdir) / name for name in ("curves.png", "metrics.jsonl")
+  )
+  if not picture.exists() or picture.stat().mtime < reports.stat().mtime:
     plot(workdir)
 
 

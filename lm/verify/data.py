@@ -82,9 +82,9 @@ def small_corpus(config: config_lib.Config, folder: str) -> config_lib.Config:
   data.train, data.validation = tuple(specs), ()
   data.cache_dir = os.path.join(folder, "cache")
   config.tokenizer.path = None
-  config.tokenizer.train_bytes = 50_000
   config.model.vocab_size = tokenizer_lib.BYTES_SIZE
   if config.tokenizer.kind == "sentencepiece":
+    config.tokenizer.train_bytes = 50_000
     config.model.vocab_size = _VOCABULARY
   return config
 

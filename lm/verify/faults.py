@@ -364,12 +364,12 @@ def _changed_start(lab: _Lab, window: str, code: int) -> Result:
   """
   workdir = lab.new_run()
   lab.live(workdir, 1, bombs.Order("", "any step", delay=8.0))
-  before = sorted(os.listdir(workdir / "checkpoints"))
+  before = checkpoint.steps(str(workdir))
   life = lab.live(workdir, 1, bombs.Order("", window))
   problems = [] if life.codes == [code] else [f"ended with {life.codes}"]
   if "Traceback" in life.said:
     problems.append(f"a traceback: {life.said[-300:]}")
-  if sorted(os.listdir(workdir / "checkpoints")) != before:
+  if checkpoint.steps(str(workdir)) != before:
     problems.append("checkpoints were moved")
   said = life.said.strip().split("\n")[-1]
   return lab.finish(window, workdir, 1, problems, f"it said: {said[:200]}")
