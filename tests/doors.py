@@ -59,7 +59,7 @@ def run(
       process.join()
     out, err = (pathlib.Path(path).read_bytes() for path in paths)
   code = process.exitcode if ended else None
-  return Ended(code, out.decode(encoding), err.decode(encoding))
+  return Ended(code, out.decode(), err.decode())
 
 
 # Starting a process asks all others whether they have ended, and an exit code

@@ -582,3 +582,35 @@ def test_wrong_input_is_one_line_and_writes_nothing(door, given, tmp_path):
 def test_the_cases_are_many_and_of_every_door():
   counts = collections.Counter(c.door for d in DOORS for c in cases(d))
   assert set(counts) == set(DOORS) and sum(counts.values()) >= 200
+
+
+# --- a terminal of another encoding ------------------------------------------
+
+SHOWN = [
+  ("lm.data", ["--config.data.train=text:é.txt"], "\\xe9.txt"),
+  ("lm.evaluate", ["--source=text:é.txt", "--output=é.json"], "\\xe9.txt"),
+  ("lm.sample", ["--prompt=é", "--max_new_tokens=2"], "\\xe9"),
+  ("lm.sample", ["--prompt=é", "--candidates=2"], "after <bos>"),
+  ("lm.sample", ["--prompt=é", "--max_new_tokens=2", "--trace"], "draws"),
+  ("lm.sample", ["--score=é.txt", "--html=é.html"], "log P(text)"),
+  ("lm.verify", [], "pass"),
+  ("launch", ["--", "echo", "é"], "é"),  # a script: bytes, not for the eye
+]
+
+
+@pytest.mark.slow
+def test_output_that_a_stream_cannot_show_is_escaped(given, tmp_path):
+  """Nothing that was computed is lost on a stdout that knows only ASCII."""
+  (tmp_path / "é.txt").write_text("é", encoding="utf-8")
+  for door, arguments, says in SHOWN:
+    whole = [
+      a.replace("GIVEN", str(given)) for a in right_but(door, *arguments)
+    ]
+    ended = doors.run(door, whole, str(tmp_path), encoding="ascii")
+    assert ended.code == 0, (door, arguments, ended)
+    assert says in ended.out, (door, arguments, ended)
+  assert "é" in (tmp_path / "é.html").read_text(encoding="utf-8")
+  (document,) = json.loads((tmp_path / "é.json").read_text())["sources"][0][
+    "best"
+  ]
+  assert document["name"] == "é.txt"
