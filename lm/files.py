@@ -154,6 +154,18 @@ _CORRUPT = {
 }
 
 
+# Where an error of TensorStore has the operating system's number.
+_NUMBER = re.compile(r"os_error_code='(\d+)'|OS error (\d+)")
+
+
+def system_error(error: BaseException | None, path: str) -> OSError | None:
+  """The operating system's error about `path` that TensorStore's tells of."""
+  if (found := _NUMBER.search(str(error))) is None:
+    return None
+  code = int(found[1] or found[2])
+  return OSError(code, os.strerror(code), path)
+
+
 def reason(error: BaseException | None) -> str | None:
   """`corrupt` where an error says that files are not what was written,
   `outside` where a disk, a network or memory failed; None: it says neither.
@@ -162,8 +174,9 @@ def reason(error: BaseException | None) -> str | None:
   """
   found = None
   while error is not None:
-    if isinstance(error, OSError | MemoryError) and not isinstance(
-      error, FileNotFoundError
+    system = system_error(error, "") or error
+    if isinstance(system, OSError | MemoryError) and not isinstance(
+      system, FileNotFoundError
     ):
       return "outside"
     if isinstance(
@@ -176,9 +189,7 @@ def reason(error: BaseException | None) -> str | None:
     ):
       found = "corrupt"
     elif status := _STATUS.match(str(error)):
-      # An error of the operating system may come with any status.
-      system = "OS error" in str(error) and "ENOENT" not in str(error)
-      if system or status[1] not in _CORRUPT:
+      if status[1] not in _CORRUPT:
         return "outside"
       found = "corrupt"
     error = error.__cause__ or error.__context__
@@ -223,9 +234,8 @@ def first_line(error: BaseException) -> str:
     0
   ]
   # What the operating system said stands at the end, behind many paths.
-  system = re.search(r"\[OS error \d+: ([^\]]+)\]", str(error))
-  if system is not None:
-    line = f"{system[1]}: {line}"
+  if (system := system_error(error, "")) is not None:
+    line = f"{system.strerror}: {line}"
   if len(line) > 300:
     line = f"{line[:150]} ... {line[-150:]}"
   return f"{type(error).__name__}: {line}"
@@ -330,10 +340,11 @@ class Lock:
   def _read(self) -> tuple[dict[str, Any] | None, bytes]:
     """The record and its generation; None where there is none to be read."""
     found = self._store.read("lock.json").result()
-    record = None
-    with contextlib.suppress(ValueError, TypeError):  # cut short, or no record
+    try:
       record = json.loads(found.value)
-      record["host"], record["process"], record["started"]
+      _owner(record)
+    except (ValueError, TypeError, KeyError):  # cut short, or there is none
+      record = None
     return record, found.stamp.generation
 
   def _write(self) -> bool:

@@ -247,7 +247,7 @@ def test_a_config_json_that_is_none_is_written_again(
     MemoryError(),
     ConnectionError("reset"),
     ValueError("UNAVAILABLE: the store does not answer"),
-    ValueError("PERMISSION_DENIED: [OS error 13: EACCES Permission denied]"),
+    ValueError("Error reading local file: [os_error_code='5']"),
     TypeError("of a library that changed"),
   ],
 )

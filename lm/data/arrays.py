@@ -14,6 +14,7 @@ import numpy as np
 import tensorstore
 
 from lm import config as config_lib
+from lm import files
 
 # Items of an inner chunk, the least that is read, and of a shard, a file.
 CHUNK = 1 << 14
@@ -32,8 +33,6 @@ _CODEC = {
 }
 # Chunks that were read stay in memory up to this; all stores share it.
 _CONTEXT = tensorstore.Context({"cache_pool": {"total_bytes_limit": 1 << 28}})
-# Where the operating system's number stands in an error.
-_NUMBER = re.compile(r"os_error_code='(\d+)'|OS error (\d+)")
 
 
 def damaged(path: str, cause: str) -> config_lib.RunError:
@@ -70,7 +69,9 @@ class Array:
     try:
       yield
     except Exception as error:
-      _raise_system(error, os.path.join(self._path, self._name))
+      where = os.path.join(self._path, self._name)
+      if (system := files.system_error(error, where)) is not None:
+        raise system from error
       raise damaged(self._path, f"{self._name}: {_cause(error)}") from error
 
 
@@ -119,17 +120,11 @@ class Column:
     try:
       yield
     except Exception as error:
-      _raise_system(error, self._path)
+      if (system := files.system_error(error, self._path)) is not None:
+        raise system from error
       raise config_lib.RunError(
         f"{self._path}: cannot be written: {_cause(error)}"
       ) from error
-
-
-def _raise_system(error: Exception, path: str) -> None:
-  """Raises the OSError of `path` that TensorStore's error tells of, if any."""
-  if number := _NUMBER.search(str(error)):
-    code = int(number[1] or number[2])
-    raise OSError(code, os.strerror(code), path) from error
 
 
 def _cause(error: Exception) -> str:
