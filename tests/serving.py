@@ -15,6 +15,7 @@ from lm.data import tokenizer as tokenizer_lib
 from lm.model import decoder
 from lm.sample import sampler as sampler_lib
 from lm.sample.serve import app as app_lib
+from lm.sample.serve import connections, guard
 from lm.sample.serve import worker as worker_lib
 
 TEMPLATE = """{{ bos_token }}{% for message in messages %}
@@ -53,7 +54,7 @@ class Running:
       assert time.monotonic() < deadline, f"{worker.n_live} samples leaked"
       time.sleep(0.01)
     assert worker._engine.n_free() == worker.n_slots
-    assert not worker._tickets and worker._inbox.empty()
+    assert not worker._tickets and not worker._tasks and worker._inbox.empty()
     while self.server.server_state.tasks:
       assert time.monotonic() < deadline, "a call leaked"
       time.sleep(0.01)
@@ -69,8 +70,10 @@ def post(running, path, body, **options):
 def serve(sampler, *, n_slots=4, max_queue=512, **limits):
   limits = {"max_body_bytes": 1 << 16, "timeout_seconds": 60.0, **limits}
   worker = worker_lib.Worker(sampler, n_slots, max_queue)
-  app = app_lib.make(worker, "tiny", app_lib.Limits(**limits))
-  config = uvicorn.Config(app, port=0, log_level="error")
+  limits = guard.Limits(**limits)
+  app = app_lib.make(worker, "tiny", limits)
+  http = connections.limited(limits)
+  config = uvicorn.Config(app, port=0, http=http, log_level="error")
   server = uvicorn.Server(config)
   thread = threading.Thread(target=server.run)
   thread.start()

@@ -1,6 +1,7 @@
 """The server under stress: limits, clients that leave, failures, the door."""
 
 import asyncio
+import contextlib
 import functools
 import gc
 import json
@@ -110,7 +111,7 @@ def test_a_key_is_asked_for():
     with openai.OpenAI(
       base_url=f"{running.url}/v1", api_key="s3cret", max_retries=0
     ) as client:
-      client.completions.create(model="x", prompt="a", max_tokens=1)
+      client.completions.create(model="tiny", prompt="a", max_tokens=1)
 
 
 class Slow:
@@ -122,9 +123,9 @@ class Slow:
   def __getattr__(self, name):
     return getattr(self._engine, name)
 
-  def step(self, n_steps):
+  def step(self, n_steps, max_prefills):
     time.sleep(self._seconds)
-    return self._engine.step(1)
+    return self._engine.step(1, max_prefills)
 
 
 @pytest.fixture
@@ -164,7 +165,7 @@ def test_time_is_bounded(slow):
   slow.settle()
   with openai.OpenAI(base_url=f"{slow.url}/v1", api_key="x") as client:
     stream = client.completions.create(
-      model="x",
+      model="tiny",
       prompt="a",
       max_tokens=90,
       extra_body={"min_tokens": 90},
@@ -226,7 +227,7 @@ def test_an_engine_that_breaks_is_replaced(sampler, capfd):
   with serving.serve(sampler, n_slots=2) as running:
 
     class Broken(Slow):
-      def step(self, n_steps):
+      def step(self, n_steps, max_prefills):
         raise RuntimeError("out of memory")
 
     running.worker._engine = Broken(running.worker._engine, 0)
@@ -248,6 +249,238 @@ def test_nan_logits_are_an_error_of_the_server():
       found = post(running, "completions", {"prompt": "a", **more})
       assert "became NaN" in found.text
       assert found.status_code == (200 if more else 500)
+
+
+# --- scores, between the steps of the samples --------------------------------
+
+
+class Spy:
+  """Notes what the worker's thread does, in order."""
+
+  def __init__(self, running):
+    self.running, self.events = running, []
+    worker = running.worker
+    step, scoring = worker._engine.step, worker.sampler.scoring
+
+    def noted(*args):
+      self.events.append("step")
+      return step(*args)
+
+    def sliced(ids, n=0, stride=None):
+      for part in scoring(ids, n, stride):
+        self.events.append(("slice", len(ids)))
+        yield part
+
+    worker._engine.step = noted
+    self.patch = pytest.MonkeyPatch()
+    self.patch.setattr(worker.sampler, "scoring", sliced)
+
+  def n_slices(self):
+    return sum(event != "step" for event in self.events)
+
+  def wait(self, n):
+    """Until there are `n` more slices."""
+    n += self.n_slices()
+    while self.n_slices() < n:
+      time.sleep(0.001)
+
+
+@pytest.fixture
+def spied(sampler):
+  with serving.serve(sampler, n_slots=2) as running:
+    spy = Spy(running)
+    yield spy
+    spy.patch.undo()
+
+
+LONG = "the quick brown fox " * 2000
+# Scores a long text, for a client that leaves.
+LONG_CALLS = [
+  ("score", {"input": LONG}),
+  (
+    "completions",
+    {"prompt": LONG, "echo": True, "logprobs": 1, "max_tokens": 0},
+  ),
+]
+
+
+def leave_after(running, path, body, until):
+  """Sends the call, leaves once `until()` returns."""
+  content = json.dumps(body).encode()
+  head = (
+    f"POST /v1/{path} HTTP/1.1\r\nHost: 127.0.0.1:{running.port}\r\n"
+    f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n"
+  )
+  with socket.create_connection(("127.0.0.1", running.port)) as connection:
+    connection.sendall(head.encode() + b"\r\n" + content)
+    until()
+
+
+@pytest.mark.parametrize("path, body", LONG_CALLS)
+def test_a_score_ends_when_its_client_leaves(spied, path, body):
+  leave_after(spied.running, path, body, lambda: spied.wait(3))
+  spied.running.settle()
+  n = spied.n_slices()
+  assert n < len(LONG) / 101  # Of some 400 slices.
+  time.sleep(0.2)
+  assert spied.n_slices() == n
+
+
+@pytest.mark.parametrize("path, body", LONG_CALLS)
+def test_samples_step_between_the_slices_of_scores(spied, path, body):
+  """However many scores there are, and these take turns."""
+
+  def complete():
+    spied.wait(3)
+    spied.events.clear()
+    fields = {"prompt": "a", "max_tokens": 80, "min_tokens": 80}
+    assert post(spied.running, "completions", fields).status_code == 200
+
+  other = threading.Thread(
+    target=leave_after,
+    args=(spied.running, "score", {"input": LONG + "!"}, complete),
+  )
+  other.start()
+  leave_after(spied.running, path, body, other.join)
+  first = spied.events.index("step")
+  last = len(spied.events) - spied.events[::-1].index("step")
+  busy = spied.events[first:last]
+  assert busy.count("step") >= 80 / worker_lib.STEPS
+  for one, following in zip(busy, busy[1:], strict=False):
+    assert "step" in (one, following)
+  kinds = {event[1] for event in spied.events if event != "step"}
+  assert len(kinds) == 2
+
+
+def test_time_bounds_a_score(sampler):
+  with serving.serve(sampler, timeout_seconds=0.5) as running:
+    spy = Spy(running)
+    for path, body in LONG_CALLS:
+      found = post(running, path, body)
+      assert found.status_code == 504
+      running.settle()
+      n = spy.n_slices()
+      time.sleep(0.2)
+      assert spy.n_slices() == n
+    spy.patch.undo()
+
+
+def test_scores_in_slices_are_whole(sampler, tiny):
+  text = LONG[:1000]
+  found = post(tiny, "score", {"input": text}).json()
+  expected = sampler.score(text)
+  assert found["log_probabilities"] == pytest.approx(
+    expected.log_probabilities, abs=2e-5
+  )
+  assert found["total"] == pytest.approx(expected.total, rel=1e-6)
+
+
+def test_prompts_are_read_between_steps(sampler):
+  """One each step, so that many do not hold up what runs."""
+  engine, n_read = sampler.engine(4), []
+  for i in range(4):
+    engine.submit(Request(f"prompt {i}", max_new_tokens=30, min_tokens=30))
+  for _ in range(4):
+    engine.step(1, worker_lib.PREFILLS)
+    n_read.append(4 - engine.n_free())
+  assert n_read == [1, 2, 3, 4]
+
+
+# --- connections -------------------------------------------------------------
+
+
+def closed(connection, seconds=5.0):
+  """Whether the server closes it in time."""
+  connection.settimeout(seconds)
+  try:
+    while connection.recv(1000):
+      pass
+    return True
+  except ConnectionError:
+    return True
+  except TimeoutError:
+    return False
+
+
+def connect(stack, running, text=b"", source="127.0.0.1"):
+  connection = socket.create_connection(
+    ("127.0.0.1", running.port), source_address=(source, 0)
+  )
+  stack.enter_context(connection)
+  connection.sendall(text)
+  return connection
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+BODY = HEAD + (
+  b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+)
+DONE = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+  "text",
+  [b"", HEAD, BODY, DONE, DONE + HEAD, b"\0", BODY.replace(b"json", b"x")],
+)
+def test_connections_that_say_nothing_are_closed(sampler, text):
+  with (
+    serving.serve(sampler, idle_seconds=0.3) as running,
+    contextlib.ExitStack() as stack,
+  ):
+    silent = [connect(stack, running, text) for _ in range(5)]
+    assert all(map(closed, silent))
+
+
+def test_a_head_in_drops_is_not_waited_for(sampler):
+  with (
+    serving.serve(sampler, idle_seconds=0.5) as running,
+    contextlib.ExitStack() as stack,
+  ):
+    # The second one after a request that was answered.
+    slow = [connect(stack, running), connect(stack, running, DONE)]
+    n_sent = [0, 0]
+    for i, connection in enumerate(slow):
+      with contextlib.suppress(ConnectionError):
+        for byte in HEAD:
+          connection.sendall(bytes([byte]))
+          n_sent[i] += 1
+          time.sleep(0.05)
+    assert max(n_sent) < len(HEAD)
+
+
+def test_slow_connections_keep_nobody_out(sampler):
+  with (
+    serving.serve(
+      sampler, max_connections=40, max_connections_per_client=30
+    ) as running,
+    contextlib.ExitStack() as stack,
+  ):
+    for i in range(100):
+      text, source = (b"", HEAD)[i % 2], f"127.0.0.{2 + i % 2}"
+      connect(stack, running, text, source)
+      if i % 20 == 0:  # Also to one of the same address.
+        for address in ("127.0.0.1", source):
+          healthy = connect(stack, running, DONE, address)
+          assert healthy.recv(100).startswith(b"HTTP/1.1 200")
+    found = post(running, "completions", {"prompt": "a", "max_tokens": 1})
+    assert found.status_code == 200
+    assert len(running.server.server_state.connections) <= 40
+
+
+def test_one_address_has_its_share_of_connections(sampler):
+  """Those with a request under way are not closed for others."""
+  with (
+    serving.serve(sampler, max_connections_per_client=3) as running,
+    contextlib.ExitStack() as stack,
+  ):
+    for _ in range(3):
+      connect(stack, running, BODY)
+    while len(running.server.server_state.tasks) < 3:
+      time.sleep(0.01)
+    refused = connect(stack, running)
+    assert refused.recv(100).startswith(b"HTTP/1.1 429") and closed(refused)
+    other = connect(stack, running, DONE, "127.0.0.2")
+    assert other.recv(100).startswith(b"HTTP/1.1 200")
 
 
 # --- two hundred at once -----------------------------------------------------
@@ -426,7 +659,7 @@ def test_the_door_serves_and_ends_in_order(workdir):
       base_url=f"{url}/v1", api_key="k", max_retries=0
     ) as client:
       stream = client.completions.create(
-        model="x",
+        model="tiny",
         prompt="def f(",
         max_tokens=60,
         seed=3,

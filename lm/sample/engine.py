@@ -46,7 +46,7 @@ class _Job:
 class Engine:
   """Slots of one sampler. Not for several threads: one of them owns it.
 
-  `n_places` bounds prompt and continuation together, in tokens with bos.
+  `n_places` bounds prompt and continuation together, in tokens.
   `state` is the caches, one per model, and what lm/sample/loop.py calls slots.
   """
 
@@ -70,6 +70,9 @@ class Engine:
 
   def n_free(self) -> int:
     return self._slots.count(None)
+
+  def n_queued(self) -> int:
+    return len(self._queue)
 
   def submit(self, request: Request) -> list[int]:
     """Queues each sample; their job numbers. Raises ConfigError."""
@@ -99,12 +102,17 @@ class Engine:
         else:
           self._slots[self._slots.index(job)] = None
 
-  def step(self, n_steps: int = MAX_STEPS) -> list[Piece]:
+  def step(
+    self, n_steps: int = MAX_STEPS, max_prefills: int | None = None
+  ) -> list[Piece]:
     """Fills free slots and takes up to `n_steps` steps, fewer where a slot
     becomes free and somebody waits for it. Returns what the jobs gained.
+
+    `max_prefills` bounds the requests that are admitted first, so that many
+    prompts do not hold up the samples that run.
     """
     with self.sampler.in_mesh():
-      self.fill()
+      self.fill(max_prefills)
       if any(self._slots):
         self._decode(min(n_steps, MAX_STEPS))
     self._slots = [
@@ -139,11 +147,13 @@ class Engine:
     self._ended = [ended for ended in self._ended if ended.number != job]
     return stages, int(drawn)
 
-  def fill(self) -> None:
+  def fill(self, max_prefills: int | None = None) -> None:
     """Admits from the queue all samples of a request at once, as far as there
     are slots: its prompt is read once.
     """
-    while self._queue and None in self._slots:
+    n_read = 0
+    while self._queue and None in self._slots and n_read != max_prefills:
+      n_read += 1
       job = self._queue[0]
       new = np.zeros(self.n_slots, bool)
       seeds = np.zeros(self.n_slots, np.uint32)

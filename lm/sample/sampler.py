@@ -168,12 +168,18 @@ class Sampler:
       )
     return engine_lib.Engine(self, n_slots, n_places or self.cfg.context_length)
 
-  def next_token(self, request: Request, n: int = 5) -> NextToken:
+  def next_token(
+    self, request: Request, n: int = 5, engine: engine_lib.Engine | None = None
+  ) -> NextToken:
     """The distribution after the prompt: its `n` likeliest ids, and the one
     that `generate` draws first, with the share each stage of the rules leaves.
+
+    `engine` is one with a free slot, for who asks often; None makes one.
     """
     prompt, _ = self.resolve(request)
-    engine = engine_lib.Engine(self, self.ways, self._places(len(prompt) + 1))
+    if engine is None:
+      n_places = engine_lib.bucket(len(prompt) + 1, engine_lib.MIN_PLACES)
+      engine = engine_lib.Engine(self, self.ways, n_places)
     stages, drawn = engine.look(request)
     raw = stages["raw"].astype(np.float64)
     # By probability descending, then by id.
@@ -237,36 +243,37 @@ class Sampler:
     request_lib.check(Request(alternatives=alternatives), self.tokenizer.size)
     return scoring.parts(self, ids, alternatives, stride)
 
-  def check(self, request: Request) -> None:
+  def check(self, request: Request, shown: Any = None) -> None:
     """Raises ConfigError on a request that cannot be met."""
-    self.resolve(request)
+    self.resolve(request, shown=shown)
 
   # --- what they are made of --------------------------------------------------
 
   def resolve(
-    self, request: Request, n_places: int | None = None
+    self, request: Request, n_places: int | None = None, shown: Any = None
   ) -> tuple[list[int], int]:
-    """Ids of the prompt with bos, and how many tokens to draw at most.
+    """Ids of the prompt, and how many tokens to draw at most.
 
-    Raises ConfigError where they do not fit into the context, or `n_places`.
+    Raises ConfigError where they do not fit into the context, or `n_places`;
+    it shows the prompt as `shown`, where that is what the user wrote.
     """
     request_lib.check(request, self.tokenizer.size)
     prompt = self.encode(request.prompt)
     context = min(n_places or math.inf, self.cfg.context_length)
-    start, length = repr(request.prompt[:20]), len(prompt)
+    start, length = _start(shown or request.prompt), len(prompt)
     if length >= context:
       raise config_lib.ConfigError(
-        f"prompt={start}...: has {length} tokens with bos; it must leave room "
-        f"for one more in the context of {context}: shorten it"
+        f"prompt={start}: has {length} tokens; it must leave room for one more "
+        f"in the context of {context}: shorten it"
       )
     limit = request.max_new_tokens
     if limit is None:
       limit = min(request_lib.DEFAULT_NEW_TOKENS, int(context - length))
     if length + limit > context:
       raise config_lib.ConfigError(
-        f"max_new_tokens={limit}: with the {length} tokens of "
-        f"prompt={start}... it must not exceed the context of {context}; at "
-        f"most {context - length} fit"
+        f"max_new_tokens={limit}: with the {length} tokens of prompt={start} "
+        f"it must not exceed the context of {context}; at most "
+        f"{context - length} fit"
       )
     if request.min_tokens > limit:
       raise config_lib.ConfigError(
@@ -298,9 +305,6 @@ class Sampler:
     """Of ids that pad the model's vocabulary too."""
     return self.tokenizer.piece(i) if i < self.tokenizer.size else f"<{i}>"
 
-  def _places(self, n: int) -> int:
-    return engine_lib.bucket(n, engine_lib.MIN_PLACES)
-
   def in_mesh(self):
     if self.mesh is None:
       return contextlib.nullcontext()
@@ -322,6 +326,11 @@ class Sampler:
 
 # Tokens proposed at once at most: each costs a draw in every step.
 MAX_AHEAD = 16
+
+
+def _start(prompt: str | Sequence[int]) -> str:
+  """What is shown of a prompt: its beginning."""
+  return repr(prompt[:20]) + ("..." if len(prompt) > 20 else "")
 
 
 def _check_draft(cfg, tokenizer, mesh, draft) -> None:

@@ -80,7 +80,7 @@ def collect(
       [request_lib.Alternative(*one) for one in zip(*pair, strict=True)]
       for pair in zip(*columns, strict=True)
     ]
-  scored = list(ids[1:])
+  scored = np.asarray(ids, np.int32)[1:].tolist()
   return request_lib.Score(
     token_ids=scored,
     pieces=[sampler.piece(i) for i in scored],

@@ -3,15 +3,18 @@
 python -m lm.sample.serve --workdir=RUN [--port=8000] [--api_key_env=MY_KEY]
 
 Needs the extra `serve`. SIGTERM lets what runs go on for a few seconds, and
-exits with 0.
+exits with 0; SIGHUP and Ctrl-C are the same.
 """
 
 import asyncio
+import contextlib
+import errno
 import importlib.util
 import ipaddress
 import os
 import pathlib
 import signal
+import socket
 import sys
 
 from absl import flags
@@ -32,6 +35,20 @@ _MAX_BODY_BYTES = flags.DEFINE_integer(
 _TIMEOUT_SECONDS = flags.DEFINE_float(
   "timeout_seconds", 300.0, "For one call; after it, status 504."
 )
+_IDLE_SECONDS = flags.DEFINE_float(
+  "idle_seconds", 30.0, "After which a connection that says nothing is closed."
+)
+_MAX_CONNECTIONS = flags.DEFINE_integer(
+  "max_connections", 512, "Open at once; 0: no limit."
+)
+_MAX_CONNECTIONS_PER_CLIENT = flags.DEFINE_integer(
+  "max_connections_per_client",
+  256,
+  "Of one address; 0, as behind a proxy: no limit.",
+)
+_WARMUP = flags.DEFINE_bool(
+  "warmup", True, "Compile for all lengths of prompts before serving any."
+)
 _API_KEY_ENV = flags.DEFINE_string(
   "api_key_env",
   None,
@@ -43,6 +60,18 @@ _ALLOW_PUBLIC = flags.DEFINE_bool(
 
 # For what runs when the server is told to stop.
 GRACE_SECONDS = 5.0
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Least and most of each flag that is a number.
+_BOUNDS = {
+  "port": (0, 65535),
+  "slots": (1, 4096),
+  "max_queue": (0, 1 << 20),
+  "max_body_bytes": (1, 1 << 30),
+  "timeout_seconds": (1e-3, 1e7),
+  "idle_seconds": (1e-3, 1e7),
+  "max_connections": (0, 1 << 20),
+  "max_connections_per_client": (0, 1 << 20),
+}
 
 
 def main() -> int:
@@ -55,24 +84,49 @@ def main() -> int:
       raise config_lib.ConfigError(
         f"{name} is missing: install the extra, as `pip install -e .[serve]`"
       )
-  import uvicorn
+  from lm.sample.serve import guard
 
-  from lm.sample.serve import app as app_lib
-  from lm.sample.serve import worker as worker_lib
-
-  sampler = loading.sampler()
-  worker = worker_lib.Worker(sampler, _SLOTS.value, _MAX_QUEUE.value)
-  limits = app_lib.Limits(
+  limits = guard.Limits(
     _MAX_BODY_BYTES.value,
     _TIMEOUT_SECONDS.value,
+    _IDLE_SECONDS.value,
+    _MAX_CONNECTIONS.value,
+    _MAX_CONNECTIONS_PER_CLIENT.value,
     token=token,
     loopback_only=token is None and not _ALLOW_PUBLIC.value,
   )
   name = pathlib.Path(workdir.rstrip("/")).name
+  with contextlib.ExitStack() as stack:
+    stack.callback(_restore, {stop: signal.getsignal(stop) for stop in _STOPS})
+    for stop in _STOPS:
+      signal.signal(stop, lambda *_: sys.exit(0))
+    # Before the model, which takes longer.
+    sockets = [stack.enter_context(s) for s in _bind()]
+    _serve(name, sockets, limits)
+  return 0
+
+
+def _restore(handlers: dict) -> None:
+  for stop, handler in handlers.items():
+    signal.signal(stop, handler)
+
+
+def _serve(name: str, sockets: list[socket.socket], limits) -> None:
+  import uvicorn
+
+  from lm.sample.serve import app, connections
+  from lm.sample.serve import worker as worker_lib
+
+  sampler = loading.sampler()
+  worker = worker_lib.Worker(sampler, _SLOTS.value, _MAX_QUEUE.value)
+  if _WARMUP.value:
+    worker.warm_up(
+      lambda text: print(f"warming up: {text}", file=sys.stderr, flush=True)
+    )
   config = uvicorn.Config(
-    app_lib.make(worker, name, limits),
-    host=_HOST.value,
-    port=_PORT.value,
+    app.make(worker, name, limits),
+    http=connections.limited(limits),
+    ws="none",
     log_level="warning",
     proxy_headers=False,
     timeout_graceful_shutdown=int(GRACE_SECONDS) + 2,
@@ -81,8 +135,8 @@ def main() -> int:
   class Server(uvicorn.Server):
     async def startup(self, sockets=None):
       await super().startup(sockets)
-      for server in self.servers:
-        host, port = server.sockets[0].getsockname()[:2]
+      for each in sockets or ():
+        host, port = each.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         print(f"{name}: http://{host}:{port}/", flush=True)
 
@@ -91,32 +145,62 @@ def main() -> int:
       asyncio.get_running_loop().call_later(GRACE_SECONDS, worker.interrupt)
       await super().shutdown(sockets)
 
-  # Uvicorn raises the signal once more when all is done: that is no failure.
-  for stop in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(stop, lambda *_: None)
+  server = Server(config)
+  # The interpreter is shared with long texts that are read and written.
+  sys.setswitchinterval(1e-3)
+  # Uvicorn raises its signals once more when all is done: that is no failure.
+  for stop in _STOPS:
+    signal.signal(stop, server.handle_exit)
+  server.run(sockets)
+
+
+def _bind() -> list[socket.socket]:
+  """A socket for each address of --host, all of one port."""
+  host, port = _HOST.value, _PORT.value
   try:
-    Server(config).run()
-  except SystemExit as error:
-    # It has logged why; a port that is taken, most often.
-    print(f"error: cannot serve on port {_PORT.value}", file=sys.stderr)
-    return 1 if error.code else 0
-  return 0
+    found = socket.getaddrinfo(
+      host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+  except (socket.gaierror, UnicodeError) as error:
+    raise config_lib.ConfigError(
+      f"--host={host}: does not resolve ({error}); name an address of this "
+      "machine"
+    ) from error
+  sockets: list[socket.socket] = []
+  try:
+    for family, address in dict.fromkeys((f[0], f[4]) for f in found):
+      one = socket.socket(family)
+      sockets.append(one)
+      one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      if family == socket.AF_INET6:
+        one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+      one.bind((address[0], port, *address[2:]))
+      port = one.getsockname()[1]
+  except OSError as error:
+    for one in sockets:
+      one.close()
+    where = f"--host={host} --port={port}"
+    raise {
+      errno.EADDRINUSE: config_lib.RunError(
+        f"{where}: the port is taken; name another, or 0 for any that is free"
+      ),
+      errno.EACCES: config_lib.RunError(
+        f"{where}: the port is for privileged users; name one from 1024 on"
+      ),
+      errno.EADDRNOTAVAIL: config_lib.ConfigError(
+        f"{where}: that is no address of this machine; name one that is"
+      ),
+    }.get(error.errno or 0, error) from error
+  return sockets
 
 
 def _check_flags() -> None:
-  for name, value, least in (
-    ("port", _PORT.value, 0),
-    ("slots", _SLOTS.value, 1),
-    ("max_queue", _MAX_QUEUE.value, 0),
-    ("max_body_bytes", _MAX_BODY_BYTES.value, 1),
-    ("timeout_seconds", _TIMEOUT_SECONDS.value, 1e-3),
-  ):
-    if not least <= value < float("inf"):
+  for name, (least, most) in _BOUNDS.items():
+    value = flags.FLAGS[name].value
+    if not least <= value <= most:
       raise config_lib.ConfigError(
-        f"--{name}={value}: must be finite and at least {least:g}"
+        f"--{name}={value}: must be in [{least:g}, {most}]"
       )
-  if _PORT.value > 65535:
-    raise config_lib.ConfigError(f"--port={_PORT.value}: at most 65535")
 
 
 def _token() -> str | None:

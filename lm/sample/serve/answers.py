@@ -7,19 +7,23 @@ that a stop text cut off, so that log-probabilities add up to what was drawn.
 """
 
 import codecs
+import json
 import math
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lm.data import tokenizer as tokenizer_lib
 from lm.sample import request as request_lib
-from lm.sample.serve import protocol
+from lm.sample.serve import fields, protocol
 
 # What OpenAI writes for a log-probability of minus infinity.
 LEAST = -9999.0
 _REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
+
+# Items of a list that are written at once.
+_PIECE = 256
 
 Object = dict[str, Any]
 
@@ -99,7 +103,7 @@ class Answer:
     if result is None:
       return {"finish_reason": "length", "seed": request.seed + i % self.plan.n}
     if result.finish_reason not in _REASONS:
-      raise protocol.Refusal(
+      raise fields.Refusal(
         500,
         "the model's logits became NaN"
         if result.finish_reason == "error"
@@ -138,9 +142,9 @@ class Answer:
 class Completion(Answer):
   """`text_offset` counts characters of the answer's own `text`.
 
-  With `echo` the prompt's tokens come first, bos only where the client sent it.
-  A log-probability is null for bos alone, which nothing precedes; a text's
-  first token is conditioned on the bos that is put in front of it.
+  With `echo` the prompt's tokens come first, without the bos that is put in
+  front of a text and on which its first token is conditioned. Where nothing
+  precedes the first token, its log-probability is null.
   """
 
   object = chunk_object = "text_completion"
@@ -192,19 +196,19 @@ class Completion(Answer):
     return {**choice, **end}
 
   def _echo(self, i: int, score: request_lib.Score | None) -> Object:
-    text = self.tokenizer.decode(self.plan.prompts[i // self.plan.n])
-    logprobs = None
+    prompt = self.plan.prompts[i // self.plan.n]
+    text, logprobs = self.tokenizer.decode(prompt), None
     if score is not None:
-      logprobs = self._logprobs(i, score)
-      if self.plan.bos_given[i // self.plan.n]:
-        bos = token_name(self.tokenizer, self.tokenizer.bos)
+      first = {}
+      if not self.plan.n_hidden[i // self.plan.n]:
         first = {
-          "tokens": bos,
-          "token_logprobs": None,
-          "top_logprobs": None,
-          "text_offset": 0,
+          "tokens": [token_name(self.tokenizer, prompt[0])],
+          "token_logprobs": [None],
+          "top_logprobs": [None],
+          "text_offset": [self._offsets[i].of(prompt[0])],
         }
-        logprobs = {name: [v, *logprobs[name]] for name, v in first.items()}
+      rest = self._logprobs(i, score)
+      logprobs = {name: first.get(name, []) + rest[name] for name in rest}
     return {"index": i, "text": text, "logprobs": logprobs}
 
   def _logprobs(self, i: int, gained: Any) -> Object:
@@ -289,6 +293,37 @@ class _Offsets:
     start = self._n
     self._n += len(self._decoder.decode(self._tokenizer.decode_bytes([i])))
     return start
+
+
+def dump(value: Any) -> bytes:
+  """JSON. Other threads run meanwhile: each piece of it is soon written."""
+  return "".join(_pieces(value)).encode()
+
+
+def _pieces(value: Any) -> Iterator[str]:
+  if isinstance(value, dict):
+    for i, (name, part) in enumerate(value.items()):
+      yield f"{',' if i else '{'}{json.dumps(name)}:"
+      yield from _pieces(part)
+    yield "}" if value else "{}"
+  elif isinstance(value, list) and any(map(_nested, value[:1])):
+    for i, part in enumerate(value):
+      yield "," if i else "["
+      yield from _pieces(part)
+    yield "]"
+  elif isinstance(value, list) and len(value) > _PIECE:
+    for i in range(0, len(value), _PIECE):
+      yield "," if i else "["
+      yield json.dumps(value[i : i + _PIECE], allow_nan=False)[1:-1]
+    yield "]"
+  else:
+    yield json.dumps(value, allow_nan=False)
+
+
+def _nested(value: Any) -> bool:
+  return isinstance(value, dict) and any(
+    isinstance(part, dict | list) for part in value.values()
+  )
 
 
 def next_token(

@@ -5,14 +5,13 @@ its samples are cancelled and their slots free again.
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
-import dataclasses
-import hmac
+import functools
 import json
 import pathlib
-import re
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from starlette import applications, exceptions, requests, responses, routing
@@ -20,8 +19,13 @@ from starlette import middleware as middleware_lib
 from starlette import types as asgi
 
 from lm.sample import request as request_lib
-from lm.sample.serve import answers, protocol
+from lm.sample import scoring
+from lm.sample.serve import answers, fields, guard, protocol
 from lm.sample.serve import worker as worker_lib
+
+# Bodies, in bytes, and prompts, in tokens, that are long work to read or list:
+# one at a time, so that short ones find a thread and the interpreter free.
+_BULK = 1 << 14
 
 # The page's files, by path. Nothing from elsewhere is loaded, nor run inline.
 _HERE = pathlib.Path(__file__).parent
@@ -36,23 +40,10 @@ _PAGE_HEADERS = {
   "referrer-policy": "no-referrer",
   "x-content-type-options": "nosniff",
 }
-_LOOPBACK = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?", re.I)
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-  """`token` is what a client must bear, if any. `loopback_only` refuses other
-  names for this machine: a web page elsewhere could give itself one of them.
-  """
-
-  max_body_bytes: int
-  timeout_seconds: float
-  token: str | None = dataclasses.field(default=None, repr=False)
-  loopback_only: bool = True
 
 
 def make(
-  worker: worker_lib.Worker, model: str, limits: Limits
+  worker: worker_lib.Worker, model: str, limits: guard.Limits
 ) -> applications.Starlette:
   """`model` is the name by which clients see it."""
   app = _App(worker, model, limits)
@@ -68,9 +59,9 @@ def make(
       routing.Route("/v1/next_token", app.next_token, methods=post),
       routing.Route("/v1/score", app.score, methods=post),
     ],
-    middleware=[middleware_lib.Middleware(_Guard, limits=limits)],
+    middleware=[middleware_lib.Middleware(guard.Guard, limits=limits)],
     exception_handlers={
-      protocol.Refusal: _refused,
+      fields.Refusal: _refused,
       exceptions.HTTPException: _no_route,
       requests.ClientDisconnect: _left,
       Exception: _failed,
@@ -80,9 +71,14 @@ def make(
 
 
 class _App:
-  def __init__(self, worker: worker_lib.Worker, model: str, limits: Limits):
+  def __init__(
+    self, worker: worker_lib.Worker, model: str, limits: guard.Limits
+  ):
     self._worker, self._limits = worker, limits
     self._sampler = worker.sampler
+    # Chats wait for the one process that runs templates, all else for nothing.
+    thread = concurrent.futures.ThreadPoolExecutor
+    self._short, self._bulk, self._chats = thread(4), thread(1), thread(1)
     self._card = {
       "id": model,
       "object": "model",
@@ -96,6 +92,8 @@ class _App:
     self._worker.start()
     yield
     await self._worker.stop()
+    for executor in (self._short, self._bulk, self._chats):
+      executor.shutdown(cancel_futures=True)
 
   async def page(self, request: requests.Request) -> responses.Response:
     path = _HERE / _PAGE[request.url.path]
@@ -116,9 +114,7 @@ class _App:
   async def model(self, request: requests.Request) -> responses.Response:
     name = request.path_params["name"]
     if name != self._card["id"]:
-      raise protocol.Refusal(
-        404, f"no model {name!r}: this is {self._card['id']!r}", "model"
-      )
+      raise fields.unknown_model(name, self._card["id"])
     return responses.JSONResponse(self._card)
 
   async def completions(self, request: requests.Request) -> asgi.ASGIApp:
@@ -130,16 +126,25 @@ class _App:
   async def next_token(self, request: requests.Request) -> asgi.ASGIApp:
     asked, n = await self._read(request, protocol.next_token)
     found = await self.attended(
-      request.receive, self._worker.call(self._sampler.next_token, asked, n)
+      request.receive, self._worker.next_token(asked, n)
     )
     tokenizer, name = self._sampler.tokenizer, self._card["id"]
     return responses.JSONResponse(answers.next_token(found, tokenizer, name))
 
   async def score(self, request: requests.Request) -> asgi.ASGIApp:
     ids, n = await self._read(request, protocol.score)
-    found = await self.attended(request.receive, self._score(ids, n))
     tokenizer, name = self._sampler.tokenizer, self._card["id"]
-    return responses.JSONResponse(answers.score(found, tokenizer, name))
+
+    async def work() -> bytes:
+      parts = await self._worker.run(self._sampler.scoring(ids, n))
+
+      def build() -> bytes:
+        found = scoring.collect(self._sampler, ids, parts)
+        return answers.dump(answers.score(found, tokenizer, name))
+
+      return await self.apart(build, len(ids))
+
+    return _json(await self.attended(request.receive, work()))
 
   async def _text(self, request, read, kind) -> asgi.ASGIApp:
     """Completions and chats, at once or as a stream."""
@@ -147,29 +152,39 @@ class _App:
     answer = kind(plan, self._sampler.tokenizer, self._card["id"])
     if plan.stream:
       return _Stream(self, plan, answer)
-    content = await self.attended(request.receive, self._whole(plan, answer))
-    return responses.JSONResponse(content)
+    work = self._whole(plan, answer)
+    return _json(await self.attended(request.receive, work))
 
-  async def _whole(
-    self, plan: protocol.Plan, answer: answers.Answer
-  ) -> dict[str, Any]:
-    scores = await self.scores(plan)
+  async def _whole(self, plan: protocol.Plan, answer: answers.Answer) -> bytes:
+    parts = await self.scores(plan)
     results: list[request_lib.Result | None] = [None] * answer.n_choices
     if plan.samples:
       with self._worker.running(plan.requests, watched=False) as ticket:
         async for i, piece in ticket:
           results[i] = piece.result or results[i]
-    return answer.whole(results, scores)
 
-  async def scores(self, plan: protocol.Plan) -> list[request_lib.Score]:
+    def build() -> bytes:
+      return answers.dump(answer.whole(results, self.collect(plan, parts)))
+
+    return await self.apart(build, _n_listed(plan))
+
+  async def scores(self, plan: protocol.Plan) -> list[list[scoring.Part]]:
     """Of each prompt, where they are to be shown."""
     if not plan.echo or plan.logprobs is None:
       return []
-    return [await self._score(prompt, plan.logprobs) for prompt in plan.prompts]
+    n, score = plan.logprobs, self._sampler.scoring
+    return [await self._worker.run(score(ids, n)) for ids in plan.prompts]
 
-  def _score(self, ids: Sequence[int], n: int) -> Coroutine:
-    """Of ids with bos, which is not itself scored."""
-    return self._worker.call(self._sampler.score, ids[1:], n)
+  def collect(
+    self, plan: protocol.Plan, parts: list[list[scoring.Part]]
+  ) -> list[request_lib.Score]:
+    each = zip(plan.prompts, parts, strict=False)  # All of them, or none.
+    return [scoring.collect(self._sampler, *pair) for pair in each]
+
+  async def apart(self, function: Callable[[], Any], size: int) -> Any:
+    """`function()` in a thread; the event loop goes on meanwhile."""
+    executor = self._bulk if size > _BULK else self._short
+    return await asyncio.get_running_loop().run_in_executor(executor, function)
 
   def running(self, plan: protocol.Plan):
     return self._worker.running(plan.requests, watched=True)
@@ -180,21 +195,29 @@ class _App:
     kind = request.headers.get("content-type", "").partition(";")[0].strip()
     if kind.lower() != "application/json":
       # Web pages of other origins cannot send this type unasked.
-      raise protocol.Refusal(
+      raise fields.Refusal(
         415, "send the header Content-Type: application/json"
       )
     body = bytearray()
     try:
       async with asyncio.timeout(self._limits.timeout_seconds):
-        async for chunk in request.stream():
+        async for chunk in _soon(request.stream(), self._limits.idle_seconds):
           body += chunk
           if len(body) > limit:
-            raise protocol.Refusal(413, f"the body exceeds {limit} bytes")
+            raise fields.Refusal(413, f"the body exceeds {limit} bytes")
     except TimeoutError as error:
-      raise protocol.Refusal(408, "the body took too long to come") from error
-    return await asyncio.to_thread(read, self._sampler, bytes(body))
+      raise fields.Refusal(408, "the body took too long to come") from error
+    parse = functools.partial(
+      read, self._sampler, self._card["id"], bytes(body)
+    )
+    if read is protocol.chat:
+      loop = asyncio.get_running_loop()
+      work = loop.run_in_executor(self._chats, parse)
+    else:
+      work = self.apart(parse, len(body))
+    return await self.attended(request.receive, work)
 
-  async def attended(self, receive: asgi.Receive, work: Coroutine) -> Any:
+  async def attended(self, receive: asgi.Receive, work: Awaitable) -> Any:
     """Result of `work`, which is cancelled when the client leaves (raises
     ClientDisconnect) or the time is up (Refusal).
     """
@@ -207,7 +230,7 @@ class _App:
         raise requests.ClientDisconnect
       return task.result()
     except TimeoutError as error:
-      raise protocol.Refusal(
+      raise fields.Refusal(
         504,
         f"took longer than {self._limits.timeout_seconds:g} seconds",
         kind="server_error",
@@ -216,6 +239,25 @@ class _App:
       task.cancel()
       client.cancel()
       await asyncio.gather(task, client, return_exceptions=True)
+
+
+def _json(content: bytes) -> responses.Response:
+  return responses.Response(content, media_type="application/json")
+
+
+def _n_listed(plan: protocol.Plan) -> int:
+  """Tokens of prompts in the answer."""
+  return plan.n * sum(map(len, plan.prompts)) if plan.echo else 0
+
+
+async def _soon(chunks: AsyncIterator[bytes], seconds: float):
+  """The chunks; raises TimeoutError where one takes longer to come."""
+  while True:
+    async with asyncio.timeout(seconds):
+      chunk = await anext(chunks, None)
+    if chunk is None:
+      return
+    yield chunk
 
 
 class _Stream:
@@ -230,7 +272,7 @@ class _Stream:
   ) -> None:
     try:
       await self._app.attended(receive, self._run(send))
-    except protocol.Refusal as refusal:
+    except fields.Refusal as refusal:
       if not self._started:
         raise
       await self._emit(send, [refusal.body()])
@@ -240,14 +282,22 @@ class _Stream:
 
   async def _run(self, send: asgi.Send) -> None:
     plan, answer = self._plan, self._answer
-    scores = await self._app.scores(plan)
+    parts = await self._app.scores(plan)
+
+    def build() -> list[str]:
+      chunks = answer.opening(self._app.collect(plan, parts))
+      return [answers.dump(chunk).decode() for chunk in chunks]
+
+    async def open_() -> None:
+      await self._emit(send, await self._app.apart(build, _n_listed(plan)))
+
     if plan.samples:
       with self._app.running(plan) as ticket:
-        await self._emit(send, answer.opening(scores))
+        await open_()
         async for i, piece in ticket:
           await self._emit(send, answer.chunks(i, piece))
     else:
-      await self._emit(send, answer.opening(scores))
+      await open_()
     await self._emit(send, [*answer.closing(), "[DONE]"])
 
   async def _emit(self, send: asgi.Send, events: Sequence[Any]) -> None:
@@ -270,50 +320,11 @@ class _Stream:
     await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
-class _Guard:
-  """Refuses strangers, before anything of their call is read."""
-
-  def __init__(self, app: asgi.ASGIApp, limits: Limits):
-    self._app, self._limits = app, limits
-
-  async def __call__(
-    self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send
-  ) -> None:
-    refusal = self._refusal(scope) if scope["type"] == "http" else None
-    if refusal is None:
-      return await self._app(scope, receive, send)
-    await _error(refusal)(scope, receive, send)
-
-  def _refusal(self, scope: asgi.Scope) -> protocol.Refusal | None:
-    headers = dict(scope["headers"])
-    host = headers.get(b"host", b"").decode("latin-1")
-    if self._limits.loopback_only and not _LOOPBACK.fullmatch(host):
-      return protocol.Refusal(
-        403, f"Host {host[:100]!r}: address this server as 127.0.0.1"
-      )
-    if self._limits.token is None or not scope["path"].startswith("/v1/"):
-      return None
-    given = headers.get(b"authorization", b"")
-    expected = f"Bearer {self._limits.token}".encode()
-    if hmac.compare_digest(given, expected):
-      return None
-    return protocol.Refusal(
-      401,
-      "a wrong API key, or none: send Authorization: Bearer KEY",
-      kind="authentication_error",
-    )
-
-
-def _error(refusal: protocol.Refusal) -> responses.Response:
-  headers = {"www-authenticate": "Bearer"} if refusal.status == 401 else None
-  return responses.JSONResponse(refusal.body(), refusal.status, headers)
-
-
 async def _refused(
   request: requests.Request, error: Exception
 ) -> responses.Response:
-  assert isinstance(error, protocol.Refusal)
-  return _error(error)
+  assert isinstance(error, fields.Refusal)
+  return guard.error_of(error)
 
 
 async def _no_route(
@@ -321,7 +332,7 @@ async def _no_route(
 ) -> responses.Response:
   assert isinstance(error, exceptions.HTTPException)
   text = f"{request.method} {request.url.path[:100]}: {error.detail}"
-  return _error(protocol.Refusal(error.status_code, text))
+  return guard.error_of(fields.Refusal(error.status_code, text))
 
 
 async def _left(
@@ -335,8 +346,8 @@ async def _failed(
   request: requests.Request, error: Exception
 ) -> responses.Response:
   """For what is a bug: its traceback goes to the server's log."""
-  return _error(
-    protocol.Refusal(
+  return guard.error_of(
+    fields.Refusal(
       500, "an error of the server; its log says more", kind="server_error"
     )
   )

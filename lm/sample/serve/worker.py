@@ -3,25 +3,35 @@
 All methods without underscore belong to the event loop. What they ask goes
 through one queue to the thread, which answers by `call_soon_threadsafe`; no
 state has two writers.
+
+The thread's time goes by turns to the samples that run and to the other tasks,
+such as scores, which come in slices. A slice is one call of the device; so long
+as samples run, tasks get no more of its time than they.
 """
 
 import asyncio
+import collections
 import contextlib
+import dataclasses
 import functools
 import queue
 import threading
+import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
+from lm.sample import engine as engine_lib
 from lm.sample import request as request_lib
 from lm.sample import sampler as sampler_lib
-from lm.sample.serve import protocol
+from lm.sample.serve import fields
 
 # Tokens of each slot per turn of the thread: few where somebody watches them
-# come, or waits for a score.
+# come, or where free slots wait for prompts to be read.
 STEPS = 16
 STEPS_WATCHED = 2
+# Prompts that are read per turn.
+PREFILLS = 1
 
 
 class Ticket:
@@ -49,6 +59,15 @@ class Ticket:
       yield item
 
 
+@dataclasses.dataclass(eq=False)
+class _Task:
+  """What is done in slices, and what they gave so far."""
+
+  slices: Iterator[Any]
+  future: asyncio.Future
+  found: list[Any] = dataclasses.field(default_factory=list)
+
+
 class Worker:
   """Runs `sampler` for many callers; `max_queue` samples may wait for a slot.
 
@@ -62,14 +81,41 @@ class Worker:
     self.n_slots, self.capacity = n_slots, n_slots + max_queue
     self.n_live = 0
     self.refusing = False
-    self._inbox: queue.SimpleQueue[Callable[[], bool] | None] = (
+    self._inbox: queue.SimpleQueue[Callable[[], Any] | None] = (
       queue.SimpleQueue()
     )
     self._engine = sampler.engine(n_slots)
+    # One more slot, to look at the next token of a prompt.
+    self._looker = sampler.engine(sampler.ways)
+    self._tasks: collections.deque[_Task] = collections.deque()
+    # Seconds that the tasks had and the samples have not.
+    self._owed = 0.0
     self._tickets: dict[int, tuple[Ticket, int]] = {}
     self._thread = threading.Thread(
       target=self._run, name="sampler", daemon=True
     )
+
+  def warm_up(self, tell: Callable[[str], None]) -> None:
+    """Compiles what requests will need, before the thread starts; `tell` is
+    told of each bucket of lengths.
+    """
+    context, bos = self.sampler.cfg.context_length, self.sampler.tokenizer.bos
+    n = engine_lib.MIN_PROMPT
+    while True:
+      tell(f"{n} tokens")
+      list(self.sampler.scoring([bos] * (min(n, context) + 1)))
+      prompt = [bos] * (
+        min(n, context - 2) + 1
+      )  # Its last token is drawn from.
+      request = request_lib.Request(prompt, max_new_tokens=1)
+      if context > 1:
+        self._look(request, 1)
+        self._engine.submit(request)
+      while not self._engine.idle:
+        self._engine.step()
+      if n >= context:
+        break
+      n *= 2
 
   # --- For the event loop ----------------------------------------------------
 
@@ -111,20 +157,32 @@ class Worker:
 
   async def call(self, function: Callable, *args: Any) -> Any:
     """`function(*args)` on the thread, between two of the engine's turns."""
+    (result,) = await self.run(function(*args) for _ in range(1))
+    return result
+
+  async def run(self, slices: Iterator[Any]) -> list[Any]:
+    """All that `slices` yields, each of which is got on the thread. The slice
+    at hand is the last one when the caller is cancelled.
+    """
     self._admit(1)
-    future = self._loop.create_future()
-    self._inbox.put(functools.partial(self._call, future, function, args))
-    return await future
+    task = _Task(slices, self._loop.create_future())
+    self._inbox.put(functools.partial(self._tasks.append, task))
+    return await task.future
+
+  async def next_token(
+    self, request: request_lib.Request, n: int
+  ) -> request_lib.NextToken:
+    return await self.call(self._look, request, n)
 
   def _admit(self, n: int) -> None:
     if not self.healthy:
       raise _stopping()
     if n > self.capacity:
-      raise protocol.Refusal(
+      raise fields.Refusal(
         400, f"{n} samples in one request: at most {self.capacity} are taken"
       )
     if self.n_live + n > self.capacity:
-      raise protocol.Refusal(
+      raise fields.Refusal(
         429,
         f"the queue is full: {self.n_live} samples of {self.capacity} are "
         "under way; try again later",
@@ -145,14 +203,14 @@ class Worker:
     if error is not None:
       ticket.news.put_nowait(error)
 
-  def _answer(self, future: asyncio.Future, result: Any, error: Any) -> None:
+  def _answer(self, task: _Task, error: Exception | None) -> None:
     self.n_live -= 1
-    if future.cancelled():
+    if task.future.cancelled():
       return
     if error is None:
-      future.set_result(result)
+      task.future.set_result(task.found)
     else:
-      future.set_exception(error)
+      task.future.set_exception(error)
 
   # --- The thread ------------------------------------------------------------
 
@@ -161,23 +219,33 @@ class Worker:
       pass
 
   def _turn(self) -> bool:
-    """Obeys a command or takes a step; whether there is to be another turn."""
-    try:
-      command = self._inbox.get(block=self._engine.idle)
-    except queue.Empty:
+    """Obeys all commands, takes a step, then a slice; whether to go on."""
+    while True:
+      idle = self._engine.idle and not self._tasks
+      try:
+        command = self._inbox.get(block=idle)
+      except queue.Empty:
+        break
+      if command is None:
+        return False
+      command()
+    start = time.monotonic()
+    if not self._engine.idle:
       self._step()
-      return True
-    if command is None:
-      return False
-    # A call took the device's time: the samples have theirs before the next.
-    if command() and not self._engine.idle:
-      self._step()
+    between = time.monotonic()
+    self._owed -= between - start
+    if self._engine.idle or self._owed <= 0:
+      self._slice()
+      self._owed = time.monotonic() - between
     return True
 
   def _step(self) -> None:
+    engine = self._engine
     watched = any(ticket.watched for ticket, _ in self._tickets.values())
+    waiting = engine.n_queued() > 0 and engine.n_free() > 0
     try:
-      pieces = self._engine.step(STEPS_WATCHED if watched else STEPS)
+      n_steps = STEPS_WATCHED if watched or waiting else STEPS
+      pieces = engine.step(n_steps, PREFILLS)
     except Exception as error:
       # What the device holds is not to be trusted: everybody starts afresh.
       traceback.print_exc()
@@ -196,9 +264,35 @@ class Worker:
         del self._tickets[piece.job]
     self._post(self._deliver, news)
 
+  def _slice(self) -> None:
+    """Takes the next slice of the task that has waited longest; forgets tasks
+    whose callers have left.
+    """
+    while self._tasks:
+      task, error = self._tasks.popleft(), None
+      if not task.future.cancelled():
+        try:
+          task.found.append(next(task.slices))
+          self._tasks.append(task)
+          return
+        except StopIteration:
+          pass
+        except Exception as raised:
+          error = raised
+      self._post(self._answer, task, error)
+
+  def _look(
+    self, request: request_lib.Request, n: int
+  ) -> request_lib.NextToken:
+    try:
+      return self.sampler.next_token(request, n, self._looker)
+    except Exception:
+      self._looker = self.sampler.engine(self.sampler.ways)
+      raise
+
   def _submit(
     self, ticket: Ticket, requests: Sequence[request_lib.Request]
-  ) -> bool:
+  ) -> None:
     try:
       for request in requests:
         for job in self._engine.submit(request):
@@ -208,31 +302,18 @@ class Worker:
       # The requests were checked before.
       traceback.print_exc()
       self._drop(ticket, _broken(error))
-    return False
 
-  def _drop(self, ticket: Ticket, error: Exception | None) -> bool:
+  def _drop(self, ticket: Ticket, error: Exception | None) -> None:
     for job in ticket.jobs:
       if self._tickets.pop(job, None) is not None:
         self._engine.cancel(job)
     self._post(self._end, ticket, error)
-    return False
 
-  def _drop_all(self, error: Exception) -> bool:
+  def _drop_all(self, error: Exception) -> None:
     for ticket in {ticket for ticket, _ in self._tickets.values()}:
       self._drop(ticket, error)
-    return False
-
-  def _call(
-    self, future: asyncio.Future, function: Callable, args: tuple
-  ) -> bool:
-    result = error = None
-    if not future.cancelled():
-      try:
-        result = function(*args)
-      except Exception as raised:
-        error = raised
-    self._post(self._answer, future, result, error)
-    return True
+    while self._tasks:
+      self._post(self._answer, self._tasks.popleft(), error)
 
   def _post(self, function: Callable, *args: Any) -> None:
     # After the event loop has closed, nobody is left to be told.
@@ -240,14 +321,12 @@ class Worker:
       self._loop.call_soon_threadsafe(function, *args)
 
 
-def _stopping() -> protocol.Refusal:
-  return protocol.Refusal(
-    503, "the server is shutting down", kind="server_error"
-  )
+def _stopping() -> fields.Refusal:
+  return fields.Refusal(503, "the server is shutting down", kind="server_error")
 
 
-def _broken(error: Exception) -> protocol.Refusal:
-  return protocol.Refusal(
+def _broken(error: Exception) -> fields.Refusal:
+  return fields.Refusal(
     500,
     f"the sampler failed ({type(error).__name__}); the server's log says more",
     kind="server_error",

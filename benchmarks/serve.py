@@ -1,0 +1,97 @@
+"""What a client waits for a short completion while another one scores.
+
+python benchmarks/serve.py [--workdir=RUN]
+
+Without a run, a tiny one is trained for a step. The other client sends a text
+of 1 MB to /v1/score and leaves after 0.7 seconds, again and again; its load may
+lengthen completions of 4 tokens threefold, no more.
+"""
+
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+import httpx
+from absl import app, flags
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory.")
+_N = flags.DEFINE_integer("n", 30, "Completions measured, idle and loaded.")
+_FLAGS = flags.DEFINE_string("serve", "", "More flags of lm.sample.serve.")
+
+
+def train(workdir: str) -> None:
+  command = "-m lm.train --config=configs/tiny.py --config.train.steps=1"
+  subprocess.run(
+    [sys.executable, *command.split(), f"--workdir={workdir}"],
+    check=True,
+    stdout=subprocess.DEVNULL,
+  )
+
+
+@contextlib.contextmanager
+def served(workdir: str):
+  """Yields the address of a server of this run."""
+  command = ["-m", "lm.sample.serve", f"--workdir={workdir}", "--port=0"]
+  with subprocess.Popen(
+    [sys.executable, *command, *_FLAGS.value.split()],
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as process:
+    assert process.stdout is not None
+    yield process.stdout.readline().split()[-1].rstrip("/")
+    process.terminate()
+
+
+def complete(url: str, n: int) -> list[float]:
+  """Seconds that each of `n` completions of 4 tokens took."""
+  seconds = []
+  with httpx.Client(timeout=600) as client:
+    for i in range(n):
+      body = {"prompt": "def f(", "max_tokens": 4, "min_tokens": 4, "seed": i}
+      start = time.perf_counter()
+      client.post(f"{url}/v1/completions", json=body).raise_for_status()
+      seconds.append(time.perf_counter() - start)
+  return seconds
+
+
+def score(url: str, over: threading.Event) -> None:
+  text = "the quick brown fox " * 50_000
+  while not over.is_set():
+    with contextlib.suppress(httpx.TimeoutException):
+      httpx.post(f"{url}/v1/score", json={"input": text}, timeout=0.7)
+
+
+def main(argv) -> None:
+  del argv
+  with contextlib.ExitStack() as stack:
+    workdir = _WORKDIR.value
+    if workdir is None:
+      workdir = stack.enter_context(tempfile.TemporaryDirectory())
+      train(workdir)
+    url = stack.enter_context(served(workdir))
+    complete(url, 3)  # compiles
+    httpx.post(f"{url}/v1/score", json={"input": "a" * 5000}, timeout=600)
+    idle = complete(url, _N.value)
+    over = threading.Event()
+    other = threading.Thread(target=score, args=(url, over))
+    other.start()
+    time.sleep(1)
+    loaded = complete(url, _N.value)
+    over.set()
+    other.join()
+  for name, seconds in (("idle", idle), ("loaded", loaded)):
+    middle, most = statistics.median(seconds), max(seconds)
+    print(f"{name}: median {1e3 * middle:.1f} ms, longest {1e3 * most:.1f} ms")
+  middle = statistics.median(loaded) / statistics.median(idle)
+  most = max(loaded) / max(idle)
+  print(f"ratio of medians {middle:.2f}, of the longest {most:.2f}")
+
+
+if __name__ == "__main__":
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  app.run(main)

@@ -1,0 +1,153 @@
+"""Fields of a JSON body: read, with their types, and refused."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lm import config as config_lib
+
+Fields = Mapping[str, Any]
+
+# They name somebody or something, and change no answer.
+_LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+# OpenAI's fields that are not to be had, with the values that ask for nothing.
+_ABSENT: dict[str, tuple[Any, ...]] = {
+  "best_of": (1,),
+  "suffix": ("",),
+  "tools": ([],),
+  "tool_choice": ("none", "auto"),
+  "parallel_tool_calls": (True, False),
+  "functions": ([],),
+  "function_call": ("none", "auto"),
+  "response_format": ({"type": "text"},),
+  "modalities": (["text"],),
+  "audio": (),
+  "moderation": (),
+  "prediction": (),
+  "prompt_cache_retention": (),
+  "reasoning_effort": ("none",),
+  "service_tier": ("auto", "default"),
+  "store": (False,),
+  "verbosity": ("medium",),
+  "web_search_options": (),
+}
+
+
+class Refusal(Exception):
+  """An answer of a status from 400 on; `param` is the field to blame."""
+
+  def __init__(
+    self,
+    status: int,
+    message: str,
+    param: str | None = None,
+    kind: str = "invalid_request_error",
+    code: str | None = None,
+  ):
+    super().__init__(message)
+    self.status, self.param, self.kind = status, param, kind
+    self.code = code
+
+  def body(self) -> dict[str, Any]:
+    """OpenAI's form of an error."""
+    text = str(self)
+    if len(text) > 1000:
+      text = text[:1000] + " ..."
+    return {
+      "error": {
+        "message": text,
+        "type": self.kind,
+        "param": self.param,
+        "code": self.code,
+      }
+    }
+
+
+def read(body: bytes, model: str, known: Sequence[str]) -> dict[str, Any]:
+  """Fields of a JSON object that are set, all of them among `known`, and for
+  `model`, where they name one.
+  """
+  try:
+    fields = json.loads(body, parse_constant=_no_constant)
+    # JSON can spell half a surrogate pair, which is no text.
+    json.dumps(fields, ensure_ascii=False).encode()
+  except UnicodeEncodeError as error:
+    raise Refusal(400, f"the body holds half a character: {error}") from error
+  except (ValueError, RecursionError) as error:
+    raise Refusal(400, f"the body is not JSON: {error}") from error
+  if not isinstance(fields, dict):
+    raise Refusal(400, "the body must be a JSON object, as {...}")
+  fields = {name: v for name, v in fields.items() if v is not None}
+  if (named := fields.pop("model", model)) != model:
+    raise unknown_model(named, model)
+  for name, value in list(fields.items()):
+    if name in known:
+      continue
+    if name in _ABSENT:
+      if value not in _ABSENT[name]:
+        raise Refusal(
+          400, f"{name}={short(value)}: not supported here; leave it out", name
+        )
+    elif name not in _LABELS:
+      raise Refusal(
+        400, f"{short(name)}: {config_lib.unknown(name, known)}", name[:100]
+      )
+    del fields[name]
+  return fields
+
+
+def unknown_model(name: Any, model: str) -> Refusal:
+  return Refusal(
+    404,
+    f"model={short(name)}: not served here; this is {model!r}",
+    "model",
+    code="model_not_found",
+  )
+
+
+def typed(fields: Fields, name: str, kind: type, default: Any) -> Any:
+  if name not in fields:
+    return default
+  value = fields[name]
+  if type(value) is not kind:
+    raise Refusal(
+      400,
+      f"{name}={short(value)}: must be of type {kind.__name__}, not "
+      f"{type(value).__name__}",
+      name,
+    )
+  return value
+
+
+def as_float(name: str, value: Any, kind: Any = float) -> Any:
+  """`value`; as a float where it is an int and a float is wanted."""
+  try:
+    return float(value) if kind is float and type(value) is int else value
+  except OverflowError as error:
+    raise Refusal(400, f"{name}={short(value)}: too large", name) from error
+
+
+def check_list(name: str, value: Any, kinds: Any) -> None:
+  if not isinstance(value, list) or not all(
+    isinstance(item, kinds) and not isinstance(item, bool) for item in value
+  ):
+    kind = {str: "texts", int: "ids"}.get(kinds, "numbers")
+    raise Refusal(400, f"{name}={short(value)}: must be {kind}", name)
+
+
+def bias_id(name: str) -> int:
+  try:
+    return int(name)
+  except ValueError as error:
+    raise Refusal(
+      400, f"logit_bias: {short(name)} is no id of a token", "logit_bias"
+    ) from error
+
+
+def _no_constant(name: str) -> float:
+  raise ValueError(f"{name} is no JSON number")
+
+
+def short(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= 60 else f"{text[:57]}..."
