@@ -24,6 +24,7 @@ import rich.console
 from lm import checkpoint
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
+from lm.evaluate import corpora
 from lm.model import decoder
 from lm.sample import chat, heat, show
 from lm.sample import request as request_lib
@@ -592,7 +593,7 @@ def test_what_the_door_shows(workdir, sampler, tmp_path):
   assert [step["id"] for step in trace["steps"]] == one.token_ids
   assert len(trace["steps"][0]["candidates"]) == 2
   assert out[5].count("log P of all that was drawn") == len(one.token_ids)
-  score = sampler.score(HARD)
+  score = sampler.score(HARD, eos=True)
   shown = json.loads(out[6])
   np.testing.assert_allclose(shown["log_probability"], score.total, rtol=1e-5)
   assert len(shown["tokens"]) == len(score.token_ids)
@@ -610,6 +611,30 @@ def test_what_the_door_shows(workdir, sampler, tmp_path):
     ]
   )
   assert out[8] == f"{reply.text}\n"
+
+
+@pytest.mark.slow
+def test_a_text_has_the_score_that_evaluation_gives_it(workdir, tmp_path):
+  """Over three windows, behind a mark of byte order, with each newline."""
+  path, text = tmp_path / "text", "\ufeff" + "a line, é\r\n" * 15
+  path.write_bytes(text.encode())
+  ((code, out),) = call([f"--workdir={workdir}", f"--score={path}", "--json"])
+  shown = json.loads(out)
+  assert code == 0 and shown["n_tokens"] > 2 * CFG.context_length
+  evaluation = corpora.evaluate(
+    workdir,
+    specs=[f"text:{path}"],
+    step=None,
+    stride=None,
+    batch_size=None,
+    data={"text_unit": "file"},
+    output=None,
+  )
+  totals = evaluation.totals
+  assert shown["n_bytes"] == totals.n_bytes == len(text.encode()) - 3
+  np.testing.assert_allclose(
+    shown["bits_per_byte"], totals.bits_per_byte, rtol=1e-6
+  )
 
 
 def test_what_the_door_refuses(workdir, tmp_path):

@@ -234,7 +234,8 @@ def _bias(text: str) -> tuple[int, float]:
 
 def _read(flag: str, path: str) -> str:
   try:
-    with open(path, encoding="utf-8", newline="") as file:
+    # As a `text:` source: a mark of byte order is no text, each newline is.
+    with open(path, encoding="utf-8-sig", newline="") as file:
       return file.read()
   except (OSError, UnicodeDecodeError) as error:
     raise config_lib.ConfigError(
