@@ -40,9 +40,12 @@ setuptools.setup(
   ],
   extras_require={
     # Runs on TPUs; compiles for them anywhere.
-    "tpu": ["libtpu"],
-    # Run directories in Google Cloud Storage (gs://).
+    "tpu": ["jax[tpu]"],
+    # Runs on NVIDIA GPUs.
+    "cuda12": ["jax[cuda12]"],
+    # Run directories in Google Cloud Storage (gs://) and in S3 (s3://).
     "gcs": ["gcsfs"],
+    "s3": ["s3fs"],
     # python -m lm.sample.serve
     "serve": ["starlette>=1.10", "uvicorn>=0.54"],
     # What benchmarks/ compares with.

@@ -18,8 +18,8 @@ Which place?
            SkyPilot, with its own access to the clouds.
 
 All of them go on from the last checkpoint after a preemption, a failure or a
-time limit, except local, which fails. A mistake in the config (exit code 2) is
-not tried again.
+time limit, except local, which fails. A mistake in the config (exit code 2) and
+a run that was interrupted (130) are not tried again.
 
 The spec is a YAML file, by default launch/pod.yaml, in which each field is
 explained; --spec.FIELD=VALUE changes one, and what stands after -- takes the
@@ -44,12 +44,14 @@ are neither read nor kept nor printed here.
 """
 
 import argparse
+import io
 import sys
 import types
 from collections.abc import Sequence
 
 from launch import gke, local, sky, slurm, specs, tpu_vm
 from lm import config as config_lib
+from lm import door
 
 PLACES: dict[str, types.ModuleType] = {
   "local": local,
@@ -97,8 +99,18 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+  # A script that is printed has the bytes that it would be run with.
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+  if isinstance(sys.stderr, io.TextIOWrapper):
+    sys.stderr.reconfigure(errors="backslashreplace")
   try:
     sys.exit(main(sys.argv[1:]))
-  except config_lib.UserError as error:
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(error.exit_code)
+  except KeyboardInterrupt:
+    sys.exit(130)
+  except Exception as error:
+    told = door.explain(error)
+    if told is None:
+      raise
+    print("error:", " ".join(str(told).split()), file=sys.stderr)
+    sys.exit(told.exit_code)

@@ -42,10 +42,11 @@ def jobset(spec: specs.Spec) -> dict:
   )
   failure = {
     "maxRestarts": spec.retries,
-    # A mistake in the config, exit code 2, is not tried again.
+    # A mistake in the config (exit code 2) and a stop by hand (130) are not
+    # tried again.
     "rules": [
       {
-        "name": "mistake",
+        "name": "final",
         "action": "FailJobSet",
         "onJobFailureReasons": ["PodFailurePolicy"],
       }
@@ -71,7 +72,7 @@ def jobset(spec: specs.Spec) -> dict:
 def _job(spec: specs.Spec, accelerator) -> dict:
   tpu = isinstance(accelerator, accelerators.Tpu)
   pods = accelerator.hosts if tpu else spec.slices
-  mistake = {"containerName": _CONTAINER, "operator": "In", "values": [2]}
+  final = {"containerName": _CONTAINER, "operator": "In", "values": [2, 130]}
   return {
     "completionMode": "Indexed",
     "parallelism": pods,
@@ -79,7 +80,7 @@ def _job(spec: specs.Spec, accelerator) -> dict:
     # One pod's failure is the run's: all start again from the checkpoint.
     "backoffLimit": 0,
     "podFailurePolicy": {
-      "rules": [{"action": "FailJob", "onExitCodes": mistake}]
+      "rules": [{"action": "FailJob", "onExitCodes": final}]
     },
     "template": {"spec": _pod(spec, accelerator)},
   }

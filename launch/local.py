@@ -1,5 +1,6 @@
 """This machine: N processes of M CPU devices each, joined over loopback."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -54,42 +55,59 @@ def delete(spec: specs.Spec) -> list[shell.Step]:
 def run(spec: specs.Spec) -> int:
   """Runs all processes; the exit code is the first that is not 0.
 
-  SIGTERM and SIGINT are passed on to all. Once one has failed the others get
-  GRACE_SECONDS to end.
+  SIGTERM, SIGINT and SIGHUP are passed on to all, once each time: the processes
+  are in sessions of their own, where ctrl-C does not reach them from the
+  terminal too. Once one has failed the others get GRACE_SECONDS to end.
   """
-  children = [
-    subprocess.Popen(
-      step.argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    for step in render(spec)
-  ]
+  told: list[int] = []
 
-  def forward(number, _):
-    for child in children:
-      if child.poll() is None:
-        child.send_signal(number)
+  def note(number, _):
+    told.append(number)
 
   previous = {
-    number: signal.signal(number, forward)
-    for number in (signal.SIGTERM, signal.SIGINT)
+    number: signal.signal(number, note)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    # As `nohup` asks.
+    if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)
   }
-  readers = [
-    threading.Thread(target=_prefix, args=(index, child.stdout), daemon=True)
-    for index, child in enumerate(children)
-  ]
-  for reader in readers:
-    reader.start()
-  code = _wait(children)
-  for reader in readers:
-    reader.join()
-  for number, handler in previous.items():
-    signal.signal(number, handler)
-  return code
+  children: list[subprocess.Popen] = []
+  try:
+    for step in render(spec):
+      children.append(
+        subprocess.Popen(
+          step.argv,
+          stdout=subprocess.PIPE,
+          stderr=subprocess.STDOUT,
+          start_new_session=True,
+        )
+      )
+    readers = [
+      threading.Thread(target=_prefix, args=(i, child.stdout), daemon=True)
+      for i, child in enumerate(children)
+    ]
+    for reader in readers:
+      reader.start()
+    code = _wait(children, told)
+    for reader in readers:
+      reader.join()
+    return code
+  finally:
+    _kill(children)  # none is left but where one could not be started
+    for child in children:
+      with child:  # which closes the pipe and waits
+        pass
+    for number, handler in previous.items():
+      signal.signal(number, handler)
 
 
-def _wait(children: list[subprocess.Popen]) -> int:
+def _wait(children: list[subprocess.Popen], told: list[int]) -> int:
+  """Waits for all, passing on the signals that come to stand in `told`."""
   first, deadline = 0, float("inf")
   while True:
+    while told:
+      number = told.pop(0)
+      for child in children:
+        child.send_signal(number)
     codes = [child.poll() for child in children]
     failed = [code for code in codes if code]
     if failed and not first:
@@ -97,9 +115,15 @@ def _wait(children: list[subprocess.Popen]) -> int:
     if None not in codes:
       return 128 - first if first < 0 else first  # as shells say "by signal"
     if time.monotonic() > deadline:
-      for child in children:
-        child.kill()
+      _kill(children)
     time.sleep(0.1)
+
+
+def _kill(children: list[subprocess.Popen]) -> None:
+  """Ends those that still run, and whatever they started."""
+  for child in children:
+    if child.poll() is None:
+      os.killpg(child.pid, signal.SIGKILL)
 
 
 def _prefix(index: int, stream) -> None:

@@ -25,11 +25,21 @@ RETRY = SUPERVISE + _function("retry.sh")
 _INSTALL = """\
 python3 -m pip install --quiet --user uv
 python3 -m uv venv --quiet --allow-existing --python 3.12 .venv
-python3 -m uv pip install --quiet --python .venv {packages}
+python3 -m uv pip install --quiet --python .venv '.[{extras}]'
 """
-# Paths such as gs://bucket are etils', which leaves them to gcsfs.
-INSTALL_TPU = _INSTALL.format(packages="'.[tpu]' gcsfs")
-INSTALL_GPU = _INSTALL.format(packages="'.' 'jax[cuda12]' gcsfs")
+# Extra of setup.py for each object store.
+_STORES = {"gs": "gcs", "s3": "s3"}
+
+
+def install(accelerator: str, bucket: str | None) -> str:
+  """Shell that installs the project with what `accelerator`, an extra of
+  setup.py, and the object store of `bucket` need.
+  """
+  scheme = (bucket or "").partition("://")[0]
+  extras = [accelerator, *filter(None, [_STORES.get(scheme)])]
+  return _INSTALL.format(extras=",".join(extras))
+
+
 # Installing may have made one.
 ACTIVATE = "[ ! -f .venv/bin/activate ] || . .venv/bin/activate\n"
 

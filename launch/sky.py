@@ -54,7 +54,7 @@ def task(spec: specs.Spec) -> dict:
     resources["infra"] = spec.zone if known else f"gcp/*/{spec.zone}"
   if spec.image is not None:
     resources["image_id"] = f"docker:{spec.image}"
-  install = shell.INSTALL_TPU if tpu else shell.INSTALL_GPU
+  install = shell.install("tpu" if tpu else "cuda12", spec.bucket)
   script = (
     f"{shell.RETRY}{'' if tpu else _JOIN}{shell.ACTIVATE}"
     f"retry {spec.retries} 10 {shlex.join(spec.argv)}\n"

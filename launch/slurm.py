@@ -65,8 +65,10 @@ def render(spec: specs.Spec) -> list[shell.Step]:
     "--requeue",
     "--open-mode=append",
     f"--output={_log(spec)}",
-    # The nodes are ours alone, so that no task is bound to a few cores.
+    # The nodes are ours alone, so that no task is bound to a few cores, with
+    # all of their memory: without --mem=0 a task gets the cluster's default.
     "--exclusive",
+    "--mem=0",
     # Two jobs of one name would write into one directory: the second waits.
     "--dependency=singleton",
     *(f"--{k}={v}" for k, v in options.items() if v is not None),

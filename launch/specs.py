@@ -81,7 +81,9 @@ def _parse(path: str) -> Spec:
       tree = yaml.load(file, _Loader)
   except OSError as error:
     raise config_lib.ConfigError(f"--spec={path}: {error.strerror}") from error
-  except (yaml.YAMLError, UnicodeDecodeError) as error:
+  # The last two: a number of 5000 digits, a date of month 13; brackets or
+  # aliases without end.
+  except (yaml.YAMLError, ValueError, RecursionError) as error:
     raise config_lib.ConfigError(f"--spec={path}: {error}") from error
   return config_lib.from_dict(Spec, {} if tree is None else tree, "spec")
 
@@ -123,20 +125,15 @@ def validate(spec: Spec) -> Spec:
     spec.command,
     "names no program; set it, or give the command after --",
   )
-  require(
-    not any("\0" in text for text in (*spec.argv, spec.install or "")),
-    "command",
-    spec.command,
-    "holds a NUL, which no command can take",
-  )
-  for path, value, least in (
-    ("slices", spec.slices, 1),
-    ("retries", spec.retries, 0),
-    ("local.processes", spec.local.processes, 1),
-    ("local.devices", spec.local.devices, 1),
-    ("slurm.minutes", spec.slurm.minutes, 5),
+  for path, value, least, most in (
+    ("slices", spec.slices, 1, 100_000),
+    ("retries", spec.retries, 0, 1_000_000),
+    ("local.processes", spec.local.processes, 1, 1_000),
+    ("local.devices", spec.local.devices, 1, 10_000),
+    ("slurm.minutes", spec.slurm.minutes, 5, 10_000_000),
   ):
     require(value >= least, path, value, f"must be at least {least}")
+    require(value <= most, path, value, f"must be at most {most}")
   return spec
 
 

@@ -120,7 +120,7 @@ def _on_workers(spec: specs.Spec) -> dict[str, shell.Step]:
   }
   install = _INSTALL.format(
     unpack="" if spec.install else f"tar -xzf ../{spec.name}.tar.gz\n",
-    install=(spec.install or shell.INSTALL_TPU).rstrip(),
+    install=(spec.install or shell.install("tpu", spec.bucket)).rstrip(),
   )
   start = _START.format(activate=shell.ACTIVATE)
   task = (_TASK, "launch", f"../{spec.name}.status", *spec.argv)
@@ -196,6 +196,8 @@ class _Machine:
         return self._do("delete")
       if code == 2:
         return self._give_up(code, "a mistake in the config or the flags")
+      if code == 130:
+        return self._give_up(code, "the run was interrupted")
       _say(f"exit code {code}, and the TPUs are there")
       if not self._retry():
         return self._give_up(code, "no retries left")

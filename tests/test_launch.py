@@ -268,6 +268,12 @@ MISTAKES = {
   "name: a\nname: b": "'name' is said twice",
   "name: [": "--spec=",
   "- a": "must be an object of fields",
+  "1: 2": "spec.1: unknown; Known: name",
+  "[" * 5000: "--spec=",
+  "retries: " + "1" * 5000: "--spec=",
+  "zone: 2020-13-13": "--spec=",
+  "slices: 1" + "0" * 30: "must be at most",
+  'install: "a\\0b"': "must not hold a NUL",
 }
 
 
@@ -339,6 +345,10 @@ def test_help_says_which_to_pick():
     (["--to=slurm", "--spec.slices"], "no value"),
     (["--to=slurm", "--dry_run", "--delete"], "not allowed with"),
     (["--to=local", "--delete"], "ctrl-C"),
+    (["--to=slurm", "--spec=/"], "--spec=/: Is a directory"),
+    (["--to=slurm", "--spec=/bin/sh"], "--spec=/bin/sh: "),
+    (["--to=slurm", "--spec.local.processes=1000000"], "must be at most 1000"),
+    (["--to=slurm", "--spec.slices=1" + "0" * 100], "must be at most"),
   ],
 )
 def test_mistakes_on_the_command_line(arguments, said):
@@ -351,6 +361,20 @@ def test_mistakes_on_the_command_line(arguments, said):
 def test_a_missing_tool_is_named(tmp_path):
   done = launch("--to=slurm", env={"PATH": str(tmp_path)})
   assert done.returncode == 2 and "not on the PATH" in done.stderr
+
+
+def test_ctrl_c_and_the_systems_errors_are_no_traceback(tmp_path):
+  """A tool that may not be run, and one that is told to stop with us."""
+  tool = tmp_path / "mkdir"
+  tool.write_text("not a program")
+  arguments = ("--to=slurm", "--spec.name=x")
+  done = launch(*arguments, env={"PATH": str(tmp_path)})
+  assert done.stderr.startswith("error: mkdir: ")
+  assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+  tool.write_text('#!/bin/sh\nkill -INT "$PPID"\nexec /bin/sleep 5\n')
+  tool.chmod(0o755)
+  done = launch(*arguments, env={"PATH": str(tmp_path)})
+  assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_command_line_changes_the_spec():

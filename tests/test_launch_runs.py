@@ -267,6 +267,8 @@ def test_tpu_vm_goes_on_with_what_is_there(tools, capfd):
   [
     # A mistake in the config is not tried again.
     ("exit 2", [], []),
+    # Nor what was interrupted.
+    ("exit 130", [], []),
     # What else fails is, with growing pauses, and what is left is stopped.
     ("exit 7", ["stop", "install", "start", "follow"] * 2, [10.0, 20.0]),
     # A run that SIGTERM stopped is not complete, though it exits 0.
@@ -281,7 +283,7 @@ def test_tpu_vm_gives_up(fails, verbs_after, pauses, tools, capfd):
   code, said, waited = run_on_tpu(
     capfd, retries=2, command=("bash", "-c", fails)
   )
-  assert code == {"exit 2": 2, "exit 7": 7}.get(fails, 143)
+  assert code == {"exit 2": 2, "exit 130": 130, "exit 7": 7}.get(fails, 143)
   assert verbs(tools) == ["create", "install", "start", "follow", *verbs_after]
   assert [p for p in waited if p != 30] == pauses
   assert "still yours and are billed" in said and "delete llama-1b" in said
@@ -351,10 +353,17 @@ def test_supervise_says_143_after_sigterm(stopped, tmp_path):
 
 @pytest.mark.parametrize(
   ("codes", "last"),
-  [([0], 0), ([2, 0], 2), ([143, 0], 143), ([1, 7, 0], 0), ([1, 1, 1, 0], 1)],
+  [
+    ([0], 0),
+    ([2, 0], 2),
+    ([130, 0], 130),
+    ([143, 0], 143),
+    ([1, 7, 0], 0),
+    ([1, 1, 1, 0], 1),
+  ],
 )
 def test_retry(codes, last, tmp_path):
-  """Two more starts at most, and none after 0, 2 or 143."""
+  """Two more starts at most, and none after 0, 2, 130 or 143."""
   (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
   take = "read -r code < codes; sed -i 1d codes; exit $code"
   script = f'{shell.RETRY}retry 2 0 bash -c "$1"'
@@ -409,6 +418,67 @@ def test_local_passes_sigterm_on():
     "[1] told\n",
   ]
   assert child.returncode == 0
+
+
+COUNTING = """
+import signal, sys, time
+count = 0
+def told(number, _):
+  global count
+  count += 1
+for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+  signal.signal(number, told)
+print("ready", flush=True)
+while count < 1:
+  time.sleep(0.01)
+time.sleep(1)
+print("told", count, flush=True)
+sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_local_passes_a_terminals_signal_on_once(number):
+  """A terminal signals the whole foreground process group."""
+  sizes = ("--spec.local.processes=2", "--spec.local.devices=1")
+  child = subprocess.Popen(
+    [sys.executable, "-m", "launch", "--to=local", *sizes, "--"]
+    + [sys.executable, "-c", COUNTING],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
+  )
+  assert child.stdout
+  said = [child.stdout.readline() for _ in range(2)]
+  os.killpg(child.pid, number)
+  said += child.communicate(timeout=30)[0].splitlines(keepends=True)
+  assert sorted(said) == [
+    "[0] ready\n",
+    "[0] told 1\n",
+    "[1] ready\n",
+    "[1] told 1\n",
+  ]
+  assert child.returncode == 130
+
+
+def test_local_leaves_handlers_as_they_were(monkeypatch, capfd):
+  """Also where a process cannot be started; those that run are ended."""
+  numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+  before = [signal.getsignal(number) for number in numbers]
+  assert local.run(spec(command=("true",))) == 0
+  assert [signal.getsignal(number) for number in numbers] == before
+  render, began = local.render, time.monotonic()
+
+  def second_fails(given):
+    first, _ = render(given)
+    return [first, shell.Step(("/no/such/program",))]
+
+  monkeypatch.setattr(local, "render", second_fails)
+  with pytest.raises(FileNotFoundError):
+    local.run(spec(command=("sleep", "600")))
+  assert [signal.getsignal(number) for number in numbers] == before
+  assert time.monotonic() - began < 60
 
 
 def test_local_kills_who_misses_its_peer(monkeypatch, capfd):

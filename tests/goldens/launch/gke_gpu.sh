@@ -8,7 +8,7 @@ spec:
   failurePolicy:
     maxRestarts: 10
     rules:
-    - name: mistake
+    - name: final
       action: FailJobSet
       onJobFailureReasons:
       - PodFailurePolicy
@@ -29,6 +29,7 @@ spec:
               operator: In
               values:
               - 2
+              - 130
         template:
           spec:
             restartPolicy: Never

@@ -10,7 +10,7 @@ spec:
   failurePolicy:
     maxRestarts: 10
     rules:
-    - name: mistake
+    - name: final
       action: FailJobSet
       onJobFailureReasons:
       - PodFailurePolicy
@@ -31,6 +31,7 @@ spec:
               operator: In
               values:
               - 2
+              - 130
         template:
           spec:
             restartPolicy: Never

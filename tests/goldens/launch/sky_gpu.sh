@@ -17,7 +17,7 @@ setup: |
   set -e
   python3 -m pip install --quiet --user uv
   python3 -m uv venv --quiet --allow-existing --python 3.12 .venv
-  python3 -m uv pip install --quiet --python .venv '.' 'jax[cuda12]' gcsfs
+  python3 -m uv pip install --quiet --python .venv '.[cuda12,gcs]'
 run: |
   stopped=
   child=
@@ -44,7 +44,7 @@ run: |
     while :; do
       supervise "$@"
       code=$?
-      case $code in 0 | 2 | 143) return "$code" ;; esac
+      case $code in 0 | 2 | 130 | 143) return "$code" ;; esac
       [ "$times" -gt 0 ] || return "$code"
       echo "launch: exit code $code; again in $seconds s, $times left" >&2
       sleep "$seconds" &

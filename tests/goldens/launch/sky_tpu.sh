@@ -44,7 +44,7 @@ run: |
     while :; do
       supervise "$@"
       code=$?
-      case $code in 0 | 2 | 143) return "$code" ;; esac
+      case $code in 0 | 2 | 130 | 143) return "$code" ;; esac
       [ "$times" -gt 0 ] || return "$code"
       echo "launch: exit code $code; again in $seconds s, $times left" >&2
       sleep "$seconds" &

@@ -3,7 +3,7 @@ mkdir -p runs
 # submit
 sbatch --job-name=tiny --nodes=4 --ntasks-per-node=8 --time=1440 \
   --signal=B:TERM@120 --requeue --open-mode=append --output=runs/tiny.slurm.log \
-  --exclusive --dependency=singleton --gpus-per-node=8 <<'EOF'
+  --exclusive --mem=0 --dependency=singleton --gpus-per-node=8 <<'EOF'
 #!/usr/bin/env bash
 stopped=
 child=
@@ -30,7 +30,7 @@ retry() {
   while :; do
     supervise "$@"
     code=$?
-    case $code in 0 | 2 | 143) return "$code" ;; esac
+    case $code in 0 | 2 | 130 | 143) return "$code" ;; esac
     [ "$times" -gt 0 ] || return "$code"
     echo "launch: exit code $code; again in $seconds s, $times left" >&2
     sleep "$seconds" &

@@ -27,7 +27,7 @@ set -e
 tar -xzf ../llama-1b.tar.gz
 python3 -m pip install --quiet --user uv
 python3 -m uv venv --quiet --allow-existing --python 3.12 .venv
-python3 -m uv pip install --quiet --python .venv '"'"'"'"'"'"'"'"'.[tpu]'"'"'"'"'"'"'"'"' gcsfs
+python3 -m uv pip install --quiet --python .venv '"'"'"'"'"'"'"'"'.[tpu,gcs]'"'"'"'"'"'"'"'"'
 '"'"' launch llama-1b' \
   --zone=us-west4-a
 
