@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import dataclasses
+import errno
 import functools
 import gc
 import json
@@ -28,8 +30,10 @@ from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.model import decoder
 from lm.sample import chat as chat_lib
+from lm.sample import loop, scoring
 from lm.sample import request as request_lib
 from lm.sample import sampler as sampler_lib
+from lm.sample.serve import listen
 from lm.sample.serve import worker as worker_lib
 
 Request = request_lib.Request
@@ -607,8 +611,12 @@ def door(*arguments, code=None, **environment):
     (["--workdir=x", "--host=0.0.0.0"], "--host=0.0.0.0: other machines"),
     (["--workdir=x", "--host=::"], "--host=::: other machines"),
     (["--workdir=x", "--api_key_env=NONE"], "--api_key_env=NONE: the variable"),
-    (["--workdir=x", "--slots=0"], "--slots=0: must be"),
-    (["--workdir=x", "--port=70000"], "--port=70000: at most 65535"),
+    (["--workdir=x", "--slots=0"], "--slots=0: must be in [1, 4096]"),
+    (["--workdir=x", "--slots=1000000000"], "--slots=1000000000: must be in"),
+    (["--workdir=x", "--port=70000"], "--port=70000: must be in [0, 65535]"),
+    (["--workdir=x", "--timeout_seconds=inf"], "--timeout_seconds=inf: must"),
+    (["--workdir=x", "--idle_seconds=0"], "--idle_seconds=0.0: must be in"),
+    (["--workdir=x", "--host=no.invalid"], "--host=no.invalid: "),
     (["--workdir=/nowhere"], "/nowhere"),
   ],
 )
@@ -617,6 +625,60 @@ def test_the_door_refuses_in_one_line(arguments, message):
     out, error = process.communicate(timeout=60)
   assert (process.returncode, out) == (2, "")
   assert error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize(
+  "host, failure, kind, message",
+  [
+    ("127.0.0.1", None, config_lib.RunError, "the port is taken; name another"),
+    ("127.0.0.1", errno.EACCES, config_lib.RunError, "for privileged users"),
+    ("192.0.2.1", None, config_lib.ConfigError, "no address of this machine"),
+    ("no.such.host.invalid", None, config_lib.ConfigError, "does not resolve"),
+    ("a" * 300, None, config_lib.ConfigError, "does not resolve"),
+  ],
+)
+def test_where_no_server_can_listen(monkeypatch, host, failure, kind, message):
+  with socket.create_server(("127.0.0.1", 0)) as taken:
+    port = taken.getsockname()[1]
+    if failure:
+
+      def bind(*_):
+        raise OSError(failure, "no")
+
+      monkeypatch.setattr(socket.socket, "bind", bind)
+    with pytest.raises(kind, match=rf"--host={host}.*{message}"):
+      listen.bind(host, port)
+
+
+def test_a_server_listens_on_all_addresses_of_its_host():
+  sockets = listen.bind("localhost", 0)
+  assert len({one.getsockname()[1] for one in sockets}) == 1
+  for one in sockets:
+    one.close()
+
+
+def test_slots_that_memory_cannot_hold_are_refused(monkeypatch):
+  monkeypatch.setattr(os, "sysconf", lambda name: 1000)
+  with pytest.raises(config_lib.ConfigError, match="slots=99: .* at most"):
+    worker_lib.Worker(serving.sampler_of(), 99, 1)
+
+
+def test_after_the_warm_up_nothing_compiles():
+  cfg = dataclasses.replace(serving.MODEL, context_length=67)
+  sampler, told = serving.sampler_of(serving.TEMPLATE, cfg), []
+  worker = worker_lib.Worker(sampler, 3, 1)
+  worker.warm_up(told.append)
+  assert told == [f"{n} tokens" for n in (16, 32, 64, 128)]
+  programs = (loop.read, loop.admit, loop.decode, loop.look, scoring.score)
+  before = [program._cache_size() for program in programs]
+  for n in (1, 16, 17, 40, 66):
+    engine, prompt = worker._engine, [5] * n
+    engine.submit(Request(prompt, max_new_tokens=1, alternatives=2, top_k=3))
+    while not engine.idle:
+      engine.step(worker_lib.STEPS, worker_lib.PREFILLS)
+    worker._look(Request(prompt, temperature=0.5), 3)
+    sampler.score([5] * (n + 2), alternatives=n % 3)
+  assert [program._cache_size() for program in programs] == before
 
 
 def test_a_missing_extra_is_named():
@@ -648,8 +710,9 @@ def workdir(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_door_serves_and_ends_in_order(workdir):
-  """SIGTERM lets a call that runs come to its end."""
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP])
+def test_the_door_serves_and_ends_in_order(workdir, stop):
+  """A signal lets a call that runs come to its end."""
   with door(
     f"--workdir={workdir}", "--port=0", "--api_key_env=KEY", KEY="k"
   ) as process:
@@ -659,7 +722,7 @@ def test_the_door_serves_and_ends_in_order(workdir):
       base_url=f"{url}/v1", api_key="k", max_retries=0
     ) as client:
       stream = client.completions.create(
-        model="tiny",
+        model="tiny_run",
         prompt="def f(",
         max_tokens=60,
         seed=3,
@@ -667,10 +730,12 @@ def test_the_door_serves_and_ends_in_order(workdir):
         extra_body={"min_tokens": 60},
       )
       text = next(stream).choices[0].text
-      process.send_signal(signal.SIGTERM)
+      process.send_signal(stop)
       text += "".join(chunk.choices[0].text for chunk in stream)
     out, error = process.communicate(timeout=60)
-  assert (process.returncode, out, error) == (0, "", "")
+  assert (process.returncode, out) == (0, "")
+  lines = error.splitlines()
+  assert len(lines) == 4 and all("warming up" in line for line in lines)
   request = Request("def f(", max_new_tokens=60, min_tokens=60, seed=3)
   (result,) = serving.sampler_of().generate([request])
   assert text == result.text

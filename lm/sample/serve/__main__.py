@@ -8,7 +8,6 @@ exits with 0; SIGHUP and Ctrl-C are the same.
 
 import asyncio
 import contextlib
-import errno
 import importlib.util
 import ipaddress
 import os
@@ -84,7 +83,7 @@ def main() -> int:
       raise config_lib.ConfigError(
         f"{name} is missing: install the extra, as `pip install -e .[serve]`"
       )
-  from lm.sample.serve import guard
+  from lm.sample.serve import guard, listen
 
   limits = guard.Limits(
     _MAX_BODY_BYTES.value,
@@ -101,7 +100,9 @@ def main() -> int:
     for stop in _STOPS:
       signal.signal(stop, lambda *_: sys.exit(0))
     # Before the model, which takes longer.
-    sockets = [stack.enter_context(s) for s in _bind()]
+    sockets = [
+      stack.enter_context(s) for s in listen.bind(_HOST.value, _PORT.value)
+    ]
     _serve(name, sockets, limits)
   return 0
 
@@ -152,46 +153,6 @@ def _serve(name: str, sockets: list[socket.socket], limits) -> None:
   for stop in _STOPS:
     signal.signal(stop, server.handle_exit)
   server.run(sockets)
-
-
-def _bind() -> list[socket.socket]:
-  """A socket for each address of --host, all of one port."""
-  host, port = _HOST.value, _PORT.value
-  try:
-    found = socket.getaddrinfo(
-      host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )
-  except (socket.gaierror, UnicodeError) as error:
-    raise config_lib.ConfigError(
-      f"--host={host}: does not resolve ({error}); name an address of this "
-      "machine"
-    ) from error
-  sockets: list[socket.socket] = []
-  try:
-    for family, address in dict.fromkeys((f[0], f[4]) for f in found):
-      one = socket.socket(family)
-      sockets.append(one)
-      one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-      if family == socket.AF_INET6:
-        one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-      one.bind((address[0], port, *address[2:]))
-      port = one.getsockname()[1]
-  except OSError as error:
-    for one in sockets:
-      one.close()
-    where = f"--host={host} --port={port}"
-    raise {
-      errno.EADDRINUSE: config_lib.RunError(
-        f"{where}: the port is taken; name another, or 0 for any that is free"
-      ),
-      errno.EACCES: config_lib.RunError(
-        f"{where}: the port is for privileged users; name one from 1024 on"
-      ),
-      errno.EADDRNOTAVAIL: config_lib.ConfigError(
-        f"{where}: that is no address of this machine; name one that is"
-      ),
-    }.get(error.errno or 0, error) from error
-  return sockets
 
 
 def _check_flags() -> None:

@@ -14,6 +14,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import os
 import queue
 import threading
 import time
@@ -21,6 +22,9 @@ import traceback
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+
+from lm import config as config_lib
 from lm.sample import engine as engine_lib
 from lm.sample import request as request_lib
 from lm.sample import sampler as sampler_lib
@@ -84,9 +88,10 @@ class Worker:
     self._inbox: queue.SimpleQueue[Callable[[], Any] | None] = (
       queue.SimpleQueue()
     )
-    self._engine = sampler.engine(n_slots)
     # One more slot, to look at the next token of a prompt.
     self._looker = sampler.engine(sampler.ways)
+    _check_memory(self._looker, n_slots)
+    self._engine = sampler.engine(n_slots)
     self._tasks: collections.deque[_Task] = collections.deque()
     # Seconds that the tasks had and the samples have not.
     self._owed = 0.0
@@ -319,6 +324,20 @@ class Worker:
     # After the event loop has closed, nobody is left to be told.
     with contextlib.suppress(RuntimeError):
       self._loop.call_soon_threadsafe(function, *args)
+
+
+def _check_memory(one: engine_lib.Engine, n_slots: int) -> None:
+  """Raises ConfigError where slots like those of `one` cannot be held."""
+  each = sum(x.nbytes for x in jax.tree.leaves(one.state)) // one.n_slots
+  stats = jax.local_devices()[0].memory_stats() or {}
+  n_devices = one.sampler.mesh.size if one.sampler.mesh else 1
+  host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  room = stats["bytes_limit"] * n_devices if "bytes_limit" in stats else host
+  if each * n_slots > room:
+    raise config_lib.ConfigError(
+      f"slots={n_slots}: the KV cache of each has {each / 1e6:.1f} MB, and the "
+      f"device {room / 1e6:.0f}; at most {room // each} fit"
+    )
 
 
 def _stopping() -> fields.Refusal:

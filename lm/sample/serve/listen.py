@@ -1,0 +1,48 @@
+"""Sockets to listen on, or why there are none."""
+
+import errno
+import socket
+
+from lm import config as config_lib
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+  """A socket for each address of `host`, all of one port, none listening yet.
+
+  Raises ConfigError or RunError where there can be none.
+  """
+  try:
+    found = socket.getaddrinfo(
+      host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+  except (socket.gaierror, UnicodeError) as error:
+    raise config_lib.ConfigError(
+      f"--host={host}: does not resolve ({error}); name an address of this "
+      "machine"
+    ) from error
+  sockets: list[socket.socket] = []
+  try:
+    for family, address in dict.fromkeys((f[0], f[4]) for f in found):
+      one = socket.socket(family)
+      sockets.append(one)
+      one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      if family == socket.AF_INET6:
+        one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+      one.bind((address[0], port, *address[2:]))
+      port = one.getsockname()[1]
+  except OSError as error:
+    for one in sockets:
+      one.close()
+    where = f"--host={host} --port={port}"
+    raise {
+      errno.EADDRINUSE: config_lib.RunError(
+        f"{where}: the port is taken; name another, or 0 for any that is free"
+      ),
+      errno.EACCES: config_lib.RunError(
+        f"{where}: the port is for privileged users; name one from 1024 on"
+      ),
+      errno.EADDRNOTAVAIL: config_lib.ConfigError(
+        f"{where}: that is no address of this machine; name one that is"
+      ),
+    }.get(error.errno or 0, error) from error
+  return sockets
