@@ -313,6 +313,8 @@ def read_items(path: epath.Path, like: Trees) -> Trees:
             partial_restore=True,
           ),
         ),
+        # The arrays are those wanted: Orbax's own account of them is hurt.
+        corrupt=(ValueError, AttributeError),
       )
   return found
 

@@ -70,6 +70,13 @@ def check_directory(path: str, name: str) -> None:
   if not is_local(path):
     return
   try:
+    os.path.abspath(path).encode()
+  except UnicodeEncodeError as error:
+    raise config_lib.ConfigError(
+      f"{name}={path[:100]}: its name is not UTF-8, as TensorStore wants; name "
+      "another directory"
+    ) from error
+  try:
     nearest = pathlib.Path(path).absolute()
     while not _is_there(nearest):
       nearest = nearest.parent
@@ -196,12 +203,17 @@ def reason(error: BaseException | None) -> str | None:
   return found
 
 
-def attempt(path: Any, read: Callable[[], T]) -> T:
+def attempt(
+  path: Any,
+  read: Callable[[], T],
+  corrupt: tuple[type[Exception], ...] = (),
+) -> T:
   """`read()` of what lies at `path`, tried again where it failed for an outside
   reason.
 
   Raises Damaged, or RunError where nothing says that the file is to blame;
-  errors of the devices are let through.
+  errors of the devices are let through. Errors of the types `corrupt` say so,
+  unless they have an outside reason.
   """
   for pause in (*_PAUSES, None):
     try:
@@ -212,7 +224,7 @@ def attempt(path: Any, read: Callable[[], T]) -> T:
       if type(error).__name__ == "JaxRuntimeError":  # jax is not imported here
         raise
       why, said = reason(error), first_line(error)
-      if why == "corrupt":
+      if why == "corrupt" or (why is None and isinstance(error, corrupt)):
         raise Damaged(f"{path} is damaged: {said}") from error
       if why is None or pause is None:
         raise config_lib.RunError(
