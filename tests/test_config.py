@@ -1,6 +1,7 @@
 """Config tree, JSON, mesh rules, command line, and the shipped configs."""
 
 import dataclasses
+import gzip
 import json
 import math
 import pathlib
@@ -14,6 +15,7 @@ import pytest
 
 from lm import config as config_lib
 from lm import door, sharding
+from lm.data import sources
 from lm.model import counts, decoder
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -767,6 +769,26 @@ def test_shipped_config_loads_and_round_trips(path):
   header = path.read_text().split('"""')[1]
   assert f"--config=configs/{path.name}" in header or "quickstart.sh" in header
   assert "\nHardware: " in header and "\nEvidence: " in header
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_config_reads_what_its_header_names(
+  path, tmp_path, monkeypatch
+):
+  """Without TensorFlow; C4 as the Hugging Face hub has it."""
+  folder = tmp_path / "c4" / "en"
+  folder.mkdir(parents=True)
+  for name in ("train.00001-of-01024", "validation.00007-of-00008"):
+    row = {"text": "a", "timestamp": "2019-04-25T12:57:54Z", "url": "b"}
+    with gzip.open(folder / f"c4-{name}.json.gz", "wt") as file:
+      file.write(json.dumps(row) + "\n")
+  monkeypatch.chdir(tmp_path)
+  data = door.load(str(path)).data
+  for source in (*data.train, *data.validation):
+    if source.startswith("tfds:python_stdlib:"):
+      continue  # this interpreter's own, as every test run has it
+    assert len(sources.open_source(source, data)) == 1
+    assert "hf download allenai/c4" in path.read_text()
 
 
 PARAMETERS = {

@@ -466,6 +466,13 @@ def test_shrinking_keeps_every_switch(path):
   assert small.train.batch_size % (8 * small.train.microbatches) == 0
 
 
+def test_shrinking_keeps_the_decay_after_the_warmup():
+  c = config(train__steps=1000, train__batch_size=4096)
+  c.optimizer.schedule, c.optimizer.warmup_steps = "wsd", 800
+  small = shrink.shrink(c)
+  assert (small.train.steps, small.optimizer.warmup_steps) == (100, 80)
+
+
 def test_shrinking_keeps_groups_remainder_and_bend():
   c = config(
     model__windows=(512, 512, None),

@@ -61,6 +61,9 @@ def shrink(config: config_lib.Config) -> config_lib.Config:
   if m.loss_chunk < config.tokens_per_step:
     m.loss_chunk = 50  # several chunks on any mesh, the last one not full
   t.steps = min(t.steps, 100)
+  if small.optimizer.schedule == "wsd":  # whose decay follows the warm-up
+    o = small.optimizer
+    o.warmup_steps = o.warmup_steps * t.steps // config.train.steps
   if small.optimizer.skip is not None:
     window = min(small.optimizer.skip.window, 8)
     small.optimizer.skip.window = window
