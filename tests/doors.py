@@ -23,7 +23,7 @@ _PRELOADED = """
 jax.numpy flax.nnx optax orbax.checkpoint grain tensorstore sentencepiece rich
 tensorflow_datasets lm.train.loop lm.evaluate.corpora lm.sample.sampler
 lm.sample.chat lm.sample.show lm.sample.serve.app lm.verify.checks uvicorn
-launch.specs
+launch.specs jinja2
 """.split()
 
 

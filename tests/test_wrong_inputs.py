@@ -197,7 +197,9 @@ def paths(door: str) -> Iterator[Case]:
     for value in ("", "absent.py", ".", "file/below.py", LONG, "~nouser/x.py"):
       yield case(f"--config={value}", says="config")
   if door in ("lm.data", "lm.train"):
-    for value in ("", "file", "file/below", "readonly", "readonly/x", LONG):
+    for value in (
+      *("", "file", "file/below", "readonly", "readonly/x", LONG, "\udce9"),
+    ):
       yield case(f"--config.data.cache_dir={value}", says="cache_dir")
     for value in ("gs://bucket/x", "s4://bucket/x"):
       yield case(f"--config.data.cache_dir={value}", says="cache_dir")
@@ -216,7 +218,9 @@ def paths(door: str) -> Iterator[Case]:
       yield case(f"--config.data.train={value}", says="source")
       yield case(f"--config.data.validation={value}", says="source")
   if door == "lm.train":
-    for value in ("file", "file/below", "readonly", "readonly/x", LONG):
+    for value in (
+      *("file", "file/below", "readonly", "readonly/x", LONG, "\udce9"),
+    ):
       yield case(f"--workdir={value}", says="workdir")
   if door in READS_RUN:
     for value in (
@@ -592,7 +596,7 @@ SHOWN = [
   ("lm.sample", ["--prompt=é", "--max_new_tokens=2"], "\\xe9"),
   ("lm.sample", ["--prompt=é", "--candidates=2"], "after <bos>"),
   ("lm.sample", ["--prompt=é", "--max_new_tokens=2", "--trace"], "draws"),
-  ("lm.sample", ["--score=é.txt", "--html=é.html"], "log P(text)"),
+  ("lm.sample", ["--score=\udce9.txt", "--html=\udce9.html"], "log P(text)"),
   ("lm.verify", [], "pass"),
   ("launch", ["--", "echo", "é"], "é"),  # a script: bytes, not for the eye
 ]
@@ -600,8 +604,11 @@ SHOWN = [
 
 @pytest.mark.slow
 def test_output_that_a_stream_cannot_show_is_escaped(given, tmp_path):
-  """Nothing that was computed is lost on a stdout that knows only ASCII."""
-  (tmp_path / "é.txt").write_text("é", encoding="utf-8")
+  """Nothing that was computed is lost on a stdout that knows only ASCII, nor
+  where the name of a file is not UTF-8.
+  """
+  for name in ("é.txt", "\udce9.txt"):
+    (tmp_path / name).write_text("é", encoding="utf-8")
   for door, arguments, says in SHOWN:
     whole = [
       a.replace("GIVEN", str(given)) for a in right_but(door, *arguments)
@@ -609,7 +616,8 @@ def test_output_that_a_stream_cannot_show_is_escaped(given, tmp_path):
     ended = doors.run(door, whole, str(tmp_path), encoding="ascii")
     assert ended.code == 0, (door, arguments, ended)
     assert says in ended.out, (door, arguments, ended)
-  assert "é" in (tmp_path / "é.html").read_text(encoding="utf-8")
+  page = (tmp_path / "\udce9.html").read_text(encoding="utf-8")
+  assert "\\udce9.txt" in page and "é" in page
   (document,) = json.loads((tmp_path / "é.json").read_text())["sources"][0][
     "best"
   ]

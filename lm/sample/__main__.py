@@ -348,7 +348,8 @@ def _score(sampler: sampler_lib.Sampler, path: str, text: str) -> int:
   if math.isnan(score.total):
     return _refuse_nan(f"in {path}")
   if _HTML.value is not None:
-    page = heat.page(score, tokenizer, os.path.basename(path))
+    name = show.printable(os.path.basename(path))  # it may be no UTF-8
+    page = heat.page(score, tokenizer, name)
     files.replace(_HTML.value, page)
   rows = show.tokens(score, tokenizer)
   shown = [
