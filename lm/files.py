@@ -138,8 +138,10 @@ def replace(path: Any, content: str | bytes) -> None:
       content = content.encode()
     partial.write_bytes(content)
     partial.replace(path)
-  except BaseException:
+  except BaseException as error:
     partial.unlink(missing_ok=True)
+    if isinstance(error, OSError) and error.filename is None:
+      error.filename = os.fspath(path)  # a full disk does not say for whom
     raise
 
 
