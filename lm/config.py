@@ -601,7 +601,7 @@ def check_types(value: Any, kind: Any, path: str) -> None:
       value,
       "counts as 0 in float32; write 0 or a number further from it",
     )
-  if kind is str:
+  if isinstance(value, str):
     _require("\0" not in value, path, value, "must not hold a NUL")
 
 
