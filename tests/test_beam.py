@@ -68,6 +68,7 @@ def test_equals_transformers():
   reasons = set()
   for case, ids, scores in zip(*golden(), strict=True):
     prompt, stop_ids, n_beams, length_penalty, early = case
+    prompt = [TOKENIZER.bos, *prompt]
     request = Request(prompt, max_new_tokens=N_NEW, stop_ids=stop_ids)
     found = beam.search(small(), request, n_beams, length_penalty, early)
     expected = [[i for i in row if i >= 0] for row in ids[:n_beams].tolist()]
