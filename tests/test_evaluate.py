@@ -577,6 +577,30 @@ def test_processes_change_nothing(workdir, tmp_path):
   assert total["n_bytes"] == expected.n_bytes
 
 
+def test_processes_join_with_the_heartbeat_of_the_run(tmp_path):
+  """Where its config.json says one; a checkpoint can be read only later."""
+  config = config_lib.Config()
+  config.mesh.heartbeat_seconds = 7
+  for name, content in {
+    "said": config_lib.to_json(config).encode(),
+    "binary": b"\x00\xff",
+    "cut": b"{",
+  }.items():
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.json").write_bytes(content)
+  ask = (
+    "import sys; from lm.evaluate import __main__ as door\n"
+    "print(*map(door._heartbeat_seconds, sys.argv[1:]))"
+  )
+  names = ("said", "binary", "cut", "absent")
+  found = subprocess.run(
+    [sys.executable, "-c", ask, *(str(tmp_path / name) for name in names)],
+    capture_output=True,
+    text=True,
+  )
+  assert found.stdout.split() == ["7", "100", "100", "100"], found.stderr
+
+
 def free_port():
   import socket
 
