@@ -616,7 +616,7 @@ def door(*arguments, code=None, **environment):
     (["--workdir=x", "--port=70000"], "--port=70000: must be in [0, 65535]"),
     (["--workdir=x", "--timeout_seconds=inf"], "--timeout_seconds=inf: must"),
     (["--workdir=x", "--idle_seconds=0"], "--idle_seconds=0.0: must be in"),
-    (["--workdir=x", "--host=no.invalid"], "--host=no.invalid: "),
+    (["--workdir=x", "--host=no.invalid"], "--host=no.invalid: does not"),
     (["--workdir=/nowhere"], "/nowhere"),
   ],
 )

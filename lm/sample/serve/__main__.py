@@ -21,6 +21,7 @@ from absl import flags
 from lm import config as config_lib
 from lm import door
 from lm.sample import loading
+from lm.sample.serve import listen
 
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
 _PORT = flags.DEFINE_integer("port", 8000, "0: any that is free.")
@@ -83,7 +84,7 @@ def main() -> int:
       raise config_lib.ConfigError(
         f"{name} is missing: install the extra, as `pip install -e .[serve]`"
       )
-  from lm.sample.serve import guard, listen
+  from lm.sample.serve import guard
 
   limits = guard.Limits(
     _MAX_BODY_BYTES.value,
@@ -175,10 +176,11 @@ def _token() -> str | None:
         "ASCII; set it, or leave the flag out"
       )
     return token
-  try:
-    loopback = ipaddress.ip_address(_HOST.value).is_loopback
-  except ValueError:
-    loopback = _HOST.value == "localhost"
+  found = listen.resolve(_HOST.value, _PORT.value)
+  loopback = all(
+    ipaddress.ip_address(address[0].partition("%")[0]).is_loopback
+    for _, address in found
+  )
   if not loopback and not _ALLOW_PUBLIC.value:
     raise config_lib.ConfigError(
       f"--host={_HOST.value}: other machines could use this one without a key; "

@@ -6,11 +6,8 @@ import socket
 from lm import config as config_lib
 
 
-def bind(host: str, port: int) -> list[socket.socket]:
-  """A socket for each address of `host`, all of one port, none listening yet.
-
-  Raises ConfigError or RunError where there can be none.
-  """
+def resolve(host: str, port: int) -> list[tuple[int, tuple]]:
+  """Family and address of all that `host` names; raises ConfigError on none."""
   try:
     found = socket.getaddrinfo(
       host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -20,9 +17,17 @@ def bind(host: str, port: int) -> list[socket.socket]:
       f"--host={host}: does not resolve ({error}); name an address of this "
       "machine"
     ) from error
+  return list(dict.fromkeys((family, where) for family, *_, where in found))
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+  """A socket for each address of `host`, all of one port, none listening yet.
+
+  Raises ConfigError or RunError where there can be none.
+  """
   sockets: list[socket.socket] = []
   try:
-    for family, address in dict.fromkeys((f[0], f[4]) for f in found):
+    for family, address in resolve(host, port):
       one = socket.socket(family)
       sockets.append(one)
       one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
