@@ -60,7 +60,11 @@ def meta() -> checkpoint.Meta:
   found = checkpoint.load_meta(check(), _STEP.value)
   if _MESH.value is not None:
     _, fsdp, tensor = _shape(_MESH.value)
-    sharding.check_model(found.config.model, fsdp, tensor)
+    try:
+      sharding.check_model(found.config.model, fsdp, tensor)
+    except config_lib.ConfigError as error:
+      mesh = ",".join(_MESH.value)
+      raise config_lib.ConfigError(f"--mesh={mesh}: {error}") from error
   return found
 
 
