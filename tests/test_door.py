@@ -1,0 +1,104 @@
+"""What becomes of an error that reaches a door."""
+
+import errno
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from lm import config as config_lib
+from lm import door
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def noted(error, note):
+  error.add_note(note)
+  return error
+
+
+@pytest.mark.parametrize(
+  ("error", "code", "said"),
+  [
+    (config_lib.ConfigError("a=1: no"), 2, "a=1: no"),
+    (config_lib.RunError("gone"), 1, "gone"),
+    (OSError(errno.ENOSPC, "No space left", "f"), 1, "f: No space left"),
+    (OSError(errno.EIO, "Input/output error"), 1, "Input/output error"),
+    (TimeoutError("slow"), 1, "slow"),
+    (MemoryError(), 1, "out of memory"),
+    (
+      jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB"),
+      1,
+      "out of device memory: RESOURCE_EXHAUSTED: 9 GiB; lower",
+    ),
+    (
+      noted(jax.errors.JaxRuntimeError("UNAVAILABLE: peer"), "Start again."),
+      1,
+      "UNAVAILABLE: peer. Start again.",
+    ),
+  ],
+)
+def test_what_is_no_bug_is_explained(error, code, said):
+  told = door.explain(error)
+  assert told is not None
+  assert told.exit_code == code and said in str(told)
+
+
+@pytest.mark.parametrize(
+  "error",
+  [KeyError("x"), TypeError("x"), jax.errors.JaxRuntimeError("INTERNAL: x")],
+)
+def test_a_bug_is_not_explained(error):
+  assert door.explain(error) is None
+
+
+PROGRAM = """
+import os
+from lm import door
+def main():
+  if os.environ["WHAT"] == "write":
+    for _ in range(10**6):
+      print("a line")
+    return 0
+  raised = {"bug": KeyError("lost"), "stop": KeyboardInterrupt()}
+  raise raised[os.environ["WHAT"]]
+door.run(main, takes_config=False)
+"""
+
+
+def start(what):
+  return subprocess.Popen(
+    [sys.executable, "-c", PROGRAM],
+    cwd=ROOT,
+    env={"PYTHONPATH": str(ROOT), "WHAT": what},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def test_a_bug_shows_its_traceback_once_and_says_where_to_report_it():
+  child = start("bug")
+  _, said = child.communicate()
+  assert child.returncode == 1
+  assert said.count("Traceback") == 1 and "KeyError: 'lost'" in said
+  assert said.strip().splitlines()[-1].startswith("This is an error in the")
+  assert said.strip().endswith("to the project's issue tracker.")
+
+
+def test_ctrl_c_is_a_line():
+  child = start("stop")
+  _, said = child.communicate()
+  assert child.returncode == 130 and said == "stopped by Ctrl-C\n"
+
+
+def test_a_reader_that_leaves_ends_the_program_quietly():
+  """As `head` does."""
+  child = start("write")
+  assert child.stdout.readline() == "a line\n"
+  child.stdout.close()
+  said = child.stderr.read()
+  child.stderr.close()
+  assert child.wait() == 141 and said == ""
