@@ -46,7 +46,7 @@ from lm.sample import loop, rules, text
 from lm.sample.request import Request, Result
 
 # Each is a row of the cache, and every step compares all that they lead to.
-MAX_BEAMS = 64
+MAX_BEAMS = 256
 _EARLY = (False, True, "never")
 # Fields that say how to draw, or ask for what a search does not follow.
 _MEANINGLESS = (
