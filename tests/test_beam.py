@@ -244,7 +244,7 @@ def test_nothing_to_find():
     ({"stop": ["a"]}, {}, "stop=.*ends at ids"),
     ({"n_samples": 2}, {}, "n_samples=2"),
     ({}, {"n_beams": 0}, "n_beams=0"),
-    ({}, {"n_beams": 100_000}, r"n_beams=100000: must be in \[1, 64\]"),
+    ({}, {"n_beams": 100_000}, r"n_beams=100000: must be in \[1, 256\]"),
     ({}, {"length_penalty": math.nan}, "length_penalty=nan"),
     ({}, {"early_stopping": "always"}, "early_stopping='always'"),
     ({"max_new_tokens": 99}, {}, "at most"),
