@@ -67,8 +67,11 @@ def train(
     )
     resume.check_processes_read_alike(config, prepared, workdir)
     epath.Path(workdir).mkdir(parents=True, exist_ok=True)
-    lock = files.Lock(workdir) if jax.process_index() == 0 else None
-    if lock is not None:
+    lock = None
+    if jax.process_index() == 0:
+      lock = stop.start(
+        "waiting for the run directory", functools.partial(files.Lock, workdir)
+      )
       own.callback(lock.release)
       stop.on_leave = lock.release
     with contextlib.ExitStack() as closing:
