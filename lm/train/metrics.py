@@ -109,7 +109,8 @@ class _Events:
 
   def add(self, values: dict[str, Any], step: int) -> None:
     for name, value in values.items():
-      if name != "step" and isinstance(value, int | float):
+      number = isinstance(value, int | float) and math.isfinite(value)
+      if name != "step" and number:
         self._write(step, summary=self._scalar(name, value))
     self._writer.flush()
 
