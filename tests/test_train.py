@@ -553,7 +553,7 @@ def test_sigterm_while_compiling_exits_0(make, tmp_path):
   workdir = tmp_path / "run"
   config = make(model__scan_layers=False, model__n_layers=40, mesh__fsdp=1)
   child = _start(config, workdir, tmp_path)
-  _wait_for(child, (workdir / "config.json").exists)
+  _wait_for(child, (workdir / "goodput.json").exists)
   time.sleep(0.5)
   started = time.monotonic()
   child.send_signal(signal.SIGTERM)
