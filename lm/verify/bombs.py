@@ -160,7 +160,7 @@ def plant(order: Order, strike: Callable[[], None]) -> None:
     ),
     "end": lambda: before(metrics, "plot", strike),
     "slow steps": lambda: after(
-      pipeline.DevicePrefetch, "__next__", lambda: time.sleep(2), at=None
+      pipeline.DevicePrefetch, "__next__", lambda: time.sleep(4), at=None
     ),
     "another optimizer tree": _another_tree,
     "unreadable checkpoint": _unreadable,
