@@ -12,6 +12,7 @@ corrupt is `files.Damaged`; whatever else fails is the world's (RunError), is
 tried again, and moves nothing.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -83,7 +84,7 @@ class Checkpoints:
     if keep.keep_every is not None:
       policies.append(managers.EveryNSteps(keep.keep_every))
     if jax.process_index() == 0:
-      _mend_losses(_directory(workdir))
+      _mend_losses(workdir)
     self._manager = ocp.CheckpointManager(
       _directory(workdir),
       options=ocp.CheckpointManagerOptions(
@@ -344,31 +345,32 @@ def _stored_names(path: epath.Path) -> dict[str, str]:
   return _names(stored.item_metadata.tree)
 
 
-def _mend_losses(directory: epath.Path) -> None:
+def _mend_losses(workdir: str) -> None:
   """Writes again what Orbax could not read of a checkpoint's validation loss:
   a bit of it would keep every checkpoint from being opened.
   """
-  for step in steps(str(directory.parent)):
-    path = directory / str(step) / "metrics" / "metrics"
-    if not path.exists():
-      continue
-    meta = None
-    with contextlib.suppress(config_lib.UserError):  # told when it is restored
-      meta = load_meta(str(directory.parent), step)
-    try:
-      loss = float(json.loads(path.read_bytes())["loss"])
-    except (ValueError, KeyError, TypeError):
-      loss = None
-    known = None if meta is None else meta.loss
-    if loss is not None and known in (None, loss):
-      continue
-    if known is None:
-      path.parent.rename(path.parent.with_name("metrics.damaged"))
-      done = "set aside; the step no longer counts as one of the best"
-    else:
-      files.replace(path, json.dumps({"loss": known}))
-      done = "written again"
-    print(f"{path} is damaged: {done}", file=sys.stderr)
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    list(pool.map(functools.partial(_mend_loss, workdir), steps(workdir)))
+
+
+def _mend_loss(workdir: str, step: int) -> None:
+  path = _directory(workdir) / str(step) / "metrics" / "metrics"
+  if not path.exists():
+    return
+  known = loss = None
+  with contextlib.suppress(config_lib.UserError):  # told when it is restored
+    known = load_meta(workdir, step).loss
+  with contextlib.suppress(ValueError, KeyError, TypeError):
+    loss = float(json.loads(path.read_bytes())["loss"])
+  if loss is not None and known in (None, loss):
+    return
+  if known is None:
+    path.parent.rename(path.parent.with_name("metrics.damaged"))
+    done = "set aside; the step no longer counts as one of the best"
+  else:
+    files.replace(path, json.dumps({"loss": known}))
+    done = "written again"
+  print(f"{path} is damaged: {done}", file=sys.stderr)
 
 
 def _digest(tree: Any) -> str:

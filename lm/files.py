@@ -365,9 +365,12 @@ class Lock:
     """Writes the record in the place of the one last seen, and of no other."""
     content = json.dumps(self._record)
     stamp = self._store.write("lock.json", content, if_equal=self._seen)
-    generation = stamp.result().generation
-    self._seen = generation or self._seen
-    return bool(generation)
+    if generation := stamp.result().generation:
+      self._seen = generation
+      return True
+    # An earlier write may have been done and its answer lost.
+    record, self._seen = self._read()
+    return record is not None and record.get("token") == self._record["token"]
 
   def _renew(self) -> None:
     while not self._released.wait(LEASE_SECONDS / 4):

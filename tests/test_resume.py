@@ -426,6 +426,16 @@ def test_a_lease_of_another_host_is_waited_for(
   assert json.loads(path.read_text())["host"] == "elsewhere"
 
 
+def test_an_answer_that_is_lost_is_not_a_lost_lease(tmp_path):
+  """The write was done, and its new generation never came."""
+  lock = files.Lock(str(tmp_path))
+  lock._store.write("lock.json", json.dumps(lock._record)).result()
+  assert lock._write() and lock._write()
+  lock._store.write("lock.json", record()).result()
+  assert not lock._write()
+  lock.release()
+
+
 def test_a_lease_that_is_renewed_is_refused(tmp_path, monkeypatch):
   path, n = tmp_path / "lock.json", [0]
   path.write_text(record())

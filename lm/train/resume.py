@@ -161,8 +161,9 @@ def fingerprint(
 
 
 def check_from_step(workdir: str, from_step: int | None) -> None:
-  found = checkpoint.steps(workdir)
-  if from_step is not None and from_step not in found:
+  if from_step is None:
+    return
+  if from_step not in (found := checkpoint.steps(workdir)):
     raise config_lib.ConfigError(
       f"--from_step={from_step}: no such checkpoint in {workdir}; it has "
       f"{found}"

@@ -319,7 +319,8 @@ def compile_step(
 
   def step(state: State, batch: Batch) -> tuple[State, Metrics]:
     new, metrics = pmapped(state, jax.tree.map(split, batch))
-    return jax.tree.map(joined, new), metrics
+    several = jax.process_count() > 1
+    return jax.tree.map(joined, new) if several else new, metrics
 
   return step
 
