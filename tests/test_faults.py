@@ -8,7 +8,7 @@ import pytest
 
 from lm import door
 from lm.train import loop
-from lm.verify import bombs, faults, shrink
+from lm.verify import bombs, faults, lab, shrink
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -42,7 +42,7 @@ def _change(workdir, name, change):
 def test_differences_are_seen(break_it, seen, finished, tmp_path):
   shutil.copytree(finished, tmp_path / "run")
   break_it(tmp_path / "run")
-  assert (faults.differences(tmp_path / "run", finished) > 0) == seen
+  assert (lab.differences(tmp_path / "run", finished) > 0) == seen
 
 
 def _repeat_a_step(workdir):

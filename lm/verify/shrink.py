@@ -23,6 +23,16 @@ def is_large(config: config_lib.Config) -> bool:
   )
 
 
+def shorten(config: config_lib.Config, steps: int) -> None:
+  """Gives a run of `steps`, in place; its warm-up still ends before the decay
+  of a `wsd` schedule begins.
+  """
+  o, t = config.optimizer, config.train
+  if o.schedule == "wsd":
+    o.warmup_steps = o.warmup_steps * steps // t.steps
+  t.steps = steps
+
+
 def shrink(config: config_lib.Config) -> config_lib.Config:
   """Reduces widths, depth, vocabulary, lengths and batch, and nothing else.
 
@@ -60,10 +70,7 @@ def shrink(config: config_lib.Config) -> config_lib.Config:
   t.batch_size = rows * t.microbatches
   if m.loss_chunk < config.tokens_per_step:
     m.loss_chunk = 50  # several chunks on any mesh, the last one not full
-  t.steps = min(t.steps, 100)
-  if small.optimizer.schedule == "wsd":  # whose decay follows the warm-up
-    o = small.optimizer
-    o.warmup_steps = o.warmup_steps * t.steps // config.train.steps
+  shorten(small, min(t.steps, 100))
   if small.optimizer.skip is not None:
     window = min(small.optimizer.skip.window, 8)
     small.optimizer.skip.window = window

@@ -1,0 +1,232 @@
+"""Starts training runs in child processes, breaks them, and compares them."""
+
+import copy
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+from lm import checkpoint
+from lm import config as config_lib
+from lm.train import ledger
+from lm.train import metrics as metrics_lib
+from lm.verify import bombs
+from lm.verify.result import Result
+
+# A survivor of a lost peer must have ended by then, in seconds.
+SURVIVES = 60
+LIFE = 300  # what no life comes near to, in seconds
+# Reports are compared in all that is not a time.
+_TIMES = "tokens_per_second step_seconds mfu data_wait_fraction".split()
+
+
+@dataclasses.dataclass
+class Life:
+  """How the processes of one start of a run ended."""
+
+  codes: list[int]
+  said: str
+  # From the first end to the last, in seconds.
+  outlived: float
+
+
+class Lab:
+  """Starts runs, each in a folder of its own, and compares them."""
+
+  def __init__(self, folder: pathlib.Path, config: config_lib.Config):
+    self.folder, self.config = folder, config
+    self._numbers = itertools.count()
+
+  @functools.cache  # noqa: B019 - one laboratory lives as long as the command
+  def unbroken(self, n_processes: int, n_devices: int = 2) -> pathlib.Path:
+    workdir = self.new_run()
+    life = self.live(workdir, n_processes, n_devices=n_devices)
+    if any(life.codes):
+      raise RuntimeError(f"an unbroken run failed: {life.said[-2000:]}")
+    return workdir
+
+  def new_run(
+    self,
+    *,
+    fresh_corpus: bool = False,
+    steps: int | None = None,
+    save_every: int | None = None,
+    mode: Literal["jit", "pmap"] = "jit",
+  ) -> pathlib.Path:
+    """A folder with a config and the tokenized corpus; returns its workdir."""
+    home = self.folder / f"run{next(self._numbers)}"
+    home.mkdir()
+    config = copy.deepcopy(self.config)
+    config.data.cache_dir = str(home / "cache")
+    config.mesh.mode = mode
+    config.train.steps = steps or config.train.steps
+    config.checkpoint.save_every = save_every or config.checkpoint.save_every
+    # The tokenizer and the stores of the first run serve the others.
+    first = self.folder / "run0" / "cache"
+    if first.exists() and not fresh_corpus:
+      shutil.copytree(first, home / "cache")
+    (home / "config.py").write_text(
+      "from lm import config\n\n\ndef get_config():\n"
+      f"  return config.from_json({config_lib.to_json(config)!r})\n"
+    )
+    return home / "run"
+
+  def live(
+    self,
+    workdir: pathlib.Path,
+    n_processes: int,
+    order: bombs.Order | None = None,
+    n_devices: int = 2,
+  ) -> Life:
+    """Starts the run's processes and waits until all have ended."""
+    home = workdir.parent
+    struck = str(home / "struck")
+    order = dataclasses.replace(order or bombs.Order(struck), struck=struck)
+    if order.window is not None:
+      pathlib.Path(struck).unlink(missing_ok=True)
+    compiling = order.window == "compiling"
+    with socket.socket() as free:
+      free.bind(("127.0.0.1", 0))
+      port = free.getsockname()[1]
+    env = os.environ | {
+      "JAX_PLATFORMS": "cpu",
+      "JAX_NUM_CPU_DEVICES": str(n_devices // n_processes),
+      # A restart compiles what was compiled before, except where the
+      # compilation is what is broken.
+      "JAX_ENABLE_COMPILATION_CACHE": "false" if compiling else "true",
+      "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    if n_processes > 1:
+      env["COORDINATOR_ADDRESS"] = f"127.0.0.1:{port}"
+      env["PROCESS_COUNT"] = str(n_processes)
+    children: list[subprocess.Popen] = []
+    logs = [open(home / f"said{i}", "w+") for i in range(n_processes)]
+    for i, log in enumerate(logs):
+      children.append(
+        subprocess.Popen(
+          [
+            sys.executable,
+            "-m",
+            "lm.verify.bombs",
+            json.dumps(dataclasses.asdict(order)),
+            f"--config={home / 'config.py'}",
+            f"--workdir={workdir}",
+          ],
+          env=env | {"PROCESS_INDEX": str(i)},
+          stdout=log,
+          stderr=subprocess.STDOUT,
+          # One group for all, so that a bomb can reach them.
+          process_group=children[0].pid if children else 0,
+        )
+      )
+    outlived = _wait(children)
+    said = ""
+    for log in logs:
+      log.seek(0)
+      said += log.read()
+      log.close()
+    return Life([child.returncode for child in children], said, outlived)
+
+  def finish(
+    self,
+    name: str,
+    workdir: pathlib.Path,
+    n_processes: int,
+    problems: Sequence[str] = (),
+    note: str = "",
+    unbroken: pathlib.Path | None = None,
+  ) -> Result:
+    """Starts the run again, lets it end, and compares it with the unbroken."""
+    life = self.live(workdir, n_processes)
+    problems = [*problems]
+    if any(life.codes):
+      problems.append(f"restart ended with {life.codes}: {life.said[-300:]}")
+    n = differences(workdir, unbroken or self.unbroken(n_processes))
+    return Result(
+      "faults",
+      name,
+      float(n),
+      0.0,
+      n == 0 and not problems,
+      "; ".join([*problems, note or cost(workdir)]),
+    )
+
+
+def _wait(children: list[subprocess.Popen]) -> float:
+  """Seconds from the first end to the last; kills what does not end."""
+  deadline, first = time.monotonic() + LIFE, None
+  while any(child.poll() is None for child in children):
+    now = time.monotonic()
+    if first is None and any(child.poll() is not None for child in children):
+      first = now
+      deadline = now + SURVIVES
+    if now > deadline:
+      for child in children:
+        child.kill()
+    time.sleep(0.05)
+  return 0.0 if first is None else time.monotonic() - first
+
+
+def differences(workdir: pathlib.Path, wanted: pathlib.Path) -> int:
+  """Values of the reports, and digests of the last checkpoint, that differ."""
+  both = []
+  for run in (workdir, wanted):
+    reports = metrics_lib.read(str(run))
+    values = [
+      (place, name, value)
+      for place, report in enumerate(reports)
+      for name, value in report.items()
+      if name not in _TIMES
+    ]
+    try:
+      meta = checkpoint.load_meta(str(run))
+      values += [(meta.step, *item) for item in meta.digests.items()]
+    except config_lib.UserError:
+      values.append((0, "checkpoint", "none"))
+    both.append(set(values))
+  return len(both[0] ^ both[1])
+
+
+def cost(workdir: pathlib.Path) -> str:
+  """Work that the last fault made the run do again, by its own account."""
+  attempts = ledger.read(str(workdir))
+  total = ledger.summarize(attempts)
+  again = sum(
+    attempt["seconds"][phase]
+    for attempt in attempts[1:]
+    for phase in ("start", "compile", "restore")
+  )
+  struck = workdir.parent / "struck"
+  steps = "0"
+  if struck.exists() and len(attempts) > 1:
+    reached = attempts[-2]["first_step"] + int(struck.read_text())
+    # None where the fault came before the steps.
+    steps = str(max(0, reached - attempts[-1]["first_step"]))
+  return (
+    f"lost {steps} step(s), {total['lost']:.1f} s of them; "
+    f"{again:.1f} s to start again"
+  )
+
+
+def largest_error(got: pathlib.Path, want: pathlib.Path) -> float:
+  """Of the training losses, relative; infinite where batches differ."""
+  pairs = list(
+    itertools.zip_longest(*(metrics_lib.read(str(run)) for run in (got, want)))
+  )
+  if not all(
+    a and b and a["step"] == b["step"] and a["batch_hash"] == b["batch_hash"]
+    for a, b in pairs
+  ):
+    return math.inf
+  return max(abs(a["train/loss"] / b["train/loss"] - 1) for a, b in pairs)
