@@ -74,6 +74,8 @@ def train(
       )
       own.callback(lock.release)
       stop.on_leave = lock.release
+      for left in epath.Path(workdir).glob("*.partial"):
+        left.unlink()  # of a start that was killed while it wrote
     with contextlib.ExitStack() as closing:
       try:
         run = _Run(config, workdir, mesh, prepared, stop, closing, lock)
