@@ -112,5 +112,4 @@ if __name__ == "__main__":
     told = door.explain(error)
     if told is None:
       raise
-    print("error:", " ".join(str(told).split()), file=sys.stderr)
-    sys.exit(told.exit_code)
+    sys.exit(door.refuse(told))

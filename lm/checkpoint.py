@@ -16,7 +16,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -34,8 +33,9 @@ from lm.model import decoder
 
 Trees = dict[str, Any]
 
-# Format 1 has no number, no `trees`, and no digest of meta itself.
 FORMAT = 2
+# What format 1 says: no number, no `trees`, and no digest of itself.
+_FORMAT_1 = ("config", "tokenizer", "fingerprint", "batch_hash", "digests")
 
 
 @dataclasses.dataclass
@@ -120,8 +120,7 @@ class Checkpoints:
       "digests": digests,
       "trees": {name: _names(tree) for name, tree in trees.items()},
     }
-    content["digest"] = _digest_of_meta(content)
-    items["meta"] = ocp.args.JsonSave(content)
+    items["meta"] = ocp.args.JsonSave(files.seal(content))
     metrics = None if meta.loss is None else {"loss": meta.loss}
     with self._writing():
       self._manager.save(
@@ -202,14 +201,12 @@ def load_meta(workdir: str, step: int | None = None) -> Meta:
   """
   step = _find_step(workdir, step)
   path = _directory(workdir) / str(step) / "meta" / "metadata"
-  content = files.attempt(path, lambda: json.loads(path.read_bytes()))
+  content = files.attempt(
+    path,
+    lambda: files.unseal(path.read_bytes(), without=_FORMAT_1),
+    corrupt=(ValueError,),
+  )
   try:
-    # Either name can be hurt, and not both by one bit.
-    if "digest" in content or "format" in content:
-      if content.pop("digest", None) != _digest_of_meta(content):
-        raise files.Damaged(
-          f"checkpoint file {path} is damaged: its digest differs"
-        )
     version = content.pop("format", 1)
     if version > FORMAT:
       raise config_lib.ConfigError(
@@ -375,11 +372,6 @@ def _mend_loss(workdir: str, step: int) -> None:
 
 def _digest(tree: Any) -> str:
   return "".join(f"{word:08x}" for word in np.asarray(sharding.digest(tree)))
-
-
-def _digest_of_meta(content: Mapping[str, Any]) -> str:
-  text = json.dumps(content, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _directory(workdir: str) -> epath.Path:

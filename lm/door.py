@@ -55,7 +55,7 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
     try:
       return flags.FLAGS(argv)
     except (flags.Error, config_lib.ConfigError) as error:
-      sys.exit(_refuse(config_lib.ConfigError(str(error))))
+      sys.exit(refuse(config_lib.ConfigError(str(error))))
 
   def guarded(argv: list[str]) -> int | None:
     try:
@@ -78,7 +78,7 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
       return _leave(141)
     except Exception as error:
       if (told := explain(error)) is not None:
-        return _leave(_refuse(told))
+        return _leave(refuse(told))
       error.add_note(
         "This is an error in the program: report it, with this traceback and "
         "the command, to the project's issue tracker."
@@ -193,7 +193,7 @@ def _leave(code: int) -> int:
   return code
 
 
-def _refuse(error: Exception) -> int:
+def refuse(error: Exception) -> int:
   """Says it in one line; returns the exit code."""
   print("error:", " ".join(str(error).split()), file=sys.stderr)
   return getattr(error, "exit_code", 1)

@@ -148,7 +148,7 @@ def test_an_injected_turn_is_text():
     ([*say("a", "b"), {"role": "user", "content": "c", "name": "d"}], r"\[2\]"),
     (say(["a"]), r"messages\[0\].content=\['a'\]: must be a text"),
     (say(None), r"messages\[0\].content=None: must be a text"),
-    (say("\ud800"), r"messages\[0\].content='.ud800': has half a character"),
+    (say("\ud800"), r"messages\[0\].content='.ud800': holds half a char"),
     (say("a", role="tool"), "chat template: role tool is unknown"),
     (say("a", "b", "c", role="system"), "system message 3 is not the first"),
   ],

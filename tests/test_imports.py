@@ -18,6 +18,7 @@ LM = pathlib.Path(__file__).parent.parent / "lm"
 ORDER = (
   ("config",),
   ("files",),
+  ("locks",),
   ("door", "sharding"),
   ("model", "data"),
   ("checkpoint",),

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 import pytest
 
-from lm import checkpoint, files, sharding
+from lm import checkpoint, files, locks, sharding
 from lm import config as config_lib
 from lm.train import loop, optimizer, resume
 from lm.train import metrics as metrics_lib
@@ -135,7 +135,7 @@ def edit_meta(step, change):
   content = json.loads(path.read_text())
   content.pop("digest", None)
   change(content)
-  content["digest"] = checkpoint._digest_of_meta(content)
+  content["digest"] = files.json_digest(content)
   path.write_text(json.dumps(content))
 
 
@@ -389,11 +389,11 @@ def test_from_step_goes_on_from_an_earlier_checkpoint(broken):
 
 
 def test_a_second_start_is_refused_until_the_first_is_gone(tmp_path):
-  lock = files.Lock(str(tmp_path / "run"))
+  lock = locks.Lock(str(tmp_path / "run"))
   with pytest.raises(config_lib.RunError, match=f"process {os.getpid()} on"):
-    files.Lock(str(tmp_path / "run"))
+    locks.Lock(str(tmp_path / "run"))
   lock.release()
-  files.Lock(str(tmp_path / "run")).release()
+  locks.Lock(str(tmp_path / "run")).release()
   assert not (tmp_path / "run" / "lock.json").exists()
 
 
@@ -407,16 +407,16 @@ def test_a_lease_of_another_host_is_waited_for(
   flock, tmp_path, monkeypatch, capsys
 ):
   """Also where the file system has no locks of the operating system."""
-  monkeypatch.setattr(files, "LEASE_SECONDS", 1.0)
+  monkeypatch.setattr(locks, "LEASE_SECONDS", 1.0)
   if not flock:
 
     def none(*_):
       raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(files.fcntl, "flock", none)
+    monkeypatch.setattr(locks.fcntl, "flock", none)
   path = tmp_path / "lock.json"
   path.write_text(record())
-  lock = files.Lock(str(tmp_path))
+  lock = locks.Lock(str(tmp_path))
   assert "last held by process 7 on elsewhere" in capsys.readouterr().err
   assert json.loads(path.read_text())["process"] == os.getpid()
   path.write_text(record())  # taken over, as while this process slept
@@ -428,7 +428,7 @@ def test_a_lease_of_another_host_is_waited_for(
 
 def test_an_answer_that_is_lost_is_not_a_lost_lease(tmp_path):
   """The write was done, and its new generation never came."""
-  lock = files.Lock(str(tmp_path))
+  lock = locks.Lock(str(tmp_path))
   lock._store.write("lock.json", json.dumps(lock._record)).result()
   assert lock._write() and lock._write()
   lock._store.write("lock.json", record()).result()
@@ -444,16 +444,16 @@ def test_a_lease_that_is_renewed_is_refused(tmp_path, monkeypatch):
     n[0] += 1
     path.write_text(record(renewals=n[0]))
 
-  monkeypatch.setattr(files.time, "sleep", sleep)
+  monkeypatch.setattr(locks.time, "sleep", sleep)
   with pytest.raises(config_lib.RunError, match="process 7 on elsewhere"):
-    files.Lock(str(tmp_path))
+    locks.Lock(str(tmp_path))
   assert json.loads(path.read_text())["renewals"] == 1
 
 
 def test_training_in_a_directory_in_use_is_refused(broken):
   config, workdir = broken
   config.train.steps = 18
-  lock = files.Lock(str(workdir))
+  lock = locks.Lock(str(workdir))
   before = places(workdir)
   with pytest.raises(config_lib.RunError, match="in use by process"):
     loop.train(config, str(workdir))

@@ -257,7 +257,7 @@ def test_the_fingerprint_is_of_names_and_bytes(
     # A cache that cannot be written only costs time.
     (tmp_path / "cache" / "contents").mkdir()
     monkeypatch.setattr(
-      contents, "exclusive", mock.Mock(side_effect=PermissionError)
+      contents.locks, "exclusive", mock.Mock(side_effect=PermissionError)
     )
     path.touch()
     assert fingerprint() == first
@@ -657,8 +657,8 @@ def test_python_stdlib_is_this_interpreters_library(tmp_path, capfd):
 
 HOLD = """
 import sys, time
-from lm.data import contents
-with contents.exclusive(sys.argv[1]):
+from lm import locks
+with locks.exclusive(sys.argv[1]):
   print("held", flush=True)
   time.sleep(float(sys.argv[2]))
 """

@@ -84,7 +84,7 @@ def test_a_second_preparation_only_opens(tmp_path, monkeypatch):
   first = store_lib.prepare(config)
   monkeypatch.setattr(store_lib, "_build", None)
   # Nor does it need to write, as on a cache that many machines share.
-  monkeypatch.setattr(store_lib.contents, "exclusive", None)
+  monkeypatch.setattr(store_lib.locks, "exclusive", None)
   again = store_lib.prepare(config)
   assert again.train[0].path == first.train[0].path
   assert contents(again.train[0]) == contents(first.train[0])

@@ -1,12 +1,8 @@
-"""What tells one corpus from another: the bytes of its files.
-
-Also JSON files that know whether they are whole.
-"""
+"""What tells one corpus from another: the bytes of its files."""
 
 import codecs
 import concurrent.futures
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -14,54 +10,19 @@ import mmap
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any
 
 import rich.console
 import rich.markup
 import rich.progress
 from backports import zstd
 
-from lm import files
+from lm import files, locks
 from lm.data import reading
 
 # The hashes of a source that holds more are kept, since reading it takes long.
 _KEPT_BYTES = 1 << 28
 # A file that changes twice within this time may keep the same times and size.
 _CLOCK_SECONDS = 2
-
-
-@contextlib.contextmanager
-def exclusive(directory: str) -> Iterator[None]:
-  """Holds `directory` for this process alone; others wait.
-
-  The lock dies with its process. What it creates, lock file and directory, it
-  removes again where nothing else was written.
-  """
-  path = os.path.join(directory, ".lock")
-  while True:
-    os.makedirs(directory, exist_ok=True)
-    try:
-      file = open(path, "w")
-    except FileNotFoundError:  # The last holder removed the directory.
-      continue
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      print(f"waiting for another process in {directory}", file=sys.stderr)
-      fcntl.flock(file, fcntl.LOCK_EX)
-    # The last holder removes the file: a lock on the old one is worth nothing.
-    with contextlib.suppress(FileNotFoundError):
-      if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-        break
-    file.close()
-  try:
-    yield
-  finally:
-    os.unlink(path)
-    file.close()
-    with contextlib.suppress(OSError):  # Not empty, as it should be.
-      os.rmdir(directory)
 
 
 class Contents:
@@ -108,13 +69,13 @@ class Contents:
   def _hashes(self) -> list[str]:
     """SHA-256 of each file, as it was kept or anew."""
     paths = [os.path.abspath(path) for path in self._paths]
-    name = _digest({"options": self._options, "paths": paths})
+    name = files.json_digest({"options": self._options, "paths": paths})
     where = os.path.join(self._cache_dir, f"contents-{name}.json")
     if (found := self._kept(where)) is not None:
       return found
     with contextlib.ExitStack() as lock:
       try:
-        lock.enter_context(exclusive(self._cache_dir))
+        lock.enter_context(locks.exclusive(self._cache_dir))
       except OSError as error:
         said = f"{error}: the next start reads {self._spec} again"
         print(said, file=sys.stderr)
@@ -124,14 +85,15 @@ class Contents:
         newest = max(s.st_ctime for s in self._stats)
         if time.time() - newest > _CLOCK_SECONDS:
           times = [_times(stat) for stat in self._stats]
-          files.replace(where, seal({"times": times, "hashes": found}))
+          sealed = files.seal({"times": times, "hashes": found})
+          files.replace(where, json.dumps(sealed))
     return found
 
   def _kept(self, where: str) -> list[str] | None:
     times = [_times(stat) for stat in self._stats]
     try:
       with open(where, "rb") as file:
-        kept = unseal(file.read())
+        kept = files.unseal(file.read())
     except (FileNotFoundError, ValueError):  # None, or to be made again.
       return None
     return kept["hashes"] if kept["times"] == times else None
@@ -185,33 +147,3 @@ def _is_one_frame(path: str) -> bool:
         return zstd.get_frame_size(content) == len(content)
       except zstd.ZstdError:  # Cut short: its reader says so.
         return False
-
-
-# --- JSON that knows whether it is whole -------------------------------------
-
-
-def seal(content: dict[str, Any]) -> str:
-  """JSON of `content` and of its digest."""
-  return json.dumps({**content, "digest": _digest(content)}, indent=2)
-
-
-def unseal(raw: bytes, without: Iterable[str] = ()) -> dict[str, Any]:
-  """The content of sealed JSON.
-
-  One with the keys `without` may have no digest: files had none once. Raises
-  ValueError where it is not what was written.
-  """
-  content = json.loads(raw)
-  if not isinstance(content, dict):
-    raise ValueError("not an object")
-  if set(content) == set(without):
-    return content
-  digest = content.pop("digest", None)
-  if digest != _digest(content):
-    raise ValueError("its digest is another")
-  return content
-
-
-def _digest(content: dict[str, Any]) -> str:
-  text = json.dumps(content, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -26,8 +26,8 @@ import rich.markup
 import rich.progress
 
 from lm import config as config_lib
-from lm import files
-from lm.data import arrays, contents
+from lm import files, locks
+from lm.data import arrays
 from lm.data import sources as sources_lib
 from lm.data import tokenizer as tokenizer_lib
 
@@ -181,7 +181,7 @@ def open_store(path: str, tokenizer: tokenizer_lib.Tokenizer) -> TokenStore:
 def _read_manifest(path: str) -> dict[str, Any]:
   try:
     with open(os.path.join(path, "manifest.json"), "rb") as file:
-      manifest = contents.unseal(file.read(), without=_FIELDS)
+      manifest = files.unseal(file.read(), without=_FIELDS)
     if not all(isinstance(manifest.get(k), t) for k, t in _FIELDS.items()):
       raise ValueError(f"lacks one of {', '.join(_FIELDS)}")
     return manifest
@@ -230,20 +230,21 @@ def _make_tokenizer(
   path = os.path.join(directory, f"tokenizer-{_key(made_of)}.json")
   if not os.path.exists(path):
     files.check_directory(directory, "config.data.cache_dir")
-    with contents.exclusive(directory):
+    with locks.exclusive(directory):
       if not os.path.exists(path):
         texts = list(_sample(sources, config.tokenizer.train_bytes))
         _require_text(texts, sources)
         with rich.console.Console(stderr=True).status("training tokenizer"):
           tokenizer = tokenizer_lib.train(config, texts)
-        files.replace(path, contents.seal(json.loads(tokenizer.to_json())))
+        sealed = files.seal(json.loads(tokenizer.to_json()))
+        files.replace(path, json.dumps(sealed, indent=2))
   return tokenizer_lib.Tokenizer(_read_tokenizer(path).model, template)
 
 
 def _read_tokenizer(path: str) -> tokenizer_lib.Tokenizer:
   try:
     with open(path, "rb") as file:
-      content = contents.unseal(file.read(), without=("kind", "model"))
+      content = files.unseal(file.read(), without=("kind", "model"))
     return tokenizer_lib.Tokenizer.from_json(json.dumps(content))
   except (ValueError, config_lib.ConfigError) as error:
     raise config_lib.RunError(
@@ -293,7 +294,7 @@ def _make_stores(
   ]
   if not all(os.path.lexists(path) for path in paths):
     files.check_directory(directory, "config.data.cache_dir")
-    with contents.exclusive(directory):
+    with locks.exclusive(directory):
       _remove_leftovers(directory)
       for path, source in zip(paths, sources, strict=True):
         if not os.path.lexists(path):
@@ -348,7 +349,7 @@ def _build(
       "arrays": _array_metadata(partial),
     }
     with open(os.path.join(partial, "manifest.json"), "w") as file:
-      file.write(contents.seal(manifest))
+      json.dump(files.seal(manifest), file, indent=2)
     os.rename(partial, path)
   except BaseException:
     shutil.rmtree(partial, ignore_errors=True)

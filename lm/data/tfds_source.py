@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from lm import config as config_lib
-from lm import files
+from lm import files, locks
 from lm.data import contents, python_stdlib, sources
 
 
@@ -91,7 +91,7 @@ class TfdsSource:
     try:
       yield
     except (RuntimeError, ValueError) as error:  # As array_record tells it.
-      raise self._damaged(_first_line(error)) from error
+      raise self._damaged(files.first_line(error)) from error
 
   def _damaged(self, cause: str) -> config_lib.RunError:
     return config_lib.RunError(
@@ -133,7 +133,7 @@ def _builder(spec: str, name: str, data: config_lib.DataConfig) -> Any:
   except Exception as error:  # The builder is anybody's program.
     raise config_lib.ConfigError(
       f"source {spec!r}: unknown dataset, or not one of array_record files in "
-      f"{directory}: {_first_line(error)}"
+      f"{directory}: {files.first_line(error)}"
     ) from error
   if builder.data_path.exists():
     return builder
@@ -142,7 +142,7 @@ def _builder(spec: str, name: str, data: config_lib.DataConfig) -> Any:
   if builder.name == python_stdlib.PythonStdlib.name:
     tfds.disable_progress_bar()  # Built in a second or two.
     said = io.StringIO()
-  with contents.exclusive(directory), contextlib.redirect_stdout(said):
+  with locks.exclusive(directory), contextlib.redirect_stdout(said):
     _remove_leftovers(directory, builder)  # Of a process that was killed.
     try:
       make().download_and_prepare()
@@ -150,7 +150,7 @@ def _builder(spec: str, name: str, data: config_lib.DataConfig) -> Any:
       _remove_leftovers(directory, builder)
       raise config_lib.RunError(
         f"source {spec!r}: {name!r} could not be downloaded and built in "
-        f"{directory}: {_first_line(error)}"
+        f"{directory}: {files.first_line(error)}"
       ) from error
   return make()
 
@@ -166,8 +166,3 @@ def _remove_leftovers(directory: str, builder: Any) -> None:
       shutil.rmtree(left)
     else:
       left.unlink(missing_ok=True)  # One above it may have gone first.
-
-
-def _first_line(error: Exception) -> str:
-  lines = str(error).strip().splitlines() or [""]
-  return f"{type(error).__name__}: {lines[0][:300]}"

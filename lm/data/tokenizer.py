@@ -43,7 +43,6 @@ BYTES_SIZE = 384
 
 # What SentencePiece, its messages and JSON raise on what they cannot read.
 _UNREADABLE = (RuntimeError, message.DecodeError, ValueError)
-_SURROGATE = re.compile("[\ud800-\udfff]")
 # SentencePiece writes a space as this character and cannot tell a real one
 # from a space; real ones are encoded by their bytes.
 _SPACE = "\u2581"
@@ -130,12 +129,8 @@ class Tokenizer:
       return self._encode_batch(texts, threads)
     except (TypeError, UnicodeEncodeError) as error:
       for text in texts:
-        if half := _SURROGATE.search(text):
-          raise config_lib.ConfigError(
-            f"text {text[max(0, half.start() - 20) : half.end()]!r}: holds "
-            "half a character (a surrogate), which UTF-8 cannot spell"
-          ) from error
-      raise
+        check_text("text", text)
+      raise error
 
   def _encode_batch(
     self, texts: Sequence[str], threads: int
@@ -262,6 +257,20 @@ def _read_model(
       reserved[name] = len(pieces)
       pieces.append(b"")
   return processor, pieces, reserved
+
+
+def check_text(name: str, text: str) -> None:
+  """Raises ConfigError where UTF-8 cannot spell `text`: a surrogate is half a
+  character, or a byte of a command line that is not UTF-8.
+  """
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    shown = text[max(0, error.start - 20) : error.start + 1]
+    raise config_lib.ConfigError(
+      f"{name}={shown!r}: holds half a character (a surrogate), which UTF-8 "
+      "cannot spell; give text that is UTF-8"
+    ) from error
 
 
 def load(config: config_lib.Config) -> Tokenizer:

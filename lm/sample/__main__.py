@@ -200,7 +200,7 @@ def _check(
 ) -> None:
   """Raises ConfigError on what cannot be met, before parameters are read."""
   for name, text in (("infill_suffix", _SUFFIX), ("system", _SYSTEM)):
-    request_lib.check_text(f"--{name}", text.value or "")
+    tokenizer_lib.check_text(f"--{name}", text.value or "")
   for request in requests:
     request_lib.check(request, tokenizer.size)
   n = len(requests)

@@ -106,11 +106,7 @@ def _check(messages: Sequence[Any]) -> None:
         raise config_lib.ConfigError(
           f"messages[{i}].{name}={_short(value)}: must be a text"
         )
-      if _SURROGATE.search(value):
-        raise config_lib.ConfigError(
-          f"messages[{i}].{name}={_short(value)}: has half a character (a "
-          "surrogate), which is not text"
-        )
+      tokenizer_lib.check_text(f"messages[{i}].{name}", value)
 
 
 def _render(template: str, messages: Sequence[Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from lm import config as config_lib
+from lm.data import tokenizer as tokenizer_lib
 
 DEFAULT_NEW_TOKENS = 256
 # Alternatives per token at most: the decode loop has room for so many.
@@ -226,25 +227,12 @@ def check(request: Request, n_ids: int) -> None:
       raise config_lib.ConfigError(f"{name}={getattr(r, name)!r}: {rule}")
 
 
-def check_text(name: str, text: str) -> None:
-  """Raises ConfigError where `text` has no UTF-8: a surrogate is half a
-  character, or a byte of a command line that is not UTF-8.
-  """
-  try:
-    text.encode()
-  except UnicodeEncodeError as error:
-    raise config_lib.ConfigError(
-      f"{name}={text[:40]!r}: {text[error.start]!r} at character {error.start} "
-      "is not a character but a surrogate; give text that is UTF-8"
-    ) from error
-
-
 def _check_sequences(request: Request, n_ids: int) -> None:
   def refuse(name: str, value: object, rule: str):
     raise config_lib.ConfigError(f"{name}={value!r}: {rule}")
 
   if isinstance(request.prompt, str):
-    check_text("prompt", request.prompt)
+    tokenizer_lib.check_text("prompt", request.prompt)
   elif not isinstance(request.prompt, Sequence) or not all(
     isinstance(i, numbers.Integral) for i in request.prompt
   ):
@@ -256,7 +244,7 @@ def _check_sequences(request: Request, n_ids: int) -> None:
   for text in request.stop:
     if not isinstance(text, str) or not text:
       refuse("stop", text, "must be texts of at least one character")
-    check_text("stop", text)
+    tokenizer_lib.check_text("stop", text)
   if len(request.stop_ids) >= MAX_ENDS:
     refuse("stop_ids", request.stop_ids, f"at most {MAX_ENDS - 1} ids")
   if not isinstance(request.logit_bias, Mapping):

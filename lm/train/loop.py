@@ -17,7 +17,7 @@ from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lm import checkpoint, files, sharding
+from lm import checkpoint, locks, sharding
 from lm import config as config_lib
 from lm.data import pipeline, store
 from lm.evaluate import perplexity
@@ -70,7 +70,7 @@ def train(
     lock = None
     if jax.process_index() == 0:
       lock = stop.start(
-        "waiting for the run directory", functools.partial(files.Lock, workdir)
+        "waiting for the run directory", functools.partial(locks.Lock, workdir)
       )
       own.callback(lock.release)
       stop.on_leave = lock.release

@@ -109,9 +109,8 @@ class Worker:
     while True:
       tell(f"{n} tokens")
       list(self.sampler.scoring([bos] * (min(n, context) + 1)))
-      prompt = [bos] * (
-        min(n, context - 2) + 1
-      )  # Its last token is drawn from.
+      # The last token of a prompt is not read, but drawn from.
+      prompt = [bos] * (min(n, context - 2) + 1)
       request = request_lib.Request(prompt, max_new_tokens=1)
       if context > 1:
         self._look(request, 1)
@@ -277,11 +276,10 @@ class Worker:
       task, error = self._tasks.popleft(), None
       if not task.future.cancelled():
         try:
-          task.found.append(next(task.slices))
-          self._tasks.append(task)
-          return
-        except StopIteration:
-          pass
+          for part in task.slices:
+            task.found.append(part)
+            self._tasks.append(task)
+            return
         except Exception as raised:
           error = raised
       self._post(self._answer, task, error)
