@@ -6,6 +6,7 @@ The first runs that are followed are preempted, as many as CLOUD/preemptions
 says; then as many connections are lost as CLOUD/losses says.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -83,9 +84,10 @@ def ssh(command: str) -> int:
       time.sleep(1)
       for worker in workers:
         worker.kill()
-      for pid in CLOUD.glob("worker*/*.pid"):
-        os.killpg(int(pid.read_text()), signal.SIGKILL)
       STATE.write_text("SUSPENDING")
+      for pid in CLOUD.glob("worker*/*.pid"):
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+          os.killpg(int(pid.read_text()), signal.SIGKILL)
       return 255
     if take("losses"):
       for worker in workers:

@@ -1,5 +1,7 @@
 """The account of a run's time, and the watch over its steps."""
 
+import io
+import sys
 import time
 
 import pytest
@@ -69,7 +71,10 @@ def test_every_second_is_in_one_phase_and_survives(tmp_path):
   assert "2 attempt(s)" in again.describe()
 
 
-def test_a_slow_step_is_reported_with_stacks(capfd, monkeypatch):
+def test_a_slow_step_is_reported_with_stacks(monkeypatch):
+  """To a stderr without a file descriptor, as a notebook's is."""
+  stderr = io.StringIO()
+  monkeypatch.setattr(sys, "stderr", stderr)
   monkeypatch.setattr(watchdog, "_SHORTEST", 0.2)
   watch = watchdog.Watchdog(factor=3.0)
   for step in range(8):
@@ -77,7 +82,7 @@ def test_a_slow_step_is_reported_with_stacks(capfd, monkeypatch):
     watch.step_done(step)
   watch.pause()  # an evaluation
   time.sleep(0.4)
-  assert capfd.readouterr().err == ""
+  assert stderr.getvalue() == ""
   watch.step_done(8)
 
   def hangs_here():
@@ -85,8 +90,9 @@ def test_a_slow_step_is_reported_with_stacks(capfd, monkeypatch):
 
   hangs_here()
   watch.close()
-  said = capfd.readouterr().err
+  said = stderr.getvalue()
   assert "the step after 8 has taken" in said and "hangs_here" in said
+  assert "Thread MainThread:" in said
 
 
 def test_a_step_as_long_as_others_is_not_reported(capfd, monkeypatch):

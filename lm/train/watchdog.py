@@ -1,11 +1,11 @@
 """Reports a step that takes far longer than others, with all stacks."""
 
 import collections
-import faulthandler
 import statistics
 import sys
 import threading
 import time
+import traceback
 
 # Steps that the median is of, and those that it takes to have one.
 _WINDOW, _LEAST = 64, 5
@@ -59,7 +59,20 @@ class Watchdog:
       print(
         f"watchdog: the step after {self._step} has taken {lasted:.1f} s, the "
         f"median is {median:.3f} s; stacks of all threads follow",
+        _stacks(),
+        sep="\n",
         file=sys.stderr,
         flush=True,
       )
-      faulthandler.dump_traceback(sys.stderr, all_threads=True)
+
+
+def _stacks() -> str:
+  """The Python stack of every thread; faulthandler's writes to a file
+  descriptor, which stderr does not have in a notebook.
+  """
+  names = {thread.ident: thread.name for thread in threading.enumerate()}
+  return "\n".join(
+    f"Thread {names.get(ident, ident)}:\n"
+    + "".join(traceback.format_stack(frame))
+    for ident, frame in sys._current_frames().items()
+  )
