@@ -1,17 +1,24 @@
-"""Strictness, set once for every test; warnings are in pyproject.toml.
+"""Strictness and speed, set once for every test; warnings are in
+pyproject.toml.
 
-No persistent compilation cache: a test that reads XLA's warnings or times a
-compilation would pass on an executable from an earlier run.
+Tests spend their time in the compiler, so XLA is told to optimise little, and
+what one test or child process has compiled serves the next: the compilation
+cache lives as long as the session. A test that reads what the compiler says
+asks for `compiled_anew`, one that reads what it plans for `optimised`.
 """
 
+import atexit
 import importlib.util
+import os
 import pathlib
 import pkgutil
 import shutil
+import tempfile
 
 import jax
 import jaxtyping
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import lm
 
@@ -24,6 +31,16 @@ if HAS_CHECKER:
     [f"lm.{room}" for room in rooms - {"config"}], "beartype.beartype"
   )
 
+CACHE = tempfile.mkdtemp(prefix="lm-tests-compiled-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+QUICK = {
+  "jax_disable_most_optimizations": True,
+  "jax_compilation_cache_dir": CACHE,
+  "jax_persistent_cache_min_compile_time_secs": 0,
+}
+for option, value in QUICK.items():
+  jax.config.update(option, value)
+  os.environ[option.upper()] = str(value)  # for child processes
 # A mesh needs devices; NamedShardings are tested on eight.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -33,6 +50,24 @@ jax.config.update("jax_default_matmul_precision", "highest")
 def pytest_report_header():
   state = "executed" if HAS_CHECKER else "NOT executed: beartype is missing"
   return f"shape annotations: {state}"
+
+
+@pytest.fixture
+def compiled_anew():
+  """Nothing comes out of the compilation cache."""
+  jax.config.update("jax_enable_compilation_cache", False)
+  compilation_cache.reset_cache()
+  yield
+  jax.config.update("jax_enable_compilation_cache", True)
+  compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def optimised():
+  """XLA optimises as it does for users."""
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

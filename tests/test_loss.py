@@ -105,7 +105,7 @@ def _chunked(x, head, targets, weights):
   return loss.cross_entropy(x, head, targets, weights, chunk=512)[0]
 
 
-def test_memory_is_an_eighth_of_the_plain_form_at_llama_3_size():
+def test_memory_is_an_eighth_of_the_plain_form_at_llama_3_size(optimised):
   """B * T = 8192 tokens, V = 128256: compiled, not run."""
   shapes = (
     jax.ShapeDtypeStruct((8, 1024, 64), jnp.bfloat16),

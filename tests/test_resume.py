@@ -33,14 +33,6 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-  """What is compiled here runs a few steps."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(autouse=True)
 def collect_coroutines():
   """Those of the note above, while their test is under way."""

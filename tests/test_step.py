@@ -99,7 +99,7 @@ def one_device():
   ],
 )
 def test_same_numbers_however_it_is_computed(
-  mesh, mode, parts, one_device, capfd
+  mesh, mode, parts, one_device, capfd, compiled_anew
 ):
   """Dropout is on: its masks belong to the rows, wherever they lie."""
   config = _config(mesh=mesh, mode=mode, train__microbatches=parts)
@@ -129,7 +129,7 @@ def test_layout_is_kept_by_the_step():
 
 
 @pytest.mark.parametrize("name", ["muon", "adafactor", "lion"])
-def test_other_optimizers_on_a_mesh(name, capfd):
+def test_other_optimizers_on_a_mesh(name, capfd, compiled_anew):
   want, _, _ = _run(_config(name))
   got, _, _ = _run(_config(name, mesh=(2, 2, 2)))
   np.testing.assert_allclose(got, want, rtol=1e-5)

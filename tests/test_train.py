@@ -32,14 +32,6 @@ EXACT = (
 ).split()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-  """What is compiled here runs a few steps, and is compared with its like."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def unbroken(make, tmp_path_factory):
   """A finished run of 12 steps: its config and directory."""

@@ -30,14 +30,6 @@ from lm.verify import checks, result, shrink, trial
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-@pytest.fixture(autouse=True)
-def quick_compiler():
-  """What is compiled here runs once: halves the time of these tests."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture
 def plant(monkeypatch):
   """plant(module, "name", mistake): mistake(real, *args) is called instead.
