@@ -13,6 +13,7 @@ import os
 import pathlib
 import pkgutil
 import shutil
+import signal
 import tempfile
 
 import jax
@@ -41,6 +42,8 @@ QUICK = {
 for option, value in QUICK.items():
   jax.config.update(option, value)
   os.environ[option.upper()] = str(value)  # for child processes
+# Ignored under nohup, and inherited by child processes that are to hear it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # A mesh needs devices; NamedShardings are tested on eight.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
