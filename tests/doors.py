@@ -67,6 +67,11 @@ def run(
 _ONE = threading.Lock()
 
 
+def start_server() -> None:
+  """Processes are forked by the first server that was started."""
+  _start(os.getpid).join()
+
+
 def _start(target, *args):
   context = multiprocessing.get_context("forkserver")
   with _ONE:

@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+import doors
 import pytest
 
 from lm import door
@@ -67,6 +68,7 @@ def test_bombs_strike_where_they_are_planted():
 
 @pytest.mark.slow
 def test_every_fault_is_survived():
+  doors.start_server()  # of which these runs are forks too
   config = shrink.shrink(door.load(str(ROOT / "configs" / "tiny.py")))
   results = list(faults.run(config))
   assert len(results) >= 40

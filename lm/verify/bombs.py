@@ -1,12 +1,11 @@
 """A training process with a bomb planted: what `--faults` starts.
 
-  python -m lm.verify.bombs ORDER --config=FILE --workdir=RUN
-
 It is `python -m lm.train`, and sends itself a signal at one exact place: a
 function of the house, or a rename of a file, is wrapped. So a kill hits its
 window every time, however fast the machine is.
 """
 
+import atexit
 import dataclasses
 import errno
 import json
@@ -200,8 +199,42 @@ def _striker(order: Order) -> Callable[[], None]:
   return strike
 
 
-if __name__ == "__main__":
-  _order = Order(**json.loads(sys.argv.pop(1)))
-  if _order.window is not None:
-    plant(_order, _striker(_order))
-  runpy.run_module("lm.train", run_name="__main__", alter_sys=True)
+def _join_group(leader: int) -> None:
+  """Waits up to 10 s for the leader to have made it."""
+  for _ in range(1000):
+    try:
+      return os.setpgid(0, leader)
+    except PermissionError:
+      time.sleep(0.01)
+
+
+def train(
+  arguments: list[str],
+  order: Order,
+  environment: dict[str, str],
+  options: dict[str, Any],
+  log: str,
+  leader: int | None,
+) -> None:
+  """`python -m lm.train ARGUMENTS` in a fork, its bomb planted.
+
+  JAX read its own environment when it was imported, so it is given `options`.
+  What is said goes to the file `log`. Processes of one life are a group, whose
+  `leader` is the first.
+  """
+  said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+  os.dup2(said, 1)
+  os.dup2(said, 2)
+  _join_group(os.getpid() if leader is None else leader)
+  os.environ |= environment
+  import jax
+
+  for name, value in options.items():
+    jax.config.update(name, value)
+  if order.window is not None:
+    plant(order, _striker(order))
+  sys.argv = ["lm.train", *arguments]
+  try:
+    runpy.run_module("lm.train", run_name="__main__", alter_sys=True)
+  finally:
+    atexit._run_exitfuncs()  # a fork ends without them
