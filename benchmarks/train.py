@@ -7,6 +7,7 @@ that of our step's operations on the device, from a profile.
 """
 
 import collections
+import dataclasses
 import glob
 import gzip
 import json
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 import transformers
 
+from lm import batch as batch_lib
 from lm import config as config_lib
 from lm import sharding
 from lm.train import step as step_lib
@@ -53,13 +55,11 @@ def ours(dtype: str):
   mesh = sharding.make_mesh(config_lib.validate(config))
   state = step_lib.create_state(config, mesh)
   compiled = step_lib.compile_step(config, mesh)
-  rows = {
-    "inputs": TOKENS[:, :-1],
-    "targets": TOKENS[:, 1:],
-    "weights": np.ones((B, T), np.float32),
-    "segments": np.ones((B, T), np.int32),
-    "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
-  }
+  rows = dataclasses.replace(
+    batch_lib.unscored(TOKENS[:, :-1]),
+    targets=TOKENS[:, 1:],
+    weights=np.ones((B, T), np.float32),
+  )
   batch = sharding.place(rows, step_lib.batch_sharding(config, mesh), B)
   held = [state]
 

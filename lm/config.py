@@ -191,7 +191,11 @@ class OptimizerConfig:
   skip: SkipConfig | None = None
 
 
-@dataclasses.dataclass
+def mesh_axis(default: int | None) -> Any:
+  return dataclasses.field(default=default, metadata={"axis": True})
+
+
+@dataclasses.dataclass(kw_only=True)
 class MeshConfig:
   """Devices along each axis. The product must be the number of devices; one
   axis may be None, which takes what the others leave.
@@ -199,11 +203,19 @@ class MeshConfig:
 
   # `jit` shards by the table in lm/sharding.py; `pmap` is pure data parallel.
   mode: Literal["jit", "pmap"] = "jit"
-  data: int | None = None
-  fsdp: int | None = 1
-  tensor: int | None = 1
+  data: int | None = mesh_axis(None)
+  fsdp: int | None = mesh_axis(1)
+  tensor: int | None = mesh_axis(1)
   # Silence after which a process of the run is taken for lost, in seconds.
   heartbeat_seconds: int = 100
+
+  def sizes(self) -> dict[str, int | None]:
+    """Devices along each mesh axis, outermost first."""
+    return {
+      field.name: getattr(self, field.name)
+      for field in dataclasses.fields(self)
+      if "axis" in field.metadata
+    }
 
 
 @dataclasses.dataclass
@@ -400,18 +412,20 @@ def _validate_run(config: Config) -> None:
     o.final_lr_fraction,
     "must be in [0, 1]",
   )
-  axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  axes = config.mesh.sizes()
   _require(
-    sum(a is None for a in axes) <= 1,
+    sum(a is None for a in axes.values()) <= 1,
     "config.mesh",
     axes,
     "at most one axis may be None",
   )
+  others = [name for name in axes if name != "data"]
+  remedy = " and ".join(f"{name}=1" for name in others)
   _require(
-    config.mesh.mode == "jit" or axes[1:] == (1, 1),
+    config.mesh.mode == "jit" or all(axes[name] == 1 for name in others),
     "config.mesh",
     axes,
-    "mode pmap is pure data parallel: set fsdp=1 and tensor=1",
+    f"mode pmap is pure data parallel: set {remedy}",
   )
 
 

@@ -26,12 +26,14 @@ from jaxtyping import Array
 
 from lm import config as config_lib
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = tuple(config_lib.MeshConfig().sizes())
 
 # Logical axis -> mesh axes. Weights are cut along `embed` over fsdp and along
 # `heads`, `kv_heads`, `mlp` or `vocab` over tensor; activations along `batch`.
-RULES: dict[str, str | tuple[str, ...]] = {
+# `length` (positions of a row) is whole on each device.
+RULES: dict[str, str | tuple[str, ...] | None] = {
   "batch": ("data", "fsdp"),
+  "length": None,
   "embed": "fsdp",
   "mlp": "tensor",
   "heads": "tensor",
@@ -42,7 +44,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
 
 def has_mesh() -> bool:
   """Whether the run's mesh is in context; that of `jax.pmap` is not it."""
-  return set(MESH_AXES) <= set(jax.sharding.get_abstract_mesh().axis_names)
+  return bool(set(MESH_AXES) & set(jax.sharding.get_abstract_mesh().axis_names))
 
 
 def partition(*axes: str | None) -> P:
@@ -55,21 +57,62 @@ def spec(*axes: str | None) -> P | None:
   return partition(*axes) if has_mesh() else None
 
 
-def by_row(function: Callable, *trees: Any) -> Any:
-  """`function` of trees whose leading axis is the batch: on a mesh each device
-  has rows of its own, whole ones.
+def mesh_axes(*axes: str) -> tuple[str, ...]:
+  """Mesh axes that these logical axes are cut along."""
+  found: list[str] = []
+  for axis in axes:
+    rule = RULES[axis]
+    found += (rule,) if isinstance(rule, str) else rule or ()
+  return tuple(found)
+
+
+Axes = tuple[str | None, ...]
+
+
+def per_shard(function: Callable, *in_axes: Axes, out_axes: Any) -> Callable:
+  """`function` run by each device on its own part, where there is a mesh.
+
+  Logical axes are of whole trees; `out_axes` is a tuple of them for several
+  outputs.
   """
   if not has_mesh():
-    return function(*trees)
-
-  def whole(x):
-    return jax.sharding.reshard(x, partition("batch"))
-
-  by_row = partition("batch")
-  run = jax.shard_map(
-    function, in_specs=by_row, out_specs=by_row, check_vma=False
+    return function
+  several = any(isinstance(axes, tuple) for axes in out_axes)
+  return jax.shard_map(
+    function,
+    in_specs=tuple(partition(*axes) for axes in in_axes),
+    out_specs=tuple(partition(*axes) for axes in out_axes)
+    if several
+    else partition(*out_axes),
+    check_vma=False,
   )
-  return run(*jax.tree.map(whole, trees))
+
+
+def gather(tree: Any, *axes: str | None) -> Any:
+  """Each array all-gathered along its dimensions of these logical names; None
+  is a dimension that stays cut as it is.
+  """
+  whole = [axis is not None and bool(mesh_axes(axis)) for axis in axes]
+  if not has_mesh() or not any(whole):
+    return tree
+
+  def one(x: Array) -> Array:
+    cut = [*jax.typeof(x).sharding.spec]
+    for dimension in np.flatnonzero(whole):
+      cut[dimension] = None
+    return jax.sharding.reshard(x, P(*cut))
+
+  return jax.tree.map(one, tree)
+
+
+def by_row(function: Callable, *trees: Any) -> Any:
+  """`per_shard` over the batch axis; other axes are gathered."""
+  if has_mesh():
+    trees = jax.tree.map(
+      lambda x: jax.sharding.reshard(x, partition("batch")), trees
+    )
+  rows = ("batch",)
+  return per_shard(function, *[rows] * len(trees), out_axes=rows)(*trees)
 
 
 def platform() -> str:
@@ -185,36 +228,49 @@ def mesh_shape(config: config_lib.Config, n_devices: int) -> tuple[int, ...]:
 
   Raises ConfigError where the model or the batch cannot be cut that way.
   """
-  sizes = [getattr(config.mesh, axis) for axis in MESH_AXES]
-  known = math.prod(size for size in sizes if size is not None)
-  if None in sizes and n_devices % known == 0:
-    sizes[sizes.index(None)] = n_devices // known
-  shape = dict(zip(MESH_AXES, sizes, strict=True))
-  if None in sizes or math.prod(sizes) != n_devices:
+  shape = config.mesh.sizes()
+  known = math.prod(size for size in shape.values() if size is not None)
+  filled = {
+    axis: n_devices // known if size is None else size
+    for axis, size in shape.items()
+  }
+  if math.prod(filled.values()) != n_devices:
     raise config_lib.ConfigError(
       f"config.mesh={shape}: does not multiply to the {n_devices} devices "
       "here; change an axis, or set one to None to take what is left"
     )
-  t, ways = config.train, shape["data"] * shape["fsdp"]
+  t = config.train
   rows = t.batch_size // t.microbatches
   name = "config.train.batch_size / train.microbatches"
-  _check_multiple(name, rows, "data * fsdp", ways)
-  check_model(config.model, shape["fsdp"], shape["tensor"])
-  return tuple(sizes)
+  _check_multiple(name, rows, "batch", filled)
+  check_model(config.model, filled)
+  return tuple(filled.values())
 
 
-def check_model(m: config_lib.ModelConfig, fsdp: int, tensor: int) -> None:
-  """Raises ConfigError where the model's weights cannot be cut so."""
-  _check_multiple("config.model.d_model", m.d_model, "fsdp", fsdp)
-  for name in ("n_heads", "n_kv_heads", "d_mlp", "vocab_size"):
-    value = getattr(m, name)
-    _check_multiple(f"config.model.{name}", value, "tensor", tensor)
+# Fields of the model and the logical axis whose length they are.
+_CUT = {
+  "d_model": "embed",
+  "n_heads": "heads",
+  "n_kv_heads": "kv_heads",
+  "d_mlp": "mlp",
+  "vocab_size": "vocab",
+}
 
 
-def _check_multiple(path: str, value: int, axis: str, parts: int) -> None:
+def check_model(m: config_lib.ModelConfig, shape: Mapping[str, int]) -> None:
+  """Raises ConfigError where a mesh of this shape cannot cut the weights."""
+  for name, axis in _CUT.items():
+    _check_multiple(f"config.model.{name}", getattr(m, name), axis, shape)
+
+
+def _check_multiple(
+  path: str, value: int, axis: str, shape: Mapping[str, int]
+) -> None:
+  names = mesh_axes(axis)
+  parts = math.prod(shape[name] for name in names)
   if value % parts:
     raise config_lib.ConfigError(
-      f"{path}={value}: must be a multiple of mesh {axis}={parts}"
+      f"{path}={value}: must be a multiple of mesh {' * '.join(names)}={parts}"
     )
 
 
@@ -254,19 +310,22 @@ def make_mesh(config: config_lib.Config, devices=None) -> jax.sharding.Mesh:
 
 def local_rows(sharding: NamedSharding, n_rows: int) -> tuple[int, int]:
   """[first, last) of the global batch's rows that this process must read."""
-  indices = sharding.addressable_devices_indices_map((n_rows,))
+  rows = NamedSharding(sharding.mesh, P(*sharding.spec[:1]))
+  indices = rows.addressable_devices_indices_map((n_rows,))
   slices = [index[0].indices(n_rows) for index in indices.values() if index]
   return min(s[0] for s in slices), max(s[1] for s in slices)
 
 
-def place(rows: dict[str, np.ndarray], sharding: NamedSharding, n_rows: int):
-  """Global arrays [n_rows, ...] from this process's `local_rows`."""
+def place(rows: Any, sharding: NamedSharding, n_rows: int) -> Any:
+  """A tree of global arrays [n_rows, ...] from NumPy arrays of this process's
+  `local_rows`.
+  """
   first, _ = local_rows(sharding, n_rows)
 
   def array(local: np.ndarray) -> jax.Array:
     def shard(index):
       start, stop, _ = index[0].indices(n_rows)
-      return local[start - first : stop - first]
+      return local[(slice(start - first, stop - first), *index[1:])]
 
     shape = (n_rows, *local.shape[1:])
     return jax.make_array_from_callback(shape, sharding, shard)

@@ -7,6 +7,7 @@ import pathlib
 
 import numpy as np
 
+from lm import batch as batch_lib
 from lm import config as config_lib
 
 GPT2 = config_lib.ModelConfig(
@@ -154,28 +155,30 @@ ALL = PUBLISHED | {"relu2": RELU2, "biased": BIASED}
 
 
 def packed_batch(
-  lengths: list[list[int]], n_tokens: int, vocab_size: int, seed: int = 0
-) -> dict[str, np.ndarray]:
+  lengths: list[list[int]],
+  n_tokens: int,
+  vocab_size: int,
+  seed: int = 0,
+  *,
+  prefix: bool = True,
+) -> batch_lib.Batch:
   """Rows of documents of these lengths, padded to n_tokens.
 
-  About a third of each document is its prefix; padding has random tokens, so
-  that reading it shows.
+  About a third of each document is its prefix, where there is to be one;
+  padding has random tokens, so that reading it shows.
   """
   rng = np.random.default_rng(seed)
   shape = (len(lengths), n_tokens)
-  batch = {
-    "inputs": rng.integers(vocab_size, size=shape, dtype=np.int32),
-    "segments": np.zeros(shape, np.int32),
-    "positions": np.zeros(shape, np.int32),
-    "prefix": np.zeros(shape, bool),
-  }
+  batch = batch_lib.empty(*shape, prefix=prefix)
+  batch.inputs[:] = rng.integers(vocab_size, size=shape, dtype=np.int32)
   for row, documents in enumerate(lengths):
     start = 0
     for segment, length in enumerate(documents, 1):
       here = (row, slice(start, start + length))
-      batch["segments"][here] = segment
-      batch["positions"][here] = np.arange(length)
-      batch["prefix"][row, start : start + (length + 1) // 3] = True
+      batch.segments[here] = segment
+      batch.positions[here] = np.arange(length)
+      if prefix:
+        batch.prefix[row, start : start + (length + 1) // 3] = True
       start += length
   return batch
 

@@ -25,6 +25,7 @@ import math
 
 import numpy as np
 
+from lm import batch as batch_lib
 from lm import config as config_lib
 
 
@@ -243,25 +244,25 @@ def mlp(x: np.ndarray, p: dict, cfg: config_lib.ModelConfig) -> np.ndarray:
 def forward(
   params: dict,
   cfg: config_lib.ModelConfig,
-  inputs: np.ndarray,
-  segments: np.ndarray,
-  positions: np.ndarray,
-  prefix: np.ndarray,
+  batch: batch_lib.Batch,
 ) -> np.ndarray:
-  """Float64 logits [B, T, V] of rows of the Batch table, without dropout."""
+  """Float64 logits [B, T, V] of a batch, without dropout."""
+  prefix = batch.prefix
+  if prefix is None:
+    prefix = np.zeros_like(batch.inputs, bool)
   params = map_tree(lambda _, x: np.asarray(x, np.float64), params)
-  x = params["embed"][inputs]
+  x = params["embed"][batch.inputs]
   if cfg.scale_embedding:
     x = x * math.sqrt(cfg.d_model)
   if cfg.positions == "learned":
-    x = x + params["position_embed"][positions]
+    x = x + params["position_embed"][batch.positions]
   for i in range(cfg.n_layers):
     p = map_tree(lambda _, a, i=i: a[i], params["layers"])
     window = cfg.windows[i % len(cfg.windows)]
-    mask = visible(segments, prefix, window)
+    mask = visible(batch.segments, prefix, window)
     frequencies = inverse_frequencies(cfg, window is not None)
     y = normalize(x, p["attention_norm"], cfg)
-    y = attention(y, p["attention"], cfg, mask, positions, frequencies)
+    y = attention(y, p["attention"], cfg, mask, batch.positions, frequencies)
     if cfg.post_norm:
       y = normalize(y, p["attention_post_norm"], cfg)
     x = x + y

@@ -17,6 +17,7 @@ from test_sample import (
   widen,
 )
 
+from lm import batch as batch_lib
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.model import decoder
@@ -249,16 +250,13 @@ def test_a_prompt_that_sees_itself_both_ways():
     ]
   )
   ids = sampler.encode(prompt) + both.token_ids
-  inputs = jnp.asarray([ids], jnp.int32)
   # The last token of the prompt already predicts: it is seen by none before.
   n = len(ids) - len(both.token_ids) - 1
-  hidden = jax.jit(functools.partial(decoder.forward, cfg))(
-    params_of(cfg),
-    inputs,
-    jnp.arange(len(ids))[None],
-    jnp.ones_like(inputs),
-    (jnp.arange(len(ids)) < n)[None],
+  batch = dataclasses.replace(
+    batch_lib.unscored(np.array([ids])), prefix=(np.arange(len(ids)) < n)[None]
   )
+  forward = jax.jit(functools.partial(decoder.forward, cfg))
+  hidden = forward(params_of(cfg), batch)
   logits = np.asarray(decoder.logits(cfg, params_of(cfg), hidden))[0, n:-1]
   found = np.argmax(logits[:, : sampler.tokenizer.size], axis=1).tolist()
   assert both.token_ids == found

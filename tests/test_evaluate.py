@@ -24,6 +24,7 @@ import reference
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lm import batch as batch_lib
 from lm import checkpoint, sharding
 from lm import config as config_lib
 from lm.data import sources, windows
@@ -114,15 +115,8 @@ def tokens_of(text):
 
 def conditional(context, target):
   """-log p(target | context), from a forward over just these tokens."""
-  inputs = np.array([context])
-  logits = reference.forward(
-    PARAMS,
-    MODEL,
-    inputs,
-    segments=np.ones_like(inputs),
-    positions=np.arange(inputs.size)[None],
-    prefix=np.zeros_like(inputs, bool),
-  )[0, -1]
+  batch = batch_lib.unscored(np.array([context]))
+  logits = reference.forward(PARAMS, MODEL, batch)[0, -1]
   return np.log(np.exp(logits - logits[target]).sum())
 
 
@@ -183,24 +177,24 @@ def test_packing_loses_nothing_and_scores_nothing_twice(n_rows):
   scored = [[] for _ in documents]
   last = []
   for batch, places in windows.pack(documents, n_rows, context, stride):
-    assert {a.shape for a in batch.values()} == {(n_rows, context)}
+    assert {a.shape for a in jax.tree.leaves(batch)} == {(n_rows, context)}
     weights = np.zeros((n_rows, context))
     for place in places:
       here = (place.row, slice(place.first, place.stop))
       weights[here] += 1
-      scored[place.document] += batch["targets"][here].tolist()
+      scored[place.document] += batch.targets[here].tolist()
       last += [place.document] * place.is_last
-    np.testing.assert_array_equal(batch["weights"], weights)
+    np.testing.assert_array_equal(batch.weights, weights)
     for row in range(n_rows):
-      segments = batch["segments"][row]
+      segments = batch.segments[row]
       for s in set(segments) - {0}:
         (columns,) = np.nonzero(segments == s)
         assert (np.diff(columns) == 1).all()
-        inside = batch["positions"][row, columns]
+        inside = batch.positions[row, columns]
         np.testing.assert_array_equal(inside, np.arange(len(columns)))
         np.testing.assert_array_equal(
-          batch["inputs"][row, columns[1:]],
-          batch["targets"][row, columns[:-1]],
+          batch.inputs[row, columns[1:]],
+          batch.targets[row, columns[:-1]],
         )
       assert not weights[row, segments == 0].any()
   assert scored == [d[1:].tolist() for d in documents]
@@ -211,7 +205,7 @@ def test_short_documents_share_a_row():
   documents = [np.arange(n + 1) for n in (4, 8, 3, 4, 3)]
   ((batch, places),) = windows.pack(documents, 2, 11, 11)
   assert [p.row for p in places] == [0, 1, 0, 0, 1]
-  assert (batch["segments"] > 0).all()
+  assert (batch.segments > 0).all()
 
 
 def test_bos_is_read_once_and_never_scored():
@@ -219,7 +213,7 @@ def test_bos_is_read_once_and_never_scored():
   documents = [np.array(tokens_of(t)) for t in DOCUMENTS.values()]
   batches = [b for b, _ in windows.pack(documents, 2, 11, 4)]
   inputs, targets, weights, segments, positions = (
-    np.concatenate([b[name] for b in batches])
+    np.concatenate([getattr(b, name) for b in batches])
     for name in ("inputs", "targets", "weights", "segments", "positions")
   )
   real = segments > 0
@@ -358,10 +352,10 @@ def test_rates_beyond_numbers():
 
 
 def batch_of(texts, n_rows):
-  """One packed batch of the contract, with `prefix`, as training has it."""
+  """One packed batch."""
   documents = [np.array(tokens_of(t)) for t in texts]
   ((batch, _),) = windows.pack(documents, n_rows, MODEL.context_length, 11)
-  return batch | {"prefix": np.zeros_like(batch["weights"], bool)}
+  return batch
 
 
 def evaluate_batches(batches, **options):
@@ -376,9 +370,9 @@ def test_batches_of_unequal_content_are_no_mean_of_means():
   texts = list(DOCUMENTS.values())
   short, long = batch_of([""], 4), batch_of([texts[0], "a", texts[4]], 4)
   # What padding holds must not matter.
-  padding = long["segments"] == 0
-  long["targets"][padding] = BYTES.eos
-  long["inputs"][padding] = BYTES.bos
+  padding = long.segments == 0
+  long.targets[padding] = BYTES.eos
+  long.inputs[padding] = BYTES.bos
   totals = evaluate_batches([short, long, short])
   scored = ["", texts[0], "a", texts[4], ""]
   nats = [token_by_token(text, 11) for text in scored]
@@ -396,7 +390,7 @@ def test_batches_of_unequal_content_are_no_mean_of_means():
 
 def test_bytes_follow_the_weights():
   batch = batch_of(["héllo"], 1)
-  batch["weights"][0, 1] = 0  # the first byte of é
+  batch.weights[0, 1] = 0  # the first byte of é
   totals = evaluate_batches([batch])
   nats = token_by_token("héllo", 11)
   del nats[1]

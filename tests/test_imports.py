@@ -19,7 +19,7 @@ ORDER = (
   ("config",),
   ("files",),
   ("locks",),
-  ("door", "sharding"),
+  ("batch", "door", "sharding"),
   ("model", "data"),
   ("checkpoint",),
   ("sample", "convert"),

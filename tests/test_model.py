@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import reference
 
+from lm import batch as batch_lib
 from lm import sharding
 from lm.model import counts, decoder
 
@@ -20,8 +21,8 @@ LENGTHS = [[7, 5, 4], [19], [1, 17], [], [2, 3, 11, 1]]
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(cfg, params, batch):
-  """Logits [B, T, V] of a dict of rows; `prefix` may be left out."""
-  hidden = decoder.forward(cfg, params, **batch)
+  """Logits [B, T, V]."""
+  hidden = decoder.forward(cfg, params, batch)
   return decoder.logits(cfg, params, hidden)
 
 
@@ -32,8 +33,8 @@ def test_logits_equal_the_reference(name):
   batch = families.packed_batch(LENGTHS, 19, cfg.vocab_size)
   logits = np.asarray(run(cfg, params, batch))
   assert np.isfinite(logits).all()
-  expected = reference.forward(params, cfg, **batch)
-  read = batch["segments"] != 0
+  expected = reference.forward(params, cfg, batch)
+  read = batch.segments != 0
   np.testing.assert_allclose(logits[read], expected[read], rtol=0, atol=1e-5)
 
 
@@ -53,14 +54,7 @@ def test_fewer_layers_than_windows_are_laid_out_on_a_mesh():
 def test_logits_equal_transformers(name):
   cfg = families.PUBLISHED[name]
   params, inputs, expected = families.golden(name)
-  batch = {
-    "inputs": inputs,
-    "segments": np.ones_like(inputs),
-    "positions": np.broadcast_to(
-      np.arange(inputs.shape[1], dtype=np.int32), inputs.shape
-    ),
-  }
-  logits = np.asarray(run(cfg, params, batch))
+  logits = np.asarray(run(cfg, params, batch_lib.unscored(inputs)))
   np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
 
 
@@ -70,8 +64,8 @@ def test_bfloat16_is_near_the_reference_and_ends_in_float32():
   batch = families.packed_batch(LENGTHS, 19, cfg.vocab_size)
   logits = np.asarray(run(cfg, params, batch))
   assert logits.dtype == np.float32
-  error = np.abs(logits - reference.forward(params, cfg, **batch))
-  worst = error[batch["segments"] != 0].max()
+  error = np.abs(logits - reference.forward(params, cfg, batch))
+  worst = error[batch.segments != 0].max()
   # Eight bits of mantissa: above float32's error, far below the soft-cap 3.
   assert 1e-3 < worst < 0.3
 

@@ -19,7 +19,7 @@ def random_params(cfg):
 def forward(cfg, params, batch, keys=None):
   """`decoder.forward` of a host batch."""
   batch = jax.tree.map(jnp.asarray, batch)
-  return decoder.forward(cfg, params, **batch, keys=keys)
+  return decoder.forward(cfg, params, batch, keys=keys)
 
 
 # --- masks -------------------------------------------------------------------
@@ -117,7 +117,7 @@ def influence(cfg, params, batch):
 
   Tokens are all different, so a row of the embedding table is one position.
   """
-  T = batch["inputs"].shape[1]
+  T = batch.inputs.shape[1]
   tokens = np.arange(T, dtype=np.int32)[None]
   direction = jax.random.normal(jax.random.key(3), (cfg.d_model,))
 
@@ -125,7 +125,7 @@ def influence(cfg, params, batch):
   def gradients(embed):
     def project(embed):
       everything = dict(params, embed=embed)
-      rows = {**batch, "inputs": tokens}
+      rows = dataclasses.replace(batch, inputs=tokens)
       hidden = forward(cfg, everything, rows)
       return hidden[0] @ direction
 
@@ -140,8 +140,7 @@ def test_influence_is_the_past_of_the_same_document(name):
   """Gradients of the future and of other documents are exactly 0."""
   cfg = families.ALL[name]
   params = random_params(cfg)
-  batch = families.packed_batch([[11, 6]], 19, cfg.vocab_size)
-  del batch["prefix"]
+  batch = families.packed_batch([[11, 6]], 19, cfg.vocab_size, prefix=False)
   found = influence(cfg, params, batch)[:17, :17]
   document = np.arange(17) >= 11
   past = np.tril(document[:, None] == document[None])
@@ -156,18 +155,16 @@ def test_influence_in_one_layer_is_the_mask(window, prefixed):
   cfg = dataclasses.replace(families.LLAMA3, n_layers=1, windows=(window,))
   params = random_params(cfg)
   batch = families.packed_batch([[8, 7]], 17, cfg.vocab_size)
-  mask = reference.visible(
-    batch["segments"], batch["prefix"] & prefixed, window
-  )[0]
+  mask = reference.visible(batch.segments, batch.prefix & prefixed, window)[0]
   if not prefixed:
-    del batch["prefix"]
+    batch = dataclasses.replace(batch, prefix=None)
   found = influence(cfg, params, batch)
-  read = batch["segments"][0] != 0
+  read = batch.segments[0] != 0
   np.testing.assert_array_equal(found[read] > 0, mask[read])
 
 
 def hidden_of(cfg, params, batch):
-  rows = {k: v for k, v in batch.items() if k != "prefix"}
+  rows = dataclasses.replace(batch, prefix=None)
   return np.asarray(jax.jit(lambda p, b: forward(cfg, p, b))(params, rows))
 
 
@@ -179,8 +176,8 @@ def test_packed_documents_read_as_alone(name):
   alone = families.packed_batch([[7], [5], [4]], 7, cfg.vocab_size)
   parts = [slice(0, 7), slice(7, 12), slice(12, 16)]
   for row, part in enumerate(parts):
-    document = packed["inputs"][0, part]
-    alone["inputs"][row, : len(document)] = document
+    document = packed.inputs[0, part]
+    alone.inputs[row, : len(document)] = document
   together = hidden_of(cfg, params, packed)[0]
   apart = hidden_of(cfg, params, alone)
   for row, part in enumerate(parts):
@@ -195,12 +192,12 @@ def test_padding_changes_nothing():
   cfg = families.GEMMA2
   params = random_params(cfg)
   batch = families.packed_batch([[7, 4], [3]], 13, cfg.vocab_size)
-  read = batch["segments"] != 0
-  other = dict(batch, inputs=np.where(read, batch["inputs"], 36))
-  assert (other["inputs"] != batch["inputs"]).any()
+  read = batch.segments != 0
+  other = dataclasses.replace(batch, inputs=np.where(read, batch.inputs, 36))
+  assert (other.inputs != batch.inputs).any()
   base = hidden_of(cfg, params, batch)
   np.testing.assert_array_equal(hidden_of(cfg, params, other)[read], base[read])
-  longer = {k: np.pad(v, ((0, 0), (0, 10))) for k, v in batch.items()}
+  longer = jax.tree.map(lambda a: np.pad(a, ((0, 0), (0, 10))), batch)
   np.testing.assert_allclose(
     hidden_of(cfg, params, longer)[:, :13][read], base[read], rtol=0, atol=2e-6
   )
@@ -319,9 +316,9 @@ def test_dropout_in_the_model(knob):
   """Each knob acts, only with keys, and a row's mask is its key's alone."""
   cfg = dataclasses.replace(families.GPT2, **{knob: 0.3})
   params = random_params(cfg)
-  batch = families.packed_batch([[11], [11], [11]], 11, cfg.vocab_size)
-  batch["inputs"][:] = batch["inputs"][0]  # equal rows, so keys alone differ
-  del batch["prefix"]
+  lengths = [[11], [11], [11]]
+  batch = families.packed_batch(lengths, 11, cfg.vocab_size, prefix=False)
+  batch.inputs[:] = batch.inputs[0]  # equal rows, so keys alone differ
   keys = layers.row_keys(jax.random.key(1), jnp.arange(3))
   run = jax.jit(lambda keys: forward(cfg, params, batch, keys))
   dropped = np.asarray(run(keys))
@@ -342,8 +339,7 @@ def test_each_sub_layer_of_each_layer_draws_its_own_mask():
   params["layers"]["attention"]["o_bias"] = ones
   params["layers"]["mlp"]["down_bias"] = ones
   params["final_norm"]["scale"] = ones[0]
-  batch = families.packed_batch([[11]], 11, cfg.vocab_size)
-  del batch["prefix"]
+  batch = families.packed_batch([[11]], 11, cfg.vocab_size, prefix=False)
   keys = layers.row_keys(jax.random.key(1), jnp.arange(1))
   hidden = jax.jit(lambda keys: forward(cfg, params, batch, keys))
   values = [set(np.round(x, 4)) for x in np.asarray(hidden(keys))[0]]

@@ -9,7 +9,9 @@ import numpy as np
 import optax
 import pytest
 
+from lm import batch as batch_lib
 from lm import config as config_lib
+from lm.model import weights
 from lm.train import optimizer
 from lm.train import step as step_lib
 
@@ -38,6 +40,30 @@ def _config(**fields):
   return config_lib.OptimizerConfig(
     **{"warmup_steps": 0, "schedule": "constant", "peak_lr": 0.1, **fields}
   )
+
+
+DECLARED = {
+  "embed": weights.Weight(("vocab", "embed"), "embedding"),
+  "final_norm": {"scale": weights.Weight((None,), "vector")},
+  "layers": {
+    "attention": {
+      "q": weights.Weight(("embed", "heads", None), "matrix", 1, True),
+      "o": weights.Weight(("heads", None, "embed"), "matrix", 2, True),
+    },
+    "attention_norm": {
+      "scale": weights.Weight((None,), "vector", 0, True),
+      "bias": weights.Weight((None,), "vector", 0, True),
+    },
+    "mlp": {
+      "up": weights.Weight(("embed", "mlp"), "matrix", 1, True),
+      "up_bias": weights.Weight(("mlp",), "vector", 0, True),
+    },
+  },
+}
+
+
+def _make(cfg, steps):
+  return optimizer.make(cfg, steps, DECLARED)
 
 
 def _run(transform, params, n=3):
@@ -89,7 +115,7 @@ def test_schedule_ends_at_its_floor():
 
 def test_adamw_is_the_papers_and_decays_matrices_only():
   cfg = _config(name="adamw", b1=0.9, b2=0.95, weight_decay=0.3)
-  got = _leaves(_run(optimizer.make(cfg, 10), _params()))
+  got = _leaves(_run(_make(cfg, 10), _params()))
   gradients = [_leaves(_params(100 + i)) for i in range(3)]
   for name, w in _leaves(_params()).items():
     w = w.astype(np.float64)
@@ -104,7 +130,7 @@ def test_adamw_is_the_papers_and_decays_matrices_only():
 
 def test_lion_is_the_papers():
   cfg = _config(name="lion", b1=0.9, b2=0.99, weight_decay=0.3)
-  got = _leaves(_run(optimizer.make(cfg, 10), _params()))
+  got = _leaves(_run(_make(cfg, 10), _params()))
   gradients = [_leaves(_params(100 + i)) for i in range(3)]
   for name, w in _leaves(_params()).items():
     decay = 0.0 if "scale" in name or "bias" in name else 0.3
@@ -117,7 +143,7 @@ def test_lion_is_the_papers():
 
 def test_muon_treats_each_layer_as_a_matrix_of_its_own():
   cfg = _config(name="muon", momentum=0.9, adam_peak_lr=0.02)
-  got = _leaves(_run(optimizer.make(cfg, 10), _params()))
+  got = _leaves(_run(_make(cfg, 10), _params()))
   shapes = {
     "['layers']['attention']['q']": (D, N * H),
     "['layers']['attention']['o']": (N * H, D),
@@ -143,7 +169,7 @@ def test_muon_treats_each_layer_as_a_matrix_of_its_own():
 
 
 def test_adafactor_treats_each_layer_as_a_tensor_of_its_own():
-  got = _leaves(_run(optimizer.make(_config(name="adafactor"), 10), _params()))
+  got = _leaves(_run(_make(_config(name="adafactor"), 10), _params()))
 
   def layer_alone(i):
     def cut(tree):
@@ -170,7 +196,7 @@ def test_without_gradients_a_step_is_the_weight_decay(name):
   """
   fields = {"schedule": "wsd", "warmup_steps": 2, "adam_peak_lr": 0.03}
   cfg = _config(name=name, weight_decay=0.3, **fields)
-  transform, params = optimizer.make(cfg, 8), _params()
+  transform, params = _make(cfg, 8), _params()
   zeros = jax.tree.map(np.zeros_like, params)
   state, update = transform.init(params), jax.jit(transform.update)
   matrices = {"['layers']['attention']['q']", "['layers']['attention']['o']"}
@@ -224,9 +250,7 @@ def _program(o):
   )
   config_lib.validate(config)
   state = jax.eval_shape(lambda: step_lib.init_state(config))
-  shape = jax.ShapeDtypeStruct((2, 3), np.int32)
-  batch = dict.fromkeys(("inputs", "targets", "segments", "positions"), shape)
-  batch["weights"] = jax.ShapeDtypeStruct((2, 3), np.float32)
+  batch = batch_lib.empty(2, 3)
   return str(jax.make_jaxpr(step_lib.train_step(config))(state, batch))
 
 
@@ -288,7 +312,7 @@ def test_state_is_a_tree_that_stored_runs_have(name, decay):
   """A checkpoint is read by these paths. A change here, ours or optax's, ends
   all runs of that optimizer: CHANGELOG.md must say so.
   """
-  transform = optimizer.make(_config(name=name, weight_decay=decay), 10)
+  transform = _make(_config(name=name, weight_decay=decay), 10)
   state = jax.eval_shape(transform.init, _params())
   found = {
     re.sub(r"\['(embed|final_norm|layers)'\].*", "", jax.tree_util.keystr(path))
@@ -313,9 +337,9 @@ def test_slots_lie_as_their_weights(name):
 
   params = {
     "embed": place(P("tensor", "fsdp"), 256, 128),
-    "layers": {"up": place(P(None, "fsdp", "tensor"), 3, 128, 512)},
+    "layers": {"mlp": {"up": place(P(None, "fsdp", "tensor"), 3, 128, 512)}},
   }
-  transform = optimizer.make(_config(name=name), 10)
+  transform = _make(_config(name=name), 10)
   state = jax.eval_shape(transform.init, params)
   specs = optimizer.state_specs(params, state)
   seen = set()

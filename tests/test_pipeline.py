@@ -5,10 +5,12 @@ import pathlib
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 import tensorstore
 
+from lm import batch as batch_lib
 from lm import config as config_lib
 from lm.data import arrays, objectives, pipeline
 from lm.data import store as store_lib
@@ -20,7 +22,6 @@ FIELDS = {
   "weights": np.float32,
   "segments": np.int32,
   "positions": np.int32,
-  "prefix": np.bool_,
 }
 LENGTH = 13
 
@@ -62,14 +63,14 @@ def documents(n: int, seed: int) -> list[str]:
   ]
 
 
-def take(batches, n: int) -> list[dict[str, np.ndarray]]:
+def take(batches, n: int) -> list[batch_lib.Batch]:
   return list(itertools.islice(batches, n))
 
 
-def assert_same(a, b) -> None:
-  assert a.keys() == b.keys() == FIELDS.keys()
-  for key in a:
-    np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+def assert_same(a: batch_lib.Batch, b: batch_lib.Batch) -> None:
+  assert a.present().keys() == b.present().keys() == FIELDS.keys()
+  for key, value in a.present().items():
+    np.testing.assert_array_equal(value, getattr(b, key), err_msg=key)
 
 
 # --- packing -----------------------------------------------------------------
@@ -97,7 +98,6 @@ def slow_row(store, tokenizer, window: int) -> dict[str, list]:
     row["segments"].append(0 if document is None else seen.index(document) + 1)
     same = row["segments"].count(row["segments"][-1])
     row["positions"].append(0 if document is None else same - 1)
-    row["prefix"].append(False)
   return row
 
 
@@ -108,12 +108,13 @@ def test_rows_are_as_the_batch_table_says(make):
   assert n == -(-(store.n_tokens - 1) // LENGTH)
   rows = 0
   for _, batch in pipeline.validation_batches(config, prepared):
-    for key, dtype in FIELDS.items():
-      assert batch[key].shape == (8, LENGTH) and batch[key].dtype == dtype
+    fields = batch.present()
+    assert {k: a.dtype for k, a in fields.items()} == FIELDS
     for r in range(8):
       expected = slow_row(store, prepared.tokenizer, rows)
-      for key in FIELDS:
-        assert batch[key][r].tolist() == expected[key], (rows, key)
+      for key, a in fields.items():
+        assert a.shape == (8, LENGTH)
+        assert a[r].tolist() == expected[key], (rows, key)
       rows += 1
   assert rows == -(-n // 8) * 8
 
@@ -122,11 +123,11 @@ def test_causal_keeps_documents_apart():
   tokens = np.array([5, 7, 2, 1, 11, 13, 2, 1, 17, 0, 0])
   owners = np.array([1, 1, 1, 2, 2, 2, 2, 3, 3, 0, 0])
   row = objectives.causal(tokens, owners)
-  assert row["inputs"].tolist() == [5, 7, 2, 1, 11, 13, 2, 1, 17, 0]
-  assert row["targets"].tolist() == [7, 2, 1, 11, 13, 2, 1, 17, 0, 0]
-  assert row["weights"].tolist() == [1, 1, 0, 1, 1, 1, 0, 1, 0, 0]
-  assert row["segments"].tolist() == [1, 1, 1, 2, 2, 2, 2, 3, 3, 0]
-  assert row["positions"].tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1, 0]
+  assert row.inputs.tolist() == [5, 7, 2, 1, 11, 13, 2, 1, 17, 0]
+  assert row.targets.tolist() == [7, 2, 1, 11, 13, 2, 1, 17, 0, 0]
+  assert row.weights.tolist() == [1, 1, 0, 1, 1, 1, 0, 1, 0, 0]
+  assert row.segments.tolist() == [1, 1, 1, 2, 2, 2, 2, 3, 3, 0]
+  assert row.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1, 0]
 
 
 # --- order -------------------------------------------------------------------
@@ -139,7 +140,7 @@ def test_any_number_of_processes_and_any_restart(make, weights, n_processes):
     documents(31, 1), documents(67, 2), train_weights=weights
   )
   whole = take(pipeline.train_batches(config, prepared), 40)  # Some epochs.
-  assert len({batch["inputs"].tobytes() for batch in whole}) == 40
+  assert len({batch.inputs.tobytes() for batch in whole}) == 40
   for start in (0, 1, 17, 38):
     share = 8 // n_processes
     parts = [
@@ -155,10 +156,8 @@ def test_any_number_of_processes_and_any_restart(make, weights, n_processes):
       for p in range(n_processes)
     ]
     for step in range(2):
-      joined = {
-        key: np.concatenate([part[step][key] for part in parts])
-        for key in FIELDS
-      }
+      pieces = [part[step] for part in parts]
+      joined = jax.tree.map(lambda *rows: np.concatenate(rows), *pieces)
       assert_same(joined, whole[start + step])
 
 
@@ -166,7 +165,7 @@ def test_a_far_step_is_reached_at_once(make):
   config, prepared = make(documents(31, 1))
   started = time.perf_counter()
   batches = pipeline.train_batches(config, prepared, start_step=10**12)
-  assert next(batches)["weights"].any()
+  assert next(batches).weights.any()
   assert time.perf_counter() - started < 5
 
 
@@ -247,11 +246,11 @@ def test_epochs_end_with_a_batch_filled_up(make, weights):
   assert 2 * n % 8  # Else nothing is to be filled up.
   batches = list(pipeline.train_batches(config, prepared))
   assert len(batches) == -(-2 * n // 8)
-  rows = np.concatenate([batch["segments"] for batch in batches])
+  rows = np.concatenate([batch.segments for batch in batches])
   assert rows[: 2 * n, 0].all() and not rows[2 * n :].any()
   if not weights:
     targets = sum(s.n_tokens - s.n_documents for s in prepared.train)
-    weight = sum(batch["weights"].sum() for batch in batches)
+    weight = sum(batch.weights.sum() for batch in batches)
     # A bos is no target, nor is what would follow the last token.
     assert weight == 2 * targets
   assert not list(
@@ -280,7 +279,7 @@ def test_validation_scores_every_token_once(make, n_processes):
   scored: list[list[int]] = [[], []]
   for batches in zip(*parts, strict=True):
     for s, batch in batches:
-      scored[s] += batch["targets"][batch["weights"] > 0].tolist()
+      scored[s] += batch.targets[batch.weights > 0].tolist()
   for s, lines in enumerate(texts):
     expected = [[*tokenizer.encode(t), tokenizer.eos] for t in lines]
     assert scored[s] == sum(expected, [])

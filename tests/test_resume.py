@@ -155,8 +155,8 @@ def test_another_optimizer_tree_is_refused_then_taken_afresh(
     shutil.rmtree(workdir / "checkpoints" / "12")
   make = optimizer.make
 
-  def chained(cfg, steps):
-    return optax.chain(optax.scale_by_schedule(lambda _: 1.0), make(cfg, steps))
+  def chained(*args):
+    return optax.chain(optax.scale_by_schedule(lambda _: 1.0), make(*args))
 
   monkeypatch.setattr(optimizer, "make", chained)
   before = places(workdir)

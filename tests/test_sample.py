@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lm import batch as batch_lib
 from lm import checkpoint
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.model import cache as cache_lib
-from lm.model import decoder
+from lm.model import decoder, inference
 from lm.sample import loop
 from lm.sample import sampler as sampler_lib
 
@@ -52,11 +53,13 @@ def sampler_of(cfg):
   return sampler_lib.Sampler(cfg, params_of(cfg), tokenizer_lib.Tokenizer())
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
 def full_logits(cfg, params, inputs):
-  positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
-  segments = jnp.ones_like(inputs)
-  hidden = decoder.forward(cfg, params, inputs, positions, segments)
+  return _full_logits(cfg, params, batch_lib.unscored(inputs))
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _full_logits(cfg, params, batch):
+  hidden = decoder.forward(cfg, params, batch)
   return decoder.logits(cfg, params, hidden)
 
 
@@ -103,7 +106,7 @@ def test_cached_logits_equal_the_full_forward_at_every_step(name, n_new):
     cfg.vocab_size, size=(2, 23), dtype=np.int32
   )
   expected = np.asarray(full_logits(cfg, params, jnp.asarray(ids)))
-  graph, state = loop.unroll(cfg, params)
+  graph, state = inference.unroll(cfg, params)
   prompt = np.where(
     np.arange(n_prompt) < lengths[:, None], ids[:, :n_prompt], 36
   )
@@ -371,7 +374,7 @@ def test_weights_in_the_compute_dtype_change_no_bit():
   """Casting once is casting at every use."""
   cfg = dataclasses.replace(families.BIASED, dtype="bfloat16", n_layers=1)
   params = params_of(cfg)
-  graph, state = loop.unroll(cfg, params)
+  graph, state = inference.unroll(cfg, params)
   dtypes = {str(x.dtype) for x in jax.tree.leaves(state)}
   assert dtypes == {"bfloat16", "float32"}
 

@@ -34,7 +34,9 @@ def _digest(tree):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_digest_is_the_same_on_any_mesh(shape):
   config = config_lib.Config()
-  config.mesh = config_lib.MeshConfig("jit", *shape)
+  config.mesh = config_lib.MeshConfig(
+    **dict(zip(sharding.MESH_AXES, shape, strict=True))
+  )
   devices = jax.devices()[: int(np.prod(shape))]
   mesh = sharding.make_mesh(config, devices)
   spec = {
@@ -124,7 +126,7 @@ def test_only_data_crosses_slices(n, monkeypatch):
   monkeypatch.setattr(jax.sharding, "Mesh", mesh)
   config = config_lib.Config()
   config.model.n_heads = config.model.n_kv_heads = 8
-  config.mesh = config_lib.MeshConfig("jit", data=4, fsdp=2, tensor=1)
+  config.mesh = config_lib.MeshConfig(data=4, fsdp=2, tensor=1)
   sharding.make_mesh(config, _in_slices(n))
   grid, names = made[0]
   assert grid.shape == (4, 2, 1) and names == sharding.MESH_AXES
@@ -165,14 +167,14 @@ def test_an_axis_may_take_a_part_of_the_torus(monkeypatch):
     device.coords = (i % 4, i // 4, 0)
   config = config_lib.Config()
   config.train.batch_size = 16
-  config.mesh = config_lib.MeshConfig("jit", data=8, fsdp=2, tensor=1)
+  config.mesh = config_lib.MeshConfig(data=8, fsdp=2, tensor=1)
   sharding.make_mesh(config, devices)
   assert made == [(8, 2, 1)]
 
 
 def test_a_mesh_that_does_not_fit_the_slices_is_refused():
   config = config_lib.Config()
-  config.mesh = config_lib.MeshConfig("jit", data=1, fsdp=8, tensor=1)
+  config.mesh = config_lib.MeshConfig(data=1, fsdp=8, tensor=1)
   with pytest.raises(config_lib.ConfigError, match="multiple of the 2 slices"):
     sharding.make_mesh(config, _in_slices(2))
 

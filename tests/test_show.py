@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import rich.console
 
+from lm import batch as batch_lib
 from lm import checkpoint
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
@@ -66,13 +67,11 @@ def full_logs(ids: tuple[int, ...]) -> np.ndarray:
   inputs[0, : len(ids)] = ids
 
   @jax.jit
-  def logits(inputs):
-    positions = jnp.arange(CFG.context_length)[None]
-    segments = jnp.ones_like(inputs)
-    hidden = decoder.forward(CFG, params(), inputs, positions, segments)
+  def logits(batch):
+    hidden = decoder.forward(CFG, params(), batch)
     return decoder.logits(CFG, params(), hidden)
 
-  x = np.asarray(logits(jnp.asarray(inputs)))[0, : len(ids)].astype(np.float64)
+  x = np.asarray(logits(batch_lib.unscored(inputs)), np.float64)[0, : len(ids)]
   x -= x.max(-1, keepdims=True)
   return x - np.log(np.exp(x).sum(-1, keepdims=True))
 

@@ -1,14 +1,17 @@
 """The step: any mesh, pmap and any microbatch split give the same numbers."""
 
 import dataclasses
+import functools
 import json
+import math
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 
+from lm import batch as batch_lib
 from lm import config as config_lib
 from lm import door, sharding
 from lm.model import decoder
@@ -30,8 +33,6 @@ def _config(name="adamw", mesh=(1, 1, 1), mode="jit", **fields):
     context_length=T,
     qk_norm=True,
     loss_chunk=7,
-    residual_dropout=0.1,
-    embedding_dropout=0.1,
   )
   c.optimizer = config_lib.OptimizerConfig(
     name=name, warmup_steps=1, peak_lr=1e-2, weight_decay=0.1
@@ -39,51 +40,55 @@ def _config(name="adamw", mesh=(1, 1, 1), mode="jit", **fields):
   c.train = config_lib.TrainConfig(
     steps=10, batch_size=B, sequence_length=T, z_loss=1e-3
   )
-  c.mesh = config_lib.MeshConfig(mode, *mesh)
+  axes = dict(zip(sharding.MESH_AXES, mesh, strict=True))
+  c.mesh = config_lib.MeshConfig(mode=mode, **axes)
   for path, value in fields.items():
     room, field = path.split("__")
     setattr(getattr(c, room), field, value)
   return config_lib.validate(c)
 
 
-def _batch(seed):
+def _batch(seed, prefix=False):
   """Unequal weights, so that a mean of means would show."""
   rng = np.random.default_rng(seed)
   ids = rng.integers(0, V, (B, T + 1)).astype(np.int32)
   weights = rng.random((B, T)) < rng.random((B, 1))
-  return {
-    "inputs": ids[:, :-1],
-    "targets": ids[:, 1:],
-    "weights": weights.astype(np.float32),
-    "segments": np.ones((B, T), np.int32),
-    "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
-  }
+  seen = np.arange(T) < rng.integers(1, T, (B, 1))
+  return dataclasses.replace(
+    batch_lib.unscored(ids[:, :-1]),
+    targets=ids[:, 1:],
+    weights=weights.astype(np.float32),
+    prefix=seen if prefix else None,
+  )
 
 
-def _run(config, n=2):
+def _run(config, n=2, prefix=False):
   """(loss, gradient norm) of each of n steps, the state after them, and the
   optimizer's after the first: AdamW's m is then the gradient itself.
   """
   devices = jax.devices()
   if config.mesh.mode == "jit":
-    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    devices = devices[: np.prod(sizes)]
+    devices = devices[: math.prod(config.mesh.sizes().values())]
   mesh = sharding.make_mesh(config, devices)
   state = step_lib.create_state(config, mesh)
-  step = step_lib.compile_step(config, mesh)
+  step = step_lib.compile_step(config, mesh, prefix=prefix)
   where = step_lib.batch_sharding(config, mesh)
   numbers, first = [], None
   for i in range(n):
-    state, metrics = step(state, sharding.place(_batch(i), where, B))
+    batch = sharding.place(_batch(i, prefix), where, B)
+    state, metrics = step(state, batch)
     numbers.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     if i == 0:
       first = jax.tree.map(np.asarray, state.opt_state)
   return np.array(numbers), state, first
 
 
+DROPOUT = {"model__residual_dropout": 0.1, "model__embedding_dropout": 0.1}
+
+
 @pytest.fixture(scope="module")
 def one_device():
-  return _run(_config())
+  return _run(_config(**DROPOUT), prefix=True)
 
 
 @pytest.mark.parametrize(
@@ -101,9 +106,11 @@ def one_device():
 def test_same_numbers_however_it_is_computed(
   mesh, mode, parts, one_device, capfd, compiled_anew
 ):
-  """Dropout is on: its masks belong to the rows, wherever they lie."""
-  config = _config(mesh=mesh, mode=mode, train__microbatches=parts)
-  numbers, _, first = _run(config)
+  """Batches have a prefix, and dropout is on: its masks belong to the rows,
+  wherever they lie.
+  """
+  config = _config(mesh=mesh, mode=mode, train__microbatches=parts, **DROPOUT)
+  numbers, _, first = _run(config, prefix=True)
   want, _, reference = one_device
   np.testing.assert_allclose(numbers, want, rtol=1e-5)
   for (path, ours), theirs in zip(
@@ -113,6 +120,23 @@ def test_same_numbers_however_it_is_computed(
   ):
     assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max(), path
   assert "rematerialization" not in capfd.readouterr().err
+
+
+def test_a_new_mesh_axis_is_a_field_and_a_rule(monkeypatch):
+  """As context parallelism will add one; of size 1 it changes no number."""
+
+  @dataclasses.dataclass(kw_only=True)
+  class Wider(config_lib.MeshConfig):
+    context: int | None = config_lib.mesh_axis(1)
+
+  config = _config()
+  want, _, _ = _run(config, n=1)
+  monkeypatch.setattr(sharding, "MESH_AXES", (*sharding.MESH_AXES, "context"))
+  monkeypatch.setitem(sharding.RULES, "length", "context")
+  config.mesh = Wider(data=2, fsdp=2, tensor=2)
+  got, state, _ = _run(config, n=1)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  assert "context" in state.params["embed"].sharding.mesh.axis_names
 
 
 def test_layout_is_kept_by_the_step():
@@ -137,30 +161,25 @@ def test_other_optimizers_on_a_mesh(name, capfd, compiled_anew):
 
 
 def test_loss_is_the_mean_over_scored_tokens_of_the_whole_batch():
-  """Against one row at a time, without dropout and z-loss."""
-  fields = {
-    "model__residual_dropout": 0.0,
-    "model__embedding_dropout": 0.0,
-    "train__z_loss": 0.0,
-  }
-  config = _config(train__microbatches=4, **fields)
-  numbers, _, _ = _run(config, n=1)
-  params = decoder.init_params(config.model, jax.random.key(config.seed))
-  batch, nll, weight = _batch(0), 0.0, 0.0
-  for row in range(B):
-    one = {k: jnp.asarray(v[row : row + 1]) for k, v in batch.items()}
-    hidden = decoder.forward(
-      config.model, params, one["inputs"], one["positions"], one["segments"]
-    )
-    scores = np.asarray(
-      decoder.logits(config.model, params, hidden), np.float64
-    )
-    share = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
-    ids = np.asarray(one["targets"])[..., None]
-    picked = np.take_along_axis(share, ids, -1)[..., 0]
-    nll -= (one["weights"] * picked).sum()
-    weight += one["weights"].sum()
-  assert numbers[0, 0] == pytest.approx(float(nll / weight), rel=1e-5)
+  """Against the NumPy reference, without dropout and z-loss; a prefix that is
+  left out shows.
+  """
+  config = _config(train__microbatches=4, train__z_loss=0.0)
+  make = jax.jit(functools.partial(decoder.init_params, config.model))
+  params = jax.tree.map(np.asarray, make(jax.random.key(config.seed)))
+  (causal,), (prefixed,) = (
+    _run(config, n=1, prefix=prefix)[0][:, 0] for prefix in (False, True)
+  )
+
+  def wanted(batch):
+    scores = reference.forward(params, config.model, batch)
+    logs = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+    picked = np.take_along_axis(logs, batch.targets[..., None], -1)[..., 0]
+    return -np.average(picked, weights=batch.weights)
+
+  assert causal == pytest.approx(wanted(_batch(0)), rel=1e-5)
+  assert prefixed == pytest.approx(wanted(_batch(0, prefix=True)), rel=1e-5)
+  assert abs(causal - prefixed) > 1e-4 * causal
 
 
 def test_clip_bounds_the_gradient_that_the_optimizer_sees():
@@ -178,14 +197,18 @@ def test_clip_bounds_the_gradient_that_the_optimizer_sees():
 
 def test_moving_average_closed_form():
   config = _config(optimizer__ema_decay=0.75)
-  states = [_run(config, n)[1] for n in range(3)]
-  want = jax.tree.map(np.asarray, states[0].params)
-  for state in states[1:]:
+  mesh = sharding.make_mesh(config, jax.devices()[:1])
+  state = step_lib.create_state(config, mesh)
+  step = step_lib.compile_step(config, mesh)
+  where = step_lib.batch_sharding(config, mesh)
+  want = jax.tree.map(np.array, state.params)
+  for i in range(2):
+    state, _ = step(state, sharding.place(_batch(i), where, B))
     want = jax.tree.map(
       lambda e, p: 0.75 * e + 0.25 * np.asarray(p), want, state.params
     )
   for a, b in zip(
-    jax.tree.leaves(states[-1].ema), jax.tree.leaves(want), strict=True
+    jax.tree.leaves(state.ema), jax.tree.leaves(want), strict=True
   ):
     np.testing.assert_allclose(np.asarray(a), b, rtol=1e-5, atol=1e-7)
 
@@ -200,7 +223,7 @@ def test_steps_that_are_outliers_or_not_finite_are_left_out_and_counted():
 
   def go(state, weights_factor=1.0):
     batch = _batch(0)
-    batch["weights"] *= np.float32(weights_factor)
+    batch.weights *= np.float32(weights_factor)
     return step(state, sharding.place(batch, where, B))
 
   for _ in range(5):
@@ -234,7 +257,7 @@ def test_layers_add_nothing_to_the_program():
         jax.jit(step_lib.train_step(config))
         .lower(
           step_lib.abstract_state(config, mesh),
-          step_lib.abstract_batch(config, mesh),
+          batch_lib.abstract(config, step_lib.batch_sharding(config, mesh)),
         )
         .as_text()
         .count("\n")
@@ -257,7 +280,9 @@ def shardings() -> dict[str, dict[str, str]]:
     config.train.batch_size = 8
     config.train.microbatches = 1
     odd = config.model.vocab_size % 2 or config.model.n_heads % 2
-    config.mesh = config_lib.MeshConfig("jit", 2, 4 if odd else 2, 2 - odd)
+    config.mesh = config_lib.MeshConfig(
+      data=2, fsdp=4 if odd else 2, tensor=2 - odd
+    )
     mesh = sharding.make_mesh(config)
     state = step_lib.abstract_state(config, mesh)
     found[path.stem] = {

@@ -176,7 +176,9 @@ def test_packing_positions_go_on(plant):
 def test_packing_scores_the_first_token_of_the_next_document(plant):
   def mistake(real, tokens, documents):
     row = real(tokens, documents)
-    return row | {"weights": (row["segments"] > 0).astype(np.float32)}
+    return dataclasses.replace(
+      row, weights=(row.segments > 0).astype(np.float32)
+    )
 
   plant(objectives, "causal", mistake)
   assert "loss" in caught("packing", config()).compared
@@ -217,7 +219,7 @@ def test_prefill_is_a_position_late(plant):
 
 def test_accumulation_divides_by_microbatch(plant):
   def mistake(real, c, params, batch, key, rows):
-    scale = batch["weights"].size / jnp.maximum(jnp.sum(batch["weights"]), 1)
+    scale = batch.weights.size / jnp.maximum(jnp.sum(batch.weights), 1)
     total, nll = real(c, params, batch, key, rows)
     return total * scale, nll * scale
 

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 
+from lm import batch as batch_lib
 from lm import config as config_lib
 from lm.data import objectives
 from lm.data import store as store_lib
 
-Batch = dict[str, np.ndarray]
 # Threads that read windows; TensorStore has its own besides.
 _THREADS = 2
 
@@ -33,8 +34,8 @@ def train_batches(
   *,
   start_step: int = 0,
   rows: tuple[int, int] | None = None,
-) -> Iterator[Batch]:
-  """Batches from `start_step` on: the fields of the batch table.
+) -> Iterator[batch_lib.Batch]:
+  """Batches from `start_step` on.
 
   `rows` are the rows [first, last) of each global batch that this process
   reads, all by default. Ends after `data.epochs`, the last batch filled up
@@ -46,7 +47,7 @@ def train_batches(
   order = training_order(config, prepared)
   n_batches = n_train_batches(config, prepared)
 
-  def make(step: int) -> Batch:
+  def make(step: int) -> batch_lib.Batch:
     at = range(step * t.batch_size + first, step * t.batch_size + last)
     windows = [order[i] if i < len(order) else None for i in at]
     return _batch(prepared.train, windows, t.sequence_length)
@@ -112,7 +113,7 @@ def validation_batches(
   prepared: store_lib.Prepared,
   *,
   rows: tuple[int, int] | None = None,
-) -> Iterator[tuple[int, Batch]]:
+) -> Iterator[tuple[int, batch_lib.Batch]]:
   """Yields (index of the source, batch), source after source, in fixed order.
 
   Every token but bos is scored once, and the last batch of a source is filled
@@ -126,7 +127,7 @@ def validation_batches(
   for s, store in enumerate(prepared.validation):
     n = n_windows(store, t.sequence_length)
 
-    def make(step: int, s: int = s, n: int = n) -> Batch:
+    def make(step: int, s: int = s, n: int = n) -> batch_lib.Batch:
       at = range(step * t.batch_size + first, step * t.batch_size + last)
       windows = [(s, i) if i < n else None for i in at]
       return _batch(prepared.validation, windows, t.sequence_length)
@@ -153,23 +154,25 @@ def _batch(
   stores: list[store_lib.TokenStore],
   windows: list[tuple[int, int] | None],
   length: int,
-) -> Batch:
+) -> batch_lib.Batch:
   """The rows of `windows`; None is a row of padding."""
-  built = []
-  for window in windows:
-    # A window past the end is all padding.
-    s, i = window or (0, n_windows(stores[0], length))
-    tokens, documents = stores[s].window(i * length, length + 1)
-    built.append(objectives.causal(tokens, documents))
-  return {key: np.stack([row[key] for row in built]) for key in built[0]}
+  padding = jax.tree.map(lambda a: a[0], batch_lib.empty(1, length))
+
+  def row(window: tuple[int, int] | None) -> batch_lib.Batch:
+    if window is None:
+      return padding
+    s, i = window
+    return objectives.causal(*stores[s].window(i * length, length + 1))
+
+  return jax.tree.map(lambda *rows: np.stack(rows), *map(row, windows))
 
 
 def _prefetched(
   config: config_lib.Config,
-  make: Callable[[int], Batch],
+  make: Callable[[int], batch_lib.Batch],
   start: int,
   stop: int,
-) -> Iterator[Batch]:
+) -> Iterator[batch_lib.Batch]:
   """Yields make(start), ..., make(stop - 1), made ahead by grain's threads."""
   ahead = max(_THREADS, config.data.prefetch_rows // config.train.batch_size)
   batches = grain.MapDataset.range(start, stop).map(make)
@@ -185,7 +188,11 @@ class DevicePrefetch:
   only waits where both are too slow.
   """
 
-  def __init__(self, batches: Iterator[Batch], place: Callable[[Batch], Any]):
+  def __init__(
+    self,
+    batches: Iterator[batch_lib.Batch],
+    place: Callable[[batch_lib.Batch], Any],
+  ):
     self._batches = batches
     self._place = place
     self._worker = concurrent.futures.ThreadPoolExecutor(1)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lm import batch as batch_lib
+
 
 class Window(NamedTuple):
   """Reads tokens [first, stop) to predict tokens [first + 1, stop + 1), of
@@ -51,7 +53,7 @@ def cut(n_targets: int, context: int, stride: int) -> Iterator[Window]:
 
 def pack(
   documents: Iterable[np.ndarray], n_rows: int, context: int, stride: int
-) -> Iterator[tuple[dict[str, np.ndarray], list[Place]]]:
+) -> Iterator[tuple[batch_lib.Batch, list[Place]]]:
   """Yields batches [n_rows, context] and what they score, in document order.
 
   Each window goes to the first row with room for it. Windows in one row are
@@ -74,14 +76,7 @@ class _Rows:
   """A batch while it fills."""
 
   def __init__(self, n_rows: int, context: int):
-    shape = (n_rows, context)
-    self.batch = {
-      "inputs": np.zeros(shape, np.int32),
-      "targets": np.zeros(shape, np.int32),
-      "weights": np.zeros(shape, np.float32),
-      "segments": np.zeros(shape, np.int32),
-      "positions": np.zeros(shape, np.int32),
-    }
+    self.batch = batch_lib.empty(n_rows, context)
     self.places: list[Place] = []
     self._used = np.zeros(n_rows, np.int64)
 
@@ -90,8 +85,8 @@ class _Rows:
   ) -> bool:
     """Puts the window into the first row with room; False if there is none."""
     length = window.stop - window.first
-    shape = self.batch["inputs"].shape
-    (fitting,) = np.nonzero(self._used + length <= shape[1])
+    batch, context = self.batch, self.batch.inputs.shape[1]
+    (fitting,) = np.nonzero(self._used + length <= context)
     if not len(fitting):
       return False
     row = int(fitting[0])
@@ -100,11 +95,10 @@ class _Rows:
     self._used[row] = stop
     scored = stop - window.n_scored
     self.places.append(Place(document, row, scored, stop, is_last))
-    self.batch["inputs"][row, first:stop] = tokens[window.first : window.stop]
-    self.batch["targets"][row, first:stop] = tokens[
-      window.first + 1 : window.stop + 1
-    ]
-    self.batch["weights"][row, scored:stop] = 1
-    self.batch["segments"][row, first:stop] = len(self.places)
-    self.batch["positions"][row, first:stop] = np.arange(length)
+    read = tokens[window.first : window.stop + 1]
+    batch.inputs[row, first:stop] = read[:-1]
+    batch.targets[row, first:stop] = read[1:]
+    batch.weights[row, scored:stop] = 1
+    batch.segments[row, first:stop] = len(self.places)
+    batch.positions[row, first:stop] = np.arange(length)
     return True

@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from lm import batch as batch_lib
 from lm import config as config_lib
 from lm import sharding
 from lm.data import sources, windows
@@ -37,37 +38,30 @@ class Scores(NamedTuple):
   n_bytes: Int[Array, "B T"]  # Of the text it stands for; 0 where not scored.
 
 
-Step = Callable[[decoder.Params, Mapping[str, Any], Any], Scores]
+Step = Callable[[decoder.Params, batch_lib.Batch, Any], Scores]
 
 
 def score(
   cfg: config_lib.ModelConfig,
   params: decoder.Params,
-  batch: Mapping[str, Any],
+  batch: batch_lib.Batch,
   byte_lengths: Int[Array, "V"],
 ) -> Scores:
-  """Scores a batch of the contract, on the mesh in context or on none.
+  """Scores a batch, on the mesh in context or on none.
 
   A target counts once if its weight is not 0, whatever the weight.
   """
-  hidden = decoder.forward(
-    cfg,
-    params,
-    batch["inputs"],
-    batch["positions"],
-    batch["segments"],
-    batch.get("prefix"),
-  )
+  hidden = decoder.forward(cfg, params, batch)
   nll = loss.token_nll(
     hidden,
     decoder.bind(cfg, params).head_weight(),
-    batch["targets"],
+    batch.targets,
     chunk=cfg.loss_chunk,
     softcap=cfg.logit_softcap,
   )
-  scored = batch["weights"] > 0
-  rows = sharding.spec("batch", None)
-  n_bytes = byte_lengths.at[batch["targets"]].get(out_sharding=rows)
+  scored = batch.weights > 0
+  rows = sharding.spec("batch", "length")
+  n_bytes = byte_lengths.at[batch.targets].get(out_sharding=rows)
   scores = Scores(
     jnp.where(scored, nll, 0), scored, jnp.where(scored, n_bytes, 0)
   )
@@ -157,7 +151,7 @@ def totals(scores: Scores) -> Totals:
 def evaluate_batches(
   step: Step,
   params: decoder.Params,
-  batches: Iterable[Mapping[str, Any]],
+  batches: Iterable[batch_lib.Batch],
   byte_lengths: np.ndarray,
   should_stop: Callable[[], bool] = lambda: False,
 ) -> Totals | None:
@@ -242,14 +236,16 @@ def _ahead(results: Iterable[Any]) -> Iterator[Any]:
   yield from queue
 
 
-def _place(batch: dict[str, np.ndarray]) -> dict[str, Any]:
+def _place(batch: batch_lib.Batch) -> batch_lib.Batch:
   """This process's rows of a batch onto the mesh in context, if there is one;
   every process has the whole batch.
   """
   if not sharding.has_mesh():
     return batch
-  where = NamedSharding(jax.sharding.get_mesh(), sharding.partition("batch"))
-  n_rows = len(batch["inputs"])
+  where = NamedSharding(
+    jax.sharding.get_mesh(), sharding.partition("batch", "length")
+  )
+  n_rows = len(batch.inputs)
   first, last = sharding.local_rows(where, n_rows)
-  rows = {name: a[first:last] for name, a in batch.items()}
+  rows = jax.tree.map(lambda a: a[first:last], batch)
   return sharding.place(rows, where, n_rows)

@@ -112,7 +112,7 @@ def of_prompts(
       x = jnp.take_along_axis(x, held[:, :, None, None], axis=1)
       return _pack(x.swapaxes(1, 2), int8)
 
-    run = attention.per_shard(
+    run = sharding.per_shard(
       local,
       ("batch", None, "kv_heads", None),
       ("batch",),
@@ -174,7 +174,7 @@ def extend(
 
   heads = ("batch", None, "heads", None)
   kv = ("batch", None, "kv_heads", None)
-  run = attention.per_shard(
+  run = sharding.per_shard(
     local, _HEADS, _HEADS, ("batch",), heads, kv, kv,
     out_axes=(heads, _HEADS, _HEADS),
   )  # fmt: skip
@@ -259,7 +259,7 @@ def insert(cache: Cache, row: Cache, new: Bool[Array, "B"]) -> Cache:
     return jax.lax.fori_loop(0, n, put, old)
 
   def run(axes, old, row):
-    insert_rows = attention.per_shard(
+    insert_rows = sharding.per_shard(
       local, axes, axes, ("batch",), out_axes=axes
     )
     return insert_rows(old, row, new)

@@ -5,6 +5,7 @@ pure dict of arrays; the functions below join the two. `forward` stops before
 the head, so that the loss need never hold all logits (lm/model/loss.py).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
+from lm import batch as batch_lib
 from lm import config as config_lib
-from lm import sharding
-from lm.model import attention, layers
+from lm.model import attention, layers, weights
 from lm.model import cache as cache_lib
 
 Params = Any  # nested dict of arrays; the layers' have a leading axis L
@@ -69,10 +70,10 @@ class Decoder(nnx.Module):
   def __init__(self, cfg: config_lib.ModelConfig, rngs: nnx.Rngs):
     V, D, scale = cfg.vocab_size, cfg.d_model, cfg.init_scale
     self.cfg = cfg
-    self.embed = layers.weight(rngs, (V, D), ("vocab", "embed"), scale)
+    self.embed = weights.table(rngs, (V, D), ("vocab", "embed"), scale)
     if cfg.positions == "learned":
       shape = (cfg.context_length, D)
-      self.position_embed = layers.weight(rngs, shape, (None, "embed"), scale)
+      self.position_embed = weights.table(rngs, shape, (None, "embed"), scale)
 
     @nnx.split_rngs(splits=cfg.n_layers)
     @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
@@ -82,7 +83,8 @@ class Decoder(nnx.Module):
     self.layers = stacked(rngs)
     self.final_norm = layers.Norm(D, cfg)
     if not cfg.tied_embedding:
-      self.head = layers.weight(rngs, (D, V), ("embed", "vocab"), scale)
+      axes = ("embed", "vocab")
+      self.head = weights.matrix(rngs, (D, V), axes, scale, role="head")
 
   def unroll(self) -> "Decoder":
     """The same model with a Block per layer, each with arrays of its own."""
@@ -161,13 +163,7 @@ class Decoder(nnx.Module):
 
   def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """Scores of every next token, accumulated in float32."""
-    out = jnp.einsum(
-      "BTD,VD->BTV",
-      x,
-      self.head_weight().astype(x.dtype),
-      preferred_element_type=jnp.float32,
-      out_sharding=sharding.spec("batch", None, "vocab"),
-    )
+    out = weights.scores(x, self.head_weight(), "batch", "length", "vocab")
     cap = self.cfg.logit_softcap
     return out if cap is None else cap * jnp.tanh(out / cap)
 
@@ -259,8 +255,31 @@ def init_params(cfg: config_lib.ModelConfig, key: Key[Array, ""]) -> Params:
 @functools.lru_cache
 def _graph(cfg: config_lib.ModelConfig) -> nnx.GraphDef:
   """The structure alone, the same for every mesh."""
+  return nnx.graphdef(_abstract(cfg))
+
+
+@functools.lru_cache
+def _abstract(cfg: config_lib.ModelConfig) -> Decoder:
+  """A model without arrays, made where no mesh is in context."""
   with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-    return nnx.graphdef(nnx.eval_shape(lambda: Decoder(cfg, nnx.Rngs(0))))
+    return nnx.eval_shape(lambda: Decoder(cfg, nnx.Rngs(0)))
+
+
+@functools.lru_cache
+def declared(cfg: config_lib.ModelConfig) -> Any:
+  """The `Weight` of every parameter, as a tree like theirs."""
+
+  def of(path, param):
+    stacked = path[0].key == "layers"
+    return dataclasses.replace(weights.declared(param), stacked=stacked)
+
+  return nnx.to_pure_dict(
+    jax.tree_util.tree_map_with_path(
+      of,
+      nnx.state(_abstract(cfg)),
+      is_leaf=lambda x: isinstance(x, nnx.Variable),
+    )
+  )
 
 
 def bind(cfg: config_lib.ModelConfig, params: Params) -> Decoder:
@@ -271,16 +290,16 @@ def bind(cfg: config_lib.ModelConfig, params: Params) -> Decoder:
 def forward(
   cfg: config_lib.ModelConfig,
   params: Params,
-  inputs: Int[Array, "B T"],
-  positions: Int[Array, "B T"],
-  segments: Int[Array, "B T"],
-  prefix: Bool[Array, "B T"] | None = None,
+  batch: batch_lib.Batch,
   *,
   keys: Key[Array, "B"] | None = None,
 ) -> Float[Array, "B T D"]:
-  """What the head reads, for a batch of the contract in docs/design."""
-  tokens = attention.Tokens(positions, segments, prefix)
-  return bind(cfg, params)(inputs, tokens, keys)
+  """Hidden states after the final norm, which the head reads.
+
+  `keys`, one per row, turn dropout on.
+  """
+  tokens = attention.Tokens(batch.positions, batch.segments, batch.prefix)
+  return bind(cfg, params)(batch.inputs, tokens, keys)
 
 
 def logits(

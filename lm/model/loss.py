@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lm import sharding
+from lm.model import weights as weights_lib
 
 
 def cross_entropy(
@@ -45,7 +46,7 @@ def token_nll(
   softcap: float | None = None,
 ) -> Float[Array, "B T"]:
   """Negative log-likelihood of each target, in nats."""
-  rows = ("batch", None)
+  rows = ("batch", "length")
 
   def local(x, head, targets):
     head = _whole(head, x.dtype)
@@ -58,7 +59,7 @@ def token_nll(
     _, nll = _over_chunks(one, None, chunk, x, targets)
     return nll
 
-  run = _per_shard(
+  run = sharding.per_shard(
     local, (*rows, None), ("vocab", "embed"), rows, out_axes=rows
   )
   return run(x, head, targets)
@@ -66,8 +67,8 @@ def token_nll(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(options, x, head, targets, weights):
-  rows = ("batch", None)
-  run = _per_shard(
+  rows = ("batch", "length")
+  run = sharding.per_shard(
     functools.partial(_local_sums, options),
     (*rows, None),
     ("vocab", "embed"),
@@ -79,8 +80,8 @@ def _cross_entropy(options, x, head, targets, weights):
 
 
 def _forward(options, x, head, targets, weights):
-  rows = ("batch", None)
-  run = _per_shard(
+  rows = ("batch", "length")
+  run = sharding.per_shard(
     functools.partial(_local_sums_and_gradients, options),
     (*rows, None),
     ("vocab", "embed"),
@@ -117,7 +118,7 @@ def _local_sums(options, x, head, targets, weights):
 
   zero = jnp.zeros((), jnp.float32)
   sums, _ = _over_chunks(one, (zero, zero), chunk, x, targets, weights)
-  return tuple(_psum(s, ("data", "fsdp")) for s in sums)
+  return tuple(_psum(s, "batch", "length") for s in sums)
 
 
 def _local_sums_and_gradients(options, x, head, targets, weights):
@@ -137,24 +138,26 @@ def _local_sums_and_gradients(options, x, head, targets, weights):
     f32 = jnp.float32
     dx = jnp.einsum("BCV,VD->BCD", d, whole, preferred_element_type=f32)
     dhead += jnp.einsum("BCV,BCD->VD", d, x, preferred_element_type=f32)
-    dx = _psum(dx, ("tensor",)).astype(x.dtype)
+    dx = _psum(dx, "vocab").astype(x.dtype)
     return (*_add(sums, nll, log_z, weights, z_loss), dhead), dx
 
   zero = jnp.zeros((), jnp.float32)
   dhead = jnp.zeros(whole.shape, jnp.float32)
   carry, dx = _over_chunks(one, (zero, zero, dhead), chunk, x, targets, weights)
-  loss, nll = (_psum(s, ("data", "fsdp")) for s in carry[:2])
-  dhead = _psum(carry[2], ("data",))
+  loss, nll = (_psum(s, "batch", "length") for s in carry[:2])
+  dhead = carry[2]
   if sharding.has_mesh():
-    dhead = jax.lax.psum_scatter(dhead, "fsdp", scatter_dimension=1, tiled=True)
+    # Summed over all tokens, and cut again along the width.
+    width = sharding.mesh_axes("embed")
+    tokens = sharding.mesh_axes("batch", "length")
+    dhead = jax.lax.psum(dhead, [axis for axis in tokens if axis not in width])
+    dhead = jax.lax.psum_scatter(dhead, width, scatter_dimension=1, tiled=True)
   return loss, nll, dx, dhead.astype(head.dtype)
 
 
 def _scores(x, head, softcap):
   """Float32 logits [B, C, V] of a chunk and d(logits) / d(x head)."""
-  scores = jnp.einsum(
-    "BCD,VD->BCV", x, head, preferred_element_type=jnp.float32
-  )
+  scores = weights_lib.scores(x, head)
   if softcap is None:
     return scores, jnp.float32(1)
   scores = softcap * jnp.tanh(scores / softcap)
@@ -165,12 +168,14 @@ def _nll(scores, targets):
   """Nats of each target, log of the partition sum, and the one-hot target."""
   top = _pmax(jnp.max(scores, axis=-1))
   total = jnp.sum(jnp.exp(scores - top[..., None]), axis=-1)
-  log_z = top + jnp.log(_psum(total, ("tensor",)))
+  log_z = top + jnp.log(_psum(total, "vocab"))
   size = scores.shape[-1]
-  first = jax.lax.axis_index("tensor") * size if sharding.has_mesh() else 0
+  first = 0
+  if sharding.has_mesh():
+    first = size * jax.lax.axis_index(sharding.mesh_axes("vocab"))
   # A gather over a sharded vocabulary would cross devices; a comparison stays.
   hit = jnp.arange(size)[None, None, :] + first == targets[..., None]
-  chosen = _psum(jnp.sum(jnp.where(hit, scores, 0), axis=-1), ("tensor",))
+  chosen = _psum(jnp.sum(jnp.where(hit, scores, 0), axis=-1), "vocab")
   return log_z - chosen, log_z, hit
 
 
@@ -207,31 +212,23 @@ def _over_chunks(step, carry, chunk, *arrays):
 # --- the mesh, or none --------------------------------------------------------
 
 
-def _per_shard(function, *in_axes, out_axes):
-  if not sharding.has_mesh():
-    return function
-  nested = out_axes and isinstance(out_axes[0], tuple)
-  return jax.shard_map(
-    function,
-    in_specs=tuple(sharding.partition(*axes) for axes in in_axes),
-    out_specs=tuple(sharding.partition(*axes) for axes in out_axes)
-    if nested
-    else sharding.partition(*out_axes),
-    check_vma=False,
-  )
-
-
 def _whole(head, dtype):
   """This device's vocabulary rows over the full width, in `dtype`."""
   head = head.astype(dtype)
   if not sharding.has_mesh():
     return head
-  return jax.lax.all_gather(head, "fsdp", axis=1, tiled=True)
+  return jax.lax.all_gather(
+    head, sharding.mesh_axes("embed"), axis=1, tiled=True
+  )
 
 
-def _psum(x, axes):
-  return jax.lax.psum(x, axes) if sharding.has_mesh() else x
+def _psum(x, *axes):
+  """Sum over the devices that logical axes are cut along."""
+  return (
+    jax.lax.psum(x, sharding.mesh_axes(*axes)) if sharding.has_mesh() else x
+  )
 
 
 def _pmax(x):
-  return jax.lax.pmax(x, "tensor") if sharding.has_mesh() else x
+  axes = sharding.mesh_axes("vocab")
+  return jax.lax.pmax(x, axes) if sharding.has_mesh() else x

@@ -39,7 +39,6 @@ from jaxtyping import Array, Float, Int
 
 from lm import config as config_lib
 from lm import sharding
-from lm.model import attention
 from lm.model import cache as cache_lib
 from lm.sample import engine as engine_lib
 from lm.sample import loop, rules, text
@@ -278,7 +277,7 @@ def _follow(cache, parents, lengths):
   rows = ("batch",)
   # All that the cache holds of a layer is cut along rows and kv heads.
   heads = ("batch", "kv_heads")
-  take = attention.per_shard(
+  take = sharding.per_shard(
     lambda tree, parents: jax.tree.map(lambda x: x[parents], tree),
     heads,
     rows,

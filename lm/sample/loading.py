@@ -59,9 +59,9 @@ def meta() -> checkpoint.Meta:
   """
   found = checkpoint.load_meta(check(), _STEP.value)
   if _MESH.value is not None:
-    _, fsdp, tensor = _shape(_MESH.value)
+    shape = dict(zip(sharding.MESH_AXES, _shape(_MESH.value), strict=True))
     try:
-      sharding.check_model(found.config.model, fsdp, tensor)
+      sharding.check_model(found.config.model, shape)
     except config_lib.ConfigError as error:
       mesh = ",".join(_MESH.value)
       raise config_lib.ConfigError(f"--mesh={mesh}: {error}") from error
@@ -97,7 +97,7 @@ def _shape(numbers: list[str]) -> tuple[int, ...]:
     shape = ()
   if len(shape) != len(sharding.MESH_AXES) or min(shape) < 1:
     raise config_lib.ConfigError(
-      f"--mesh={','.join(numbers)}: must be three numbers of devices, along "
-      "data, fsdp and tensor, such as 1,1,4"
+      f"--mesh={','.join(numbers)}: must be {len(sharding.MESH_AXES)} numbers "
+      f"of devices, along {', '.join(sharding.MESH_AXES)}, such as 1,1,4"
     )
   return shape

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lm import config as config_lib
 from lm import sharding
-from lm.model import attention, decoder, layers
+from lm.model import attention
 from lm.model import cache as cache_lib
 from lm.sample import request, rules
 
@@ -77,58 +77,6 @@ class Drawn:
   other_ids: Int[Array, "B C A"]
   other_logs: Float[Array, "B C A"]
   n: Int[Array, "B"]
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "int8"))
-def unroll(
-  cfg: config_lib.ModelConfig, params: decoder.Params, int8: bool = False
-) -> tuple[Any, Any]:
-  """Graph and arrays of the model, with arrays of its own for each layer.
-
-  All but vectors come in the compute dtype, to which the model would
-  otherwise cast them at every use, and are gathered over `fsdp` once. Kernels
-  that training may demand are left to choice: lengths are others here.
-
-  `int8` rounds the layers' matrices to 8 bits, with a float32 scale for each
-  output; embedding and head stay as they are.
-  """
-  cfg = dataclasses.replace(cfg, attention="auto")
-  graph, state = nnx.split(decoder.bind(cfg, params).unroll())
-
-  def gather(x):
-    axes = jax.typeof(x).sharding.spec
-    return jax.sharding.reshard(
-      x, P(*(None if a == "fsdp" else a for a in axes))
-    )
-
-  def prepare(path, x):
-    names = [getattr(key, "key", None) for key in path]
-    n_inputs = sum(n for name, n in _INPUTS.items() if name in names)
-    if int8 and n_inputs:
-      x = _round(x, n_inputs)
-    elif x.ndim > 1:
-      x = x.astype(cfg.dtype)
-      if "down" in names and sharding.platform() == "cpu":
-        x = layers.Reversed(x.T)
-    return jax.tree.map(gather, x) if sharding.has_mesh() else x
-
-  return graph, jax.tree_util.tree_map_with_path(prepare, state)
-
-
-# Axes that are summed over, first in each of a layer's matrices.
-_INPUTS = {"q": 1, "k": 1, "v": 1, "o": 2, "up": 1, "gate": 1, "down": 1}
-
-
-def _round(x: Float[Array, "..."], n_inputs: int) -> Any:
-  """A qwix.QArray: int8, with a scale for each place along the last axes."""
-  try:
-    import qwix
-  except ImportError as error:
-    raise config_lib.ConfigError(
-      "weights='int8': needs qwix; pip install 'next-token[int8]'"
-    ) from error
-  outputs = range(n_inputs, x.ndim)
-  return qwix.quantize(x, jnp.int8, channelwise_axes=outputs)
 
 
 @functools.partial(

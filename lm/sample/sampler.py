@@ -27,8 +27,8 @@ from jax.sharding import PartitionSpec as P
 from lm import checkpoint, sharding
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
-from lm.model import decoder
-from lm.sample import beam, loop, rules, scoring
+from lm.model import decoder, inference
+from lm.sample import beam, rules, scoring
 from lm.sample import engine as engine_lib
 from lm.sample import request as request_lib
 from lm.sample.request import (
@@ -96,9 +96,10 @@ class Sampler:
     # Devices along the batch.
     self.ways = 1
     if mesh is not None:
-      self.ways = mesh.shape["data"] * mesh.shape["fsdp"]
+      batch_axes = sharding.mesh_axes("batch")
+      self.ways = math.prod(mesh.shape[axis] for axis in batch_axes)
     with self.in_mesh():
-      self.graph, self.state = loop.unroll(cfg, params, weights == "int8")
+      self.graph, self.state = inference.unroll(cfg, params, weights == "int8")
 
   @classmethod
   def from_checkpoint(

@@ -403,8 +403,6 @@ class _Run:
     return bool(last) and "eval/loss" not in last[0]
 
   def _place(self, batch):
-    # `causal` marks no prefix; without the field, kernels' masks are fixed.
-    batch = {k: v for k, v in batch.items() if k != "prefix"}
     return sharding.place(batch, self.rows, self.config.train.batch_size)
 
   def _mesh(self):

@@ -4,7 +4,8 @@ Layers are stacked on a leading axis L, which no optimizer here may mistake for
 a dimension of the matrix.
 """
 
-from typing import Any, Literal
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +13,7 @@ import numpy as np
 import optax
 
 from lm import config as config_lib
-
-Kind = Literal["matrix", "embedding", "vector"]
-
-
-def kind_of(path: tuple[Any, ...]) -> Kind:
-  """What the parameter at a tree path is, by its name."""
-  name = path[-1].key
-  if name in ("embed", "position_embed", "head"):
-    return "embedding"
-  return "vector" if name == "scale" or name.endswith("bias") else "matrix"
-
-
-def kinds(params: Any) -> Any:
-  return jax.tree_util.tree_map_with_path(lambda path, _: kind_of(path), params)
+from lm.model import weights
 
 
 def schedule(
@@ -64,19 +52,21 @@ def rate_at(cfg: config_lib.OptimizerConfig, steps: int, step: int) -> float:
   return np.asarray(schedule(cfg, steps, cfg.peak_lr)(step)).item()
 
 
-def decayed(params: Any) -> Any:
-  """Which parameters decay: all but vectors."""
-  return jax.tree.map(lambda kind: kind != "vector", kinds(params))
-
-
 def make(
-  cfg: config_lib.OptimizerConfig, steps: int
+  cfg: config_lib.OptimizerConfig, steps: int, declared: Any
 ) -> optax.GradientTransformation:
   """The transformation, without the clip, which train/step.py does.
 
-  Weight decay takes lr * weight_decay of each parameter that is `decayed`,
-  whichever the optimizer, at the learning rate of that parameter.
+  `declared` is a tree like the parameters (`decoder.declared`). Weight decay
+  takes lr * weight_decay of every parameter but vectors, whichever the
+  optimizer, at the learning rate of that parameter.
   """
+
+  def decayed(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: weights.of(declared, path).role != "vector", params
+    )
+
   rate = schedule(cfg, steps, cfg.peak_lr)
   if cfg.name == "adamw":
     return optax.adamw(
@@ -116,7 +106,7 @@ def make(
     adam_b2=cfg.b2,
     adam_weight_decay=cfg.weight_decay,
     adam_learning_rate=schedule(cfg, steps, cfg.adam_peak_lr),
-    muon_weight_dimension_numbers=_muon_dimensions,
+    muon_weight_dimension_numbers=functools.partial(_muon_dimensions, declared),
   )
 
   def update(updates, state, params=None):
@@ -130,18 +120,17 @@ def make(
   return optax.GradientTransformation(muon.init, update)
 
 
-def _muon_dimensions(params: Any) -> Any:
-  """Which axes of each matrix are read and which are written (Muon treats
-  heads as one dimension with their width); None goes to AdamW.
+def _muon_dimensions(declared: Any, params: Any) -> Any:
+  """Which axes of each matrix are its inputs and which its outputs (heads and
+  their width are one dimension); None goes to AdamW.
   """
 
-  def dimensions(path, leaf):
-    if kind_of(path) != "matrix":
+  def dimensions(path, _):
+    weight = weights.of(declared, path)
+    if weight.role != "matrix":
       return None
-    first_out = leaf.ndim - 1 if path[-1].key in ("o", "down") else 2
     return optax.contrib.MuonDimensionNumbers(
-      reduction_axis=tuple(range(1, first_out)),
-      output_axis=tuple(range(first_out, leaf.ndim)),
+      reduction_axis=weight.input_axes, output_axis=weight.output_axes
     )
 
   return jax.tree_util.tree_map_with_path(dimensions, params)
@@ -172,14 +161,14 @@ def state_specs(params: Any, opt_state: Any) -> Any:
   Both trees hold abstract arrays; the parameters' carry their shardings.
   """
   P = jax.sharding.PartitionSpec
-  weights = {
+  by_path = {
     tuple(path): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
   }
 
   def spec(path, leaf):
     for start in range(len(path)):
-      found = weights.get(tuple(path[start:]))
+      found = by_path.get(tuple(path[start:]))
       if found is None:
         continue
       full = tuple(found.sharding.spec)

@@ -18,12 +18,12 @@ import optax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from lm import batch as batch_lib
 from lm import config as config_lib
 from lm import sharding
 from lm.model import decoder, layers, loss
 from lm.train import optimizer
 
-Batch = dict[str, Array]  # the contract's table, [B, T] each
 Metrics = dict[str, Array]  # scalars, and the batch's digest
 
 # Name of the device axis in mode pmap.
@@ -79,7 +79,7 @@ def from_trees(trees: dict[str, Any]) -> State:
 def init_state(config: config_lib.Config) -> State:
   """Fresh state from config.seed; under jit on a mesh, born sharded."""
   params = decoder.init_params(config.model, jax.random.key(config.seed))
-  opt_state = optimizer.make(config.optimizer, config.train.steps).init(params)
+  opt_state = _transform(config).init(params)
   if sharding.has_mesh():
     types = jax.tree.map(jax.typeof, params)
     specs = optimizer.state_specs(types, opt_state)
@@ -98,9 +98,14 @@ def init_state(config: config_lib.Config) -> State:
   )
 
 
+def _transform(config: config_lib.Config) -> optax.GradientTransformation:
+  declared = decoder.declared(config.model)
+  return optimizer.make(config.optimizer, config.train.steps, declared)
+
+
 def train_step(
   config: config_lib.Config,
-) -> Callable[[State, Batch], tuple[State, Metrics]]:
+) -> Callable[[State, batch_lib.Batch], tuple[State, Metrics]]:
   """The pure step for a config.
 
   Metrics are those of the batch before the update: `loss` (mean nats per
@@ -109,13 +114,13 @@ def train_step(
   out so far) where SkipConfig is on.
   """
   o = config.optimizer
-  transform = optimizer.make(o, config.train.steps)
+  transform = _transform(config)
   rate = optimizer.schedule(o, config.train.steps, o.peak_lr)
 
-  def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+  def step(state: State, batch: batch_lib.Batch) -> tuple[State, Metrics]:
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     sums = _over_microbatches(config, state.params, batch, key)
-    digest = sharding.digest(batch, _rows(config, batch)[0])
+    digest = sharding.digest(batch.present(), _rows(config, batch)[0])
     if config.mesh.mode == "pmap":
       sums, digest = jax.lax.psum((sums, digest), _PMAP_AXIS)
     gradients, nll, weight = sums
@@ -155,7 +160,7 @@ def _over_microbatches(config, params, batch, key):
 
   def sums(batch, rows):
     (_, nll), gradients = differentiate(params, batch, key, rows)
-    return gradients, nll, jnp.sum(batch["weights"])
+    return gradients, nll, jnp.sum(batch.weights)
 
   first, n_rows = _rows(config, batch)
   rows = first + jnp.arange(n_rows)
@@ -166,7 +171,7 @@ def _over_microbatches(config, params, batch, key):
 
   # Row r goes to part r mod n: each device splits its own rows, none move.
   def split(a):
-    axes = ("batch", *(None,) * a.ndim)
+    axes = ("batch", None, "length")[: a.ndim + 1]
     cut = (n_rows // n, n, *a.shape[1:])
     a = jax.lax.reshape(a, cut, out_sharding=sharding.spec(*axes))
     return jnp.moveaxis(a, 1, 0)
@@ -182,7 +187,7 @@ def _over_microbatches(config, params, batch, key):
 
 def _rows(config, batch):
   """First row of the batch that is at hand, and how many are."""
-  n_rows = batch["inputs"].shape[0]
+  n_rows = batch.inputs.shape[0]
   if config.mesh.mode == "jit":
     return 0, n_rows
   return jax.lax.axis_index(_PMAP_AXIS) * n_rows, n_rows
@@ -192,20 +197,13 @@ def _loss_sums(config, params, batch, key, rows):
   """(sum to differentiate, sum of weight * nll) over the batch's tokens."""
   m = config.model
   drops = m.embedding_dropout > 0 or m.residual_dropout > 0
-  hidden = decoder.forward(
-    m,
-    params,
-    batch["inputs"],
-    batch["positions"],
-    batch["segments"],
-    batch.get("prefix"),
-    keys=layers.row_keys(key, rows) if drops else None,
-  )
+  keys = layers.row_keys(key, rows) if drops else None
+  hidden = decoder.forward(m, params, batch, keys=keys)
   return loss.cross_entropy(
     hidden,
     decoder.bind(m, params).head_weight(),
-    batch["targets"],
-    batch["weights"],
+    batch.targets,
+    batch.weights,
     chunk=m.loss_chunk,
     softcap=m.logit_softcap,
     z_loss=config.train.z_loss,
@@ -256,8 +254,9 @@ def _judge(skip, old: History, mean, norm) -> tuple[Array, History]:
 def batch_sharding(
   config: config_lib.Config, mesh: jax.sharding.Mesh
 ) -> jax.sharding.NamedSharding:
-  """Where the rows of a batch lie."""
-  return jax.sharding.NamedSharding(mesh, sharding.partition("batch"))
+  """Where the arrays of a batch lie."""
+  where = sharding.partition("batch", "length")
+  return jax.sharding.NamedSharding(mesh, where)
 
 
 def abstract_state(config: config_lib.Config, mesh: jax.sharding.Mesh) -> State:
@@ -282,15 +281,20 @@ def create_state(config: config_lib.Config, mesh: jax.sharding.Mesh) -> State:
 
 
 def compile_step(
-  config: config_lib.Config, mesh: jax.sharding.Mesh
-) -> Callable[[State, Batch], tuple[State, Metrics]]:
+  config: config_lib.Config,
+  mesh: jax.sharding.Mesh,
+  *,
+  prefix: bool = False,
+) -> Callable[[State, batch_lib.Batch], tuple[State, Metrics]]:
   """The step, compiled ahead of its first call; it donates the state.
 
-  In mode pmap the batch's rows are cut over the devices and each computes its
+  `prefix` says whether the batches have one: the mask is static without. In
+  mode pmap the batch's rows are cut over the devices and each computes its
   own, with one psum of the sums; the state is whole on every device.
   """
   state = abstract_state(config, mesh)
-  batch = abstract_batch(config, mesh)
+  rows = batch_sharding(config, mesh)
+  batch = batch_lib.abstract(config, rows, prefix=prefix)
   if config.mesh.mode == "jit":
     with jax.set_mesh(mesh):
       step = jax.jit(train_step(config), donate_argnums=0)
@@ -317,30 +321,9 @@ def compile_step(
     copies = [shard.data for shard in x.addressable_shards]
     return jax.make_array_from_single_device_arrays(x.shape, whole, copies)
 
-  def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+  def step(state: State, batch: batch_lib.Batch) -> tuple[State, Metrics]:
     new, metrics = pmapped(state, jax.tree.map(split, batch))
     several = jax.process_count() > 1
     return jax.tree.map(joined, new) if several else new, metrics
 
   return step
-
-
-def abstract_batch(
-  config: config_lib.Config, mesh: jax.sharding.Mesh
-) -> dict[str, jax.ShapeDtypeStruct]:
-  """The contract's batch at the config's size. `causal` marks no prefix, and
-  leaves it out, so that kernels may fix their masks when they are compiled.
-  """
-  shape = (config.train.batch_size, config.train.sequence_length)
-  where = batch_sharding(config, mesh)
-  dtypes = {
-    "inputs": jnp.int32,
-    "targets": jnp.int32,
-    "weights": jnp.float32,
-    "segments": jnp.int32,
-    "positions": jnp.int32,
-  }
-  return {
-    name: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-    for name, dtype in dtypes.items()
-  }

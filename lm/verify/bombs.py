@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -208,6 +209,17 @@ def _join_group(leader: int) -> None:
       time.sleep(0.01)
 
 
+def _cache_programs() -> None:
+  """Lets every process write to the compilation cache. JAX lets process 0
+  alone, whose programs serve the others, but not on CPUs: there the cache's key
+  is of the process too, and each start of the others would compile again.
+  """
+  from jax._src import compiler
+
+  state = types.SimpleNamespace(process_id=0, client=None)
+  compiler.distributed = types.SimpleNamespace(global_state=state)  # type: ignore
+
+
 def train(
   arguments: list[str],
   order: Order,
@@ -231,6 +243,7 @@ def train(
 
   for name, value in options.items():
     jax.config.update(name, value)
+  _cache_programs()
   if order.window is not None:
     plant(order, _striker(order))
   sys.argv = ["lm.train", *arguments]

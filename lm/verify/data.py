@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from lm import batch as batch_lib
 from lm import checkpoint
 from lm import config as config_lib
 from lm.data import pipeline, store
@@ -49,13 +50,13 @@ def batches(config: config_lib.Config) -> Iterator[Result]:
         wrong,
         0,
       )
-    distinct = {batch["inputs"].tobytes() for batch in whole}
+    distinct = {batch.inputs.tobytes() for batch in whole}
     yield result.judge(
       "batches", "batches that repeat another", _STEPS - len(distinct), 0
     )
 
 
-def _take(config, start, rows, n) -> list[pipeline.Batch]:
+def _take(config, start, rows, n) -> list[batch_lib.Batch]:
   """As a process that starts would: the stores are opened anew."""
   prepared = store.prepare(config)
   found = pipeline.train_batches(config, prepared, start_step=start, rows=rows)

@@ -339,7 +339,7 @@ def _at_random(lab: Lab, n_kills: int = 20, n_steps: int = 200) -> Result:
     # Half of them in seconds, which mostly hits the start, half in steps, few
     # enough to come before the end.
     order = (
-      bombs.Order("", "any time", delay=draw.uniform(0, 4))
+      bombs.Order("", "any time", delay=draw.uniform(0, 2))
       if draw.random() < 0.5
       else bombs.Order("", "any step", delay=float(draw.randint(1, 15)))
     )

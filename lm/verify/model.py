@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm import batch as batch_lib
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.model import counts, decoder
@@ -40,7 +41,7 @@ def causality(config: config_lib.Config) -> Iterator[Result]:
   first = 2 * length // 3
   lengths = [[first, length - first - length // 8]]
   row = trial.rows(lengths, length, model.vocab_size)
-  row["inputs"] = np.arange(length, dtype=np.int32)[None]
+  row.inputs[:] = np.arange(length)
   for windows in (*((w,) for w in dict.fromkeys(model.windows)), None):
     if windows is None:
       what, part = f"{model.n_layers} layers", model
@@ -50,7 +51,7 @@ def causality(config: config_lib.Config) -> Iterator[Result]:
       part = dataclasses.replace(model, n_layers=1, windows=windows)
     part = dataclasses.replace(part, init_scale=model.d_model**-0.5)
     found = _influence(part, trial.params(part), row)
-    may, read = _past(row, each), row["segments"][0] > 0
+    may, read = _past(row, each), row.segments[0] > 0
     yield result.judge(
       "causality",
       f"{what}: |gradient| by what comes after, is in another document or "
@@ -68,16 +69,14 @@ def causality(config: config_lib.Config) -> Iterator[Result]:
 
 def _influence(model, params, row) -> np.ndarray:
   """[T, S]: largest |d hidden[t] / d embedding of the token at s|."""
-  inputs, positions, segments = (
-    jnp.asarray(row[field]) for field in ("inputs", "positions", "segments")
-  )
-  n = inputs.shape[1]
+  row = jax.tree.map(jnp.asarray, row)
+  n = row.inputs.shape[1]
   direction = jax.random.normal(jax.random.key(3), (model.d_model,))
 
   def at(t, params):
     def project(embed):
       everything = {**params, "embed": embed}
-      hidden = decoder.forward(model, everything, inputs, positions, segments)
+      hidden = decoder.forward(model, everything, row)
       return hidden[0, t].astype(jnp.float32) @ direction
 
     slope = jax.grad(project)(params["embed"])
@@ -89,7 +88,7 @@ def _influence(model, params, row) -> np.ndarray:
 
 def _past(row, windows) -> np.ndarray:
   """[T, S]: whether layers of these windows can carry s to t."""
-  segments, place = row["segments"][0], np.arange(row["inputs"].shape[1])
+  segments, place = row.segments[0], np.arange(row.inputs.shape[1])
   distance = place[:, None] - place[None]
   reach = math.inf
   if None not in windows:
@@ -109,10 +108,10 @@ def packing(config: config_lib.Config) -> Iterator[Result]:
   alone = trial.rows([[n] for n in lengths], T, model.vocab_size, seed=1)
   ends = np.cumsum(lengths)
   for row, (n, end) in enumerate(zip(lengths, ends, strict=True)):
-    here = packed["inputs"][0, end - n : end]
-    alone["inputs"][row, :n] = here
-    alone["targets"][row, : n - 1] = here[1:]  # its last target is no more its
-  everything = {k: np.concatenate([packed[k], alone[k]]) for k in packed}
+    here = packed.inputs[0, end - n : end]
+    alone.inputs[row, :n] = here
+    alone.targets[row, : n - 1] = here[1:]  # its last target is no more its
+  everything = jax.tree.map(lambda *x: np.concatenate(x), packed, alone)
   logits = trial.logits(model, trial.params(model), everything)
   apart = [logits[3 + row, :n] for row, n in enumerate(lengths)]
   yield result.judge(
@@ -135,13 +134,13 @@ def padding(config: config_lib.Config) -> Iterator[Result]:
   config.train.microbatches = 1
   model, T = config.model, config.train.sequence_length
   base = trial.rows([[T // 2, T // 4], [T // 3]], T, model.vocab_size)
-  inputs = np.where(base["segments"] > 0, base["inputs"], 0)
-  other = dict(base, inputs=inputs)
-  wider = {k: np.pad(v, ((0, 1), (0, T))) for k, v in base.items()}
+  inputs = np.where(base.segments > 0, base.inputs, 0)
+  other = dataclasses.replace(base, inputs=inputs)
+  wider = jax.tree.map(lambda a: np.pad(a, ((0, 1), (0, T))), base)
   params = trial.params(model)
 
   def read(batch):
-    return trial.logits(model, params, batch)[batch["segments"] > 0]
+    return trial.logits(model, params, batch)[batch.segments > 0]
 
   plain = read(base)
   slopes, of_other = trial.gradients(config, [base, other])
@@ -187,7 +186,7 @@ def _decode_error(model: config_lib.ModelConfig) -> float:
   T = min(model.context_length, 256)
   n_new = min(24, T // 2)
   lengths = np.array([T - n_new, 1, (T - n_new) // 2, 2])
-  n_rows, places = len(lengths), np.arange(T)[None]
+  n_rows = len(lengths)
   ids = np.random.default_rng(5).integers(
     tokenizer_lib.BYTES_SIZE, size=(n_rows, T)
   )
@@ -211,12 +210,9 @@ def _decode_error(model: config_lib.ModelConfig) -> float:
   found = np.array([result.log_probabilities for result in results])
   at = lengths[:, None] + np.arange(n_new)
   np.put_along_axis(ids, at, drawn, axis=1)
-  batch = {
-    "inputs": ids.astype(np.int32),
-    "positions": np.broadcast_to(places, ids.shape).astype(np.int32),
-    "segments": np.ones_like(ids, np.int32),
-  }
-  logits = trial.logits(model, params, batch).astype(np.float64)
+  logits = trial.logits(model, params, batch_lib.unscored(ids)).astype(
+    np.float64
+  )
   logs = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
   row = np.arange(n_rows)[:, None]
   return trial.relative(found, logs[row, at - 1, drawn])
@@ -255,7 +251,7 @@ def dtypes(config: config_lib.Config) -> Iterator[Result]:
   config.optimizer = dataclasses.replace(config.optimizer, name="adamw")
   mesh = trial.mesh_of(config)
   state = step_lib.abstract_state(config, mesh)
-  batch = step_lib.abstract_batch(config, mesh)
+  batch = batch_lib.abstract(config, step_lib.batch_sharding(config, mesh))
   with jax.set_mesh(mesh):
     step = step_lib.train_step(config)
     traced, out = jax.make_jaxpr(step, return_shape=True)(state, batch)

@@ -13,15 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lm import batch as batch_lib
 from lm import config as config_lib
 from lm import sharding
 from lm.data import objectives
-from lm.model import decoder
-from lm.train import optimizer
+from lm.model import decoder, weights
 from lm.train import step as step_lib
-
-Batch = dict[str, Any]
-
 
 # --- configs ------------------------------------------------------------------
 
@@ -57,7 +54,10 @@ def on(
 ) -> config_lib.Config:
   """A copy on a mesh of this shape."""
   config = copy.deepcopy(config)
-  config.mesh = config_lib.MeshConfig(mode, *shape)  # type: ignore[arg-type]
+  config.mesh = config_lib.MeshConfig(
+    mode=mode,  # type: ignore[arg-type]
+    **dict(zip(sharding.MESH_AXES, shape, strict=True)),
+  )
   return config
 
 
@@ -97,8 +97,8 @@ def name(shape: Sequence[int]) -> str:
 
 def mesh_of(config: config_lib.Config) -> jax.sharding.Mesh:
   """The config's mesh, on the first of the devices."""
-  sizes = [getattr(config.mesh, axis) for axis in sharding.MESH_AXES]
-  return sharding.make_mesh(config, jax.devices()[: math.prod(sizes)])
+  n_devices = math.prod(config.mesh.sizes().values())  # type: ignore[arg-type]
+  return sharding.make_mesh(config, jax.devices()[:n_devices])
 
 
 # --- batches ------------------------------------------------------------------
@@ -106,7 +106,7 @@ def mesh_of(config: config_lib.Config) -> jax.sharding.Mesh:
 
 def rows(
   lengths: Sequence[Sequence[int]], length: int, vocab_size: int, seed: int = 0
-) -> Batch:
+) -> batch_lib.Batch:
   """A batch whose rows hold documents of these lengths, and then padding of
   random ids, so that reading it shows. A document that ends with its row has
   its last target beyond it.
@@ -118,12 +118,10 @@ def rows(
     owners = np.repeat(np.arange(1, len(row) + 1), row)[: length + 1]
     owners = np.pad(owners, (0, length + 1 - len(owners)))
     built.append(objectives.causal(tokens, owners.astype(np.int32)))
-  # As training does: the causal objective marks no prefix.
-  fields = [field for field in built[0] if field != "prefix"]
-  return {field: np.stack([row[field] for row in built]) for field in fields}
+  return jax.tree.map(lambda *leaves: np.stack(leaves), *built)
 
 
-def batch(config: config_lib.Config, seed: int) -> Batch:
+def batch(config: config_lib.Config, seed: int) -> batch_lib.Batch:
   """Random documents in rows of very unequal weight, the last one empty."""
   rng = np.random.default_rng(seed)
   n, length = config.train.batch_size, config.train.sequence_length
@@ -145,11 +143,11 @@ def params(model: config_lib.ModelConfig) -> decoder.Params:
   norm's scale of 1. Drawn by NumPy, since an initialiser compiles for seconds.
   """
   make = functools.partial(decoder.init_params, model)
-  rng = np.random.default_rng(7)
+  rng, declared = np.random.default_rng(7), decoder.declared(model)
 
   def draw(path, leaf):
     noise = rng.standard_normal(leaf.shape, np.float32)
-    if optimizer.kind_of(path) != "vector":
+    if weights.of(declared, path).role != "vector":
       return np.float32(model.init_scale) * noise
     neutral = path[-1].key == "scale" and not model.norm_unit_offset
     return np.float32(neutral) + np.float32(0.05) * noise
@@ -159,15 +157,13 @@ def params(model: config_lib.ModelConfig) -> decoder.Params:
 
 
 def logits(
-  model: config_lib.ModelConfig, params: decoder.Params, batch: Batch
+  model: config_lib.ModelConfig, params: decoder.Params, batch: batch_lib.Batch
 ) -> np.ndarray:
   """Those of a whole batch, [B, T, V]."""
 
   @jax.jit
   def run(params, batch):
-    hidden = decoder.forward(
-      model, params, batch["inputs"], batch["positions"], batch["segments"]
-    )
+    hidden = decoder.forward(model, params, batch)
     return decoder.logits(model, params, hidden)
 
   return np.asarray(run(params, jax.tree.map(jnp.asarray, batch)))
@@ -187,7 +183,10 @@ class Steps(NamedTuple):
 
 
 def steps(
-  config: config_lib.Config, batches: Sequence[Batch], *, fresh: bool = False
+  config: config_lib.Config,
+  batches: Sequence[batch_lib.Batch],
+  *,
+  fresh: bool = False,
 ) -> Steps:
   """Trains on `batches` on the config's mesh, from `params` and an optimizer
   that has seen nothing, or from the run's own `fresh` state.
@@ -225,7 +224,7 @@ def place(tree: Any, like: Any) -> Any:
 
 
 def gradients(
-  config: config_lib.Config, batches: Sequence[Batch]
+  config: config_lib.Config, batches: Sequence[batch_lib.Batch]
 ) -> list[dict[str, Any]]:
   """Loss and gradient of the real step for each of some batches of one shape,
   on one device: AdamW's first moment where it forgets at once.
@@ -234,7 +233,7 @@ def gradients(
   config.optimizer = config_lib.OptimizerConfig(
     name="adamw", b1=0.0, clip_norm=None
   )
-  shape = batches[0]["inputs"].shape
+  shape = batches[0].inputs.shape
   config.train.batch_size, config.train.sequence_length = shape
   mesh = mesh_of(config)
   step = step_lib.compile_step(config, mesh)

@@ -1,0 +1,71 @@
+"""Weights as decoding wants them: unrolled, gathered, cast or quantised."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from lm import config as config_lib
+from lm import sharding
+from lm.model import decoder, weights
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "int8"))
+def unroll(
+  cfg: config_lib.ModelConfig, params: decoder.Params, int8: bool = False
+) -> tuple[Any, Any]:
+  """Graph and arrays of the model, with arrays of its own for each layer.
+
+  All but vectors come in the compute dtype, to which the model would
+  otherwise cast them at every use, and are gathered along `embed` once. Kernels
+  that training may demand are left to choice: lengths are others here.
+
+  `int8` rounds the layers' matrices to 8 bits, with a float32 scale for each
+  output; embedding and head stay as they are.
+  """
+  cfg = dataclasses.replace(cfg, attention="auto")
+  graph, state = nnx.split(decoder.bind(cfg, params).unroll())
+
+  width = sharding.RULES["embed"]
+
+  def gather(x):
+    axes = jax.typeof(x).sharding.spec
+    return jax.sharding.reshard(
+      x, P(*(None if axis == width else axis for axis in axes))
+    )
+
+  def prepare(param):
+    x, declared = param.get_value(), weights.declared(param)
+    if int8 and declared.role == "matrix":
+      x = _round(x, declared.n_inputs)
+    elif declared.role != "vector":
+      x = x.astype(cfg.dtype)
+      is_tall = (
+        declared.role == "matrix" and x.ndim == 2 and x.shape[0] > x.shape[1]
+      )
+      if is_tall and sharding.platform() == "cpu":
+        x = weights.Reversed(x.T)
+    x = jax.tree.map(gather, x) if sharding.has_mesh() else x
+    return param.replace(x)
+
+  prepared = jax.tree.map(
+    prepare, state, is_leaf=lambda x: isinstance(x, nnx.Variable)
+  )
+  return graph, prepared
+
+
+def _round(x: Float[Array, "..."], n_inputs: int) -> Any:
+  """A qwix.QArray: int8, with a scale for each place along the last axes."""
+  try:
+    import qwix
+  except ImportError as error:
+    raise config_lib.ConfigError(
+      "weights='int8': needs qwix; pip install 'next-token[int8]'"
+    ) from error
+  outputs = range(n_inputs, x.ndim)
+  return qwix.quantize(x, jnp.int8, channelwise_axes=outputs)

@@ -1,0 +1,175 @@
+"""Weights: declared once, multiplied in one place.
+
+A `Weight` says what the rest of the project asks of an array of the model: its
+logical axes, how many of them a product sums over, and its role. It lies in the
+metadata of each `nnx.Param`; `decoder.declared` returns all of them, as a tree
+like the parameters. Optimizer groups, Muon's dimensions, weight decay and int8
+scales read it, and `dot` is every product of activations with a matrix.
+
+B batch, T query length, D model, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from lm import sharding
+
+Role = Literal["matrix", "embedding", "head", "vector"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+  """What one array of the model is.
+
+  `axes` are logical names (sharding.RULES). The first `n_inputs` of them are
+  summed over by a product; a vector (bias, norm scale) and a table that is
+  looked up have none. With `stacked` the array has a leading axis of layers,
+  which is not counted.
+  """
+
+  axes: tuple[str | None, ...]
+  role: Role
+  n_inputs: int = 0
+  stacked: bool = False
+
+  @property
+  def input_axes(self) -> tuple[int, ...]:
+    """Array axes that a product sums over."""
+    return tuple(range(self.stacked, self.stacked + self.n_inputs))
+
+  @property
+  def output_axes(self) -> tuple[int, ...]:
+    """Array axes that a product keeps."""
+    first = self.stacked + self.n_inputs
+    return tuple(range(first, self.stacked + len(self.axes)))
+
+
+def matrix(
+  rngs: nnx.Rngs,
+  shape: tuple[int, ...],
+  axes: tuple[str | None, ...],
+  scale: float,
+  *,
+  role: Role = "matrix",
+  n_inputs: int = 1,
+) -> nnx.Param:
+  """A float32 weight, normal with deviation `scale`, born sharded."""
+  value = scale * jax.random.normal(rngs.params(), shape, jnp.float32)
+  return _declare(value, Weight(axes, role, n_inputs))
+
+
+def table(
+  rngs: nnx.Rngs,
+  shape: tuple[int, int],
+  axes: tuple[str | None, str | None],
+  scale: float,
+) -> nnx.Param:
+  """An embedding: rows that are looked up."""
+  return matrix(rngs, shape, axes, scale, role="embedding", n_inputs=0)
+
+
+def vector(
+  value: float, shape: tuple[int, ...], axes: tuple[str | None, ...]
+) -> nnx.Param:
+  """A float32 bias or norm scale, filled with `value`."""
+  return _declare(jnp.full(shape, value, jnp.float32), Weight(axes, "vector"))
+
+
+def _declare(value: Array, declared: Weight) -> nnx.Param:
+  where = sharding.spec(*declared.axes)
+  return nnx.Param(value, out_sharding=where, declared=declared)
+
+
+def declared(param: nnx.Variable) -> Weight:
+  return param.get_metadata()["declared"]
+
+
+def of(weights: Any, path: tuple[Any, ...]) -> Weight:
+  """The declaration at a tree path of the parameters."""
+  return functools.reduce(lambda node, key: node[key.key], path, weights)
+
+
+# --- products -----------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Reversed:
+  """A weight whose axes lie in reverse order, for `dot`.
+
+  A product of one token with a tall matrix is a fifth faster on CPUs where the
+  sum runs along memory.
+  """
+
+  values: Array
+
+
+def dot(
+  equation: str, x: Float[Array, "..."], weight: nnx.Param, *axes: str | None
+) -> Float[Array, "..."]:
+  """einsum of activations with a matrix, in the activations' dtype.
+
+  `axes` are logical names of the output's. The weight may be an array, a
+  `Reversed` one, or a `qwix.QArray`: int8 values and a float32 scale for each
+  output. A sum over two axes (heads and their width) runs over one: XLA's CPU
+  compiler has no fast product over two (measured: a tenth of the speed, for one
+  token as for eight).
+  """
+  values, scales = weight.get_value(), None
+  if not isinstance(values, jax.Array | Reversed):
+    values, scales = values.qvalue, values.scale
+  inputs, rest = equation.split(",")
+  letters, outputs = rest.split("->")
+  if isinstance(values, Reversed):
+    letters, values = letters[::-1], values.values
+  elif declared(weight).n_inputs == 2:
+    x, values = _flatten_last(x), _flatten_first(values)
+    inputs, letters = inputs[:-1], letters[0] + letters[2:]
+  y = jnp.einsum(
+    f"{inputs},{letters}->{outputs}",
+    x,
+    values.astype(x.dtype),
+    out_sharding=sharding.spec(*axes),
+  )
+  if scales is None:
+    return y
+  return (y * scales.reshape(1, 1, *y.shape[2:])).astype(y.dtype)
+
+
+def _flatten_last(x: Float[Array, "B T N H"]) -> Float[Array, "B T NH"]:
+  *lead, N, H = x.shape
+  where = sharding.spec("batch", "length", "heads")
+  return jax.lax.reshape(x, (*lead, N * H), out_sharding=where)
+
+
+def _flatten_first(values: Array) -> Array:
+  where = None
+  if sharding.has_mesh():  # as it lies: sampling has gathered it over fsdp
+    first, _, *rest = jax.typeof(values).sharding.spec
+    where = P(first, *rest)
+  N, H, *rest = values.shape
+  return jax.lax.reshape(values, (N * H, *rest), out_sharding=where)
+
+
+def scores(
+  x: Float[Array, "B T D"], head: Float[Array, "V D"], *axes: str | None
+) -> Float[Array, "B T V"]:
+  """Logits before any soft-cap: a product in x's dtype, summed in float32.
+
+  `axes` are logical names of the output's; none are given where an array is
+  one device's part.
+  """
+  return jnp.einsum(
+    "BTD,VD->BTV",
+    x,
+    head.astype(x.dtype),
+    preferred_element_type=jnp.float32,
+    out_sharding=sharding.spec(*axes) if axes else None,
+  )
