@@ -58,22 +58,6 @@ def serve(engine, wanted, n_steps=7):
   return [results[request.seed] for request in wanted]
 
 
-@pytest.mark.slow
-def test_the_same_tokens_in_any_batch_and_order():
-  sampler, wanted = sampler_of(LLAMA), requests(32)
-  expected = token_ids(sampler.generate(wanted))
-  for n in (1, 2, 8):
-    found = []
-    for start in range(0, 8, n):
-      found += token_ids(sampler.generate(wanted[start : start + n]))
-    assert found == expected[:8]
-  order = np.random.default_rng(1).permutation(32)
-  permuted = token_ids(sampler.generate([wanted[i] for i in order]))
-  assert permuted == [expected[i] for i in order]
-  continuous = serve(sampler.engine(4, 64), wanted)
-  assert token_ids(continuous) == expected
-
-
 def test_fixed_slots_give_the_same_bits():
   """Log-probabilities too, whatever the neighbours, slot and time."""
   sampler, wanted = sampler_of(LLAMA), requests(9)

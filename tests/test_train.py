@@ -260,7 +260,13 @@ def test_retention(make, tmp_path):
 def test_epochs_end_the_run_with_evaluation_and_checkpoint(
   make, tmp_path, capsys
 ):
-  config = make(data__epochs=1, train__steps=100_000, train__log_every=50)
+  config = make(
+    data__epochs=1,
+    train__steps=100_000,
+    train__log_every=50,
+    train__eval_every=100,
+    checkpoint__save_every=100,
+  )
   assert loop.train(config, str(tmp_path)) == 0
   last = metrics_lib.read(str(tmp_path))[-1]
   step = last["step"]
