@@ -50,8 +50,7 @@ import types
 from collections.abc import Sequence
 
 from launch import gke, local, sky, slurm, specs, tpu_vm
-from lm import config as config_lib
-from lm import door
+from lm import door, schema
 
 PLACES: dict[str, types.ModuleType] = {
   "local": local,
@@ -64,7 +63,7 @@ PLACES: dict[str, types.ModuleType] = {
 
 class _Parser(argparse.ArgumentParser):
   def error(self, message: str):
-    raise config_lib.ConfigError(f"{message}; see python -m launch --help")
+    raise schema.ConfigError(f"{message}; see python -m launch --help")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -86,8 +85,8 @@ def main(arguments: Sequence[str]) -> int:
   what.add_argument("--delete", action="store_true", help="end the run")
   flags = parser.parse_args([a for a in own if a not in overrides])
   if flags.to not in PLACES:
-    known = config_lib.unknown(flags.to or "", PLACES)
-    raise config_lib.ConfigError(f"--to={flags.to or ''}: {known}")
+    known = schema.unknown(flags.to or "", PLACES)
+    raise schema.ConfigError(f"--to={flags.to or ''}: {known}")
   place = PLACES[flags.to]
   spec = specs.load(flags.spec, overrides, command)
   if flags.dry_run:

@@ -9,7 +9,7 @@ and src/xpk/core/system_characteristics.py of AI-Hypercomputer/xpk.
 
 import dataclasses
 
-from lm import config as config_lib
+from lm import schema
 
 # Chips of a slice -> its topology, on a two- and a three-dimensional torus.
 _FLAT = {
@@ -101,9 +101,9 @@ def find(name: str) -> Tpu | Gpu | None:
   kind, _, count = name.partition(":")
   if kind in GPUS and count in ("1", "2", "4", "8"):
     return Gpu(kind, int(count), GPUS[kind])
-  near = config_lib.unknown(name, [*TPUS, *(f"{gpu}:8" for gpu in GPUS), "cpu"])
+  near = schema.unknown(name, [*TPUS, *(f"{gpu}:8" for gpu in GPUS), "cpu"])
   near = near.partition("Known:")[0]
-  raise config_lib.ConfigError(
+  raise schema.ConfigError(
     f"spec.accelerator={name!r}: {near}Known: cpu; a TPU such as v5e-16, with "
     f"{', '.join(_TPUS)}; 1, 2, 4 or 8 GPUs a machine such as H100:8, with "
     f"{', '.join(GPUS)}"

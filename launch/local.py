@@ -9,7 +9,7 @@ import threading
 import time
 
 from launch import shell, specs
-from lm import config as config_lib
+from lm import schema
 
 # What the other processes get to end by themselves once one has failed.
 GRACE_SECONDS = 30.0
@@ -47,7 +47,7 @@ def render(spec: specs.Spec, port: int | None = None) -> list[shell.Step]:
 
 
 def delete(spec: specs.Spec) -> list[shell.Step]:
-  raise config_lib.ConfigError(
+  raise schema.ConfigError(
     "--delete: nothing of --to=local outlives its command; stop it by ctrl-C"
   )
 

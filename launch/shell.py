@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import yaml
 
-from lm import config as config_lib
+from lm import schema
 
 
 def _function(name: str) -> str:
@@ -64,7 +64,7 @@ class Step:
         self.argv, input=self.stdin, text=True, check=False, **options
       )
     except FileNotFoundError as error:
-      raise config_lib.ConfigError(
+      raise schema.ConfigError(
         f"{self.argv[0]}: not on the PATH; install it, or see the commands "
         "with --dry_run"
       ) from error

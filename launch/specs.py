@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import yaml
 
 from launch import accelerators
-from lm import config as config_lib
-from lm import door
+from lm import schema
 
 
 @dataclasses.dataclass
@@ -66,10 +65,8 @@ def load(
   for argument in overrides:
     field, equals, text = argument.removeprefix("--").partition("=")
     if not equals:
-      raise config_lib.ConfigError(
-        f"{argument}: no value; write {argument}=VALUE"
-      )
-    door.override(spec, "spec", field.split(".")[1:], text)
+      raise schema.ConfigError(f"{argument}: no value; write {argument}=VALUE")
+    schema.override(spec, "spec", field.split(".")[1:], text)
   if command:
     spec.command = tuple(command)
   return validate(spec)
@@ -80,12 +77,12 @@ def _parse(path: str) -> Spec:
     with open(path, encoding="utf-8") as file:
       tree = yaml.load(file, _Loader)
   except OSError as error:
-    raise config_lib.ConfigError(f"--spec={path}: {error.strerror}") from error
+    raise schema.ConfigError(f"--spec={path}: {error.strerror}") from error
   # The last two: a number of 5000 digits, a date of month 13; brackets or
   # aliases without end.
   except (yaml.YAMLError, ValueError, RecursionError) as error:
-    raise config_lib.ConfigError(f"--spec={path}: {error}") from error
-  return config_lib.from_dict(Spec, {} if tree is None else tree, "spec")
+    raise schema.ConfigError(f"--spec={path}: {error}") from error
+  return schema.from_dict(Spec, {} if tree is None else tree, "spec")
 
 
 class _Loader(yaml.SafeLoader):
@@ -103,7 +100,7 @@ class _Loader(yaml.SafeLoader):
 
 def validate(spec: Spec) -> Spec:
   """Returns `spec`, or raises ConfigError naming the first broken rule."""
-  config_lib.check_types(spec, Spec, "spec")
+  schema.check_types(spec, Spec, "spec")
   # The clouds' own rule, so that a spec moves from place to place.
   require(
     re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", spec.name) is not None,
@@ -142,8 +139,8 @@ def require(holds: bool, path: str, value: object, rule: str) -> None:
     raise refusal(path, value, rule)
 
 
-def refusal(path: str, value: object, rule: str) -> config_lib.ConfigError:
-  return config_lib.ConfigError(f"spec.{path}={value!r}: {rule}")
+def refusal(path: str, value: object, rule: str) -> schema.ConfigError:
+  return schema.ConfigError(f"spec.{path}={value!r}: {rule}")
 
 
 def require_bucket(spec: Spec) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 from launch import accelerators, shell, specs
-from lm import config as config_lib
+from lm import schema
 
 _POLL_SECONDS = 30
 # Of ssh, and so of gcloud: it lost a worker, and the run may well go on there.
@@ -214,7 +214,7 @@ class _Machine:
         self._must("create")
       elif state in _GONE:
         if not self._retry():
-          raise config_lib.ConfigError(
+          raise schema.ConfigError(
             f"{self.spec.name}: {state}, and no retries left; see why with "
             f"{shlex.join(self.step['describe'].argv[:-2])}, or raise "
             "spec.retries"
@@ -244,9 +244,9 @@ class _Machine:
       if state is not None:
         break
       if self.seen is None or not self._retry():
-        raise config_lib.ConfigError(f"gcloud: {done.stderr.strip()}")
+        raise schema.ConfigError(f"gcloud: {done.stderr.strip()}")
     if state not in (*_PASSING, *_GONE, "ACTIVE", "NONE"):
-      raise config_lib.ConfigError(
+      raise schema.ConfigError(
         f"{self.spec.name}: its queued resource is in state {state!r}, which "
         "is not known here; look at it, then delete it with --delete"
       )
@@ -261,7 +261,7 @@ class _Machine:
 
   def _must(self, name: str) -> None:
     if code := self._do(name):
-      raise config_lib.ConfigError(
+      raise schema.ConfigError(
         f"gcloud could not {name} {self.spec.name} (exit code {code}); see "
         "what it says above"
       )

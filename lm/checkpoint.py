@@ -28,7 +28,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
 
 from lm import config as config_lib
-from lm import files, sharding
+from lm import digest, files, schema, sharding
 from lm.model import decoder
 
 Trees = dict[str, Any]
@@ -176,7 +176,7 @@ class Checkpoints:
     except Exception as error:
       if files.reason(error) is None:
         raise
-      raise config_lib.RunError(
+      raise schema.RunError(
         f"{self._manager.directory}: a checkpoint could not be written: "
         f"{files.first_line(error)}. Once the cause is gone, the same command "
         f"goes on from step {self.latest_step() or 0}"
@@ -209,7 +209,7 @@ def load_meta(workdir: str, step: int | None = None) -> Meta:
   try:
     version = content.pop("format", 1)
     if version > FORMAT:
-      raise config_lib.ConfigError(
+      raise schema.ConfigError(
         f"checkpoint {path.parent.parent}: has format {version}, and this "
         f"program reads formats 1 to {FORMAT}: use the version that wrote it"
       )
@@ -222,8 +222,8 @@ def load_meta(workdir: str, step: int | None = None) -> Meta:
     raise files.Damaged(
       f"checkpoint file {path} is damaged: {files.first_line(error)}"
     ) from error
-  except config_lib.ConfigError as error:
-    raise config_lib.ConfigError(f"checkpoint file {path}: {error}") from error
+  except schema.ConfigError as error:
+    raise schema.ConfigError(f"checkpoint file {path}: {error}") from error
 
 
 def load_params(
@@ -277,7 +277,7 @@ def _restore(directory: epath.Path, meta: Meta, like: Trees) -> Trees:
   ConfigError where the stored arrays are others, or Damaged.
   """
   if different := _compare(directory, meta, like):
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"checkpoint {directory / str(meta.step)}: holds other arrays than this "
       f"program wants: {describe(different)}. Use the code and config that "
       "wrote it"
@@ -355,7 +355,7 @@ def _mend_loss(workdir: str, step: int) -> None:
   if not path.exists():
     return
   known = loss = None
-  with contextlib.suppress(config_lib.UserError):  # told when it is restored
+  with contextlib.suppress(schema.UserError):  # told when it is restored
     known = load_meta(workdir, step).loss
   with contextlib.suppress(ValueError, KeyError, TypeError):
     loss = float(json.loads(path.read_bytes())["loss"])
@@ -371,7 +371,7 @@ def _mend_loss(workdir: str, step: int) -> None:
 
 
 def _digest(tree: Any) -> str:
-  return "".join(f"{word:08x}" for word in np.asarray(sharding.digest(tree)))
+  return "".join(f"{word:08x}" for word in np.asarray(digest.of_tree(tree)))
 
 
 def _directory(workdir: str) -> epath.Path:
@@ -383,12 +383,12 @@ def _directory(workdir: str) -> epath.Path:
 def _find_step(workdir: str, step: int | None) -> int:
   found = steps(workdir)
   if not found:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"--workdir={workdir}: has no checkpoint; train one there with "
       f"python -m lm.train --config=configs/NAME.py --workdir={workdir}"
     )
   if step is not None and step not in found:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"--step={step}: no such checkpoint in {workdir}; it has {found}"
     )
   return found[-1] if step is None else step

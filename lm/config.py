@@ -7,46 +7,30 @@ tree before anything is compiled, with the value, the rule and the remedy.
 """
 
 import dataclasses
-import difflib
 import json
-import math
-import struct
-import types
-import typing
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-
-class UserError(Exception):
-  """An error told in one line, without a traceback: what was found, the rule,
-  and what to do. `exit_code` is that of the program it ends.
-  """
-
-  exit_code = 1
-
-
-class ConfigError(UserError):
-  """The input cannot work: a config, a flag, a file, a request."""
-
-  exit_code = 2
-
-
-class RunError(UserError):
-  """The world failed: a disk, a network, another process. The same input may
-  work on another try.
-  """
-
-  exit_code = 1
+from lm import schema
+from lm.schema import (
+  AtMost,
+  BelowOne,
+  Count,
+  Natural,
+  NotNegative,
+  Positive,
+  Seed,
+)
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class RopeScaling:
   """Llama 3.1's stretch of low rotary frequencies (arXiv:2407.21783)."""
 
-  factor: float = 8.0
-  low_frequency_factor: float = 1.0
-  high_frequency_factor: float = 4.0
-  original_length: int = 8192
+  factor: Positive = 8.0
+  low_frequency_factor: Positive = 1.0
+  high_frequency_factor: Positive = 4.0
+  original_length: Count = 8192
 
 
 # Hashable, so that a compiled program can be looked up by its model.
@@ -58,18 +42,20 @@ class ModelConfig:
   whatever `dtype` says.
   """
 
-  vocab_size: int = 2048
-  n_layers: int = 4
-  d_model: int = 192
-  n_heads: int = 6
-  n_kv_heads: int = 6
-  d_head: int = 32
-  d_mlp: int = 768
+  vocab_size: Count = 2048
+  n_layers: Annotated[
+    Count, AtMost(10_000, "since decoding names each of them in its program")
+  ] = 4
+  d_model: Count = 192
+  n_heads: Count = 6
+  n_kv_heads: Count = 6
+  d_head: Count = 32
+  d_mlp: Count = 768
   # Longest sequence that the model may read, in tokens.
-  context_length: int = 256
+  context_length: Count = 256
 
   norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-  norm_epsilon: float = 1e-6
+  norm_epsilon: Positive = 1e-6
   # Gemma stores the scale's distance from one.
   norm_unit_offset: bool = False
   # Gemma 2 and 3 also normalise what each sub-layer adds to the residual.
@@ -80,25 +66,25 @@ class ModelConfig:
   bias: bool = False
 
   positions: Literal["rope", "learned"] = "rope"
-  rope_theta: float = 10_000.0
+  rope_theta: Positive = 10_000.0
   rope_scaling: RopeScaling | None = None
   # Base of the rotary frequencies in windowed layers (Gemma 3); None: the same.
-  rope_theta_windowed: float | None = None
+  rope_theta_windowed: Positive | None = None
   # Layer i sees the last `windows[i % len(windows)]` positions; None: all.
   windows: tuple[int | None, ...] = (None,)
   # Queries are divided by its square root; None: d_head (Gemma 2 differs).
-  query_scale_dim: int | None = None
-  attention_softcap: float | None = None
-  logit_softcap: float | None = None
+  query_scale_dim: Count | None = None
+  attention_softcap: Positive | None = None
+  logit_softcap: Positive | None = None
 
   tied_embedding: bool = True
   # Gemma multiplies embeddings by sqrt(d_model).
   scale_embedding: bool = False
   # Standard deviation of the normal initialiser; residual outputs use it
   # divided by sqrt(2 n_layers), as GPT-2 does.
-  init_scale: float = 0.02
-  embedding_dropout: float = 0.0
-  residual_dropout: float = 0.0
+  init_scale: NotNegative = 0.02
+  embedding_dropout: BelowOne = 0.0
+  residual_dropout: BelowOne = 0.0
 
   dtype: Literal["float32", "bfloat16"] = "float32"
   # `auto`: splash on TPU, cudnn on GPU, else reference.
@@ -107,7 +93,7 @@ class ModelConfig:
   # False runs the layers as a Python loop: slower to compile, same numbers.
   scan_layers: bool = True
   # Tokens on a device whose logits exist at one time in the loss.
-  loss_chunk: int = 512
+  loss_chunk: Count = 512
 
   @property
   def gated(self) -> bool:
@@ -128,7 +114,9 @@ class TokenizerConfig:
   # Its text goes into the checkpoint.
   chat_template: str | None = None
   # Text that the trainer reads at most, in bytes, spread over all documents.
-  train_bytes: int = 10_000_000
+  train_bytes: Annotated[
+    Count, AtMost(10**12, "since they are held in memory")
+  ] = 10_000_000
 
 
 @dataclasses.dataclass
@@ -148,11 +136,18 @@ class DataConfig:
   # Token stores and TFDS builds live here; a store is named by its contents.
   cache_dir: str = "data"
   # Passes over the training sources; None is endless.
-  epochs: int | None = None
+  epochs: (
+    Annotated[Count, AtMost(10**6, "since an int64 must count their windows")]
+    | None
+  ) = None
   # Threads that tokenize; None is one per core.
-  workers: int | None = None
+  workers: Annotated[Count, AtMost(10_000, "since each is a thread")] | None = (
+    None
+  )
   # Rows of a batch that are prepared ahead of the device.
-  prefetch_rows: int = 256
+  prefetch_rows: Annotated[
+    Count, AtMost(10**6, "since they are held in memory")
+  ] = 256
 
 
 @dataclasses.dataclass
@@ -161,8 +156,10 @@ class SkipConfig:
   more than `sigma` deviations above the mean of the last `window` steps.
   """
 
-  window: int = 128
-  sigma: float = 6.0
+  window: Annotated[
+    Count, AtMost(10**6, "since the state holds as many numbers")
+  ] = 128
+  sigma: Positive = 6.0
 
 
 @dataclasses.dataclass
@@ -170,24 +167,24 @@ class OptimizerConfig:
   """Optimizer and schedule. Weight decay reaches matrices only."""
 
   name: Literal["adamw", "lion", "adafactor", "muon"] = "muon"
-  peak_lr: float = 2e-2
+  peak_lr: Positive = 2e-2
   # Muon gives embeddings, head and vectors to NAdamW, at this peak.
-  adam_peak_lr: float = 3e-3
-  b1: float = 0.9
-  b2: float = 0.95
-  epsilon: float = 1e-8
-  momentum: float = 0.95
-  weight_decay: float = 0.0
+  adam_peak_lr: Positive = 3e-3
+  b1: BelowOne = 0.9
+  b2: BelowOne = 0.95
+  epsilon: Positive = 1e-8
+  momentum: BelowOne = 0.95
+  weight_decay: NotNegative = 0.0
   # Global-norm clip of the gradient; None leaves it alone.
-  clip_norm: float | None = 1.0
+  clip_norm: Positive | None = 1.0
   schedule: Literal["constant", "linear", "cosine", "rsqrt", "wsd"] = "linear"
-  warmup_steps: int = 50
+  warmup_steps: Natural = 50
   # Last part of the run, warm-up included, in which `wsd` decays.
   decay_fraction: float = 0.2
   # Where the decay ends, as a fraction of the peak.
   final_lr_fraction: float = 0.0
   # Decay of the parameters' moving average; None keeps no average.
-  ema_decay: float | None = None
+  ema_decay: BelowOne | None = None
   skip: SkipConfig | None = None
 
 
@@ -203,11 +200,11 @@ class MeshConfig:
 
   # `jit` shards by the table in lm/sharding.py; `pmap` is pure data parallel.
   mode: Literal["jit", "pmap"] = "jit"
-  data: int | None = mesh_axis(None)
-  fsdp: int | None = mesh_axis(1)
-  tensor: int | None = mesh_axis(1)
+  data: Count | None = mesh_axis(None)
+  fsdp: Count | None = mesh_axis(1)
+  tensor: Count | None = mesh_axis(1)
   # Silence after which a process of the run is taken for lost, in seconds.
-  heartbeat_seconds: int = 100
+  heartbeat_seconds: Count = 100
 
   def sizes(self) -> dict[str, int | None]:
     """Devices along each mesh axis, outermost first."""
@@ -222,45 +219,45 @@ class MeshConfig:
 class TrainConfig:
   """Length and shape of a run."""
 
-  steps: int = 1000
+  steps: Count = 1000
   # Sequences in one optimizer step, over all devices.
-  batch_size: int = 8
+  batch_size: Count = 8
   # Tokens in one sequence.
-  sequence_length: int = 256
+  sequence_length: Count = 256
   # Parts that a batch is computed in, one after another.
-  microbatches: int = 1
+  microbatches: Count = 1
   # Weight of the squared log of the softmax's sum (arXiv:2204.02311).
-  z_loss: float = 0.0
-  log_every: int = 10
-  eval_every: int = 250
+  z_loss: NotNegative = 0.0
+  log_every: Count = 10
+  eval_every: Count = 250
   # Batches of the validation sources in one evaluation; None is all.
-  eval_batches: int | None = None
+  eval_batches: Count | None = None
   # A step that lasts this many medians is reported, with stacks; None is never.
-  slow_step_factor: float | None = 20.0
+  slow_step_factor: Positive | None = 20.0
 
 
 @dataclasses.dataclass
 class CheckpointConfig:
   """When to save, and what is kept: the last, every n-th and the best."""
 
-  save_every: int = 250
-  keep_last: int = 2
+  save_every: Count = 250
+  keep_last: Count = 2
   # Keep each step divisible by it; None keeps none on that ground.
-  keep_every: int | None = None
+  keep_every: Count | None = None
   # Best by validation loss.
-  keep_best: int = 1
+  keep_best: Natural = 1
   # Where a checkpoint has other arrays than the run wants: stop, or take the
   # parameters and start what does not fit (optimizer state, average) afresh.
   # With the latter, fields of the optimizer may change on a restart.
   on_mismatch: Literal["refuse", "fresh_optimizer"] = "refuse"
   # Damaged checkpoints that one start may move to damaged/, going back to the
   # one before; one more ends the start.
-  set_aside: int = 1
+  set_aside: Natural = 1
 
 
 @dataclasses.dataclass
 class Config:
-  seed: int = 0
+  seed: Seed = 0
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   tokenizer: TokenizerConfig = dataclasses.field(
     default_factory=TokenizerConfig
@@ -290,7 +287,7 @@ def validate(config: Config) -> Config:
   check(config)
   o, steps = config.optimizer, config.train.steps
   flat = (1 - o.decay_fraction) * steps
-  _require(
+  schema.require(
     o.schedule != "wsd" or o.warmup_steps <= flat + 1e-6,  # of its rounding
     "config.optimizer.warmup_steps",
     o.warmup_steps,
@@ -298,7 +295,7 @@ def validate(config: Config) -> Config:
     f"the last decay_fraction={o.decay_fraction} of train.steps={steps}",
   )
   for path, value, default, reader in _without_effect(config):
-    _require(
+    schema.require(
       value == default,
       path,
       value,
@@ -311,20 +308,7 @@ def check(config: Config) -> Config:
   """Returns `config`, or raises ConfigError naming the first broken rule of
   those that a stored config keeps too.
   """
-  check_types(config, Config, "config")
-  for path, value in _leaves(config):
-    name = path.rsplit(".", 1)[-1]
-    if value is None:
-      continue
-    if name in _AT_LEAST_ONE:
-      _require(value >= 1, path, value, "must be at least 1")
-    if name in _POSITIVE:
-      _require(value > 0, path, value, "must be positive")
-    if name in _NOT_NEGATIVE:
-      _require(value >= 0, path, value, "must not be negative")
-    if name in _BELOW_ONE:
-      _require(0 <= value < 1, path, value, "must be in [0, 1)")
-      _require(_float32(value) < 1, path, value, "is 1 in float32; lower it")
+  schema.check_types(config, Config, "config")
   _validate_model(config.model)
   _validate_run(config)
   return config
@@ -337,33 +321,33 @@ def _validate_model(m: ModelConfig) -> None:
     ("n_layers * n_heads * d_head", m.n_layers * m.n_heads * m.d_head),
     ("n_layers * d_mlp", m.n_layers * m.d_mlp),
   ):
-    _require(
+    schema.require(
       m.d_model * size <= _MOST_WEIGHTS,
       "config.model.d_model",
       m.d_model,
       f"times {others} must be at most {_MOST_WEIGHTS:.0e}, more than any "
       "machine holds; make one of them smaller",
     )
-  _require(
+  schema.require(
     m.n_heads % m.n_kv_heads == 0,
     "config.model.n_heads",
     m.n_heads,
     f"must be a multiple of n_kv_heads={m.n_kv_heads}",
   )
-  _require(
+  schema.require(
     m.positions != "rope" or m.d_head % 2 == 0,
     "config.model.d_head",
     m.d_head,
     "must be even, since rotary positions turn pairs",
   )
   r = m.rope_scaling
-  _require(
+  schema.require(
     r is None or r.low_frequency_factor < r.high_frequency_factor,
     "config.model.rope_scaling",
     r,
     "low_frequency_factor must be below high_frequency_factor",
   )
-  _require(
+  schema.require(
     len(m.windows) > 0 and all(w is None or w >= 1 for w in m.windows),
     "config.model.windows",
     m.windows,
@@ -373,47 +357,49 @@ def _validate_model(m: ModelConfig) -> None:
 
 def _validate_run(config: Config) -> None:
   m, t, o, d = config.model, config.train, config.optimizer, config.data
-  _require(
+  schema.require(
     t.sequence_length <= m.context_length,
     "config.train.sequence_length",
     t.sequence_length,
     f"must be at most model.context_length={m.context_length}",
   )
-  _require(
+  schema.require(
     t.batch_size % t.microbatches == 0,
     "config.train.batch_size",
     t.batch_size,
     f"must be a multiple of train.microbatches={t.microbatches}",
   )
-  _require(
+  schema.require(
     config.tokens_per_step <= 2**31 - 1,
     "config.train.batch_size",
     t.batch_size,
     f"times sequence_length={t.sequence_length} must be at most {2**31 - 1}, "
     "the largest int32: it counts the tokens of a step",
   )
-  _require(len(d.train) > 0, "config.data.train", d.train, "names no source")
-  _require(
+  schema.require(
+    len(d.train) > 0, "config.data.train", d.train, "names no source"
+  )
+  schema.require(
     len(d.train_weights) in (0, len(d.train))
     and all(w > 0 for w in d.train_weights),
     "config.data.train_weights",
     d.train_weights,
     f"must be () or {len(d.train)} positive numbers, one per training source",
   )
-  _require(
+  schema.require(
     0 < o.decay_fraction <= 1,
     "config.optimizer.decay_fraction",
     o.decay_fraction,
     "must be in (0, 1]",
   )
-  _require(
+  schema.require(
     0 <= o.final_lr_fraction <= 1,
     "config.optimizer.final_lr_fraction",
     o.final_lr_fraction,
     "must be in [0, 1]",
   )
   axes = config.mesh.sizes()
-  _require(
+  schema.require(
     sum(a is None for a in axes.values()) <= 1,
     "config.mesh",
     axes,
@@ -421,7 +407,7 @@ def _validate_run(config: Config) -> None:
   )
   others = [name for name in axes if name != "data"]
   remedy = " and ".join(f"{name}=1" for name in others)
-  _require(
+  schema.require(
     config.mesh.mode == "jit" or all(axes[name] == 1 for name in others),
     "config.mesh",
     axes,
@@ -429,35 +415,6 @@ def _validate_run(config: Config) -> None:
   )
 
 
-# Rules that hold of a name wherever in the tree it stands; None passes.
-_AT_LEAST_ONE = frozenset(
-  "vocab_size n_layers d_model n_heads n_kv_heads d_head d_mlp context_length"
-  " loss_chunk query_scale_dim train_bytes epochs workers prefetch_rows window"
-  " data fsdp tensor steps batch_size sequence_length microbatches log_every"
-  " eval_every eval_batches save_every keep_last keep_every"
-  " heartbeat_seconds original_length".split()
-)
-_POSITIVE = frozenset(
-  "norm_epsilon rope_theta rope_theta_windowed factor low_frequency_factor"
-  " high_frequency_factor attention_softcap logit_softcap peak_lr adam_peak_lr"
-  " epsilon clip_norm sigma slow_step_factor".split()
-)
-_NOT_NEGATIVE = frozenset(
-  "seed init_scale weight_decay warmup_steps z_loss keep_best set_aside".split()
-)
-_BELOW_ONE = frozenset(
-  "embedding_dropout residual_dropout b1 b2 momentum ema_decay".split()
-)
-# What a whole number may be at most, where that is not the largest int32.
-_AT_MOST = {
-  "seed": (2**32 - 1, "what 32 bits hold, of which random keys are made"),
-  "n_layers": (10_000, "since decoding names each of them in its program"),
-  "window": (10**6, "since the state holds as many numbers"),
-  "workers": (10_000, "since each is a thread"),
-  "prefetch_rows": (10**6, "since they are held in memory"),
-  "epochs": (10**6, "since an int64 must count their windows"),
-  "train_bytes": (10**12, "since they are held in memory"),
-}
 # Of one weight, over all layers.
 _MOST_WEIGHTS = 10**12
 
@@ -530,103 +487,6 @@ def _without_effect(config: Config) -> Iterator[tuple[str, Any, Any, str]]:
       yield f"config.{room}.{field}", value, default, reader
 
 
-def _require(holds: bool, path: str, value: Any, rule: str) -> None:
-  if not holds:
-    raise ConfigError(f"{path}={_shown(value)}: {rule}")
-
-
-def _shown(value: Any) -> str:
-  """`repr`, cut where it is long."""
-  try:
-    text = repr(value)
-  except (ValueError, RecursionError):  # an int of 5000 digits, a deep list
-    text = f"<{type(value).__name__} beyond what can be shown>"
-  return text if len(text) <= 300 else f"{text[:300]}..."
-
-
-def _float32(value: float) -> float:
-  """What a float32 makes of `value`."""
-  try:
-    return struct.unpack("<f", struct.pack("<f", float(value)))[0]
-  except OverflowError:
-    return math.inf
-
-
-def _leaves(node: Any, path: str = "config"):
-  """Yields (path, value) of each field that is not itself a dataclass."""
-  for field in dataclasses.fields(node):
-    value = getattr(node, field.name)
-    if dataclasses.is_dataclass(value):
-      yield from _leaves(value, f"{path}.{field.name}")
-    else:
-      yield f"{path}.{field.name}", value
-
-
-def check_types(value: Any, kind: Any, path: str) -> None:
-  """Raises ConfigError unless `value` is of the annotated type `kind`."""
-  if dataclasses.is_dataclass(kind):
-    if not isinstance(value, kind):  # type: ignore[arg-type]
-      name = kind.__name__  # type: ignore[attr-defined]
-      raise ConfigError(f"{path}={_shown(value)}: must be a {name}")
-    known = typing.get_type_hints(kind)
-    for name in vars(value):
-      if name not in known:
-        raise ConfigError(f"{path}.{name}: {unknown(name, known)}")
-    for name, hint in known.items():
-      check_types(getattr(value, name), hint, f"{path}.{name}")
-    return
-  origin, args = typing.get_origin(kind), typing.get_args(kind)
-  if origin in (types.UnionType, typing.Union):
-    if value is None and type(None) in args:
-      return
-    kinds = [a for a in args if a is not type(None)]
-    return check_types(value, kinds[0], path)
-  if origin is Literal:
-    if value not in args:
-      raise ConfigError(f"{path}={_shown(value)}: {unknown(value, args)}")
-    return
-  if origin is tuple:
-    if not isinstance(value, tuple):
-      raise ConfigError(f"{path}={_shown(value)}: must be a tuple")
-    for i, item in enumerate(value):
-      check_types(item, args[0], f"{path}[{i}]")
-    return
-  accepted = (int, float) if kind is float else kind
-  if not isinstance(value, accepted) or (
-    isinstance(value, bool) and kind is not bool
-  ):
-    name = kind.__name__
-    raise ConfigError(
-      f"{path}={_shown(value)}: must be of type {name}, not "
-      f"{type(value).__name__}"
-    )
-  if kind is int:
-    name = path.rsplit(".", 1)[-1].partition("[")[0]
-    most, why = _AT_MOST.get(name, (2**31 - 1, "the largest int32"))
-    _require(value <= most, path, value, f"must be at most {most}, {why}")
-  if kind is float:
-    single = _float32(value)
-    _require(
-      math.isfinite(single), path, value, "must be finite, also in float32"
-    )
-    _require(
-      value == 0 or abs(single) >= 2**-126,
-      path,
-      value,
-      "counts as 0 in float32; write 0 or a number further from it",
-    )
-  if isinstance(value, str):
-    _require("\0" not in value, path, value, "must not hold a NUL")
-
-
-def unknown(name: Any, known: Any) -> str:
-  known = [str(k) for k in known]
-  text = name if isinstance(name, str) else _shown(name)
-  near = difflib.get_close_matches(text[:100], known, n=1, cutoff=0.5)
-  hint = f"did you mean {near[0]!r}? " if near else ""
-  return f"unknown; {hint}Known: {', '.join(known)}"
-
-
 # --- JSON --------------------------------------------------------------------
 
 
@@ -641,40 +501,20 @@ def from_json(text: str | bytes) -> Config:
   try:
     tree = json.loads(text)
   except (ValueError, RecursionError) as error:
-    raise ConfigError(f"config={text[:40]!r}...: not JSON: {error}") from error
-  return check(from_dict(Config, tree, "config"))
-
-
-def from_dict(kind: Any, value: Any, path: str) -> Any:
-  origin, args = typing.get_origin(kind), typing.get_args(kind)
-  if value is None:
-    return None
-  if dataclasses.is_dataclass(kind):
-    if not isinstance(value, dict):
-      raise ConfigError(f"{path}={_shown(value)}: must be an object of fields")
-    known = typing.get_type_hints(kind)
-    for name in value:
-      if name not in known:
-        raise ConfigError(f"{path}.{name}: {unknown(name, known)}")
-    return kind(  # type: ignore[operator]
-      **{
-        name: from_dict(known[name], item, f"{path}.{name}")
-        for name, item in value.items()
-      }
-    )
-  if origin is tuple and isinstance(value, list):
-    return tuple(from_dict(args[0], item, path) for item in value)
-  if origin in (types.UnionType, typing.Union):
-    kinds = [a for a in args if a is not type(None)]
-    return from_dict(kinds[0], value, path)
-  return value
+    raise schema.ConfigError(
+      f"config={text[:40]!r}...: not JSON: {error}"
+    ) from error
+  return check(schema.from_dict(Config, tree, "config"))
 
 
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
   """Fields whose values differ: path -> (value in a, value in b); without
   those that have no effect in either.
   """
-  left, right = dict(_leaves(a)), dict(_leaves(b))
+  left, right = (
+    dict(schema.leaves(a, "config")),
+    dict(schema.leaves(b, "config")),
+  )
   dead = [{path for path, *_ in _without_effect(tree)} for tree in (a, b)]
 
   def has_effect(path: str) -> bool:

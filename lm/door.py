@@ -6,9 +6,7 @@
 is one line on stderr and exit code 2, before anything is compiled or written.
 """
 
-import ast
 import contextlib
-import dataclasses
 import difflib
 import glob
 import io
@@ -17,15 +15,13 @@ import os
 import runpy
 import sys
 import traceback
-import types
-import typing
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from absl import app, flags, logging
 
 from lm import config as config_lib
-from lm import files
+from lm import files, schema
 
 
 def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
@@ -54,8 +50,8 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
     flags.FLAGS.verbosity = logging.ERROR
     try:
       return flags.FLAGS(argv)
-    except (flags.Error, config_lib.ConfigError) as error:
-      sys.exit(refuse(config_lib.ConfigError(str(error))))
+    except (flags.Error, schema.ConfigError) as error:
+      sys.exit(refuse(schema.ConfigError(str(error))))
 
   def guarded(argv: list[str]) -> int | None:
     try:
@@ -64,9 +60,7 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
           os.environ[name.upper()] = str(value)
       config = [load(flags.FLAGS.config, overrides)] if takes_config else []
       if len(argv) > 1:
-        raise config_lib.ConfigError(
-          f"{argv[1]!r}: not a flag; write --FLAG=VALUE"
-        )
+        raise schema.ConfigError(f"{argv[1]!r}: not a flag; write --FLAG=VALUE")
       code = main(*config)
       sys.stdout.flush()
       return code
@@ -111,32 +105,32 @@ def _hush_libraries() -> None:
   sys.unraisablehook = told
 
 
-def explain(error: Exception) -> config_lib.UserError | None:
+def explain(error: Exception) -> schema.UserError | None:
   """What a library's or the operating system's error means to the user; None
   for one that is a bug.
 
   This is the only place that knows: code below raises what it gets.
   """
-  if isinstance(error, config_lib.UserError):
+  if isinstance(error, schema.UserError):
     return error
   if isinstance(error, OSError):
     name = error.filename
     where = "" if name is None else f"{name}: "
-    return config_lib.RunError(f"{where}{error.strerror or error}")
+    return schema.RunError(f"{where}{error.strerror or error}")
   if isinstance(error, MemoryError):
-    return config_lib.RunError(
+    return schema.RunError(
       "out of memory; make the model or the batch smaller, or use a larger "
       "machine"
     )
   if type(error).__name__ == "JaxRuntimeError":  # jax may not be imported
     text = str(error)
     if "RESOURCE_EXHAUSTED" in text:
-      return config_lib.RunError(
+      return schema.RunError(
         f"out of device memory: {text[:300]}; lower train.batch_size, raise "
         "train.microbatches, set model.remat='full', or use more devices"
       )
     if notes := getattr(error, "__notes__", ()):
-      return config_lib.RunError(f"{text[:300]}. {' '.join(notes)}")
+      return schema.RunError(f"{text[:300]}. {' '.join(notes)}")
   return None
 
 
@@ -165,7 +159,7 @@ def define_paths(name: str, about: str) -> flags.FlagHolder:
   )
 
 
-# Flags that say by hand what lm/sharding.py reads from the environment.
+# Flags that say by hand what lm/processes.py reads from the environment.
 _PROCESSES = {
   "coordinator_address": "Of a run of several processes: host:port of the "
   "first. SLURM, Open MPI and TPUs need none of these three.",
@@ -205,16 +199,14 @@ def load(path: str | None, overrides: Sequence[str] = ()) -> config_lib.Config:
   Raises ConfigError where the file, a field or a value is not to be had.
   """
   if path is None:
-    raise config_lib.ConfigError("--config: missing; write --config=FILE.py")
+    raise schema.ConfigError("--config: missing; write --config=FILE.py")
   config = _from_file(path)
-  config_lib.check_types(config, config_lib.Config, "config")
+  schema.check_types(config, config_lib.Config, "config")
   for argument in overrides:
     field, equals, text = argument.removeprefix("--").partition("=")
     if not equals:
-      raise config_lib.ConfigError(
-        f"{argument}: no value; write {argument}=VALUE"
-      )
-    override(config, "config", field.split(".")[1:], text)
+      raise schema.ConfigError(f"{argument}: no value; write {argument}=VALUE")
+    schema.override(config, "config", field.split(".")[1:], text)
   return config_lib.validate(config)
 
 
@@ -223,7 +215,7 @@ def _from_file(path: str) -> config_lib.Config:
     files = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "*.py"))
     near = difflib.get_close_matches(path, files, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise config_lib.ConfigError(f"--config={path}: no such file{hint}")
+    raise schema.ConfigError(f"--config={path}: no such file{hint}")
   config = None
   try:
     names = runpy.run_path(path)
@@ -233,63 +225,11 @@ def _from_file(path: str) -> config_lib.Config:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == path]
     where = f"{path}:{lines[-1]}" if lines else path
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"--config={where}: {type(error).__name__}: {error}"
     ) from error
   if not isinstance(config, config_lib.Config):
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"--config={path}: needs a function get_config() that returns a Config"
     )
   return config
-
-
-def override(node: Any, path: str, names: list[str], text: str) -> None:
-  """Sets the field that `names` lead to from the dataclass `node` at `path`.
-
-  A sub-config that is None gets its defaults first, so that setting one of
-  its fields turns it on.
-  """
-  hints = typing.get_type_hints(type(node))
-  name, *rest = names
-  if name not in hints:
-    known = config_lib.unknown(name, hints)
-    raise config_lib.ConfigError(f"{path}.{name}={text}: {known}")
-  path = f"{path}.{name}"
-  kinds = [a for a in typing.get_args(hints[name]) if a is not types.NoneType]
-  optional = typing.get_origin(hints[name]) is types.UnionType
-  kind = kinds[0] if optional else hints[name]
-  if rest:
-    if not dataclasses.is_dataclass(kind):
-      raise config_lib.ConfigError(f"{path}: has no field {rest[0]!r}")
-    if getattr(node, name) is None:
-      setattr(node, name, kind())  # type: ignore[operator]
-    return override(getattr(node, name), path, rest, text)
-  if dataclasses.is_dataclass(kind) and not (optional and text == "None"):
-    fields = ", ".join(typing.get_type_hints(kind))
-    or_none = " or None" if optional else ""
-    raise config_lib.ConfigError(
-      f"{path}={text!r}: set one of its fields{or_none}: {fields}"
-    )
-  value = None if optional and text == "None" else _read(text, kind)
-  config_lib.check_types(value, hints[name], path)
-  setattr(node, name, value)
-
-
-def _read(text: str, kind: Any) -> Any:
-  """The value that `text` spells for `kind`, or `text` where it spells none."""
-  origin = typing.get_origin(kind)
-  if kind is str or origin is Literal:
-    return text
-  if kind is bool:
-    return {"true": True, "false": False}.get(text.lower(), text)
-  try:
-    value = ast.literal_eval(text)
-  except (SyntaxError, ValueError, MemoryError, RecursionError):
-    value = text  # the last two: brackets or signs beyond what Python parses
-  if origin is tuple:
-    # One bare item, such as a single source, is a tuple of one.
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-  if kind is float and type(value) is int:
-    with contextlib.suppress(OverflowError):  # then check_types refuses it
-      return float(value)
-  return value

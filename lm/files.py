@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from lm import config as config_lib
+from lm import schema
 
 T = TypeVar("T")
 
@@ -29,18 +29,18 @@ def user_path(text: str, name: str) -> str:
   an object store that is unknown or whose package is not installed.
   """
   if not text:
-    raise config_lib.ConfigError(f"{name}={text!r}: empty; name a path")
+    raise schema.ConfigError(f"{name}={text!r}: empty; name a path")
   scheme, found, _ = text.partition("://")
   if not found:
     return os.path.expanduser(text)
   if scheme not in _STORES:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"{name}={text}: object stores are gs:// and s3://; write a path of this "
       "machine without a scheme"
     )
   package = _STORES[scheme]
   if importlib.util.find_spec(package) is None:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"{name}={text}: needs the package {package}: pip install {package}"
     )
   return text
@@ -53,7 +53,7 @@ def is_local(path: Any) -> bool:
 def local_path(text: str, name: str) -> str:
   """`user_path` for what must lie on this machine; else ConfigError."""
   if not is_local(text):
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"{name}={text}: must lie on a disk of this machine; object stores are "
       "for run directories"
     )
@@ -69,7 +69,7 @@ def check_directory(path: str, name: str) -> None:
   try:
     os.path.abspath(path).encode()
   except UnicodeEncodeError as error:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"{name}={path[:100]}: its name is not UTF-8, as TensorStore wants; name "
       "another directory"
     ) from error
@@ -78,16 +78,16 @@ def check_directory(path: str, name: str) -> None:
     while not _is_there(nearest):
       nearest = nearest.parent
     if not nearest.is_dir():
-      raise config_lib.ConfigError(
+      raise schema.ConfigError(
         f"{name}={path}: {nearest} is not a directory; name another"
       )
     if not os.access(nearest, os.W_OK | os.X_OK):
-      raise config_lib.ConfigError(
+      raise schema.ConfigError(
         f"{name}={path}: {nearest} cannot be written; name a directory of yours"
       )
   except (OSError, ValueError) as error:  # a name too long, a NUL
     said = getattr(error, "strerror", None) or error
-    raise config_lib.ConfigError(f"{name}={path[:100]}: {said}") from error
+    raise schema.ConfigError(f"{name}={path[:100]}: {said}") from error
 
 
 def _is_there(path: Any) -> bool:
@@ -107,15 +107,15 @@ def check_output(path: str, name: str) -> None:
   try:
     _is_there(f"{path}.{os.getpid()}.partial")  # as `replace` calls it first
   except OSError as error:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"{name}={path[:100]}: {error.strerror}"
     ) from error
   if not os.path.isdir(directory):
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"{name}={path}: no directory {directory!r}; create it"
     )
   if os.path.isdir(path) or not os.access(directory, os.W_OK):
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"{name}={path}: cannot be written; name a file in a directory of yours"
     )
 
@@ -145,7 +145,7 @@ def replace(path: Any, content: str | bytes) -> None:
 # --- reading: damage, or the world's failure ----------------------------------
 
 
-class Damaged(config_lib.RunError):
+class Damaged(schema.RunError):
   """A file that is not what was written."""
 
 
@@ -217,7 +217,7 @@ def attempt(
   for pause in (*_PAUSES, None):
     try:
       return read()
-    except config_lib.UserError:
+    except schema.UserError:
       raise
     except Exception as error:
       if type(error).__name__ == "JaxRuntimeError":  # jax is not imported here
@@ -226,7 +226,7 @@ def attempt(
       if why == "corrupt" or (why is None and isinstance(error, corrupt)):
         raise Damaged(f"{path} is damaged: {said}") from error
       if why is None or pause is None:
-        raise config_lib.RunError(
+        raise schema.RunError(
           f"{path} could not be read: {said}. Nothing was moved; once the "
           "cause is gone, the same command goes on"
         ) from error

@@ -13,8 +13,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from lm import config as config_lib
-from lm import files
+from lm import files, schema
 
 # Seconds after which an owner that has not renewed its lease is taken for dead.
 LEASE_SECONDS = 60.0
@@ -139,9 +138,9 @@ class Lock:
           self.lost = True
           return
 
-  def _in_use(self, record: dict[str, Any] | None) -> config_lib.RunError:
+  def _in_use(self, record: dict[str, Any] | None) -> schema.RunError:
     owner = "another process" if record is None else _owner(record)
-    return config_lib.RunError(
+    return schema.RunError(
       f"--workdir={self._directory}: in use by {owner}; wait for its end, stop "
       "it, or name another workdir"
     )

@@ -11,6 +11,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from lm import config as config_lib
+from lm import schema
 from lm.model import attention
 
 
@@ -55,7 +56,7 @@ def test_auto_takes_what_the_platform_and_the_model_allow(
   ],
 )
 def test_a_named_kernel_that_cannot_is_refused(fields, length, prefix, message):
-  with pytest.raises(config_lib.ConfigError, match=message):
+  with pytest.raises(schema.ConfigError, match=message):
     attention.choose_kernel(_config(**fields), length=length, prefix=prefix)
 
 

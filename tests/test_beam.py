@@ -23,7 +23,7 @@ from test_sample import (
   sampler_of,
 )
 
-from lm import config as config_lib
+from lm import schema
 from lm.data import tokenizer as tokenizer_lib
 from lm.model import decoder
 from lm.sample import beam
@@ -251,6 +251,6 @@ def test_nothing_to_find():
   ],
 )
 def test_refuses_in_one_line(fields, options, message):
-  with pytest.raises(config_lib.ConfigError, match=message) as error:
+  with pytest.raises(schema.ConfigError, match=message) as error:
     beam.search(small(), Request("a", **fields), **{"n_beams": 2, **options})
   assert "\n" not in str(error.value)

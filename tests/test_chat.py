@@ -12,6 +12,7 @@ import pytest
 from hypothesis import strategies as st
 
 from lm import config as config_lib
+from lm import schema
 from lm.data import template as template_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.model import decoder
@@ -154,7 +155,7 @@ def test_an_injected_turn_is_text():
   ],
 )
 def test_messages_that_are_refused(messages, message):
-  with pytest.raises(config_lib.ConfigError, match=message):
+  with pytest.raises(schema.ConfigError, match=message):
     chat.chat_ids(bytes_tokenizer(), messages)
 
 
@@ -172,7 +173,7 @@ def test_messages_that_are_refused(messages, message):
   ],
 )
 def test_templates_that_are_refused(template, message):
-  with pytest.raises(config_lib.ConfigError, match=message) as error:
+  with pytest.raises(schema.ConfigError, match=message) as error:
     chat.chat_ids(bytes_tokenizer(template), say("a"))
   assert "\n" not in str(error.value)
 
@@ -211,10 +212,10 @@ def test_templates_that_are_refused(template, message):
 )
 def test_templates_are_bounded(template, message):
   """In memory, time and output; and what comes after them is rendered."""
-  with pytest.raises(config_lib.ConfigError, match=message) as error:
+  with pytest.raises(schema.ConfigError, match=message) as error:
     chat.chat_ids(bytes_tokenizer(template), say("a"))
   assert "\n" not in str(error.value) and len(str(error.value)) < 2000
-  with pytest.raises(config_lib.ConfigError, match="chat template"):
+  with pytest.raises(schema.ConfigError, match="chat template"):
     template_lib.check("{% if %}")
   assert chat.chat_ids(bytes_tokenizer(), say("a"))
 
@@ -236,7 +237,7 @@ def test_gaps(tokenizer):
   assert chat.fim_ids(t, "def <fim_middle>(", "):\n") == psm
   spm = [t.bos, t.fim_prefix, t.fim_suffix, *after, t.fim_middle, *before]
   assert chat.fim_ids(t, "def <fim_middle>(", "):\n", "spm") == spm
-  with pytest.raises(config_lib.ConfigError, match="order='mps': must be"):
+  with pytest.raises(schema.ConfigError, match="order='mps': must be"):
     chat.fim_ids(t, "", "", "mps")
   # Without a prefix the two are one.
   empty = [t.bos, t.fim_prefix, t.fim_suffix, t.fim_middle]
@@ -367,5 +368,5 @@ def test_what_can_never_answer_is_refused_at_once(
   talk, monkeypatch, template, message
 ):
   monkeypatch.setattr(sampler(), "tokenizer", bytes_tokenizer(template))
-  with pytest.raises(config_lib.ConfigError, match=message):
+  with pytest.raises(schema.ConfigError, match=message):
     talk("one\n", REQUEST)

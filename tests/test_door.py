@@ -8,8 +8,7 @@ import sys
 import jax
 import pytest
 
-from lm import config as config_lib
-from lm import door
+from lm import door, schema
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -22,8 +21,8 @@ def noted(error, note):
 @pytest.mark.parametrize(
   ("error", "code", "said"),
   [
-    (config_lib.ConfigError("a=1: no"), 2, "a=1: no"),
-    (config_lib.RunError("gone"), 1, "gone"),
+    (schema.ConfigError("a=1: no"), 2, "a=1: no"),
+    (schema.RunError("gone"), 1, "gone"),
     (OSError(errno.ENOSPC, "No space left", "f"), 1, "f: No space left"),
     (OSError(errno.EIO, "Input/output error"), 1, "Input/output error"),
     (TimeoutError("slow"), 1, "slow"),

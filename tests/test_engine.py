@@ -18,7 +18,7 @@ from test_sample import (
 )
 
 from lm import batch as batch_lib
-from lm import config as config_lib
+from lm import schema
 from lm.data import tokenizer as tokenizer_lib
 from lm.model import decoder
 from lm.sample import loop
@@ -367,14 +367,14 @@ def test_what_cannot_be_is_refused():
     ({"draft": sampler_of(cfg)}, "ahead=0: .*at least 1 with a draft"),
     ({"ahead": -1}, "ahead=-1"),
   ):
-    with pytest.raises(config_lib.ConfigError, match=message):
+    with pytest.raises(schema.ConfigError, match=message):
       sampler_lib.Sampler(cfg, params, tokenizer, **options)
   short = dataclasses.replace(cfg, context_length=50)
-  with pytest.raises(config_lib.ConfigError, match="draft: its context_length"):
+  with pytest.raises(schema.ConfigError, match="draft: its context_length"):
     sampler_lib.Sampler(
       cfg, params, tokenizer, ahead=2, draft=sampler_of(short)
     )
   engine = sampler_of(cfg).engine(1, 32)
-  with pytest.raises(config_lib.ConfigError, match="context of 32"):
+  with pytest.raises(schema.ConfigError, match="context of 32"):
     engine.submit(Request("a" * 40))
   assert engine.idle

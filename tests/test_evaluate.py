@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lm import batch as batch_lib
-from lm import checkpoint, sharding
+from lm import checkpoint, schema, sharding
 from lm import config as config_lib
 from lm.data import sources, windows
 from lm.data import tokenizer as tokenizer_lib
@@ -447,7 +447,7 @@ def test_batches_are_dispatched_ahead_of_what_is_read():
     return False
 
   totals = perplexity.evaluate_batches(
-    step, {}, [{}] * 4, np.zeros(1), should_stop
+    step, {}, [batch_of(["a"], 1)] * 4, np.zeros(1), should_stop
   )
   d, r = "dispatch", "read"
   assert events == [d, d, d, r, d, r, r, r]
@@ -637,7 +637,7 @@ def test_skipped_documents_are_counted(workdir, tmp_path):
   assert [d.name for d in result.documents] == [str(tmp_path / "good.txt")]
   assert result.n_skipped == 1
   (tmp_path / "good.txt").unlink()
-  with pytest.raises(config_lib.ConfigError, match="none of its 1 documents"):
+  with pytest.raises(schema.ConfigError, match="none of its 1 documents"):
     evaluate(workdir, specs=specs, data=options)
 
 
@@ -647,7 +647,7 @@ def test_a_source_without_text_has_no_bits_per_byte(workdir, tmp_path):
   (tmp_path / "b.txt").touch()
   options = {"text_unit": "file"}
   specs = [f"text:{tmp_path}/*.txt"]
-  with pytest.raises(config_lib.ConfigError, match="none of its 2 doc"):
+  with pytest.raises(schema.ConfigError, match="none of its 2 doc"):
     evaluate(workdir, specs=specs, data=options)
   (tmp_path / "b.txt").write_text("b")
   (result,) = evaluate(workdir, specs=specs, data=options).results
@@ -676,7 +676,7 @@ def test_bad_input_is_refused_before_parameters_are_loaded(
     options = {"output": options["output"].format(workdir)}
   if "specs" in options:
     options = {"specs": [s.format(workdir) for s in options["specs"]]}
-  with pytest.raises(config_lib.ConfigError, match=message):
+  with pytest.raises(schema.ConfigError, match=message):
     evaluate(workdir, **options)
 
 

@@ -16,10 +16,11 @@ LM = pathlib.Path(__file__).parent.parent / "lm"
 
 # Each room of lm/ imports itself and rooms of earlier rows only.
 ORDER = (
+  ("schema",),
   ("config",),
   ("files",),
   ("locks",),
-  ("batch", "door", "sharding"),
+  ("batch", "digest", "door", "processes", "sharding"),
   ("model", "data"),
   ("checkpoint",),
   ("sample", "convert"),
@@ -75,7 +76,9 @@ def function():
   assert rooms == {"one", "two", "three", "own", "four", "five"}
 
 
-@pytest.mark.parametrize("module", ["lm", "lm.config", "lm.files", "lm.door"])
+@pytest.mark.parametrize(
+  "module", ["lm", "lm.schema", "lm.config", "lm.files", "lm.door"]
+)
 def test_light_modules_import_neither_jax_nor_numpy(module):
   """So a mistake on the command line is reported in a blink."""
   heavy = subprocess.run(

@@ -15,7 +15,7 @@ import yaml
 
 from launch import __main__ as door
 from launch import accelerators, local, shell, specs
-from lm import config as config_lib
+from lm import schema
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "launch"
@@ -282,7 +282,7 @@ def test_mistakes_in_the_spec(text, tmp_path):
   path = tmp_path / "pod.yaml"
   path.write_text(text)
   command = () if "command" in text else ("true",)
-  with pytest.raises(config_lib.ConfigError) as error:
+  with pytest.raises(schema.ConfigError) as error:
     specs.load(str(path), command=command)
   assert MISTAKES[text] in str(error.value)
 
@@ -309,7 +309,7 @@ REFUSALS = {
 @pytest.mark.parametrize(("to", "field"), REFUSALS)
 def test_what_a_place_cannot_do_is_refused(to, field):
   refused = specs.validate(spec(**REFUSALS[to, field]))
-  with pytest.raises(config_lib.ConfigError, match=f"^spec.{field}="):
+  with pytest.raises(schema.ConfigError, match=f"^spec.{field}="):
     door.PLACES[to].render(refused)
 
 

@@ -14,7 +14,7 @@ import test_launch
 import yaml
 
 from launch import gke, local, shell, sky, slurm, specs, tpu_vm
-from lm import config as config_lib
+from lm import schema
 
 GCLOUD = pathlib.Path(__file__).parent / "stand_in_gcloud.py"
 CLOUD = test_launch.CLOUD
@@ -104,7 +104,7 @@ def nothing_else_ran(tools: pathlib.Path) -> bool:
 
 @pytest.mark.parametrize("field", ["name", "zone"])
 def test_names_that_are_code_are_refused(field):
-  with pytest.raises(config_lib.ConfigError, match=f"spec.{field}="):
+  with pytest.raises(schema.ConfigError, match=f"spec.{field}="):
     specs.validate(spec(**{field: HOSTILE}))
 
 
@@ -302,7 +302,7 @@ def test_tpu_vm_leaves_a_run_whose_connection_is_lost(tools, capfd):
 
 def test_tpu_vm_preempted_too_often(tools, capfd):
   (tools / "preemptions").write_text("9")
-  with pytest.raises(config_lib.ConfigError, match="no retries left"):
+  with pytest.raises(schema.ConfigError, match="no retries left"):
     run_on_tpu(capfd, retries=1, command=("sleep", "60"))
   assert verbs(tools).count("create") == 2
 
@@ -310,7 +310,7 @@ def test_tpu_vm_preempted_too_often(tools, capfd):
 def test_tpu_vm_refused_by_gcloud(tools):
   (tools / "refusal").write_text("ERROR: PERMISSION_DENIED: no access")
   given = spec(**CLOUD, accelerator="v5e-16")
-  with pytest.raises(config_lib.ConfigError, match="PERMISSION_DENIED"):
+  with pytest.raises(schema.ConfigError, match="PERMISSION_DENIED"):
     tpu_vm.run(given, sleep=lambda _: pytest.fail("waits for nothing"))
   assert verbs(tools) == []
 

@@ -65,7 +65,8 @@ def test_gradients_equal_finite_differences(chunk, softcap):
       z_loss=0.1,
     )[0]
 
-  dx, dhead = jax.grad(total, argnums=(0, 1))(x, head)
+  slopes = jax.grad(total, argnums=(0, 1))
+  dx, dhead = slopes(jnp.asarray(x), jnp.asarray(head))
   rng, step = np.random.default_rng(2), 1e-4
   for turn in range(3):
     u, w = rng.normal(size=x.shape), rng.normal(size=head.shape)

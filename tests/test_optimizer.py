@@ -11,6 +11,7 @@ import pytest
 
 from lm import batch as batch_lib
 from lm import config as config_lib
+from lm import schema
 from lm.model import weights
 from lm.train import optimizer
 from lm.train import step as step_lib
@@ -266,7 +267,7 @@ def test_every_field_changes_the_program_or_is_refused(name, schedule):
   for field in set(FIELDS) - {"name", "schedule"}:
     try:
       after = _program(dataclasses.replace(plain, **{field: OTHER[field]}))
-    except config_lib.ConfigError as error:
+    except schema.ConfigError as error:
       assert f"config.optimizer.{field}=" in str(error)
       assert "has no effect" in str(error)
       refused.add(field)

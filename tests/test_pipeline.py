@@ -12,6 +12,7 @@ import tensorstore
 
 from lm import batch as batch_lib
 from lm import config as config_lib
+from lm import schema
 from lm.data import arrays, objectives, pipeline
 from lm.data import store as store_lib
 from lm.data import tokenizer as tokenizer_lib
@@ -373,7 +374,7 @@ def test_damage_to_a_store_reaches_the_caller(
   monkeypatch.setattr(arrays, "_CONTEXT", fresh)
   config, prepared = make(documents(97, 0))
   harm(pathlib.Path(prepared.train[0].path, "tokens", "c", "0"))
-  with pytest.raises(kind or config_lib.RunError, match=message):
+  with pytest.raises(kind or schema.RunError, match=message):
     take(pipeline.train_batches(config, prepared), 1)
 
 

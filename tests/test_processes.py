@@ -20,8 +20,8 @@ CHILD = """
 import sys
 import jax
 jax.config.update("jax_num_cpu_devices", int(sys.argv[3]))
-from lm import config, sharding
-sharding.start_processes(heartbeat_seconds=10)
+from lm import config, processes
+processes.join(heartbeat_seconds=10)
 from lm.train import loop
 c = config.from_json(sys.argv[1])
 sys.exit(loop.train(c, sys.argv[2]))
@@ -31,8 +31,8 @@ sys.exit(loop.train(c, sys.argv[2]))
 AGREEING = """
 import sys, types
 import jax
-from lm import config, sharding
-sharding.start_processes(heartbeat_seconds=10)
+from lm import config, processes, schema
+processes.join(heartbeat_seconds=10)
 from lm.train import resume
 
 def store(**changed):
@@ -49,7 +49,7 @@ def check(function, *args):
   try:
     function(*args)
     told.append("agreed")
-  except config.ConfigError as error:
+  except schema.ConfigError as error:
     told.append(" ".join(str(error).split()))
 
 c = config.Config()

@@ -11,7 +11,7 @@ import pytest
 import qwix
 from test_sample import GEMMA2, GPT2, LLAMA, params_of, token_ids
 
-from lm import config as config_lib
+from lm import schema
 from lm.data import tokenizer as tokenizer_lib
 from lm.model import decoder
 from lm.sample import sampler as sampler_lib
@@ -122,9 +122,9 @@ def test_a_mesh_changes_no_token():
 
 
 def test_refuses_in_one_line(monkeypatch):
-  with pytest.raises(config_lib.ConfigError, match="weights='int4'"):
+  with pytest.raises(schema.ConfigError, match="weights='int4'"):
     sampler_of(GPT2, params_of(GPT2), weights="int4")
   monkeypatch.setitem(sys.modules, "qwix", None)
   cfg = dataclasses.replace(GPT2, n_layers=1)
-  with pytest.raises(config_lib.ConfigError, match="pip install"):
+  with pytest.raises(schema.ConfigError, match="pip install"):
     sampler_of(cfg, params_of(cfg), weights="int8")

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 import pytest
 
-from lm import checkpoint, files, locks, sharding
+from lm import checkpoint, files, locks, schema, sharding
 from lm import config as config_lib
 from lm.train import loop, optimizer, resume
 from lm.train import metrics as metrics_lib
@@ -135,9 +135,9 @@ def test_a_later_format_is_refused(broken):
   config, workdir = broken
   edit_meta(workdir / "checkpoints" / "12", lambda c: c.update(format=99))
   before = places(workdir)
-  with pytest.raises(config_lib.ConfigError, match="has format 99"):
+  with pytest.raises(schema.ConfigError, match="has format 99"):
     checkpoint.load_meta(str(workdir))
-  with pytest.raises(config_lib.ConfigError, match="formats 1 to 2"):
+  with pytest.raises(schema.ConfigError, match="formats 1 to 2"):
     loop.train(config, str(workdir))
   assert places(workdir) == before
 
@@ -160,7 +160,7 @@ def test_another_optimizer_tree_is_refused_then_taken_afresh(
 
   monkeypatch.setattr(optimizer, "make", chained)
   before = places(workdir)
-  with pytest.raises(config_lib.ConfigError) as error:
+  with pytest.raises(schema.ConfigError) as error:
     first_state(config, workdir)
   assert "in `rest` 1/0/count: stored not, wanted int32[]" in str(error.value)
   assert "on_mismatch=fresh_optimizer" in str(error.value)
@@ -201,7 +201,7 @@ def test_an_average_and_a_history_can_be_added(broken):
   checkpoints = checkpoint.Checkpoints(str(workdir), config.checkpoint)
   checkpoints.save(step_lib.to_trees(state), meta)
   checkpoints.close()
-  with pytest.raises(config_lib.ConfigError, match="optimizer.ema_decay was"):
+  with pytest.raises(schema.ConfigError, match="optimizer.ema_decay was"):
     first_state(config, workdir)
   config.checkpoint.on_mismatch = "fresh_optimizer"
   got, meta, said = first_state(config, workdir)
@@ -217,7 +217,7 @@ def test_another_model_is_refused_by_field_also_without_config_json(broken):
   (workdir / "config.json").unlink()
   config.model.d_model = 16
   before = places(workdir)
-  with pytest.raises(config_lib.ConfigError, match="d_model was 8 and is 16"):
+  with pytest.raises(schema.ConfigError, match="d_model was 8 and is 16"):
     loop.train(config, str(workdir))
   assert places(workdir) == before
 
@@ -272,7 +272,7 @@ def test_a_read_that_fails_moves_nothing(error, broken, monkeypatch):
   if not isinstance(error, TypeError):
     assert first_state(config, workdir)[1].step == 12
   left[0] = 1000
-  with pytest.raises(config_lib.RunError, match="could not be read") as failed:
+  with pytest.raises(schema.RunError, match="could not be read") as failed:
     first_state(config, workdir)
   assert not isinstance(failed.value, files.Damaged)
   assert failed.value.exit_code == 1 and str(failed.value).count("\n") == 0
@@ -368,7 +368,7 @@ def test_no_more_checkpoints_are_moved_than_allowed(broken):
 def test_from_step_goes_on_from_an_earlier_checkpoint(broken):
   """Later ones are moved, and none is deleted."""
   config, workdir = broken
-  with pytest.raises(config_lib.ConfigError, match=r"has \[6, 12\]"):
+  with pytest.raises(schema.ConfigError, match=r"has \[6, 12\]"):
     loop.train(config, str(workdir), from_step=7)
   before = metrics_lib.read(str(workdir))
   assert loop.train(config, str(workdir), from_step=6) == 0
@@ -382,7 +382,7 @@ def test_from_step_goes_on_from_an_earlier_checkpoint(broken):
 
 def test_a_second_start_is_refused_until_the_first_is_gone(tmp_path):
   lock = locks.Lock(str(tmp_path / "run"))
-  with pytest.raises(config_lib.RunError, match=f"process {os.getpid()} on"):
+  with pytest.raises(schema.RunError, match=f"process {os.getpid()} on"):
     locks.Lock(str(tmp_path / "run"))
   lock.release()
   locks.Lock(str(tmp_path / "run")).release()
@@ -437,7 +437,7 @@ def test_a_lease_that_is_renewed_is_refused(tmp_path, monkeypatch):
     path.write_text(record(renewals=n[0]))
 
   monkeypatch.setattr(locks.time, "sleep", sleep)
-  with pytest.raises(config_lib.RunError, match="process 7 on elsewhere"):
+  with pytest.raises(schema.RunError, match="process 7 on elsewhere"):
     locks.Lock(str(tmp_path))
   assert json.loads(path.read_text())["renewals"] == 1
 
@@ -447,7 +447,7 @@ def test_training_in_a_directory_in_use_is_refused(broken):
   config.train.steps = 18
   lock = locks.Lock(str(workdir))
   before = places(workdir)
-  with pytest.raises(config_lib.RunError, match="in use by process"):
+  with pytest.raises(schema.RunError, match="in use by process"):
     loop.train(config, str(workdir))
   assert places(workdir) == before
   lock.release()

@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 
 from lm import batch as batch_lib
-from lm import checkpoint
+from lm import checkpoint, schema
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.model import cache as cache_lib
@@ -54,7 +54,7 @@ def sampler_of(cfg):
 
 
 def full_logits(cfg, params, inputs):
-  return _full_logits(cfg, params, batch_lib.unscored(inputs))
+  return _full_logits(cfg, params, batch_lib.unscored(np.asarray(inputs)))
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -333,7 +333,7 @@ def test_programs_are_compiled_once_per_bucket():
     ),
     ({"stop": ["ok", "\udce9"]}, r"stop='.udce9': holds half a char"),
     ({"max_new_tokens": 10**18}, "max_new_tokens=1000000000000000000: .* most"),
-    ({"seed": -1}, "seed=-1: must be at least 0"),
+    ({"seed": -1}, "seed=-1: must not be negative"),
     ({"seed": 2**32 - 1, "n_samples": 2}, "seed=4294967295.*at most 2"),
   ],
 )
@@ -342,15 +342,15 @@ def test_requests_that_cannot_be_met_are_refused(changes, message, monkeypatch):
   monkeypatch.setattr(loop, "read", None)
   good = Request("ok", max_new_tokens=1)
   bad = dataclasses.replace(Request(), **changes)
-  with pytest.raises(config_lib.ConfigError, match=message):
+  with pytest.raises(schema.ConfigError, match=message):
     sampler_of(LLAMA).generate([good, bad])
 
 
 def test_no_request_and_a_foreign_tokenizer_are_refused():
-  with pytest.raises(config_lib.ConfigError, match=r"requests=\[\]"):
+  with pytest.raises(schema.ConfigError, match=r"requests=\[\]"):
     sampler_of(LLAMA).generate([])
   cfg = families.LLAMA3
-  with pytest.raises(config_lib.ConfigError, match="384 ids, the model 37"):
+  with pytest.raises(schema.ConfigError, match="384 ids, the model 37"):
     sampler_lib.Sampler(cfg, None, tokenizer_lib.Tokenizer())
 
 

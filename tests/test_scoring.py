@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import test_evaluate
 
-from lm import config as config_lib
+from lm import schema
 from lm.data import tokenizer as tokenizer_lib
 from lm.evaluate import perplexity
 from lm.sample import sampler as sampler_lib
@@ -87,5 +87,5 @@ def test_alternatives_change_no_score():
 
 @pytest.mark.parametrize("stride", [0, 12])
 def test_a_stride_beyond_the_context_is_refused(stride):
-  with pytest.raises(config_lib.ConfigError, match="from 1 to the context"):
+  with pytest.raises(schema.ConfigError, match="from 1 to the context"):
     sampler_of(11).score(TEXT, stride=stride)

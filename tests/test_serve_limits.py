@@ -25,7 +25,7 @@ import openai
 import pytest
 import serving
 
-from lm import checkpoint
+from lm import checkpoint, schema
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.model import decoder
@@ -630,11 +630,11 @@ def test_the_door_refuses_in_one_line(arguments, message):
 @pytest.mark.parametrize(
   "host, failure, kind, message",
   [
-    ("127.0.0.1", None, config_lib.RunError, "the port is taken; name another"),
-    ("127.0.0.1", errno.EACCES, config_lib.RunError, "for privileged users"),
-    ("192.0.2.1", None, config_lib.ConfigError, "no address of this machine"),
-    ("no.such.host.invalid", None, config_lib.ConfigError, "does not resolve"),
-    ("a" * 300, None, config_lib.ConfigError, "does not resolve"),
+    ("127.0.0.1", None, schema.RunError, "the port is taken; name another"),
+    ("127.0.0.1", errno.EACCES, schema.RunError, "for privileged users"),
+    ("192.0.2.1", None, schema.ConfigError, "no address of this machine"),
+    ("no.such.host.invalid", None, schema.ConfigError, "does not resolve"),
+    ("a" * 300, None, schema.ConfigError, "does not resolve"),
   ],
 )
 def test_where_no_server_can_listen(monkeypatch, host, failure, kind, message):
@@ -659,7 +659,7 @@ def test_a_server_listens_on_all_addresses_of_its_host():
 
 def test_slots_that_memory_cannot_hold_are_refused(monkeypatch):
   monkeypatch.setattr(os, "sysconf", lambda name: 1000)
-  with pytest.raises(config_lib.ConfigError, match="slots=99: .* at most"):
+  with pytest.raises(schema.ConfigError, match="slots=99: .* at most"):
     worker_lib.Worker(serving.sampler_of(), 99, 1)
 
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from lm import config as config_lib
-from lm import door, sharding
+from lm import digest, door, processes, schema, sharding
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -28,7 +28,7 @@ def _tree():
 
 
 def _digest(tree):
-  return np.asarray(sharding.digest(jax.tree.map(jnp.asarray, tree))).tolist()
+  return np.asarray(digest.of_tree(jax.tree.map(jnp.asarray, tree))).tolist()
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)])
@@ -51,9 +51,9 @@ def test_digest_is_the_same_on_any_mesh(shape):
     name: jax.device_put(x, jax.sharding.NamedSharding(mesh, spec[name]))
     for name, x in _tree().items()
   }
-  assert np.asarray(sharding.digest(placed)).tolist() == _digest(_tree())
+  assert np.asarray(digest.of_tree(placed)).tolist() == _digest(_tree())
   with jax.set_mesh(mesh):
-    inside = jax.jit(sharding.digest)(placed)
+    inside = jax.jit(digest.of_tree)(placed)
   assert np.asarray(inside).tolist() == _digest(_tree())
 
 
@@ -91,7 +91,7 @@ def test_digests_of_parts_add_up():
     {name: jnp.asarray(x[start:stop]) for name, x in tree.items()}
     for start, stop in ((0, 3), (3, 8))
   ]
-  parts = sharding.digest(cut[0], 0) + sharding.digest(cut[1], 3)
+  parts = digest.of_tree(cut[0], 0) + digest.of_tree(cut[1], 3)
   assert np.asarray(parts).tolist() == _digest(tree)
 
 
@@ -175,7 +175,7 @@ def test_an_axis_may_take_a_part_of_the_torus(monkeypatch):
 def test_a_mesh_that_does_not_fit_the_slices_is_refused():
   config = config_lib.Config()
   config.mesh = config_lib.MeshConfig(data=1, fsdp=8, tensor=1)
-  with pytest.raises(config_lib.ConfigError, match="multiple of the 2 slices"):
+  with pytest.raises(schema.ConfigError, match="multiple of the 2 slices"):
     sharding.make_mesh(config, _in_slices(2))
 
 
@@ -238,7 +238,7 @@ def test_processes_are_found_in_the_environment(
     jax.distributed, "initialize", lambda **given: calls.append(given)
   )
   monkeypatch.setattr(jax.config, "update", lambda *_: None)
-  sharding.start_processes(heartbeat_seconds=7)
+  processes.join(heartbeat_seconds=7)
   keys = ("coordinator_address", "num_processes", "process_id")
   found = [tuple(call[key] for key in keys) for call in calls]
   assert found == ([] if called is None else [called])
@@ -250,5 +250,5 @@ def test_half_an_address_is_refused(monkeypatch):
     monkeypatch.delenv(name, raising=False)
   monkeypatch.setenv("COORDINATOR_ADDRESS", "h:1")
   monkeypatch.setattr(jax.config, "update", lambda *_: None)
-  with pytest.raises(config_lib.ConfigError, match="needs PROCESS_COUNT"):
-    sharding.start_processes(heartbeat_seconds=7)
+  with pytest.raises(schema.ConfigError, match="needs PROCESS_COUNT"):
+    processes.join(heartbeat_seconds=7)

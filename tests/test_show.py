@@ -488,7 +488,7 @@ for arguments, lines in json.loads(sys.argv[1]):
     try:
       flags.FLAGS(["lm.sample", *arguments])
       code = door.main()
-    except (config.ConfigError, flags.Error) as error:
+    except (schema.ConfigError, flags.Error) as error:
       code = str(error)
   found.append([code, out.getvalue()])
 print(json.dumps(found))

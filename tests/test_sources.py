@@ -22,6 +22,7 @@ import tensorflow_datasets as tfds
 from backports import zstd
 
 from lm import config as config_lib
+from lm import schema
 from lm.data import contents, reading, sources
 
 
@@ -125,7 +126,7 @@ def test_invalid_utf8_by_policy(tmp_path, unit):
     return [text for _, text in read(sources.open_source(spec, data))]
 
   with pytest.raises(
-    config_lib.ConfigError, match=r"a.txt: invalid UTF-8 at byte 7;.*'skip'"
+    schema.ConfigError, match=r"a.txt: invalid UTF-8 at byte 7;.*'skip'"
   ):
     texts("error")
   replaced = ["good", "ba\ufffdd", "good"]
@@ -139,7 +140,7 @@ def test_json_may_spell_half_a_surrogate_pair(tmp_path):
   path = tmp_path / "a.jsonl"
   path.write_text('{"t": "ok"}\n{"t": "x\\ud83d"}\n')
   source = sources.open_source(f"jsonl:{path}#t", data_config(tmp_path))
-  with pytest.raises(config_lib.ConfigError, match=r"a.jsonl:2: invalid UTF-8"):
+  with pytest.raises(schema.ConfigError, match=r"a.jsonl:2: invalid UTF-8"):
     read(source)
 
 
@@ -166,7 +167,7 @@ def test_bad_json_lines_name_file_and_line(tmp_path, content, message):
   path = tmp_path / "a.jsonl"
   path.write_text(content)
   source = sources.open_source(f"jsonl:{path}#t", data_config(tmp_path))
-  with pytest.raises(config_lib.ConfigError, match=message):
+  with pytest.raises(schema.ConfigError, match=message):
     read(source)
 
 
@@ -185,7 +186,7 @@ def test_bad_json_lines_name_file_and_line(tmp_path, content, message):
   ],
 )
 def test_bad_specs_write_nothing(tmp_path, spec, message):
-  with pytest.raises(config_lib.ConfigError, match=message) as error:
+  with pytest.raises(schema.ConfigError, match=message) as error:
     sources.open_source(spec, data_config(tmp_path))
   assert repr(spec)[-9:-1] in str(error.value)
   assert not list(tmp_path.iterdir())
@@ -195,7 +196,7 @@ def test_a_corpus_without_documents_is_empty(tmp_path):
   path = tmp_path / "a.txt"
   path.write_text("\n \n")
   data = data_config(tmp_path, text_unit="line")
-  with pytest.raises(config_lib.ConfigError, match="empty"):
+  with pytest.raises(schema.ConfigError, match="empty"):
     sources.open_source(f"text:{path}", data)
 
 
@@ -282,7 +283,7 @@ def test_the_fingerprint_of_a_small_corpus_has_not_changed(tmp_path):
 
 
 def refused(tmp_path, spec, message, **fields):
-  with pytest.raises(config_lib.ConfigError, match=message) as error:
+  with pytest.raises(schema.ConfigError, match=message) as error:
     read(sources.open_source(spec, data_config(tmp_path, **fields)))
   assert "\n" not in str(error.value)
 
@@ -500,7 +501,7 @@ def test_a_file_that_shrinks_after_it_was_indexed(tmp_path):
   data = data_config(tmp_path, text_unit="line")
   source = sources.open_source(f"text:{path}", data)
   path.write_text("a\n")
-  with pytest.raises(config_lib.RunError, match="a.txt: has changed while"):
+  with pytest.raises(schema.RunError, match="a.txt: has changed while"):
     read(source)
 
 
@@ -552,17 +553,17 @@ def test_any_tfds_dataset_reads_by_its_name(tmp_path):
   assert part.fingerprint() != source.fingerprint()
 
   strict = sources.open_source(spec, data_config(tmp_path))
-  with pytest.raises(config_lib.ConfigError, match=r"body\[\d\]: inv.* byte 3"):
+  with pytest.raises(schema.ConfigError, match=r"body\[\d\]: inv.* byte 3"):
     read(strict)
   for spec, message in (
     ("tfds:toy:train", "no feature 'text'; the dataset has body, n"),
     ("tfds:toy:test#body", "no split 'test'; the dataset has train"),
     ("tfds:toy/big:train#body", "unknown dataset"),
   ):
-    with pytest.raises(config_lib.ConfigError, match=message):
+    with pytest.raises(schema.ConfigError, match=message):
       sources.open_source(spec, data)
   numbers = sources.open_source("tfds:toy:train#n", data)
-  with pytest.raises(config_lib.ConfigError, match="'n' is not text"):
+  with pytest.raises(schema.ConfigError, match="'n' is not text"):
     read(numbers)
 
 
@@ -592,7 +593,7 @@ def test_a_dataset_that_was_built_elsewhere_opens_by_its_name(
   for name in ("far/en", "far/en:2.0.0"):
     source = sources.open_source(f"tfds:{name}:train#body", data)
     assert {text for _, text in read(source)} == {"first", "third"}
-  with pytest.raises(config_lib.ConfigError, match="unknown dataset 'far/de'"):
+  with pytest.raises(schema.ConfigError, match="unknown dataset 'far/de'"):
     sources.open_source("tfds:far/de:train#body", data)
 
 
@@ -603,14 +604,12 @@ def test_a_dataset_that_is_damaged_is_one_line(tmp_path, elsewhere):
     raw = path.read_bytes()
     for bad in (b"", raw[: len(raw) // 2], b"[]", raw[:70] + b"?" + raw[71:]):
       path.write_bytes(bad)
-      with pytest.raises(
-        config_lib.UserError, match="damaged|unknown"
-      ) as error:
+      with pytest.raises(schema.UserError, match="damaged|unknown") as error:
         read(sources.open_source("tfds:far/en:train#body", data))
       assert "\n" not in str(error.value) and "far/en" in str(error.value)
     path.write_bytes(raw)
   records.unlink()
-  with pytest.raises(config_lib.RunError, match="far.*No such file"):
+  with pytest.raises(schema.RunError, match="far.*No such file"):
     read(sources.open_source("tfds:far/en:train#body", data))
 
 
@@ -626,7 +625,7 @@ class Unreachable(Toy):
 
 def test_a_download_that_fails_is_one_line(tmp_path):
   message = "'unreachable' could not be .*ConnectionError: no route to host$"
-  with pytest.raises(config_lib.RunError, match=message):
+  with pytest.raises(schema.RunError, match=message):
     sources.open_source("tfds:unreachable:train", data_config(tmp_path))
   left = [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
   assert not left

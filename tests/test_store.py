@@ -13,6 +13,7 @@ import pytest
 import tensorstore
 
 from lm import config as config_lib
+from lm import schema
 from lm.data import arrays
 from lm.data import store as store_lib
 from lm.data import tokenizer as tokenizer_lib
@@ -176,7 +177,7 @@ def test_whatever_happens_to_a_file_of_a_store_is_seen(tmp_path, uncached):
       try:
         (found,) = store_lib.prepare(config).train
         assert everything(found) == whole, (file, name)
-      except config_lib.RunError as error:
+      except schema.RunError as error:
         refused += 1
         said = str(error)
         assert said.startswith(f"token store {store.path} is damaged: "), said
@@ -202,10 +203,10 @@ def test_a_manifest_of_before_manifests_had_digests(tmp_path, uncached):
   for key in ("n_tokens", "n_documents", "n_bytes", "files"):
     bad = {**manifest, key: None}
     file.write_text(json.dumps(bad, indent=2))
-    with pytest.raises(config_lib.RunError, match="is damaged: "):
+    with pytest.raises(schema.RunError, match="is damaged: "):
       store_lib.prepare(config)
   file.write_text(json.dumps({**manifest, "n_tokens": 7}))
-  with pytest.raises(config_lib.RunError, match="tokens has .* says 7"):
+  with pytest.raises(schema.RunError, match="tokens has .* says 7"):
     store_lib.prepare(config)
 
 
@@ -214,7 +215,7 @@ def test_a_store_that_is_a_file(tmp_path):
   path = store_lib.prepare(config).train[0].path
   shutil.rmtree(path)
   pathlib.Path(path).write_text("")
-  with pytest.raises(config_lib.RunError, match="manifest.json is missing"):
+  with pytest.raises(schema.RunError, match="manifest.json is missing"):
     store_lib.prepare(config)
 
 
@@ -232,7 +233,7 @@ def test_a_tokenizer_that_was_damaged_is_refused(tmp_path):
     try:
       again = store_lib.prepare(config).tokenizer
       assert again.fingerprint == prepared.tokenizer.fingerprint, name
-    except config_lib.RunError as error:
+    except schema.RunError as error:
       assert str(error).startswith(f"tokenizer {file} is damaged: ")
       assert "Remove it" in str(error) and "\n" not in str(error)
   # One of before it had a digest.
@@ -287,7 +288,7 @@ def test_a_source_that_changes_while_it_is_read(tmp_path, monkeypatch):
     return append(*arguments)
 
   monkeypatch.setattr(store_lib, "_append", slow)
-  with pytest.raises(config_lib.RunError, match="train.jsonl: has changed"):
+  with pytest.raises(schema.RunError, match="train.jsonl: has changed"):
     store_lib.prepare(config)
   assert not (tmp_path / "cache").exists()
 
@@ -328,7 +329,7 @@ def test_a_store_of_another_tokenizer_is_refused(tmp_path):
   path = prepared.train[0].path
   assert store_lib.open_store(path, tokenizer).n_documents == 53
   tokenizer.fingerprint = "another"
-  with pytest.raises(config_lib.ConfigError, match="made by tokenizer .* this"):
+  with pytest.raises(schema.ConfigError, match="made by tokenizer .* this"):
     store_lib.open_store(path, tokenizer)
 
 
@@ -350,7 +351,7 @@ def test_bad_text_writes_nothing(tmp_path, kind, content, message):
   config = make_config(tmp_path)
   config.tokenizer.kind = kind
   (tmp_path / "train.jsonl").write_bytes(content)
-  with pytest.raises(config_lib.ConfigError, match=message):
+  with pytest.raises(schema.ConfigError, match=message):
     store_lib.prepare(config)
   assert [p.name for p in tmp_path.iterdir()] == ["train.jsonl"]
 
@@ -370,7 +371,7 @@ def test_a_bad_config_writes_nothing(tmp_path, change, message):
   setattr(getattr(config, room), field, value)
   if path == "tokenizer.kind":
     config.model.vocab_size = 4099
-  with pytest.raises(config_lib.ConfigError, match=message):
+  with pytest.raises(schema.ConfigError, match=message):
     store_lib.prepare(config)
   assert [p.name for p in tmp_path.iterdir()] == ["train.jsonl"]
 
@@ -447,7 +448,7 @@ def test_a_cache_that_cannot_be_is_refused(
     lambda path, mode: pathlib.Path(path).name != "shut" and access(path, mode),
   )
   monkeypatch.chdir(tmp_path)
-  with pytest.raises(config_lib.ConfigError, match=message):
+  with pytest.raises(schema.ConfigError, match=message):
     store_lib.prepare(config)
   assert sorted(os.listdir()) == ["shut", "train.jsonl"]
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
 from lm import config as config_lib
+from lm import schema
 from lm.data import tokenizer as tokenizer_lib
 
 CORPUS = [inspect.getsource(m) for m in (argparse, json, textwrap, inspect)]
@@ -136,7 +137,7 @@ def test_json_carries_all_of_it(tokenizer):
   ],
 )
 def test_json_that_is_no_tokenizer_is_one_line(text):
-  with pytest.raises(config_lib.ConfigError, match="^tokenizer '.*: not one"):
+  with pytest.raises(schema.ConfigError, match="^tokenizer '.*: not one"):
     tokenizer_lib.Tokenizer.from_json(text)
 
 
@@ -147,17 +148,17 @@ def test_a_model_cut_anywhere_is_one_line(trained):
     stored["model"] = base64.b64encode(model[:cut]).decode()
     try:
       tokenizer_lib.Tokenizer.from_json(json.dumps(stored))
-    except config_lib.ConfigError:
+    except schema.ConfigError:
       n += 1
   assert n > 10
 
 
 def test_half_a_character_is_refused(tokenizer):
   for text in ("caf\udce9 ", "\ud83d", "x" * 99 + "\ud800" + "y" * 99):
-    with pytest.raises(config_lib.ConfigError, match="half a char") as error:
+    with pytest.raises(schema.ConfigError, match="half a char") as error:
       tokenizer.encode_batch(["fine", text])
     assert len(str(error.value)) < 200
-    with pytest.raises(config_lib.ConfigError, match="holds half a character"):
+    with pytest.raises(schema.ConfigError, match="holds half a character"):
       tokenizer.encode(text)
 
 
@@ -217,7 +218,7 @@ def test_a_chat_template_that_is_none_is_refused(tmp_path, content, message):
   config = make_config(vocab_size=384)
   config.tokenizer.kind = "bytes"
   config.tokenizer.chat_template = str(path)
-  with pytest.raises(config_lib.ConfigError, match=message) as error:
+  with pytest.raises(schema.ConfigError, match=message) as error:
     tokenizer_lib.load(config)
   assert f"config.tokenizer.chat_template={str(path)!r}: " in str(error.value)
 
@@ -246,7 +247,7 @@ def test_training_learns_newlines_and_indentation(trained):
   ],
 )
 def test_a_size_out_of_reach_is_refused(texts, size, message):
-  with pytest.raises(config_lib.ConfigError, match=message) as error:
+  with pytest.raises(schema.ConfigError, match=message) as error:
     tokenizer_lib.train(make_config(vocab_size=size), texts)
   assert f"config.model.vocab_size={size}" in str(error.value)
   assert ".cc" not in str(error.value)
@@ -302,24 +303,22 @@ def test_a_loaded_model_keeps_its_ids_and_gains_the_reserved(tmp_path):
   ],
 )
 def test_a_loaded_model_that_does_not_fit(tmp_path, options, size, message):
-  with pytest.raises(config_lib.ConfigError, match=message):
+  with pytest.raises(schema.ConfigError, match=message):
     load(tmp_path, foreign_model(**options), size)
 
 
 def test_a_file_that_is_no_model(tmp_path):
-  with pytest.raises(config_lib.ConfigError, match="not a SentencePiece model"):
+  with pytest.raises(schema.ConfigError, match="not a SentencePiece model"):
     load(tmp_path, b"no model", 701)
   for content in (b"", b"\0\xff" * 50, b"text\n" * 200):
-    with pytest.raises(config_lib.ConfigError, match="foreign.model'"):
+    with pytest.raises(schema.ConfigError, match="foreign.model'"):
       load(tmp_path, content, 701)
   config = make_config()
   config.tokenizer.path = ""
-  with pytest.raises(config_lib.ConfigError, match="tokenizer.path='': empty"):
+  with pytest.raises(schema.ConfigError, match="tokenizer.path='': empty"):
     tokenizer_lib.load(config)
   config.tokenizer.path = str(tmp_path / "absent.model")
-  with pytest.raises(
-    config_lib.ConfigError, match="absent.model.*No such file"
-  ):
+  with pytest.raises(schema.ConfigError, match="absent.model.*No such file"):
     tokenizer_lib.load(config)
 
 
@@ -343,7 +342,7 @@ def test_an_unigram_model_loads(tmp_path):
 def test_the_bytes_tokenizer_names_the_size_that_it_needs():
   config = make_config()
   config.tokenizer.kind = "bytes"
-  with pytest.raises(config_lib.ConfigError, match="701.*exactly 384"):
+  with pytest.raises(schema.ConfigError, match="701.*exactly 384"):
     tokenizer_lib.load(config)
   config.model.vocab_size = 384
   assert tokenizer_lib.load(config).size == 384

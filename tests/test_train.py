@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm import checkpoint, files
+from lm import checkpoint, files, schema
 from lm import config as config_lib
 from lm.data import pipeline
 from lm.evaluate import perplexity
@@ -333,7 +333,7 @@ def test_a_diverged_run_tells_how_to_go_on_and_can(diverging, make, tmp_path):
   better = copy.deepcopy(config)
   better.optimizer.peak_lr, better.train.steps = 1e-3, 5
   better.checkpoint.on_mismatch = "refuse"
-  with pytest.raises(config_lib.ConfigError, match="peak_lr was 1e[+]30"):
+  with pytest.raises(schema.ConfigError, match="peak_lr was 1e[+]30"):
     loop.train(better, str(workdir), from_step=3)
   better.checkpoint.on_mismatch = "fresh_optimizer"
   assert loop.train(better, str(workdir), from_step=3) == 0
@@ -411,7 +411,7 @@ def test_a_run_of_another_config_is_refused(unbroken, make):
   _, workdir = unbroken
   before = sorted(workdir.rglob("*"))
   config = make(optimizer__peak_lr=0.5, train__batch_size=16)
-  with pytest.raises(config_lib.ConfigError) as error:
+  with pytest.raises(schema.ConfigError) as error:
     loop.train(config, str(workdir))
   assert "config.optimizer.peak_lr was 0.01 and is 0.5" in str(error.value)
   assert "config.train.batch_size was 8 and is 16" in str(error.value)
@@ -427,7 +427,7 @@ def test_other_data_is_refused(unbroken, make, tmp_path):
   text = path.read_text()
   path.write_text(text + "\n# changed\n")
   try:
-    with pytest.raises(config_lib.ConfigError, match="other data"):
+    with pytest.raises(schema.ConfigError, match="other data"):
       loop.train(make(train__steps=20), str(copy))
   finally:
     path.write_text(text)
@@ -445,7 +445,7 @@ def test_other_data_is_refused(unbroken, make, tmp_path):
 )
 def test_bad_input_writes_nothing(fields, message, make, tmp_path):
   config = make(**fields)
-  with pytest.raises(config_lib.ConfigError, match=message):
+  with pytest.raises(schema.ConfigError, match=message):
     loop.train(config, str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
 

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lm import checkpoint, door
+from lm import checkpoint, door, schema, sharding
 from lm import config as config_lib
 from lm.data import objectives, pipeline
-from lm.model import attention, counts, decoder, layers, loss
+from lm.model import attention, counts, decoder, layers, loss, weights
 from lm.sample import loop
 from lm.train import optimizer
 from lm.train import step as step_lib
@@ -167,7 +167,7 @@ def test_packing_positions_go_on(plant):
   def mistake(real, tokens, documents):
     row = real(tokens, documents)
     places = np.arange(len(tokens) - 1, dtype=np.int32)
-    return row | {"positions": places}
+    return dataclasses.replace(row, positions=places)
 
   plant(objectives, "causal", mistake)
   caught("packing", config(model__positions="learned"))
@@ -237,8 +237,9 @@ def test_accumulation_repeats_dropout(plant):
 
 @pytest.mark.parametrize("axis", ["fsdp", "tensor"])
 def test_meshes_without_a_psum(plant, monkeypatch, axis):
-  def mistake(real, x, axes):
-    return real(x, tuple(a for a in axes if a != axis))
+  def mistake(real, x, *axes):
+    names = sharding.mesh_axes(*axes)
+    return jax.lax.psum(x, tuple(name for name in names if name != axis))
 
   monkeypatch.setattr(trial, "shapes", lambda n: [(1, 2, 2)])
   plant(loss, "_psum", mistake)
@@ -290,10 +291,10 @@ def test_layers_recomputed_under_another_mask(plant):
 
 
 def test_initial_loss_of_large_weights(plant):
-  def mistake(real, rngs, shape, axes, scale):
-    return real(rngs, shape, axes, 20 * scale)
+  def mistake(real, rngs, shape, axes, scale, **given):
+    return real(rngs, shape, axes, 20 * scale, **given)
 
-  plant(layers, "weight", mistake)
+  plant(weights, "matrix", mistake)
   caught("initial_loss", config(model__tied_embedding=False))
 
 
@@ -307,9 +308,9 @@ def test_dtypes_of_a_projection(plant):
     return real(equation, x.astype(jnp.float32), matrix, *axes).astype(x.dtype)
 
   c = config(**BFLOAT16)
-  assert "project" not in places(c)
-  plant(layers, "project", mistake)
-  assert "layers.py" in places(c) and "project" in places(c)
+  assert "weights.py" not in places(c)
+  plant(weights, "dot", mistake)
+  assert "weights.py" in places(c) and "dot" in places(c)
 
 
 def test_dtypes_of_the_softmax(plant):
@@ -359,11 +360,11 @@ def test_parameters_of_a_formula_that_forgets(plant, term):
 
 
 def test_shardings_of_a_weight_that_lost_its_axes(plant):
-  def mistake(real, rngs, shape, axes, scale):
+  def mistake(real, rngs, shape, axes, scale, **given):
     cut = axes == ("mlp", "embed")
-    return real(rngs, shape, (None, None) if cut else axes, scale)
+    return real(rngs, shape, (None, None) if cut else axes, scale, **given)
 
-  plant(layers, "weight", mistake)
+  plant(weights, "matrix", mistake)
   found = list(itertools.islice(failures("shardings", config()), 3))
   assert found[0].note == "ema.layers.mlp.down, params.layers.mlp.down"
   assert "whole on every device" in found[-1].compared
@@ -500,7 +501,7 @@ def test_an_exception_is_a_failed_result():
 
 
 def test_unknown_checks_are_refused():
-  with pytest.raises(config_lib.ConfigError, match="did you mean 'causality'"):
+  with pytest.raises(schema.ConfigError, match="did you mean 'causality'"):
     checks.choose(["causalty"])
   assert checks.choose(["dtypes", "causality"]) == ["causality", "dtypes"]
 

@@ -28,7 +28,7 @@ import reference
 from backports import zstd
 
 from launch import specs
-from lm import checkpoint
+from lm import checkpoint, schema
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
 
@@ -89,8 +89,8 @@ def leaves(kind: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def wrong_texts(hint: Any) -> list[str]:
   """What no field with this annotation can be, as a command line says it."""
-  if typing.get_origin(hint) is types.UnionType:
-    (hint,) = (a for a in typing.get_args(hint) if a is not types.NoneType)
+  hint, optional = schema.bare(hint)
+  if optional:
     if hint is str:
       return []
     return [text for text in wrong_texts(hint) if text != "None"]

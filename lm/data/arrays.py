@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import tensorstore
 
-from lm import config as config_lib
-from lm import files
+from lm import files, schema
 
 # Items of an inner chunk, the least that is read, and of a shard, a file.
 CHUNK = 1 << 14
@@ -35,8 +34,8 @@ _CODEC = {
 _CONTEXT = tensorstore.Context({"cache_pool": {"total_bytes_limit": 1 << 28}})
 
 
-def damaged(path: str, cause: str) -> config_lib.RunError:
-  return config_lib.RunError(
+def damaged(path: str, cause: str) -> schema.RunError:
+  return schema.RunError(
     f"token store {path} is damaged: {cause}. Remove it, and the next start "
     "makes it again from its source, the same to the token"
   )
@@ -122,7 +121,7 @@ class Column:
     except Exception as error:
       if (system := files.system_error(error, self._path)) is not None:
         raise system from error
-      raise config_lib.RunError(
+      raise schema.RunError(
         f"{self._path}: cannot be written: {_cause(error)}"
       ) from error
 

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 from backports import zstd
 
-from lm import config as config_lib
+from lm import schema
 
 _CHUNK = 1 << 17
 _STREAMS: dict[str, Callable[[], Any]] = {
@@ -161,7 +161,7 @@ def named(path: str, suffix: str = "") -> Iterator[None]:
     if isinstance(e, OSError) and e.errno is not None:
       e.filename = e.filename or path
       raise
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"{path}: damaged, or not a {suffix} file: {e}; fetch it again, or "
       "correct its name"
     ) from e
@@ -219,5 +219,5 @@ def without_mark(raw: bytes, path: str) -> bytes:
   """
   for start, what in _NOT_TEXT:
     if raw.startswith(start):
-      raise config_lib.ConfigError(f"{path}: is {what}")
+      raise schema.ConfigError(f"{path}: is {what}")
   return raw.removeprefix(codecs.BOM_UTF8)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from lm import config as config_lib
-from lm import files
+from lm import files, schema
 from lm.data import contents, reading
 
 _GRAMMAR = (
@@ -65,7 +65,7 @@ def open_source(spec: str, data: config_lib.DataConfig) -> Source:
   """
   match = _SPEC.fullmatch(spec)
   if match is None:
-    raise config_lib.ConfigError(f"source {spec!r}: malformed; {_GRAMMAR}")
+    raise schema.ConfigError(f"source {spec!r}: malformed; {_GRAMMAR}")
   if match["tfds"]:
     # Imported where used: it takes half a second.
     from lm.data import tfds_source
@@ -78,7 +78,7 @@ def open_source(spec: str, data: config_lib.DataConfig) -> Source:
   else:
     source = FileSource(spec, match["jsonl"], "line", match["field"], data)
   if len(source) == 0:
-    raise config_lib.ConfigError(f"source {spec!r}: empty, holds no document")
+    raise schema.ConfigError(f"source {spec!r}: empty, holds no document")
   return source
 
 
@@ -97,7 +97,7 @@ def decode(
       return raw.decode(errors="replace")
     if data.invalid_utf8 == "skip":
       return None
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"{where}: invalid UTF-8 at byte {offset + error.start}; correct it, or "
       "set config.data.invalid_utf8 to 'replace' or 'skip'"
     ) from error
@@ -201,7 +201,7 @@ class FileSource:
       if text is not None and self._field is not None:
         raw = _json_field(text, self._field, where)
         text = decode(raw, where, 0, self._data)
-    except config_lib.ConfigError:
+    except schema.ConfigError:
       self._rest = iter(())  # Closes the file, which the traceback would hold.
       raise
     return None if text is None else Document(where, text)
@@ -230,7 +230,7 @@ class FileSource:
         self._rest = _units(self._paths[f], self._unit, self._index[f][group])
       self._group = (f, group), list(itertools.islice(self._rest, _STRIDE))
     if k % _STRIDE >= len(self._group[1]):
-      raise config_lib.RunError(
+      raise schema.RunError(
         f"{self._paths[f]}: has changed while it was read; start again"
       )
     return self._group[1][k % _STRIDE]
@@ -240,7 +240,7 @@ def _find(spec: str, pattern: str) -> list[str]:
   try:
     found = reading.matching(pattern)
   except OSError as error:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"source {spec!r}: {error.filename}: {error.strerror}; mend it, or write "
       "a pattern that leaves it out"
     ) from error
@@ -248,7 +248,7 @@ def _find(spec: str, pattern: str) -> list[str]:
     hint = reading.bracket_hint(pattern)
     if spec.startswith("jsonl:") and spec.count("#") > 1:
       hint = "; the path ends at the first '#': write '?' for one that is in it"
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"source {spec!r}: no file matches {pattern!r} in {os.getcwd()}{hint}"
     )
   return found
@@ -258,26 +258,26 @@ def _json_field(line: str, field: str, where: str) -> bytes:
   try:
     value = json.loads(line)
   except json.JSONDecodeError as error:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"{where}: invalid JSON, {error.msg} at column {error.colno}; correct it"
     ) from error
   except (RecursionError, ValueError) as error:  # Too deep, too many digits.
     reason = str(error).split(";")[0]
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"{where}: JSON beyond reason, {reason}; leave the line out"
     ) from error
   if not isinstance(value, dict):
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"{where}: is {_KINDS[type(value)]}, not an object with field {field!r}"
     )
   if field not in value:
     names = ", ".join(map(repr, value)) or "none"
     names = names if len(names) < 200 else f"{names[:200]}..."
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"{where}: no field {field!r}; its fields: {names}"
     )
   if not isinstance(text := value[field], str):
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"{where}: field {field!r} is {_KINDS[type(text)]}, not text"
     )
   # JSON can spell halves of surrogate pairs, which UTF-8 cannot.

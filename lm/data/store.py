@@ -26,7 +26,7 @@ import rich.markup
 import rich.progress
 
 from lm import config as config_lib
-from lm import files, locks
+from lm import files, locks, schema
 from lm.data import arrays
 from lm.data import sources as sources_lib
 from lm.data import tokenizer as tokenizer_lib
@@ -162,7 +162,7 @@ def open_store(path: str, tokenizer: tokenizer_lib.Tokenizer) -> TokenStore:
     ("tokenizer", tokenizer.fingerprint),
   ):
     if manifest[key] != value:
-      raise config_lib.ConfigError(
+      raise schema.ConfigError(
         f"token store {path}: made by {key} {manifest[key]}, but this is "
         f"{value}; prepare the corpus again"
       )
@@ -246,8 +246,8 @@ def _read_tokenizer(path: str) -> tokenizer_lib.Tokenizer:
     with open(path, "rb") as file:
       content = files.unseal(file.read(), without=("kind", "model"))
     return tokenizer_lib.Tokenizer.from_json(json.dumps(content))
-  except (ValueError, config_lib.ConfigError) as error:
-    raise config_lib.RunError(
+  except (ValueError, schema.ConfigError) as error:
+    raise schema.RunError(
       f"tokenizer {path} is damaged: {error}. Remove it, and the next start "
       "trains it again, the same to the id"
     ) from error
@@ -328,13 +328,11 @@ def _build(
     for documents in _batches(source):
       n_bytes += _append(columns, documents, tokenizer, data)
     if n_bytes == 0:
-      raise config_lib.ConfigError(
-        f"source {source.spec!r}: empty, holds no text"
-      )
+      raise schema.ConfigError(f"source {source.spec!r}: empty, holds no text")
     for column in columns.values():
       column.close()
     if (changed := source.changed()) is not None:
-      raise config_lib.RunError(
+      raise schema.RunError(
         f"{changed}: has changed while it was read; start again"
       )
     manifest = {
@@ -415,4 +413,4 @@ def _require_text(
 ) -> None:
   if not any(texts):
     specs = ", ".join(repr(source.spec) for source in sources)
-    raise config_lib.ConfigError(f"sources {specs}: empty, hold no text")
+    raise schema.ConfigError(f"sources {specs}: empty, hold no text")

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from lm import config as config_lib
+from lm import schema
 
 # Of a text; of processor time; of the whole process, address space included.
 MAX_CHARACTERS = 1 << 21
@@ -59,14 +59,14 @@ def _ask(template: str, values: Mapping[str, Any] | None) -> str:
     line = child.stdout.readline()
     if not line:
       _stop()
-      raise config_lib.ConfigError(
+      raise schema.ConfigError(
         f"chat template: takes more than {MAX_SECONDS} seconds of processor "
         "time; write one that ends sooner"
       )
   answer = json.loads(line)
   if "error" in answer:
     where = f", line {answer['line']}" if answer.get("line") else ""
-    raise config_lib.ConfigError(f"chat template{where}: {answer['error']}")
+    raise schema.ConfigError(f"chat template{where}: {answer['error']}")
   return answer["text"]
 
 

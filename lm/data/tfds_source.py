@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from lm import config as config_lib
-from lm import files, locks
+from lm import files, locks, schema
 from lm.data import contents, python_stdlib, sources
 
 
@@ -38,7 +38,7 @@ class TfdsSource:
       builder = _builder(spec, name, data)
       info = builder.info
       if feature not in info.features:
-        raise config_lib.ConfigError(
+        raise schema.ConfigError(
           f"source {spec!r}: no feature {feature!r}; the dataset has "
           f"{', '.join(info.features)}"
         )
@@ -46,7 +46,7 @@ class TfdsSource:
       try:
         instructions = info.splits[split].file_instructions
       except (KeyError, ValueError) as error:
-        raise config_lib.ConfigError(
+        raise schema.ConfigError(
           f"source {spec!r}: no split {split!r}; the dataset has "
           f"{', '.join(info.splits)}"
         ) from error
@@ -78,7 +78,7 @@ class TfdsSource:
     if raw is None:  # What TFDS makes of a record that is not to be read.
       raise self._damaged(f"record {i} is missing")
     if not isinstance(raw, bytes):
-      raise config_lib.ConfigError(
+      raise schema.ConfigError(
         f"{where}: feature {self._feature!r} is not text but "
         f"{type(raw).__name__}"
       )
@@ -93,8 +93,8 @@ class TfdsSource:
     except (RuntimeError, ValueError) as error:  # As array_record tells it.
       raise self._damaged(files.first_line(error)) from error
 
-  def _damaged(self, cause: str) -> config_lib.RunError:
-    return config_lib.RunError(
+  def _damaged(self, cause: str) -> schema.RunError:
+    return schema.RunError(
       f"source {self.spec!r}: {self._directory} is damaged: {cause}. Remove "
       "that folder, or copy it again"
     )
@@ -123,7 +123,7 @@ def _builder(spec: str, name: str, data: config_lib.DataConfig) -> Any:
   try:
     builder = make()
   except tfds.core.DatasetNotFoundError as error:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"source {spec!r}: unknown dataset {name!r}: it is not in {directory}, "
       "and TFDS without TensorFlow cannot build it. Build it where TensorFlow "
       f"is (tfds build {name} --file_format=array_record) and copy its folder "
@@ -131,7 +131,7 @@ def _builder(spec: str, name: str, data: config_lib.DataConfig) -> Any:
       "(C4 as allenai/c4 has it: jsonl:c4/en/*.json.gz#text)"
     ) from error
   except Exception as error:  # The builder is anybody's program.
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"source {spec!r}: unknown dataset, or not one of array_record files in "
       f"{directory}: {files.first_line(error)}"
     ) from error
@@ -148,7 +148,7 @@ def _builder(spec: str, name: str, data: config_lib.DataConfig) -> Any:
       make().download_and_prepare()
     except Exception as error:
       _remove_leftovers(directory, builder)
-      raise config_lib.RunError(
+      raise schema.RunError(
         f"source {spec!r}: {name!r} could not be downloaded and built in "
         f"{directory}: {files.first_line(error)}"
       ) from error

@@ -19,7 +19,7 @@ from google.protobuf import message
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
 from lm import config as config_lib
-from lm import files
+from lm import files, schema
 from lm.data import template as template_lib
 
 N_SENTINELS = 100
@@ -205,7 +205,7 @@ class Tokenizer:
         model = base64.b64decode(content["model"], validate=True)
       return cls(model, template)
     except (*_UNREADABLE, AttributeError, KeyError, TypeError) as error:
-      raise config_lib.ConfigError(
+      raise schema.ConfigError(
         f"tokenizer {text[:40]!r}: not one that this program has stored "
         f"({type(error).__name__}: {error})"
       ) from error
@@ -241,7 +241,7 @@ def _read_model(
     else:
       pieces.append(piece.piece.replace(_SPACE, " ").encode())
   if n_byte_pieces < 256:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       "SentencePiece model without byte fallback: text outside its vocabulary "
       "would be lost; train it with --byte_fallback"
     )
@@ -267,7 +267,7 @@ def check_text(name: str, text: str) -> None:
     text.encode()
   except UnicodeEncodeError as error:
     shown = text[max(0, error.start - 20) : error.start + 1]
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"{name}={shown!r}: holds half a character (a surrogate), which UTF-8 "
       "cannot spell; give text that is UTF-8"
     ) from error
@@ -285,16 +285,16 @@ def load(config: config_lib.Config) -> Tokenizer:
       with open(path, "rb") as file:
         tokenizer = Tokenizer(file.read(), template)
     except OSError as error:
-      raise config_lib.ConfigError(
+      raise schema.ConfigError(
         f"config.tokenizer.path={path!r}: {error.strerror}; name a "
         "SentencePiece .model, or None to train one"
       ) from error
     except _UNREADABLE as error:
-      raise config_lib.ConfigError(
+      raise schema.ConfigError(
         f"config.tokenizer.path={path!r}: not a SentencePiece model"
       ) from error
-    except config_lib.ConfigError as error:
-      raise config_lib.ConfigError(
+    except schema.ConfigError as error:
+      raise schema.ConfigError(
         f"config.tokenizer.path={path!r}: {error}"
       ) from error
   check_vocabulary(config, tokenizer)
@@ -312,12 +312,12 @@ def read_template(config: config_lib.Config) -> str | None:
       text = file.read()
     template_lib.check(text)
   except (OSError, ValueError) as error:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"config.tokenizer.chat_template={path!r}: {error}; name a file of UTF-8 "
       "text, or None"
     ) from error
-  except config_lib.ConfigError as error:
-    raise config_lib.ConfigError(
+  except schema.ConfigError as error:
+    raise schema.ConfigError(
       f"config.tokenizer.chat_template={path!r}: {error}"
     ) from error
   return text
@@ -332,7 +332,7 @@ def check_vocabulary(config: config_lib.Config, tokenizer: Tokenizer) -> None:
   loaded = config.tokenizer.path is not None and tokenizer.model is not None
   if size != wanted and not (loaded and size < wanted):
     rule = "at least" if loaded else "exactly"
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"vocabulary mismatch: config.model.vocab_size={wanted}, but the "
       f"tokenizer has {size} ids; set it to {rule} {size}"
     )
@@ -347,7 +347,7 @@ def train(config: config_lib.Config, texts: Iterable[str]) -> Tokenizer:
   size = config.model.vocab_size
   smallest = len(RESERVED) + 256 + 1
   if size < smallest:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"config.model.vocab_size={size}: {smallest - 1} ids are taken by bytes "
       f"and reserved tokens; set it to at least {smallest}"
     )
@@ -381,7 +381,7 @@ def train(config: config_lib.Config, texts: Iterable[str]) -> Tokenizer:
   except RuntimeError as error:
     # Without its source file and line.
     reason = " ".join(str(error).rpartition("] ")[2].split())
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"config.model.vocab_size={size}: the training sources are too small "
       f"or too varied for it ({reason}); change it, give more text, "
       "or set tokenizer.kind='bytes'"

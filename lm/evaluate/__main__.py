@@ -10,7 +10,7 @@ from absl import flags
 from etils import epath
 
 from lm import config as config_lib
-from lm import door, sharding
+from lm import door, processes, schema
 from lm.evaluate import corpora
 
 _WORKDIR = door.define_path("workdir", "Run to evaluate.")
@@ -48,8 +48,8 @@ _DOCUMENTS = flags.DEFINE_bool(
 
 def main() -> None:
   if _WORKDIR.value is None:
-    raise config_lib.ConfigError("--workdir: missing; write --workdir=RUN")
-  sharding.start_processes(_heartbeat_seconds(_WORKDIR.value))
+    raise schema.ConfigError("--workdir: missing; write --workdir=RUN")
+  processes.join(_heartbeat_seconds(_WORKDIR.value))
   data = {"text_unit": _TEXT_UNIT.value, "invalid_utf8": _INVALID_UTF8.value}
   evaluation = corpora.evaluate(
     _WORKDIR.value,
@@ -73,7 +73,7 @@ def _heartbeat_seconds(workdir: str) -> int:
   try:
     text = (epath.Path(workdir) / "config.json").read_text()
     return config_lib.from_json(text).mesh.heartbeat_seconds
-  except (OSError, ValueError, config_lib.ConfigError):
+  except (OSError, ValueError, schema.ConfigError):
     return config_lib.MeshConfig().heartbeat_seconds
 
 

@@ -15,7 +15,7 @@ import rich.markup
 import rich.progress
 import rich.table
 
-from lm import checkpoint, files, sharding
+from lm import checkpoint, files, schema, sharding
 from lm import config as config_lib
 from lm.data import sources as sources_lib
 from lm.data import tokenizer as tokenizer_lib
@@ -84,11 +84,11 @@ def evaluate(
   context = config.model.context_length
   stride = context if stride is None else stride
   if not 1 <= stride <= context:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"--stride={stride}: must be from 1 to model.context_length={context}"
     )
   if batch_size is not None and batch_size * context > _MAX_TOKENS:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"--batch_size={batch_size}: with a context of {context} tokens it must "
       f"be at most {_MAX_TOKENS // context}, so that the host can hold a batch"
     )
@@ -135,7 +135,7 @@ def _check_text(source: sources_lib.Source) -> None:
   """Raises ConfigError unless a document has text; reads up to that one."""
   documents = (source[i] for i in range(len(source)))
   if not any(document and document.text for document in documents):
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"source {source.spec!r}: none of its {len(source)} documents has text "
       "that is UTF-8; correct them, or set invalid_utf8 to 'replace'"
     )

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lm import config as config_lib
-from lm import sharding
+from lm import schema, sharding
 from lm.model import layers, weights
 
 # Low enough that exp() of it is 0, high enough that its sums stay finite.
@@ -163,22 +163,22 @@ def choose_kernel(
     if kernel == "splash" and (prefix or length % _LANES):
       kernel = "reference"  # its masks are fixed, its tiles are whole
   if kernel == "cudnn" and cfg.attention_softcap is not None:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       "config.model.attention='cudnn': cuDNN has no attention_softcap; set "
       "attention='reference'"
     )
   if kernel == "cudnn" and cfg.dtype == "float32":
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       "config.model.attention='cudnn': cuDNN attention is bfloat16 only; set "
       "dtype='bfloat16' or attention='reference'"
     )
   if kernel == "splash" and prefix:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       "config.model.attention='splash': its mask is fixed when it is compiled, "
       "so it has no prefixes; set attention='reference'"
     )
   if kernel == "splash" and length % _LANES:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"config.model.attention='splash': rows of {length} tokens are no "
       f"multiple of {_LANES}; change the length or set attention='reference'"
     )

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from lm import config as config_lib
-from lm import sharding
+from lm import schema, sharding
 from lm.model import decoder, weights
 
 
@@ -64,7 +64,7 @@ def _round(x: Float[Array, "..."], n_inputs: int) -> Any:
   try:
     import qwix
   except ImportError as error:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       "weights='int8': needs qwix; pip install 'next-token[int8]'"
     ) from error
   outputs = range(n_inputs, x.ndim)

@@ -19,8 +19,7 @@ from typing import Any
 
 from absl import flags
 
-from lm import config as config_lib
-from lm import door, files
+from lm import door, files, schema
 from lm.data import tokenizer as tokenizer_lib
 from lm.sample import beam, chat, heat, loading, show
 from lm.sample import request as request_lib
@@ -144,7 +143,7 @@ def main() -> int:
   path = _SCORE.value
   scored = "" if path is None else _read("score", path)
   if path is not None and not scored:
-    raise config_lib.ConfigError(f"--score={path}: is empty; name a text")
+    raise schema.ConfigError(f"--score={path}: is empty; name a text")
   if _HTML.value is not None:
     files.check_output(_HTML.value, "--html")
   found = loading.meta()
@@ -176,12 +175,12 @@ def _mode() -> str:
   }
   for name, home in _HOMES.items():
     if name in given and home not in given:
-      raise config_lib.ConfigError(
+      raise schema.ConfigError(
         f"--{name}: is for --{home}; add that, or leave it out"
       )
   mode = next((name for name in _MODES if name in given), "generate")
   for name in sorted(given - _MODES[mode] - {mode}):
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"--{name}: has no part in --{mode}; leave one of them out"
     )
   return mode
@@ -205,11 +204,11 @@ def _check(
     request_lib.check(request, tokenizer.size)
   n = len(requests)
   if _SUFFIX.value is not None and n > 1:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"--infill_suffix: fills one gap; give one prompt, not {n}"
     )
   if _STREAM.value and (n > 1 or requests[0].n_samples > 1 or _JSON.value):
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       "--stream: shows one sample as it is drawn; leave out --json, and ask "
       "for one prompt and one sample"
     )
@@ -217,7 +216,7 @@ def _check(
   if mode != "candidates":
     most = min(most, request_lib.MAX_ALTERNATIVES)
   if (_CANDIDATES.value or 0) > most:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"--candidates={_CANDIDATES.value}: must be at most {most}"
     )
 
@@ -227,7 +226,7 @@ def _bias(text: str) -> tuple[int, float]:
   try:
     return int(name), float(value)
   except ValueError as error:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"--logit_bias={text}: must be ID:VALUE, such as 7:-1.5"
     ) from error
 
@@ -238,7 +237,7 @@ def _read(flag: str, path: str) -> str:
     with open(path, encoding="utf-8-sig", newline="") as file:
       return file.read()
   except (OSError, UnicodeDecodeError) as error:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"--{flag}={path}: {error}; name a file of UTF-8 text"
     ) from error
 

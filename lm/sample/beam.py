@@ -37,8 +37,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lm import config as config_lib
-from lm import sharding
+from lm import schema, sharding
 from lm.model import cache as cache_lib
 from lm.sample import engine as engine_lib
 from lm.sample import loop, rules, text
@@ -142,24 +141,24 @@ def _check(request, n_beams, length_penalty, early_stopping) -> None:
   for name in _MEANINGLESS:
     value = getattr(request, name)
     if value != getattr(neutral, name) and value not in ([], ()):
-      raise config_lib.ConfigError(
+      raise schema.ConfigError(
         f"{name}={value!r}: means nothing to beam search, which draws nothing "
         f"and ends at ids; leave it at {getattr(neutral, name)!r}"
       )
   integer = isinstance(n_beams, int) and not isinstance(n_beams, bool)
   if not integer or not 1 <= n_beams <= MAX_BEAMS:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"n_beams={n_beams!r}: must be in [1, {MAX_BEAMS}], since each is a row "
       "of the cache"
     )
   number = isinstance(length_penalty, int | float)
   if not number or not math.isfinite(length_penalty):
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"length_penalty={length_penalty!r}: must be a finite number; 0 compares "
       "sums, 1 means of log-probabilities"
     )
   if not isinstance(early_stopping, bool) and early_stopping != "never":
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"early_stopping={early_stopping!r}: must be True, False or 'never'"
     )
 

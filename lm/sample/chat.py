@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lm import config as config_lib
+from lm import schema
 from lm.data import template as template_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.sample import request as request_lib
@@ -40,7 +40,7 @@ def chat_ids(
   refuses.
   """
   if tokenizer.chat_template is None:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       "chat: this checkpoint has no chat template; train one with "
       "--config.tokenizer.chat_template=FILE.jinja, or ask it for a completion"
     )
@@ -78,7 +78,7 @@ def fim_ids(
   fill gaps has never seen them, and what it then writes is of no worth.
   """
   if order not in ("psm", "spm"):
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"order={order!r}: must be 'psm' (prefix first) or 'spm'"
     )
   before, after = tokenizer.encode(prefix), tokenizer.encode(suffix)
@@ -94,16 +94,16 @@ def fim_ids(
 
 def _check(messages: Sequence[Any]) -> None:
   if not messages:
-    raise config_lib.ConfigError("messages=[]: must hold at least one message")
+    raise schema.ConfigError("messages=[]: must hold at least one message")
   for i, item in enumerate(messages):
     if not isinstance(item, Mapping) or set(item) != {"role", "content"}:
-      raise config_lib.ConfigError(
+      raise schema.ConfigError(
         f"messages[{i}]={_short(item)}: must be an object with role and "
         "content, and nothing else"
       )
     for name, value in item.items():
       if not isinstance(value, str):
-        raise config_lib.ConfigError(
+        raise schema.ConfigError(
           f"messages[{i}].{name}={_short(value)}: must be a text"
         )
       tokenizer_lib.check_text(f"messages[{i}].{name}", value)
@@ -127,7 +127,7 @@ def _check_parts(texts: Sequence[str], messages: Sequence[Any]) -> None:
   for text in texts:
     for name in _SPELLING.findall(text):
       if not any(name in value for value in said):
-        raise config_lib.ConfigError(
+        raise schema.ConfigError(
           f"chat template: puts {name} together out of parts, which would be "
           "ordinary text; write the token whole"
         )
@@ -175,7 +175,7 @@ def talk(
         asked, prompt = _fit(sampler, asked, len(start), request)
         answer = _answer(sampler, request, prompt)
         history = [*asked, _message("assistant", answer)]
-      except config_lib.UserError as error:
+      except schema.UserError as error:
         _note(f"error: {error}")
         failed = True
   return 1 if failed else 0
@@ -202,7 +202,7 @@ def _fit(
       break
     turns = [i for i, m in enumerate(messages) if m["role"] == "user"]
     if len(turns) == 1:
-      raise config_lib.ConfigError(
+      raise schema.ConfigError(
         f"this message alone makes a prompt of {n_tokens} tokens; the context "
         f"of {context} keeps {room} for the answer: shorten it"
       )
@@ -235,7 +235,7 @@ def _answer(
     pass
   show.write("\n")
   if reason == "error":
-    raise config_lib.RunError("NaN logits: the answer means nothing")
+    raise schema.RunError("NaN logits: the answer means nothing")
   if reason not in ("eos", "stop"):
     _note("the answer was cut short")
   return text

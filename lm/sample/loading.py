@@ -5,8 +5,7 @@ import math
 import jax
 from absl import flags
 
-from lm import checkpoint, door, sharding
-from lm import config as config_lib
+from lm import checkpoint, door, schema, sharding
 from lm.sample import sampler as sampler_lib
 
 _WORKDIR = door.define_path("workdir", "Run directory of lm.train.")
@@ -43,11 +42,11 @@ def check() -> str:
   by, without a look at the devices.
   """
   if _WORKDIR.value is None:
-    raise config_lib.ConfigError("--workdir: missing; write --workdir=RUN")
+    raise schema.ConfigError("--workdir: missing; write --workdir=RUN")
   if _MESH.value is not None:
     _shape(_MESH.value)
   if _DRAFT.value is not None and _AHEAD.value == 0:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"--draft={_DRAFT.value}: proposes --ahead tokens; set that too"
     )
   return _WORKDIR.value
@@ -62,9 +61,9 @@ def meta() -> checkpoint.Meta:
     shape = dict(zip(sharding.MESH_AXES, _shape(_MESH.value), strict=True))
     try:
       sharding.check_model(found.config.model, shape)
-    except config_lib.ConfigError as error:
+    except schema.ConfigError as error:
       mesh = ",".join(_MESH.value)
-      raise config_lib.ConfigError(f"--mesh={mesh}: {error}") from error
+      raise schema.ConfigError(f"--mesh={mesh}: {error}") from error
   return found
 
 
@@ -84,7 +83,7 @@ def _mesh(numbers: list[str]) -> jax.sharding.Mesh:
   shape, found = _shape(numbers), jax.devices()
   n = math.prod(shape)
   if n > len(found):
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"--mesh={','.join(numbers)}: needs {n} devices; there are {len(found)}"
     )
   return jax.make_mesh(shape, sharding.MESH_AXES, devices=found[:n])
@@ -96,7 +95,7 @@ def _shape(numbers: list[str]) -> tuple[int, ...]:
   except ValueError:
     shape = ()
   if len(shape) != len(sharding.MESH_AXES) or min(shape) < 1:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"--mesh={','.join(numbers)}: must be {len(sharding.MESH_AXES)} numbers "
       f"of devices, along {', '.join(sharding.MESH_AXES)}, such as 1,1,4"
     )

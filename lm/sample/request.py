@@ -3,13 +3,12 @@
 import dataclasses
 import math
 import numbers
-import typing
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 
-from lm import config as config_lib
+from lm import schema
 from lm.data import tokenizer as tokenizer_lib
 
 DEFAULT_NEW_TOKENS = 256
@@ -58,7 +57,7 @@ class Request:
   stop: Sequence[str] = ()
   # Ids that end it besides eos.
   stop_ids: Sequence[int] = ()
-  seed: int = 0
+  seed: schema.Seed = 0
   # Sample i is what a request of one sample with `seed + i` gets.
   n_samples: int = 1
   # Likeliest ids to report for each token drawn.
@@ -173,11 +172,11 @@ class Score:
 def check(request: Request, n_ids: int) -> None:
   """Raises ConfigError on the first field that breaks its rule."""
   r = request
-  hints = typing.get_type_hints(Request)
+  hints = schema.hints(Request)
   for name in ("prompt", "logit_bias", "forbidden", "stop", "stop_ids"):
     hints.pop(name)
   for name, hint in hints.items():
-    config_lib.check_types(getattr(request, name), hint, f"request.{name}")
+    schema.check_types(getattr(request, name), hint, f"request.{name}")
   _check_sequences(request, n_ids)
   share = "must be in (0, 1]; 1 keeps all ids"
   for name, holds, rule in (
@@ -224,12 +223,12 @@ def check(request: Request, n_ids: int) -> None:
     ),
   ):
     if not holds:
-      raise config_lib.ConfigError(f"{name}={getattr(r, name)!r}: {rule}")
+      raise schema.ConfigError(f"{name}={getattr(r, name)!r}: {rule}")
 
 
 def _check_sequences(request: Request, n_ids: int) -> None:
   def refuse(name: str, value: object, rule: str):
-    raise config_lib.ConfigError(f"{name}={value!r}: {rule}")
+    raise schema.ConfigError(f"{name}={value!r}: {rule}")
 
   if isinstance(request.prompt, str):
     tokenizer_lib.check_text("prompt", request.prompt)

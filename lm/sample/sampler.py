@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lm import checkpoint, sharding
+from lm import checkpoint, schema, sharding
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.model import decoder, inference
@@ -73,17 +73,17 @@ class Sampler:
     draft: "Sampler | None" = None,
   ):
     if tokenizer.size > cfg.vocab_size:
-      raise config_lib.ConfigError(
+      raise schema.ConfigError(
         f"vocabulary mismatch: the tokenizer has {tokenizer.size} ids, the "
         f"model {cfg.vocab_size}; give the tokenizer that it was trained with"
       )
     if not 0 <= ahead <= MAX_AHEAD or (draft is not None and ahead == 0):
-      raise config_lib.ConfigError(
+      raise schema.ConfigError(
         f"ahead={ahead}: must be in [0, {MAX_AHEAD}], and at least 1 with a "
         "draft"
       )
     if weights not in (None, *WEIGHTS):
-      raise config_lib.ConfigError(
+      raise schema.ConfigError(
         f"weights={weights!r}: must be one of {', '.join(WEIGHTS)}, or None "
         "for the model's own dtype"
       )
@@ -140,7 +140,7 @@ class Sampler:
   ) -> Iterator[Piece]:
     """What `generate` gives, as it comes, every `n_steps` tokens."""
     if not requests:
-      raise config_lib.ConfigError("requests=[]: give at least one Request")
+      raise schema.ConfigError("requests=[]: give at least one Request")
     resolved = [self.resolve(request) for request in requests]
     n = sum(request.n_samples for request in requests)
     n = min(n, MAX_SLOTS * self.ways)
@@ -163,7 +163,7 @@ class Sampler:
     continuation, at most those of the context, which is the default.
     """
     if n_slots < 1 or n_slots % self.ways:
-      raise config_lib.ConfigError(
+      raise schema.ConfigError(
         f"n_slots={n_slots}: must be a multiple of {self.ways}, the devices "
         "along the batch"
       )
@@ -263,7 +263,7 @@ class Sampler:
     context = min(n_places or math.inf, self.cfg.context_length)
     start, length = _start(shown or request.prompt), len(prompt)
     if length >= context:
-      raise config_lib.ConfigError(
+      raise schema.ConfigError(
         f"prompt={start}: has {length} tokens; it must leave room for one more "
         f"in the context of {context}: shorten it"
       )
@@ -271,13 +271,13 @@ class Sampler:
     if limit is None:
       limit = min(request_lib.DEFAULT_NEW_TOKENS, int(context - length))
     if length + limit > context:
-      raise config_lib.ConfigError(
+      raise schema.ConfigError(
         f"max_new_tokens={limit}: with the {length} tokens of prompt={start} "
         f"it must not exceed the context of {context}; at most "
         f"{context - length} fit"
       )
     if request.min_tokens > limit:
-      raise config_lib.ConfigError(
+      raise schema.ConfigError(
         f"min_tokens={request.min_tokens}: at most {limit} tokens are drawn"
       )
     return prompt, limit
@@ -296,7 +296,7 @@ class Sampler:
     ids = [int(i) for i in text]
     for i in ids:
       if not 0 <= i < self.tokenizer.size:
-        raise config_lib.ConfigError(
+        raise schema.ConfigError(
           f"prompt: id {i} is not in [0, {self.tokenizer.size}), the ids of "
           "the tokenizer; encode the prompt with the checkpoint's own"
         )
@@ -342,7 +342,7 @@ def _check_draft(cfg, tokenizer, mesh, draft) -> None:
     ("context_length", draft.cfg.context_length >= cfg.context_length),
   ):
     if not same:
-      raise config_lib.ConfigError(
+      raise schema.ConfigError(
         f"draft: its {what} is not that of the model; both must be trained "
         "with the same tokenizer and a context at least as long"
       )

@@ -13,8 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from lm import config as config_lib
-from lm import sharding
+from lm import schema, sharding
 from lm.data import windows
 from lm.model import attention
 from lm.sample import engine as engine_lib
@@ -42,7 +41,7 @@ def parts(
   context: int = sampler.cfg.context_length
   stride = context if stride is None else stride
   if not 1 <= stride <= context:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"stride={stride}: must be from 1 to the context of {context}"
     )
   tokens, ways = np.asarray(ids, np.int32), sampler.ways

@@ -16,7 +16,7 @@ for _signal, _code in (
 from absl import flags  # noqa: E402
 
 from lm import config as config_lib  # noqa: E402
-from lm import door, files  # noqa: E402
+from lm import door, files, processes, schema  # noqa: E402
 from lm.train import stop as stop_lib  # noqa: E402
 
 _WORKDIR = door.define_path(
@@ -32,19 +32,16 @@ _FROM_STEP = flags.DEFINE_integer(
 
 def main(config: config_lib.Config) -> int:
   if _WORKDIR.value is None:
-    raise config_lib.ConfigError(
-      "--workdir: missing; write --workdir=runs/NAME"
-    )
+    raise schema.ConfigError("--workdir: missing; write --workdir=runs/NAME")
   files.check_directory(_WORKDIR.value, "--workdir")
   # XLA's own notices are no news to who trains; errors stay.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   stop = stop_lib.Stop()
 
   def load():
-    from lm import sharding
     from lm.train import loop
 
-    sharding.start_processes(config.mesh.heartbeat_seconds)
+    processes.join(config.mesh.heartbeat_seconds)
     return loop
 
   loop = stop.start("joining the other processes", load)

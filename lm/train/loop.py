@@ -17,7 +17,7 @@ from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lm import checkpoint, locks, sharding
+from lm import checkpoint, locks, schema, sharding
 from lm import config as config_lib
 from lm.data import pipeline, store
 from lm.evaluate import perplexity
@@ -29,7 +29,7 @@ from lm.train import stop as stop_lib
 from lm.train import watchdog as watchdog_lib
 
 
-class Diverged(config_lib.ConfigError, FloatingPointError):
+class Diverged(schema.ConfigError, FloatingPointError):
   """The loss went astray. A start with the same config would end the same way,
   so that its exit code is a ConfigError's, which launchers do not try again.
   """
@@ -280,7 +280,7 @@ class _Run:
       return
     (step, numbers), self.unreported = self.unreported, None
     if self.lock is not None and self.lock.lost:
-      raise config_lib.RunError(
+      raise schema.RunError(
         f"--workdir={self.workdir}: another process has taken over this run, "
         "since this one gave no sign of life; see lock.json there"
       )

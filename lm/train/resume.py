@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from lm import checkpoint, files, sharding
+from lm import checkpoint, files, processes, schema
 from lm import config as config_lib
 from lm.data import pipeline, store
 from lm.data import tokenizer as tokenizer_lib
@@ -63,7 +63,7 @@ def earlier_config(workdir: str) -> config_lib.Config | None:
     return None
   try:
     return config_lib.from_json(files.attempt(path, path.read_bytes))
-  except config_lib.ConfigError:
+  except schema.ConfigError:
     return None
 
 
@@ -83,7 +83,7 @@ def refuse_other_config(
     if not any(name == f or (f[-1] == "." and name.startswith(f)) for f in free)
   ]
   if changed:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"--workdir={workdir}: holds a run of another config: "
       f"{'; '.join(changed)}. Name another workdir, or restore these fields"
     )
@@ -126,7 +126,7 @@ def check_processes_start_alike(config: config_lib.Config) -> None:
     del data[name]  # each host may have its own
   for name in ("train", "validation"):  # and its files where it likes
     data[name] = len(data[name])
-  sharding.check_agreement(
+  processes.check_agreement(
     {f"config.{name}": json.dumps(value) for name, value in tree.items()}
   )
 
@@ -146,7 +146,7 @@ def check_processes_read_alike(
         f"fingerprint {tokens.fingerprint}, {tokens.n_tokens} tokens, "
         f"{pipeline.n_windows(tokens, length)} windows"
       )
-  sharding.check_agreement(facts)
+  processes.check_agreement(facts)
 
 
 def fingerprint(
@@ -164,7 +164,7 @@ def check_from_step(workdir: str, from_step: int | None) -> None:
   if from_step is None:
     return
   if from_step not in (found := checkpoint.steps(workdir)):
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"--from_step={from_step}: no such checkpoint in {workdir}; it has "
       f"{found}"
     )
@@ -176,7 +176,7 @@ def abandon_later(checkpoints: checkpoint.Checkpoints, step: int) -> None:
     if later > step and jax.process_index() == 0:
       checkpoints.set_aside(later, "abandoned")
   if jax.process_count() > 1:
-    sharding.wait_for_all("checkpoints abandoned")
+    processes.wait_for_all("checkpoints abandoned")
     checkpoints.reload()
 
 
@@ -227,7 +227,7 @@ def _refuse_other_data(
   workdir: str, before: checkpoint.Meta, now: checkpoint.Meta
 ) -> None:
   if before.fingerprint != now.fingerprint:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"--workdir={workdir}: its checkpoint was trained on other data "
       f"(fingerprint {before.fingerprint}, now {now.fingerprint}): the "
       "sources have changed since. Restore them, or name another workdir"
@@ -269,12 +269,12 @@ def _restored(config, mesh, workdir, checkpoints, meta, like, say):
   where = f"checkpoint {meta.step} of {workdir}"
   said = checkpoint.describe(different)
   if "params" in different:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"{where}: holds another model than the config says: {said}. Restore the "
       "config or the code that wrote it, or name another workdir"
     )
   if config.checkpoint.on_mismatch == "refuse":
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"{where}: its optimizer state or average is not what this program "
       f"makes of the config: {said}. Restore the config, code or optax that "
       "wrote it, or take what differs afresh with "

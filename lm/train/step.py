@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from lm import batch as batch_lib
 from lm import config as config_lib
-from lm import sharding
+from lm import digest, sharding
 from lm.model import decoder, layers, loss
 from lm.train import optimizer
 
@@ -110,7 +110,7 @@ def train_step(
 
   Metrics are those of the batch before the update: `loss` (mean nats per
   scored token), `grad_norm` (before the clip), `lr`, `weight` (tokens
-  scored), `batch` (`sharding.digest` of the batch), and `skipped` (steps left
+  scored), `batch` (`digest.of_tree` of the batch), and `skipped` (steps left
   out so far) where SkipConfig is on.
   """
   o = config.optimizer
@@ -120,9 +120,9 @@ def train_step(
   def step(state: State, batch: batch_lib.Batch) -> tuple[State, Metrics]:
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     sums = _over_microbatches(config, state.params, batch, key)
-    digest = sharding.digest(batch.present(), _rows(config, batch)[0])
+    bits = digest.of_tree(batch.present(), _rows(config, batch)[0])
     if config.mesh.mode == "pmap":
-      sums, digest = jax.lax.psum((sums, digest), _PMAP_AXIS)
+      sums, bits = jax.lax.psum((sums, bits), _PMAP_AXIS)
     gradients, nll, weight = sums
     weight = jnp.maximum(weight, 1.0)  # a batch of padding alone
     gradients = jax.tree.map(lambda g: g / weight, gradients)
@@ -133,7 +133,7 @@ def train_step(
       "grad_norm": norm,
       "lr": rate(state.step),
       "weight": weight,
-      "batch": digest,
+      "batch": bits,
     }
     if o.clip_norm is not None:
       shrink = jnp.minimum(1.0, o.clip_norm / jnp.maximum(norm, 1e-30))

@@ -11,7 +11,7 @@ import rich.console
 from absl import flags
 
 from lm import config as config_lib
-from lm import door, files
+from lm import door, files, schema
 
 _ONLY = flags.DEFINE_list("only", None, "Checks to make; default: all.")
 _SHRINK = flags.DEFINE_bool(
@@ -40,7 +40,7 @@ def main(config: config_lib.Config) -> int:
   if _OUTPUT.value is not None:
     files.check_output(_OUTPUT.value, "--output")
   if _ONLY.value is not None and (_FAULTS.value or not _ONLY.value):
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"--only={','.join(_ONLY.value)}: must name checks, and has no part in "
       "--faults"
     )

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 
 from lm import config as config_lib
+from lm import schema
 from lm.verify import data, model, parallel
 from lm.verify.result import Result
 
@@ -31,9 +32,7 @@ def choose(only: list[str] | None) -> list[str]:
   """The named checks in the table's order; None is all."""
   for name in only or ():
     if name not in CHECKS:
-      raise config_lib.ConfigError(
-        f"--only={name}: {config_lib.unknown(name, CHECKS)}"
-      )
+      raise schema.ConfigError(f"--only={name}: {schema.unknown(name, CHECKS)}")
   return [name for name in CHECKS if only is None or name in only]
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lm import checkpoint
+from lm import checkpoint, schema
 from lm import config as config_lib
 from lm.train import ledger
 from lm.train import metrics as metrics_lib
@@ -196,7 +196,7 @@ def differences(workdir: pathlib.Path, wanted: pathlib.Path) -> int:
     try:
       meta = checkpoint.load_meta(str(run))
       values += [(meta.step, *item) for item in meta.digests.items()]
-    except config_lib.UserError:
+    except schema.UserError:
       values.append((0, "checkpoint", "none"))
     both.append(set(values))
   return len(both[0] ^ both[1])

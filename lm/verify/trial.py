@@ -15,7 +15,7 @@ import optax
 
 from lm import batch as batch_lib
 from lm import config as config_lib
-from lm import sharding
+from lm import schema, sharding
 from lm.data import objectives
 from lm.model import decoder, weights
 from lm.train import step as step_lib
@@ -85,7 +85,7 @@ def fitting(
     try:
       sharding.mesh_shape(on(config, shape), math.prod(shape))
       fit.append(shape)
-    except config_lib.ConfigError as error:
+    except schema.ConfigError as error:
       field = str(error).removeprefix("config.").partition(":")[0]
       left_out.append(f"{name(shape)} ({field})")
   return fit, left_out

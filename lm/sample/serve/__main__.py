@@ -18,8 +18,7 @@ import sys
 
 from absl import flags
 
-from lm import config as config_lib
-from lm import door
+from lm import door, schema
 from lm.sample import loading
 from lm.sample.serve import listen
 
@@ -81,7 +80,7 @@ def main() -> int:
   # Late, so that the mistakes above are told at once.
   for name in ("starlette", "uvicorn"):
     if importlib.util.find_spec(name) is None:
-      raise config_lib.ConfigError(
+      raise schema.ConfigError(
         f"{name} is missing: install the extra, as `pip install -e .[serve]`"
       )
   from lm.sample.serve import guard
@@ -160,7 +159,7 @@ def _check_flags() -> None:
   for name, (least, most) in _BOUNDS.items():
     value = flags.FLAGS[name].value
     if not least <= value <= most:
-      raise config_lib.ConfigError(
+      raise schema.ConfigError(
         f"--{name}={value}: must be in [{least:g}, {most}]"
       )
 
@@ -171,7 +170,7 @@ def _token() -> str | None:
   if name is not None:
     token = os.environ.get(name, "")
     if not (token and token.isascii() and token.isprintable()):
-      raise config_lib.ConfigError(
+      raise schema.ConfigError(
         f"--api_key_env={name}: the variable must hold a key of printable "
         "ASCII; set it, or leave the flag out"
       )
@@ -182,7 +181,7 @@ def _token() -> str | None:
     for _, address in found
   )
   if not loopback and not _ALLOW_PUBLIC.value:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"--host={_HOST.value}: other machines could use this one without a key; "
       "name one with --api_key_env, or say --allow_public"
     )

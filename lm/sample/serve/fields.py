@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lm import config as config_lib
+from lm import schema
 
 Fields = Mapping[str, Any]
 
@@ -90,7 +90,7 @@ def read(body: bytes, model: str, known: Sequence[str]) -> dict[str, Any]:
         )
     elif name not in _LABELS:
       raise Refusal(
-        400, f"{short(name)}: {config_lib.unknown(name, known)}", name[:100]
+        400, f"{short(name)}: {schema.unknown(name, known)}", name[:100]
       )
     del fields[name]
   return fields

@@ -3,7 +3,7 @@
 import errno
 import socket
 
-from lm import config as config_lib
+from lm import schema
 
 
 def resolve(host: str, port: int) -> list[tuple[int, tuple]]:
@@ -13,7 +13,7 @@ def resolve(host: str, port: int) -> list[tuple[int, tuple]]:
       host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
   except (socket.gaierror, UnicodeError) as error:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"--host={host}: does not resolve ({error}); name an address of this "
       "machine"
     ) from error
@@ -40,13 +40,13 @@ def bind(host: str, port: int) -> list[socket.socket]:
       one.close()
     where = f"--host={host} --port={port}"
     raise {
-      errno.EADDRINUSE: config_lib.RunError(
+      errno.EADDRINUSE: schema.RunError(
         f"{where}: the port is taken; name another, or 0 for any that is free"
       ),
-      errno.EACCES: config_lib.RunError(
+      errno.EACCES: schema.RunError(
         f"{where}: the port is for privileged users; name one from 1024 on"
       ),
-      errno.EADDRNOTAVAIL: config_lib.ConfigError(
+      errno.EADDRNOTAVAIL: schema.ConfigError(
         f"{where}: that is no address of this machine; name one that is"
       ),
     }.get(error.errno or 0, error) from error

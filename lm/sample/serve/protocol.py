@@ -9,11 +9,10 @@ refused unless its value asks for nothing.
 import dataclasses
 import re
 import secrets
-import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lm import config as config_lib
+from lm import schema
 from lm.sample import chat as chat_lib
 from lm.sample import request as request_lib
 from lm.sample import sampler as sampler_lib
@@ -32,7 +31,7 @@ _RULES = tuple(
   for field in dataclasses.fields(request_lib.Request)
   if field.name not in ("prompt", *_RENAMED)
 )
-_HINTS = typing.get_type_hints(request_lib.Request)
+_HINTS = schema.hints(request_lib.Request)
 _LISTS = {"stop": str, "forbidden": int, "stop_ids": int}
 # Ids that an answer lists at most: each one of a prompt, and its alternatives.
 MAX_LISTED = 1 << 20
@@ -110,7 +109,7 @@ def chat(sampler: sampler_lib.Sampler, model: str, body: bytes) -> Plan:
   try:
     messages = _messages(fields["messages"])
     ids = chat_lib.chat_ids(sampler.tokenizer, messages)
-  except config_lib.ConfigError as error:
+  except schema.ConfigError as error:
     raise fields_lib.Refusal(400, str(error), "messages") from error
   if isinstance(more := fields.get("stop_ids", []), list):
     stops = [*more, *chat_lib.stop_ids(sampler.tokenizer)]
@@ -210,7 +209,7 @@ def _plan(
   options = options or {}
   for name in options:
     if name != "include_usage":
-      known = config_lib.unknown(name, ["include_usage"])
+      known = schema.unknown(name, ["include_usage"])
       raise fields_lib.Refusal(
         400, f"stream_options.{name}: {known}", "stream_options"
       )
@@ -244,7 +243,7 @@ def _request(
       fields_lib.check_list(name, value, _LISTS[name])
     elif name != "logit_bias":
       rules[name] = value = fields_lib.as_float(name, value, _HINTS[name])
-      _checked(config_lib.check_types, value, _HINTS[name], name)
+      _checked(schema.check_types, value, _HINTS[name], name)
   if "logit_bias" in rules:
     bias = fields_lib.typed(rules, "logit_bias", dict, {})
     fields_lib.check_list("logit_bias", list(bias.values()), (int, float))
@@ -253,7 +252,7 @@ def _request(
       for i, value in bias.items()
     }
   if limit is not None:
-    _checked(config_lib.check_types, limit, int, "max_tokens")
+    _checked(schema.check_types, limit, int, "max_tokens")
   n = fields_lib.typed(fields, "n", int, 1)
   if "seed" not in rules:
     rules["seed"] = secrets.randbelow(2**32 - min(max(n, 1), 2**31))
@@ -270,7 +269,7 @@ def _checked(function: Callable, *arguments: Any) -> Any:
   """Calls it; a ConfigError is told in the client's own words."""
   try:
     return function(*arguments)
-  except config_lib.ConfigError as error:
+  except schema.ConfigError as error:
     text = str(error).removeprefix("request.")
     name = re.split(r"[=\[:]", text, maxsplit=1)[0]
     said = _RENAMED.get(name, name)
@@ -311,7 +310,7 @@ def _messages(value: Any) -> list[dict[str, Any]]:
       raise fields_lib.Refusal(400, f"{where}: must be an object", "messages")
     for name, part in message.items():
       if name not in ("role", "content") and part is not None:
-        known = config_lib.unknown(name, ["role", "content"])
+        known = schema.unknown(name, ["role", "content"])
         raise fields_lib.Refusal(
           400, f"{where}.{fields_lib.short(name)}: {known}", "messages"
         )

@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 
-from lm import config as config_lib
+from lm import schema
 from lm.sample import engine as engine_lib
 from lm.sample import request as request_lib
 from lm.sample import sampler as sampler_lib
@@ -332,7 +332,7 @@ def _check_memory(one: engine_lib.Engine, n_slots: int) -> None:
   host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   room = stats["bytes_limit"] * n_devices if "bytes_limit" in stats else host
   if each * n_slots > room:
-    raise config_lib.ConfigError(
+    raise schema.ConfigError(
       f"slots={n_slots}: the KV cache of each has {each / 1e6:.1f} MB, and the "
       f"device {room / 1e6:.0f}; at most {room // each} fit"
     )

@@ -1,0 +1,114 @@
+"""Processes of one run: how they find each other, what they must agree on."""
+
+import glob
+import hashlib
+import importlib.util
+import os
+import time
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from lm import schema
+
+
+def join(heartbeat_seconds: int) -> None:
+  """Joins the other processes of a run, if the environment names any.
+
+  COORDINATOR_ADDRESS (host:port of process 0), PROCESS_COUNT and PROCESS_INDEX
+  say it by hand; the last two may come from SLURM or Open MPI. Without them
+  JAX finds out from SLURM, Open MPI or a TPU's metadata. A process that has
+  not been heard of for `heartbeat_seconds` is lost, and all others end.
+  """
+  names = ("COORDINATOR_ADDRESS", "PROCESS_COUNT", "PROCESS_INDEX")
+  address, count, index = (_first_set(*_ALIASES[name]) for name in names)
+  # Where the program is told to stop by SIGTERM is agreed in lm/train/stop.py;
+  # JAX's own service would take the signal away from it.
+  jax.config.update("jax_enable_preemption_service", False)
+  # The only collectives that CPUs have between processes.
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  if address is None and not _in_cluster():
+    return
+  if address is not None and (count is None or index is None):
+    raise schema.ConfigError(
+      f"COORDINATOR_ADDRESS={address}: needs PROCESS_COUNT and PROCESS_INDEX "
+      "beside it, in the environment or as flags"
+    )
+  try:
+    jax.distributed.initialize(
+      coordinator_address=address,
+      num_processes=None if address is None else int(count or 0),
+      process_id=None if address is None else int(index or 0),
+      heartbeat_timeout_seconds=heartbeat_seconds,
+    )
+  except ValueError as error:
+    raise schema.ConfigError(
+      f"COORDINATOR_ADDRESS={address}, PROCESS_COUNT={count}, "
+      f"PROCESS_INDEX={index}: {error}"
+    ) from error
+  except jax.errors.JaxRuntimeError as error:
+    raise schema.RunError(
+      f"COORDINATOR_ADDRESS={address}: the other processes were not reached: "
+      f"{str(error)[:200]}"
+    ) from error
+
+
+def wait_for_all(what: str) -> None:
+  """Collective: returns once every process is here."""
+  multihost_utils.sync_global_devices(what)
+
+
+def check_agreement(facts: Mapping[str, str]) -> None:
+  """Collective. Raises ConfigError on every process unless each fact has the
+  same value on all of them; they all must have the same names.
+  """
+  if jax.process_count() == 1:
+    return
+  words = [
+    np.frombuffer(hashlib.sha256(value.encode()).digest()[:8], np.uint32)
+    for value in facts.values()
+  ]
+  # [process, fact, 2]
+  found = multihost_utils.process_allgather(np.stack(words))
+  for i, (name, value) in enumerate(facts.items()):
+    others = np.flatnonzero((found[:, i] != found[0, i]).any(axis=-1))
+    if len(others):
+      if jax.process_index() == 0:
+        # The others are joined through this one: they are to end before it.
+        time.sleep(1.0)
+      raise schema.ConfigError(
+        f"{name}: process(es) {others.tolist()} have another value than "
+        f"process 0; on process {jax.process_index()} it is {value[:300]}. All "
+        "processes of a run need the same config and the same data"
+      )
+
+
+_ALIASES = {
+  "COORDINATOR_ADDRESS": ("COORDINATOR_ADDRESS",),
+  "PROCESS_COUNT": ("PROCESS_COUNT", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"),
+  "PROCESS_INDEX": ("PROCESS_INDEX", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"),
+}
+
+
+def _first_set(*names: str) -> str | None:
+  return next((os.environ[n] for n in names if n in os.environ), None)
+
+
+def _in_cluster() -> bool:
+  """Whether JAX will find other processes without being told of them."""
+  count = _first_set("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+  in_step = "SLURM_STEP_NODELIST" in os.environ  # else `sbatch` alone
+  if count is not None and (in_step or "OMPI_COMM_WORLD_SIZE" in os.environ):
+    return int(count) > 1
+  if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
+    return False
+  if "TPU_WORKER_HOSTNAMES" in os.environ:  # GKE
+    hosts = os.environ["TPU_WORKER_HOSTNAMES"].split(",")
+    slices = int(os.environ.get("MEGASCALE_NUM_SLICES", 1))
+    return len(hosts) * slices > 1
+  if "TPU_SKIP_MDS_QUERY" in os.environ:  # no metadata server to ask
+    return False
+  has_tpu = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+  return bool(has_tpu) and importlib.util.find_spec("libtpu") is not None

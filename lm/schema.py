@@ -1,0 +1,287 @@
+"""Trees of dataclasses that a user writes: types, bounds, JSON, overrides.
+
+A field's annotation says all that one value must be: its type and, by
+`Annotated`, its bounds. What is wrong is a ConfigError with the path of the
+field, the value and the rule. Nothing here knows which trees there are.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import difflib
+import math
+import struct
+import types
+import typing
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+
+class UserError(Exception):
+  """An error told in one line, without a traceback: what was found, the rule,
+  and what to do. `exit_code` is that of the program it ends.
+  """
+
+  exit_code = 1
+
+
+class ConfigError(UserError):
+  """The input cannot work: a config, a flag, a file, a request."""
+
+  exit_code = 2
+
+
+class RunError(UserError):
+  """The world failed: a disk, a network, another process. The same input may
+  work on another try.
+  """
+
+  exit_code = 1
+
+
+# --- bounds ------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class AtLeast:
+  """For `Annotated[int, AtLeast(1)]`; the same for the classes below."""
+
+  least: float
+
+  def check(self, path: str, value: Any) -> None:
+    rule = f"must be at least {self.least}"
+    if self.least == 0:
+      rule = "must not be negative"
+    require(value >= self.least, path, value, rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class AtMost:
+  """Takes the place of the largest int32, which every int is bound by."""
+
+  most: int
+  why: str
+
+  def check(self, path: str, value: Any) -> None:
+    rule = f"must be at most {self.most}, {self.why}"
+    require(value <= self.most, path, value, rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class IsPositive:
+  def check(self, path: str, value: Any) -> None:
+    require(value > 0, path, value, "must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class IsBelowOne:
+  """In [0, 1), also in float32."""
+
+  def check(self, path: str, value: Any) -> None:
+    require(0 <= value < 1, path, value, "must be in [0, 1)")
+    require(_float32(value) < 1, path, value, "is 1 in float32; lower it")
+
+
+_INT32 = AtMost(2**31 - 1, "the largest int32")
+
+Count = Annotated[int, AtLeast(1)]
+Natural = Annotated[int, AtLeast(0)]
+Positive = Annotated[float, IsPositive()]
+NotNegative = Annotated[float, AtLeast(0)]
+BelowOne = Annotated[float, IsBelowOne()]
+# What random keys are made of.
+Seed = Annotated[
+  int,
+  AtLeast(0),
+  AtMost(2**32 - 1, "what 32 bits hold, of which random keys are made"),
+]
+
+
+def hints(node_or_type: Any) -> dict[str, Any]:
+  """Annotations of a dataclass by field, bounds included."""
+  kind = node_or_type if isinstance(node_or_type, type) else type(node_or_type)
+  return typing.get_type_hints(kind, include_extras=True)
+
+
+def bare(hint: Any) -> tuple[Any, bool]:
+  """A field's type without bounds and None, and whether it may be None."""
+  optional = typing.get_origin(hint) in (types.UnionType, typing.Union)
+  if optional:
+    (hint,) = (a for a in typing.get_args(hint) if a is not types.NoneType)
+  if typing.get_origin(hint) is Annotated:
+    hint = typing.get_args(hint)[0]
+  return hint, optional
+
+
+def require(holds: bool, path: str, value: Any, rule: str) -> None:
+  if not holds:
+    raise ConfigError(f"{path}={shown(value)}: {rule}")
+
+
+def shown(value: Any) -> str:
+  """`repr`, cut where it is long."""
+  try:
+    text = repr(value)
+  except (ValueError, RecursionError):  # an int of 5000 digits, a deep list
+    text = f"<{type(value).__name__} beyond what can be shown>"
+  return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _float32(value: float) -> float:
+  """What a float32 makes of `value`."""
+  try:
+    return struct.unpack("<f", struct.pack("<f", float(value)))[0]
+  except OverflowError:
+    return math.inf
+
+
+def leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+  """Yields (path, value) of each field that is not itself a dataclass."""
+  for field in dataclasses.fields(node):
+    value = getattr(node, field.name)
+    if dataclasses.is_dataclass(value):
+      yield from leaves(value, f"{path}.{field.name}")
+    else:
+      yield f"{path}.{field.name}", value
+
+
+def check_types(value: Any, kind: Any, path: str) -> None:
+  """Raises ConfigError unless `value` is what the annotation `kind` says."""
+  if dataclasses.is_dataclass(kind):
+    if not isinstance(value, kind):  # type: ignore[arg-type]
+      name = kind.__name__  # type: ignore[attr-defined]
+      raise ConfigError(f"{path}={shown(value)}: must be a {name}")
+    known = hints(kind)
+    for name in vars(value):
+      if name not in known:
+        raise ConfigError(f"{path}.{name}: {unknown(name, known)}")
+    for name, hint in known.items():
+      check_types(getattr(value, name), hint, f"{path}.{name}")
+    return
+  origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if origin in (types.UnionType, typing.Union):
+    if value is None and type(None) in args:
+      return
+    (kind,) = (a for a in args if a is not type(None))
+    return check_types(value, kind, path)
+  if origin is Literal:
+    if value not in args:
+      raise ConfigError(f"{path}={shown(value)}: {unknown(value, args)}")
+    return
+  if origin is tuple:
+    if not isinstance(value, tuple):
+      raise ConfigError(f"{path}={shown(value)}: must be a tuple")
+    for i, item in enumerate(value):
+      check_types(item, args[0], f"{path}[{i}]")
+    return
+  kind, *bounds = args if origin is Annotated else (kind,)
+  accepted = (int, float) if kind is float else kind
+  if not isinstance(value, accepted) or (
+    isinstance(value, bool) and kind is not bool
+  ):
+    raise ConfigError(
+      f"{path}={shown(value)}: must be of type {kind.__name__}, not "
+      f"{type(value).__name__}"
+    )
+  if kind is float:
+    single = _float32(value)
+    require(
+      math.isfinite(single), path, value, "must be finite, also in float32"
+    )
+    require(
+      value == 0 or abs(single) >= 2**-126,
+      path,
+      value,
+      "counts as 0 in float32; write 0 or a number further from it",
+    )
+  if isinstance(value, str):
+    require("\0" not in value, path, value, "must not hold a NUL")
+  if kind is int and not any(isinstance(bound, AtMost) for bound in bounds):
+    bounds = (_INT32, *bounds)
+  for bound in bounds:
+    bound.check(path, value)
+
+
+def unknown(name: Any, known: Any) -> str:
+  known = [str(k) for k in known]
+  text = name if isinstance(name, str) else shown(name)
+  near = difflib.get_close_matches(text[:100], known, n=1, cutoff=0.5)
+  hint = f"did you mean {near[0]!r}? " if near else ""
+  return f"unknown; {hint}Known: {', '.join(known)}"
+
+
+# --- JSON and the command line -----------------------------------------------
+
+
+def from_dict(kind: Any, value: Any, path: str) -> Any:
+  origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if value is None:
+    return None
+  if dataclasses.is_dataclass(kind):
+    if not isinstance(value, dict):
+      raise ConfigError(f"{path}={shown(value)}: must be an object of fields")
+    known = hints(kind)
+    for name in value:
+      if name not in known:
+        raise ConfigError(f"{path}.{name}: {unknown(name, known)}")
+    return kind(  # type: ignore[operator]
+      **{
+        name: from_dict(known[name], item, f"{path}.{name}")
+        for name, item in value.items()
+      }
+    )
+  if origin is tuple and isinstance(value, list):
+    return tuple(from_dict(args[0], item, path) for item in value)
+  if origin in (types.UnionType, typing.Union):
+    kinds = [a for a in args if a is not type(None)]
+    return from_dict(kinds[0], value, path)
+  return value
+
+
+def override(node: Any, path: str, names: list[str], text: str) -> None:
+  """Sets the field that `names` lead to from the dataclass `node` at `path`.
+
+  A sub-config that is None gets its defaults first, so that setting one of
+  its fields turns it on.
+  """
+  known = hints(node)
+  name, *rest = names
+  if name not in known:
+    raise ConfigError(f"{path}.{name}={text}: {unknown(name, known)}")
+  path = f"{path}.{name}"
+  kind, optional = bare(known[name])
+  if rest:
+    if not dataclasses.is_dataclass(kind):
+      raise ConfigError(f"{path}: has no field {rest[0]!r}")
+    if getattr(node, name) is None:
+      setattr(node, name, kind())  # type: ignore[operator]
+    return override(getattr(node, name), path, rest, text)
+  if dataclasses.is_dataclass(kind) and not (optional and text == "None"):
+    fields = ", ".join(hints(kind))
+    or_none = " or None" if optional else ""
+    raise ConfigError(
+      f"{path}={text!r}: set one of its fields{or_none}: {fields}"
+    )
+  value = None if optional and text == "None" else _read(text, kind)
+  check_types(value, known[name], path)
+  setattr(node, name, value)
+
+
+def _read(text: str, kind: Any) -> Any:
+  """The value that `text` spells for `kind`, or `text` where it spells none."""
+  origin = typing.get_origin(kind)
+  if kind is str or origin is Literal:
+    return text
+  if kind is bool:
+    return {"true": True, "false": False}.get(text.lower(), text)
+  try:
+    value = ast.literal_eval(text)
+  except (SyntaxError, ValueError, MemoryError, RecursionError):
+    value = text  # the last two: brackets or signs beyond what Python parses
+  if origin is tuple:
+    # One bare item, such as a single source, is a tuple of one.
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+  if kind is float and type(value) is int:
+    with contextlib.suppress(OverflowError):  # then check_types refuses it
+      return float(value)
+  return value
