@@ -1,21 +1,21 @@
-"""The batch: the one contract between data, model, loss and evaluation.
+"""The batch: the contract between data, model, loss and evaluation.
 
-Whatever the objective (next-token prediction, prefix LM, span corruption,
-masked LM, fine-tuning), its rows are rows of this table. B rows, T positions:
+Every objective (next-token prediction, prefix LM, span corruption, masked LM,
+fine-tuning) makes rows of this table. B rows, T positions:
 
 | field       | shape, dtype    | meaning                                      |
 |-------------|-----------------|----------------------------------------------|
-| `inputs`    | [B, T] int32    | tokens that the decoder reads                |
+| `inputs`    | [B, T] int32    | tokens read by the decoder                   |
 | `targets`   | [B, T] int32    | token to predict at each position            |
 | `weights`   | [B, T] float32  | loss weight; 0 where a target is not scored: |
 |             |                 | padding, prompts, unmasked tokens            |
 | `segments`  | [B, T] int32    | document in a packed row, from 1; 0 is       |
 |             |                 | padding. Attention never crosses segments    |
 | `positions` | [B, T] int32    | position within the segment                  |
-| `prefix`    | [B, T] bool, or | positions that their whole segment may       |
-|             | None            | attend to, before and after                  |
+| `prefix`    | [B, T] bool, or | positions visible to the whole segment, to   |
+|             | None            | queries before and after (prefix LM)         |
 
-`prefix` is None where no row has one: attention kernels then know at compile
+`prefix` is None if no row has a prefix: attention kernels then know at compile
 time that the mask is causal.
 """
 
@@ -37,8 +37,8 @@ def _field(dtype: type, **given) -> Any:
 class Batch:
   """The table above, as a pytree.
 
-  Leaves are NumPy arrays on the host, JAX arrays on devices, or what describes
-  them (shapes, shardings). A single row of an objective has leaves [T].
+  Leaves are NumPy arrays on the host, JAX arrays on devices, or descriptions of
+  arrays (shapes, shardings). A single row of an objective has leaves [T].
   """
 
   inputs: Any = _field(np.int32)
@@ -49,13 +49,13 @@ class Batch:
   prefix: Any = _field(np.bool_, default=None)
 
   def present(self) -> dict[str, Any]:
-    """Field name -> leaf, without a `prefix` of None."""
+    """Field name -> leaf, without `prefix` if None."""
     named = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     return {name: x for name, x in named.items() if x is not None}
 
 
 def empty(rows: int, length: int, *, prefix: bool = False) -> Batch:
-  """Padding alone, in NumPy arrays [rows, length]."""
+  """A batch of padding only, in NumPy arrays [rows, length]."""
   return _make(prefix, lambda dtype: np.zeros((rows, length), dtype))
 
 
@@ -65,7 +65,7 @@ def abstract(
   *,
   prefix: bool = False,
 ) -> Batch:
-  """Shapes, dtypes and sharding of the global batches that a config makes."""
+  """Shapes, dtypes and sharding of the global batches of `config`."""
   shape = (config.train.batch_size, config.train.sequence_length)
   return _make(
     prefix,
@@ -74,7 +74,7 @@ def abstract(
 
 
 def unscored(inputs: np.ndarray) -> Batch:
-  """One document a row and no targets: what a forward pass alone reads."""
+  """Batch for a forward pass without loss: a document per row, no targets."""
   rows, length = inputs.shape
   return dataclasses.replace(
     empty(rows, length),

@@ -1,15 +1,15 @@
-"""Checkpoints: one Orbax step directory holds all that a run is.
+"""Checkpoints: an Orbax step directory holds the whole state of a run.
 
-`params` (and `ema`, the averaged parameters, where the run keeps them) is what
-evaluation and sampling read; `rest` is the remaining training state; `meta`
-has the config, the tokenizer, the fingerprints of the data, the names, shapes
-and dtypes of all arrays, and a digest of each item's bits and of itself. A
+Evaluation and sampling read `params`, or `ema` (the averaged parameters) if the
+run keeps an average; `rest` is the remaining training state; `meta` has the
+config, the tokenizer, the fingerprints of the data, the names, shapes and
+dtypes of all arrays, a digest of each item's bits and a digest of `meta`. A
 step directory is complete or absent.
 
-Reading tells three things apart. A checkpoint whose arrays are other ones than
-wanted is refused (ConfigError); one that a digest or the array library calls
-corrupt is `files.Damaged`; whatever else fails is the world's (RunError), is
-tried again, and moves nothing.
+Reading distinguishes three failures. Arrays that differ from the wanted arrays
+raise ConfigError. Corruption, found by a digest or by the array library, raises
+`files.Damaged`. Any other failure raises RunError, after retries if a disk, a
+network or memory failed, and moves no file.
 """
 
 import concurrent.futures
@@ -34,20 +34,20 @@ from lm.model import decoder
 Trees = dict[str, Any]
 
 FORMAT = 2
-# What format 1 says: no number, no `trees`, and no digest of itself.
+# Keys of `meta` in format 1: no format number, no `trees`, no digest of `meta`.
 _FORMAT_1 = ("config", "tokenizer", "fingerprint", "batch_hash", "digests")
 
 
 @dataclasses.dataclass
 class Meta:
-  """What a checkpoint says of itself.
+  """Metadata of a checkpoint.
 
-  `tokenizer` is `Tokenizer.to_json()`; `fingerprint` and `validation` name the
-  token stores of training and of validation; `batch_hash` stands for every
-  batch up to `step`, in order; `loss` is the validation loss at `step`, if it
-  was measured. `digests` stand for the bits of each item, and `trees` for its
-  arrays, `dtype[shape]` by name; both are made when it is saved, and `trees`
-  is {} in format 1.
+  `tokenizer` is `Tokenizer.to_json()`; `fingerprint` and `validation` identify
+  the token stores of training and of validation; `batch_hash` covers every
+  batch up to `step`, in order; `loss` is the validation loss at `step`, if
+  measured. By item, `digests` has the digest of all bits, and `trees` has
+  `dtype[shape]` of each array by name; `save` fills in both, and `trees` is {}
+  in format 1.
   """
 
   step: int
@@ -62,10 +62,10 @@ class Meta:
 
 
 class Checkpoints:
-  """Saves and restores the steps of one run directory.
+  """Saves and restores the checkpoints of a run directory.
 
   Saving is asynchronous: the arrays are copied off the devices before `save`
-  returns, and written while training goes on.
+  returns, and written to disk during the following training steps.
   """
 
   def __init__(self, workdir: str, keep: config_lib.CheckpointConfig):
@@ -76,7 +76,7 @@ class Checkpoints:
       managers.LatestN(n=keep.keep_last),
       managers.BestN(
         get_metric_fn=loss,
-        reverse=True,  # the best, which is the lowest, comes last
+        reverse=True,  # the best, of lowest loss, comes last
         n=keep.keep_best,
         keep_checkpoints_without_metrics=False,
       ),
@@ -89,7 +89,7 @@ class Checkpoints:
       _directory(workdir),
       options=ocp.CheckpointManagerOptions(
         preservation_policy=managers.AnyPreservationPolicy(policies),
-        best_fn=loss,  # without it the losses would not be written
+        best_fn=loss,  # Orbax writes the losses only if best_fn is set
         cleanup_tmp_directories=True,
         enable_async_checkpointing=True,
       ),
@@ -102,8 +102,8 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def save(self, trees: Trees, meta: Meta) -> None:
-    """Starts to save the items `trees` (`params`, `rest`, maybe `ema`) as the
-    checkpoint of `meta.step`.
+    """Starts an asynchronous save of the items `trees` (`params`, `rest`, maybe
+    `ema`) as the checkpoint of `meta.step`.
     """
     items: dict[str, Any] = {
       name: ocp.args.StandardSave(tree) for name, tree in trees.items()
@@ -128,27 +128,27 @@ class Checkpoints:
       )
 
   def restore(self, meta: Meta, like: Trees) -> Trees:
-    """The items of `meta.step`, laid out as the abstract trees `like`.
+    """Restores the items of `meta.step`, sharded as the abstract trees `like`.
 
-    Raises as `compare` and `Damaged` say.
+    Raises ConfigError if `compare` finds differences, Damaged on corruption.
     """
     return _restore(self._manager.directory, meta, like)
 
   def restore_parts(self, meta: Meta, like: Trees) -> Trees:
-    """Those arrays of the items that `like` has, which no digest covers."""
+    """Restores only the arrays in `like`, without checking any digest."""
     return read_items(self._manager.directory / str(meta.step), like)
 
   def reload(self) -> None:
-    """Sees what another process has moved."""
+    """Rereads the list of steps, after another process has moved a step."""
     self._manager.reload()
 
   def set_aside(self, step: int, where: str) -> str:
-    """Moves a checkpoint out of the way, into the directory `where` of the run;
-    returns its new place.
+    """Moves the checkpoint of `step` into the directory `where` of the run;
+    returns the new path.
     """
     source = self._manager.directory / str(step)
     target = self._manager.directory.parent / where / str(step)
-    # Of several processes any may have found the damage, or all of them.
+    # Several processes may find the damage, and move the checkpoint at once.
     with contextlib.suppress(FileNotFoundError):
       target.parent.mkdir(parents=True, exist_ok=True)
       if target.exists():
@@ -158,7 +158,7 @@ class Checkpoints:
     return str(target)
 
   def wait(self) -> None:
-    """Returns once everything saved so far is on disk."""
+    """Returns after every save started so far is on disk."""
     with self._writing():
       self._manager.wait_until_finished()
 
@@ -168,7 +168,9 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
-    """Raises RunError for what went wrong in a save, this one or the last."""
+    """Turns an error of this save, or of the last asynchronous save, into
+    RunError. Device errors and errors of unknown cause pass through.
+    """
     try:
       yield
     except jax.errors.JaxRuntimeError:
@@ -184,7 +186,7 @@ class Checkpoints:
 
 
 def steps(workdir: str) -> list[int]:
-  """Steps of the complete checkpoints of a run, in order."""
+  """Steps of the complete checkpoints of a run, ascending."""
   directory = _directory(workdir)
 
   def read():
@@ -195,9 +197,10 @@ def steps(workdir: str) -> list[int]:
 
 
 def load_meta(workdir: str, step: int | None = None) -> Meta:
-  """Reads what the last checkpoint (or that of `step`) says of itself.
+  """Reads the metadata of the last checkpoint, or of the checkpoint of `step`.
 
-  Raises ConfigError where there is none or it has a later format, or Damaged.
+  Raises ConfigError if the checkpoint is missing or has a later format, Damaged
+  if `meta` is corrupt.
   """
   step = _find_step(workdir, step)
   path = _directory(workdir) / str(step) / "meta" / "metadata"
@@ -232,10 +235,11 @@ def load_params(
   step: int | None = None,
   mesh: jax.sharding.Mesh | None = None,
 ) -> decoder.Params:
-  """Parameters alone, straight into their shards on `mesh` (None: whole, on
-  the first device): the averaged ones where the run keeps an average.
+  """Restores only the parameters, directly into shards on `mesh` (None: whole,
+  on the first device): the averaged parameters if the run keeps an average.
 
-  Raises ConfigError where there are none of this model, or Damaged.
+  Raises ConfigError if the checkpoint is missing or of another model, or
+  Damaged.
   """
   meta = load_meta(workdir, step)
   target = sharding.abstract(
@@ -246,8 +250,8 @@ def load_params(
 
 
 def compare(workdir: str, meta: Meta, like: Trees) -> dict[str, list[str]]:
-  """Differences between the arrays stored and the arrays of `like`, in words,
-  by item; {} where there are none. Reads no array.
+  """Differences between the stored arrays and the arrays of `like`: item ->
+  messages; {} if all arrays match. Reads no array.
   """
   return _compare(_directory(workdir), meta, like)
 
@@ -273,8 +277,8 @@ def _compare(
 
 
 def _restore(directory: epath.Path, meta: Meta, like: Trees) -> Trees:
-  """Items laid out as `like`, compared with what their digests say. Raises
-  ConfigError where the stored arrays are others, or Damaged.
+  """Restores items sharded as `like` and checks the digests. Raises ConfigError
+  if the stored arrays differ from `like`, Damaged if a digest differs.
   """
   if different := _compare(directory, meta, like):
     raise schema.ConfigError(
@@ -294,8 +298,8 @@ def _restore(directory: epath.Path, meta: Meta, like: Trees) -> Trees:
 
 
 def read_items(path: epath.Path, like: Trees) -> Trees:
-  """Those arrays of a checkpoint's items that `like` has, not compared with any
-  digest. Raises Damaged.
+  """Reads only the arrays in `like` from a checkpoint's items, without checking
+  any digest. Raises Damaged or, after retries, RunError.
   """
   handler = ocp.PyTreeCheckpointHandler()
   found = {}
@@ -311,14 +315,15 @@ def read_items(path: epath.Path, like: Trees) -> Trees:
             partial_restore=True,
           ),
         ),
-        # The arrays are those wanted: Orbax's own account of them is hurt.
+        # `compare` has matched the arrays: errors of these types mean that
+        # Orbax's own metadata is corrupt.
         corrupt=(ValueError, AttributeError),
       )
   return found
 
 
 def describe(different: Mapping[str, list[str]], most: int = 5) -> str:
-  """Differences in a line, the first of each item."""
+  """Formats `compare`'s result as a line: the first `most` of each item."""
   parts = []
   for name, lines in different.items():
     more = f" and {len(lines) - most} more" if len(lines) > most else ""
@@ -327,7 +332,7 @@ def describe(different: Mapping[str, list[str]], most: int = 5) -> str:
 
 
 def _names(tree: Any) -> dict[str, str]:
-  """`dtype[shape]` of each array, by its path in the tree."""
+  """Path in the tree -> `dtype[shape]` of each array."""
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): (
       f"{x.dtype}[{','.join(map(str, x.shape))}]"
@@ -343,8 +348,8 @@ def _stored_names(path: epath.Path) -> dict[str, str]:
 
 
 def _mend_losses(workdir: str) -> None:
-  """Writes again what Orbax could not read of a checkpoint's validation loss:
-  a bit of it would keep every checkpoint from being opened.
+  """Rewrites damaged validation-loss files, or sets aside files with unknown
+  loss: a single flipped bit would keep Orbax from opening any checkpoint.
   """
   with concurrent.futures.ThreadPoolExecutor() as pool:
     list(pool.map(functools.partial(_mend_loss, workdir), steps(workdir)))
@@ -355,7 +360,7 @@ def _mend_loss(workdir: str, step: int) -> None:
   if not path.exists():
     return
   known = loss = None
-  with contextlib.suppress(schema.UserError):  # told when it is restored
+  with contextlib.suppress(schema.UserError):  # reported on restore
     known = load_meta(workdir, step).loss
   with contextlib.suppress(ValueError, KeyError, TypeError):
     loss = float(json.loads(path.read_bytes())["loss"])
@@ -375,7 +380,9 @@ def _digest(tree: Any) -> str:
 
 
 def _directory(workdir: str) -> epath.Path:
-  """Orbax wants absolute paths; those of object stores (gs://) are."""
+  """Checkpoint directory of a run as an absolute path, for Orbax. Paths of
+  object stores (gs://) are absolute already.
+  """
   path = epath.Path(workdir)
   return (path.resolve() if files.is_local(workdir) else path) / "checkpoints"
 

@@ -1,9 +1,9 @@
-"""Every knob, once.
+"""The config: every hyperparameter and option of a run, with its default.
 
 A config is a tree of dataclasses; `configs/NAME.py` has `get_config()`, a small
-program that changes `Config()`. Nothing here imports JAX. Derived values are
-properties, defaults live nowhere else, and `validate` refuses an impossible
-tree before anything is compiled, with the value, the rule and the remedy.
+program that changes `Config()`. This module does not import JAX. Derived
+values are properties, defaults live nowhere else, and `validate` refuses an
+impossible config before compilation, with the value, the rule and the remedy.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from lm.schema import (
 
 @dataclasses.dataclass(unsafe_hash=True)
 class RopeScaling:
-  """Llama 3.1's stretch of low rotary frequencies (arXiv:2407.21783)."""
+  """RoPE scaling of Llama 3.1: stretches low frequencies (arXiv:2407.21783)."""
 
   factor: Positive = 8.0
   low_frequency_factor: Positive = 1.0
@@ -33,13 +33,13 @@ class RopeScaling:
   original_length: Count = 8192
 
 
-# Hashable, so that a compiled program can be looked up by its model.
+# Hashable: the model config is a key in lookups of compiled programs.
 @dataclasses.dataclass(unsafe_hash=True)
 class ModelConfig:
-  """One decoder; the fields select GPT-2, Llama, Qwen3, Gemma and others.
+  """A decoder; the fields select GPT-2, Llama, Qwen3, Gemma and more.
 
   Parameters are stored in float32. Norms, softmax and loss run in float32
-  whatever `dtype` says.
+  for any `dtype`.
   """
 
   vocab_size: Count = 2048
@@ -51,14 +51,14 @@ class ModelConfig:
   n_kv_heads: Count = 6
   d_head: Count = 32
   d_mlp: Count = 768
-  # Longest sequence that the model may read, in tokens.
+  # Longest sequence that the model reads, in tokens.
   context_length: Count = 256
 
   norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
   norm_epsilon: Positive = 1e-6
-  # Gemma stores the scale's distance from one.
+  # Norms multiply by 1 + scale (Gemma) in place of scale.
   norm_unit_offset: bool = False
-  # Gemma 2 and 3 also normalise what each sub-layer adds to the residual.
+  # Also normalise each sub-layer's output before the residual sum (Gemma 2, 3).
   post_norm: bool = False
   # RMSNorm of queries and keys, per head (Qwen3, Gemma 3).
   qk_norm: bool = False
@@ -68,11 +68,14 @@ class ModelConfig:
   positions: Literal["rope", "learned"] = "rope"
   rope_theta: Positive = 10_000.0
   rope_scaling: RopeScaling | None = None
-  # Base of the rotary frequencies in windowed layers (Gemma 3); None: the same.
+  # RoPE base in layers with a window (Gemma 3), used without rope_scaling;
+  # None: rope_theta and rope_scaling, as in layers without a window.
   rope_theta_windowed: Positive | None = None
-  # Layer i sees the last `windows[i % len(windows)]` positions; None: all.
+  # Attention windows: layer i sees the last `windows[i % len(windows)]`
+  # positions; an entry of None: all positions.
   windows: tuple[int | None, ...] = (None,)
-  # Queries are divided by its square root; None: d_head (Gemma 2 differs).
+  # Attention divides queries by sqrt(query_scale_dim); None: sqrt(d_head).
+  # Gemma 2 uses another value than d_head.
   query_scale_dim: Count | None = None
   attention_softcap: Positive | None = None
   logit_softcap: Positive | None = None
@@ -80,8 +83,8 @@ class ModelConfig:
   tied_embedding: bool = True
   # Gemma multiplies embeddings by sqrt(d_model).
   scale_embedding: bool = False
-  # Standard deviation of the normal initialiser; residual outputs use it
-  # divided by sqrt(2 n_layers), as GPT-2 does.
+  # Standard deviation of the normal initialiser. Matrices that write to the
+  # residual use init_scale / sqrt(2 n_layers), as GPT-2 does.
   init_scale: NotNegative = 0.02
   embedding_dropout: BelowOne = 0.0
   residual_dropout: BelowOne = 0.0
@@ -92,7 +95,8 @@ class ModelConfig:
   remat: Literal["none", "dots", "full"] = "none"
   # False runs the layers as a Python loop: slower to compile, same numbers.
   scan_layers: bool = True
-  # Tokens on a device whose logits exist at one time in the loss.
+  # The loss computes logits in chunks of at most this many tokens per device
+  # (at least a token of each row).
   loss_chunk: Count = 512
 
   @property
@@ -102,18 +106,19 @@ class ModelConfig:
 
 @dataclasses.dataclass
 class TokenizerConfig:
-  """How text becomes ids; `model.vocab_size` is the size it must have.
+  """The tokenizer; its size must be `model.vocab_size`.
 
-  `sentencepiece` without a `path` is trained on the training sources; with
-  one, that `.model` is used. `bytes` has an id per byte.
+  `sentencepiece` uses the `.model` file at `path`; without `path`, a tokenizer
+  is trained on the training sources. `bytes` has an id per byte.
   """
 
   kind: Literal["sentencepiece", "bytes"] = "sentencepiece"
   path: str | None = None
-  # File with a Jinja template that lays out a conversation, as chat needs it.
-  # Its text goes into the checkpoint.
+  # Chat template: file with a Jinja template that lays out a conversation. Chat
+  # needs the template; the checkpoint stores the text of the template.
   chat_template: str | None = None
-  # Text that the trainer reads at most, in bytes, spread over all documents.
+  # Most text that the tokenizer is trained on, in bytes, sampled evenly from
+  # all documents.
   train_bytes: Annotated[
     Count, AtMost(10**12, "since they are held in memory")
   ] = 10_000_000
@@ -121,30 +126,33 @@ class TokenizerConfig:
 
 @dataclasses.dataclass
 class DataConfig:
-  """What is read. A source is `tfds:NAME[/CONFIG]:SPLIT[#FEATURE]`,
+  """Data sources. A source is `tfds:NAME[/CONFIG]:SPLIT[#FEATURE]`,
   `text:GLOB` or `jsonl:GLOB#FIELD`.
   """
 
   train: tuple[str, ...] = ("tfds:python_stdlib:train",)
-  # Share of each training source in the batches; () is by size.
+  # Mixture weight of each training source in the batches; (): by size.
   train_weights: tuple[float, ...] = ()
   validation: tuple[str, ...] = ("tfds:python_stdlib:validation",)
-  # What a document of a `text:` source is.
+  # A document of a `text:` source is a whole file, a line that is not blank, or
+  # a block: a run of lines that are not blank.
   text_unit: Literal["file", "line", "block"] = "file"
-  # Bytes that are not UTF-8: stop, put U+FFFD, or leave the document out.
+  # On bytes that are not UTF-8: stop with an error, replace by U+FFFD, or skip
+  # the document.
   invalid_utf8: Literal["error", "replace", "skip"] = "error"
-  # Token stores and TFDS builds live here; a store is named by its contents.
+  # Directory of token stores and TFDS builds. A token store's name is a hash of
+  # the contents of its source and its tokenizer.
   cache_dir: str = "data"
-  # Passes over the training sources; None is endless.
+  # Passes over the training sources; None: endless.
   epochs: (
     Annotated[Count, AtMost(10**6, "since an int64 must count their windows")]
     | None
   ) = None
-  # Threads that tokenize; None is one per core.
+  # Tokenizer threads; None: a thread per core.
   workers: Annotated[Count, AtMost(10_000, "since each is a thread")] | None = (
     None
   )
-  # Rows of a batch that are prepared ahead of the device.
+  # Prefetch: rows of batches that are prepared ahead of the device.
   prefetch_rows: Annotated[
     Count, AtMost(10**6, "since they are held in memory")
   ] = 256
@@ -152,8 +160,9 @@ class DataConfig:
 
 @dataclasses.dataclass
 class SkipConfig:
-  """Leave out steps that are not finite or whose loss or gradient norm stands
-  more than `sigma` deviations above the mean of the last `window` steps.
+  """Skips the update of a step whose loss or gradient norm is not finite, or
+  more than `sigma` standard deviations above its mean over the last `window`
+  steps.
   """
 
   window: Annotated[
@@ -164,26 +173,26 @@ class SkipConfig:
 
 @dataclasses.dataclass
 class OptimizerConfig:
-  """Optimizer and schedule. Weight decay reaches matrices only."""
+  """Optimizer and schedule. Biases and norm scales have no weight decay."""
 
   name: Literal["adamw", "lion", "adafactor", "muon"] = "muon"
   peak_lr: Positive = 2e-2
-  # Muon gives embeddings, head and vectors to NAdamW, at this peak.
+  # Peak learning rate of NAdamW, to which Muon gives embeddings, head, vectors.
   adam_peak_lr: Positive = 3e-3
   b1: BelowOne = 0.9
   b2: BelowOne = 0.95
   epsilon: Positive = 1e-8
   momentum: BelowOne = 0.95
   weight_decay: NotNegative = 0.0
-  # Global-norm clip of the gradient; None leaves it alone.
+  # Gradient clipping by global norm; None: no clipping.
   clip_norm: Positive | None = 1.0
   schedule: Literal["constant", "linear", "cosine", "rsqrt", "wsd"] = "linear"
   warmup_steps: Natural = 50
-  # Last part of the run, warm-up included, in which `wsd` decays.
+  # `wsd` decays over this last fraction of all steps, warm-up included.
   decay_fraction: float = 0.2
-  # Where the decay ends, as a fraction of the peak.
+  # Learning rate at the end of the decay, as a fraction of the peak.
   final_lr_fraction: float = 0.0
-  # Decay of the parameters' moving average; None keeps no average.
+  # EMA decay of the averaged parameters; None: no average is kept.
   ema_decay: BelowOne | None = None
   skip: SkipConfig | None = None
 
@@ -194,8 +203,8 @@ def mesh_axis(default: int | None) -> Any:
 
 @dataclasses.dataclass(kw_only=True)
 class MeshConfig:
-  """Devices along each axis. The product must be the number of devices; one
-  axis may be None, which takes what the others leave.
+  """Devices along each mesh axis. The product must be the number of devices;
+  at most a single axis may be None, and takes the remaining devices.
   """
 
   # `jit` shards by the table in lm/sharding.py; `pmap` is pure data parallel.
@@ -203,7 +212,7 @@ class MeshConfig:
   data: Count | None = mesh_axis(None)
   fsdp: Count | None = mesh_axis(1)
   tensor: Count | None = mesh_axis(1)
-  # Silence after which a process of the run is taken for lost, in seconds.
+  # Seconds without a heartbeat after which a process of the run counts as lost.
   heartbeat_seconds: Count = 100
 
   def sizes(self) -> dict[str, int | None]:
@@ -224,34 +233,37 @@ class TrainConfig:
   batch_size: Count = 8
   # Tokens in one sequence.
   sequence_length: Count = 256
-  # Parts that a batch is computed in, one after another.
+  # Microbatches per batch, computed in sequence (gradient accumulation).
   microbatches: Count = 1
-  # Weight of the squared log of the softmax's sum (arXiv:2204.02311).
+  # Weight of the z-loss: the squared log of the softmax's sum
+  # (arXiv:2204.02311).
   z_loss: NotNegative = 0.0
   log_every: Count = 10
   eval_every: Count = 250
-  # Batches of the validation sources in one evaluation; None is all.
+  # Most batches of each validation source in an evaluation; None: all.
   eval_batches: Count | None = None
-  # A step that lasts this many medians is reported, with stacks; None is never.
+  # Watchdog: reports a step that lasts this many times the median step, with
+  # the stacks of all threads; None: never.
   slow_step_factor: Positive | None = 20.0
 
 
 @dataclasses.dataclass
 class CheckpointConfig:
-  """When to save, and what is kept: the last, every n-th and the best."""
+  """When to save checkpoints and how many to keep: last, every n-th, best."""
 
   save_every: Count = 250
   keep_last: Count = 2
-  # Keep each step divisible by it; None keeps none on that ground.
+  # Also keep checkpoints of steps divisible by keep_every; None: no such rule.
   keep_every: Count | None = None
-  # Best by validation loss.
+  # Keep this many checkpoints of lowest validation loss.
   keep_best: Natural = 1
-  # Where a checkpoint has other arrays than the run wants: stop, or take the
-  # parameters and start what does not fit (optimizer state, average) afresh.
-  # With the latter, fields of the optimizer may change on a restart.
+  # If a checkpoint's arrays differ from the run's: `refuse` stops;
+  # `fresh_optimizer` restores the parameters and starts afresh each part that
+  # does not fit (optimizer state, average). With `fresh_optimizer`, fields of
+  # the optimizer may also change on a restart.
   on_mismatch: Literal["refuse", "fresh_optimizer"] = "refuse"
-  # Damaged checkpoints that one start may move to damaged/, going back to the
-  # one before; one more ends the start.
+  # Most damaged checkpoints that a start moves to damaged/, each time falling
+  # back to the previous checkpoint; one more ends the start.
   set_aside: Natural = 1
 
 
@@ -281,14 +293,14 @@ class Config:
 
 
 def validate(config: Config) -> Config:
-  """Returns `config`, which is about to be run; raises ConfigError naming the
-  first broken rule, or the first field that is set and that nothing reads.
+  """Returns `config` if a run may start with `config`. Raises ConfigError with
+  the first broken rule, or the first changed field that has no effect.
   """
   check(config)
   o, steps = config.optimizer, config.train.steps
   flat = (1 - o.decay_fraction) * steps
   schema.require(
-    o.schedule != "wsd" or o.warmup_steps <= flat + 1e-6,  # of its rounding
+    o.schedule != "wsd" or o.warmup_steps <= flat + 1e-6,  # rounding of flat
     "config.optimizer.warmup_steps",
     o.warmup_steps,
     f"must be at most {flat:.0f}: schedule='wsd' decays from that step on, "
@@ -305,8 +317,9 @@ def validate(config: Config) -> Config:
 
 
 def check(config: Config) -> Config:
-  """Returns `config`, or raises ConfigError naming the first broken rule of
-  those that a stored config keeps too.
+  """Returns `config` if valid as a stored config; raises ConfigError with the
+  first broken rule. A stored config may have fields without effect, and more
+  warm-up than `wsd` allows.
   """
   schema.check_types(config, Config, "config")
   _validate_model(config.model)
@@ -415,11 +428,11 @@ def _validate_run(config: Config) -> None:
   )
 
 
-# Of one weight, over all layers.
+# Most elements of a weight, over all layers.
 _MOST_WEIGHTS = 10**12
 
-# Fields that have an effect in some configs only: whether they have one in
-# this config, and what reads them where they have.
+# (fields, predicate, reader): fields that only some configs read. The predicate
+# says whether a config reads the fields; the reader is named in the error.
 _READERS: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
   (
     "model.rope_theta model.rope_scaling",
@@ -477,7 +490,9 @@ _READERS: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
 
 
 def _without_effect(config: Config) -> Iterator[tuple[str, Any, Any, str]]:
-  """(path, value, default, what would read it) of fields that nothing reads."""
+  """Yields (path, value, default, reader) of fields without effect in `config`;
+  `reader` names the setting under which the field would have an effect.
+  """
   for paths, has_effect, reader in _READERS:
     if has_effect(config):
       continue
@@ -495,8 +510,8 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str | bytes) -> Config:
-  """Inverse of `to_json`, for a config that was stored: it may hold fields
-  without effect. Raises ConfigError on what is not a config.
+  """Inverse of `to_json`. A stored config may set fields without effect.
+  Raises ConfigError if `text` is not a valid config.
   """
   try:
     tree = json.loads(text)
@@ -508,8 +523,8 @@ def from_json(text: str | bytes) -> Config:
 
 
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
-  """Fields whose values differ: path -> (value in a, value in b); without
-  those that have no effect in either.
+  """Fields with different values: path -> (value in a, value in b). Leaves out
+  fields without effect in both configs.
   """
   left, right = (
     dict(schema.leaves(a, "config")),

@@ -1,4 +1,4 @@
-"""64 bits of any tree of arrays, the same on any mesh."""
+"""Digest: a 64-bit hash of any tree of arrays, the same on any mesh."""
 
 import zlib
 from typing import Any
@@ -10,11 +10,11 @@ from jaxtyping import Array
 
 
 def of_tree(tree: Any, first_row: Array | int = 0) -> Array:
-  """64 bits, as uint32 [2], of every array's bits and where in it they stand.
+  """Digest, uint32 [2], of the bits, positions and tree path of all elements.
 
-  Sums modulo 2^32 of mixed words, so it is the same on any mesh. Where an
-  array is cut by hand (`jax.pmap`), `first_row` is the place of row 0 in the
-  whole, and the parts' digests add up. Arrays are told apart by their paths.
+  The digest is a sum modulo 2^32 of mixed words, hence the same on any mesh. If
+  an array is split by hand (`jax.pmap`), `first_row` is the index of row 0 in
+  the whole array, and the sum of the parts' digests is the digest of the whole.
   """
   total = jnp.zeros(2, jnp.uint32)
   for path, x in jax.tree_util.tree_leaves_with_path(tree):
@@ -23,7 +23,7 @@ def of_tree(tree: Any, first_row: Array | int = 0) -> Array:
   return total
 
 
-@jax.jit  # so that, outside of a program, arrays of one shape share one
+@jax.jit  # outside of jit, arrays of the same shape share a compiled program
 def _digest(x: Array, name: Array, first_row: Array) -> Array:
   if x.ndim == 0:
     x = x[None]
@@ -39,7 +39,7 @@ def _digest(x: Array, name: Array, first_row: Array) -> Array:
     if axis == 0:
       i += first_row
     place = place * np.uint32(0x01000193) + i
-  # The finalizer of MurmurHash3 (A. Appleby, public domain), twice seeded.
+  # The finalizer of MurmurHash3 (A. Appleby, public domain), with two seeds.
   sums = []
   for seed in (0x9E3779B9, 0x85EBCA77):
     h = words ^ (place * np.uint32(seed))

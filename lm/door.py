@@ -1,9 +1,10 @@
-"""What every `python -m lm.VERB` does first: flags, config, errors.
+"""The CLI shared by every `python -m lm.VERB`: flags, config, errors.
 
 `--config=FILE` names a Python file with `get_config()`, and each
-`--config.FIELD=VALUE` then changes one field, read by the field's annotation:
-`None`, numbers and tuples as Python writes them, text as it stands. A mistake
-is one line on stderr and exit code 2, before anything is compiled or written.
+`--config.FIELD=VALUE` then overrides a field. The field's annotation decides
+how VALUE is parsed: `None`, numbers and tuples as Python literals, strings
+verbatim. A mistake ends in a line on stderr and exit code 2, before any
+compilation or write.
 """
 
 import contextlib
@@ -25,16 +26,16 @@ from lm import files, schema
 
 
 def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
-  """Parses the command line, calls `main` and exits with what it returns.
+  """Parses the command line, calls `main`, exits with the result of `main`.
 
-  `main` gets the validated Config, or nothing where `takes_config` is False
-  (a door that reads its config from a checkpoint). Other flags are absl flags
-  that the door defines. What `explain` knows ends as one line on stderr and
-  its exit code; Ctrl-C ends with 130. Every other exception is a bug and keeps
-  its traceback.
+  `main` gets the validated Config, or no argument if `takes_config` is False
+  (the CLI reads the config from a checkpoint). Other flags are absl flags
+  defined by the CLI. An error known to `explain` prints a line on stderr and
+  exits with its exit code; Ctrl-C exits with 130, a closed output pipe with
+  141. Every other exception is a bug and keeps the traceback.
   """
   for stream in (sys.stdout, sys.stderr):
-    # A terminal of another encoding, or text that is none: shown as escapes.
+    # Text that the terminal's encoding cannot show is printed as escapes.
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors="backslashreplace")
   _hush_libraries()
@@ -46,7 +47,7 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
     overrides = [a for a in sys.argv if a.startswith("--config.")]
 
   def parse(argv: list[str]) -> list[str]:
-    # absl's default is every line that a library logs.
+    # By default absl prints every line that libraries log.
     flags.FLAGS.verbosity = logging.ERROR
     try:
       return flags.FLAGS(argv)
@@ -67,7 +68,7 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
     except KeyboardInterrupt:
       print("stopped by Ctrl-C", file=sys.stderr)
       return _leave(130)
-    except BrokenPipeError:  # whoever read the output has left, as `head` does
+    except BrokenPipeError:  # the reader of the pipe has exited, as `head` does
       os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
       return _leave(141)
     except Exception as error:
@@ -87,9 +88,10 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
 
 
 def _hush_libraries() -> None:
-  """Leaves out stacks of errors that are raised as well: Orbax logs one for
-  each thread that an error passes through, and TensorStore's reads that are
-  still under way call back into an event loop that Orbax has closed.
+  """Drops logged stack traces of errors that are raised anyway.
+
+  Orbax logs a stack for each thread that an error passes through, and pending
+  TensorStore reads call back into an event loop that Orbax has closed.
   """
 
   def is_news(record: pylogging.LogRecord) -> bool:
@@ -106,10 +108,10 @@ def _hush_libraries() -> None:
 
 
 def explain(error: Exception) -> schema.UserError | None:
-  """What a library's or the operating system's error means to the user; None
-  for one that is a bug.
+  """Maps an error of a library or the operating system to a UserError; returns
+  None for a bug.
 
-  This is the only place that knows: code below raises what it gets.
+  Errors that lower layers let through are translated here only.
   """
   if isinstance(error, schema.UserError):
     return error
@@ -135,7 +137,7 @@ def explain(error: Exception) -> schema.UserError | None:
 
 
 class _Path(flags.ArgumentParser):
-  """An absl flag's value that is a path."""
+  """absl parser of a flag that holds a path."""
 
   def __init__(self, name: str):
     self._name = name
@@ -148,18 +150,18 @@ class _Path(flags.ArgumentParser):
 
 
 def define_path(name: str, about: str) -> flags.FlagHolder:
-  """A flag for a path: `~` is the home directory, and '' is refused."""
+  """Defines a path flag: `~` is the home directory, and '' is refused."""
   return flags.DEFINE(_Path(name), name, None, about)
 
 
 def define_paths(name: str, about: str) -> flags.FlagHolder:
-  """The same, repeatable; [] without any."""
+  """Defines a repeatable path flag, as `define_path`; default []."""
   return flags.DEFINE_multi(
     _Path(name), flags.ArgumentSerializer(), name, [], about
   )
 
 
-# Flags that say by hand what lm/processes.py reads from the environment.
+# Flags that set the environment variables of lm/processes.py.
 _PROCESSES = {
   "coordinator_address": "Of a run of several processes: host:port of the "
   "first. SLURM, Open MPI and TPUs need none of these three.",
@@ -169,15 +171,15 @@ _PROCESSES = {
 
 
 def _joined() -> bool:
-  """Whether this process is one of several that JAX has joined."""
+  """Whether jax.distributed has joined this process to a run of several."""
   jax = sys.modules.get("jax")
   return jax is not None and jax.distributed.is_initialized()
 
 
 def _leave(code: int) -> int:
-  """`code`; at once where it is 1, and so the fault is outside, or where other
-  processes are joined. An orderly end would wait for what is not to be had: a
-  disk with room, or processes that wait for this one.
+  """Returns `code`, or calls os._exit if `code` is 1 (mostly outside failures)
+  or the run has several processes: normal shutdown would block on a full disk,
+  or on processes that wait for this process.
   """
   if code == 1 or _joined():
     for stream in (sys.stdout, sys.stderr):
@@ -188,15 +190,15 @@ def _leave(code: int) -> int:
 
 
 def refuse(error: Exception) -> int:
-  """Says it in one line; returns the exit code."""
+  """Prints `error` as a single line on stderr; returns the exit code."""
   print("error:", " ".join(str(error).split()), file=sys.stderr)
   return getattr(error, "exit_code", 1)
 
 
 def load(path: str | None, overrides: Sequence[str] = ()) -> config_lib.Config:
-  """The config of a file, changed by arguments `--config.FIELD=VALUE`.
+  """Loads the config file `path` and applies `--config.FIELD=VALUE` overrides.
 
-  Raises ConfigError where the file, a field or a value is not to be had.
+  Raises ConfigError if the file, a field or a value is missing or invalid.
   """
   if path is None:
     raise schema.ConfigError("--config: missing; write --config=FILE.py")

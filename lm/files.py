@@ -1,6 +1,6 @@
-"""Files: whole or absent, in directories that can be written, and whether one
-that cannot be read is damaged. Paths are local, or of an object store (gs://,
-s3://).
+"""File I/O: path checks, atomic writes, retried reads, damage detection.
+
+Paths are local or in an object store (gs://, s3://).
 """
 
 import hashlib
@@ -18,15 +18,15 @@ from lm import schema
 
 T = TypeVar("T")
 
-# What reads each object store, beside etils and TensorStore.
+# Package that reads each object store, beside etils and TensorStore.
 _STORES = {"gs": "gcsfs", "s3": "s3fs"}
 
 
 def user_path(text: str, name: str) -> str:
-  """The path that `text` spells: `~` is the user's home.
+  """Returns the path `text` with `~` expanded to the user's home.
 
-  Raises ConfigError, naming the flag or field `name`, on an empty path, and on
-  an object store that is unknown or whose package is not installed.
+  Raises ConfigError, naming the flag or field `name`, on an empty path, an
+  unknown object store, or an object store without its package installed.
   """
   if not text:
     raise schema.ConfigError(f"{name}={text!r}: empty; name a path")
@@ -51,7 +51,7 @@ def is_local(path: Any) -> bool:
 
 
 def local_path(text: str, name: str) -> str:
-  """`user_path` for what must lie on this machine; else ConfigError."""
+  """`user_path` of a local path; raises ConfigError on an object store."""
   if not is_local(text):
     raise schema.ConfigError(
       f"{name}={text}: must lie on a disk of this machine; object stores are "
@@ -62,7 +62,7 @@ def local_path(text: str, name: str) -> str:
 
 def check_directory(path: str, name: str) -> None:
   """Raises ConfigError, naming the flag or field `name`, unless files can be
-  written in the directory `path`, which need not exist. Writes nothing.
+  written in the directory `path`. The directory need not exist. Writes nothing.
   """
   if not is_local(path):
     return
@@ -91,7 +91,7 @@ def check_directory(path: str, name: str) -> None:
 
 
 def _is_there(path: Any) -> bool:
-  """As `os.path.lexists`, but raises OSError on what cannot be a name."""
+  """Like `os.path.lexists`, but raises OSError on an invalid file name."""
   try:
     os.lstat(path)
   except (FileNotFoundError, NotADirectoryError):
@@ -100,12 +100,12 @@ def _is_there(path: Any) -> bool:
 
 
 def check_output(path: str, name: str) -> None:
-  """Raises ConfigError unless the file `path` can be written in a directory
-  that is there. Writes nothing.
+  """Raises ConfigError, naming the flag `name`, unless the file `path` can be
+  written in an existing directory. Writes nothing.
   """
   directory = os.path.dirname(path) or "."
   try:
-    _is_there(f"{path}.{os.getpid()}.partial")  # as `replace` calls it first
+    _is_there(f"{path}.{os.getpid()}.partial")  # temporary name in `replace`
   except OSError as error:
     raise schema.ConfigError(
       f"{name}={path[:100]}: {error.strerror}"
@@ -121,10 +121,10 @@ def check_output(path: str, name: str) -> None:
 
 
 def replace(path: Any, content: str | bytes) -> None:
-  """Writes a file whole or not at all: a reader finds the old one or this.
+  """Atomic write by rename: a reader finds the old content or the new content.
 
-  `path` is an `epath.Path` or a local path. Of several processes that write
-  the same file at once the last one stays.
+  `path` is an `epath.Path` or a local path. If several processes write the
+  same file at once, the last write wins.
   """
   from etils import epath
 
@@ -138,21 +138,21 @@ def replace(path: Any, content: str | bytes) -> None:
   except BaseException as error:
     partial.unlink(missing_ok=True)
     if isinstance(error, OSError) and error.filename is None:
-      error.filename = os.fspath(path)  # a full disk does not say for whom
+      error.filename = os.fspath(path)  # a full-disk error names no file
     raise
 
 
-# --- reading: damage, or the world's failure ----------------------------------
+# --- reading: damaged file, or outside failure --------------------------------
 
 
 class Damaged(schema.RunError):
-  """A file that is not what was written."""
+  """A file is corrupt: the contents differ from the contents written."""
 
 
-# Seconds between the tries of a read that fails for an outside reason.
+# Seconds between the retries of a read that fails for an outside reason.
 _PAUSES = (1.0, 4.0)
-# How TensorStore's errors begin, and those that tell of wrong contents; an
-# INVALID_ARGUMENT comes without its name.
+# Start of a TensorStore error, with the status in group 1, and the statuses
+# that mean wrong contents. INVALID_ARGUMENT comes without a status name: None.
 _STATUS = re.compile(r"(?:([A-Z_]{5,}): |Error (?:opening|reading|decoding) )")
 _CORRUPT = {
   *("DATA_LOSS", "OUT_OF_RANGE", "NOT_FOUND"),
@@ -160,12 +160,14 @@ _CORRUPT = {
 }
 
 
-# Where an error of TensorStore has the operating system's number.
+# The operating system's errno within the text of a TensorStore error.
 _NUMBER = re.compile(r"os_error_code='(\d+)'|OS error (\d+)")
 
 
 def system_error(error: BaseException | None, path: str) -> OSError | None:
-  """The operating system's error about `path` that TensorStore's tells of."""
+  """The OSError, about `path`, whose errno a TensorStore error reports; None
+  if the error reports no errno.
+  """
   if (found := _NUMBER.search(str(error))) is None:
     return None
   code = int(found[1] or found[2])
@@ -173,10 +175,10 @@ def system_error(error: BaseException | None, path: str) -> OSError | None:
 
 
 def reason(error: BaseException | None) -> str | None:
-  """`corrupt` where an error says that files are not what was written,
-  `outside` where a disk, a network or memory failed; None: it says neither.
+  """Cause of a failed read: `corrupt` if the error says that file contents are
+  wrong, `outside` if a disk, a network or memory failed, None if unknown.
 
-  Looks at the errors that caused this one, too.
+  Also inspects the chain of errors behind `error`.
   """
   found = None
   while error is not None:
@@ -207,12 +209,12 @@ def attempt(
   read: Callable[[], T],
   corrupt: tuple[type[Exception], ...] = (),
 ) -> T:
-  """`read()` of what lies at `path`, tried again where it failed for an outside
-  reason.
+  """Returns `read()`, which reads `path`; retries after failures of a disk, a
+  network or memory.
 
-  Raises Damaged, or RunError where nothing says that the file is to blame;
-  errors of the devices are let through. Errors of the types `corrupt` say so,
-  unless they have an outside reason.
+  Raises Damaged if the file is corrupt, RunError for any other cause. Device
+  errors pass through. Errors of the types `corrupt` mean a corrupt file, unless
+  `reason` finds an outside cause.
   """
   for pause in (*_PAUSES, None):
     try:
@@ -220,7 +222,7 @@ def attempt(
     except schema.UserError:
       raise
     except Exception as error:
-      if type(error).__name__ == "JaxRuntimeError":  # jax is not imported here
+      if type(error).__name__ == "JaxRuntimeError":  # avoids importing jax
         raise
       why, said = reason(error), first_line(error)
       if why == "corrupt" or (why is None and isinstance(error, corrupt)):
@@ -236,15 +238,15 @@ def attempt(
 
 
 def first_line(error: BaseException) -> str:
-  """Of the cause behind it all, some 300 characters at most: libraries add
-  whole specifications.
+  """First line of the root cause of `error`, cut to some 300 characters and
+  without the spec that TensorStore appends.
   """
   while error.__cause__ is not None:
     error = error.__cause__
   line = re.split(r" \[(?:tensorstore_spec|source)", str(error).split("\n")[0])[
     0
   ]
-  # What the operating system said stands at the end, behind many paths.
+  # The operating system's message stands at the end, behind many paths.
   if (system := system_error(error, "")) is not None:
     line = f"{system.strerror}: {line}"
   if len(line) > 300:
@@ -252,19 +254,19 @@ def first_line(error: BaseException) -> str:
   return f"{type(error).__name__}: {line}"
 
 
-# --- JSON that knows whether it is whole --------------------------------------
+# --- JSON sealed with a digest ------------------------------------------------
 
 
 def seal(content: Mapping[str, Any]) -> dict[str, Any]:
-  """`content` with a digest of itself, to be written as JSON."""
+  """`content` with a digest of `content` added, to be written as JSON."""
   return {**content, "digest": json_digest(content)}
 
 
 def unseal(raw: bytes, without: Iterable[str] = ()) -> dict[str, Any]:
-  """The content of sealed JSON.
+  """Returns the content of sealed JSON after checking the digest.
 
-  One with the keys `without` may have no digest: files had none once. Raises
-  ValueError where it is not what was written.
+  JSON with exactly the keys `without` is accepted without a digest: older files
+  have none. Raises ValueError if the JSON or the digest is wrong.
   """
   content = json.loads(raw)
   if not isinstance(content, dict):

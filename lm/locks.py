@@ -1,4 +1,4 @@
-"""Who may write: one owner of a run, one process at a time of a cache."""
+"""Write locks: a lease on a run directory, an flock on a cache directory."""
 
 import contextlib
 import fcntl
@@ -15,18 +15,18 @@ from typing import Any
 
 from lm import files, schema
 
-# Seconds after which an owner that has not renewed its lease is taken for dead.
+# An owner that has not renewed its lease for this many seconds counts as dead.
 LEASE_SECONDS = 60.0
 
 
 class Lock:
-  """Holds a run directory for one owner; a second one is refused (RunError).
+  """Lease on a run directory: a second owner is refused with RunError.
 
-  The record `lock.json` says who: host, process, start. Its owner renews it;
-  one that was not renewed for LEASE_SECONDS is of a dead owner. On a disk the
-  owner also holds a lock of the operating system, so that on its own host its
-  death is seen at once. `lost` is True once somebody else has the record, as
-  after a long sleep of this process.
+  The record `lock.json` names the owner: host, process, start time. The owner
+  renews the record; an owner without a renewal for LEASE_SECONDS is dead. On a
+  disk the owner also holds an flock, by which a process on the same host sees
+  the owner's death at once. `lost` is True after another owner has taken the
+  record, as after a long sleep of this process.
   """
 
   def __init__(self, directory: str):
@@ -48,7 +48,7 @@ class Lock:
     if files.is_local(directory):
       os.makedirs(directory, exist_ok=True)
       directory = "file://" + os.path.abspath(directory)
-    # Writes there can be bound to what was read before.
+    # KvStore has compare-and-swap: writes conditional on the record last read.
     self._store = tensorstore.KvStore.open(directory + "/").result()
     try:
       self._take(self._lock_file())
@@ -61,19 +61,20 @@ class Lock:
     self._renewing_thread.start()
 
   def release(self) -> None:
-    """Gives the directory back; a second call does nothing."""
+    """Releases the lease; a second call does nothing."""
     if self._released.is_set():
       return
     self._released.set()
-    with self._renewing:  # not between its reading and its writing
+    with self._renewing:  # not in the middle of a renewal
       if not self.lost:
-        with contextlib.suppress(Exception):  # the lease ends by itself
+        with contextlib.suppress(Exception):  # the lease expires anyway
           self._store.write("lock.json", None, if_equal=self._seen).result()
     self._close_file()
 
   def _lock_file(self) -> bool:
-    """Whether the operating system says that no process of this host, or of
-    any on a shared disk, holds the directory. False where it cannot tell.
+    """Takes an flock on `.lock`. Returns True if the flock proves that no other
+    process on this host, or on any host of a shared disk, holds the directory;
+    False if flock is not supported. Raises RunError if the directory is in use.
     """
     if not files.is_local(self._directory):
       return False
@@ -82,12 +83,14 @@ class Lock:
       fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       raise self._in_use(self._read()[0]) from None
-    except OSError:  # a file system without such locks
+    except OSError:  # a file system without flock
       return False
     return True
 
   def _take(self, alone: bool) -> None:
-    """Writes the record, once the one that is there is of a dead owner."""
+    """Takes the lease, after waiting LEASE_SECONDS if the last owner may be
+    alive. Raises RunError if the last owner renews, or a new owner appears.
+    """
     before, self._seen = self._read()
     here = before is not None and all(
       before.get(name) == self._record[name] for name in ("host", "boot")
@@ -110,23 +113,25 @@ class Lock:
       raise self._in_use(self._read()[0])
 
   def _read(self) -> tuple[dict[str, Any] | None, bytes]:
-    """The record and its generation; None where there is none to be read."""
+    """(record, generation) of `lock.json`; record None if absent or invalid."""
     found = self._store.read("lock.json").result()
     try:
       record = json.loads(found.value)
       _owner(record)
-    except (ValueError, TypeError, KeyError):  # cut short, or there is none
+    except (ValueError, TypeError, KeyError):  # cut short, or absent
       record = None
     return record, found.stamp.generation
 
   def _write(self) -> bool:
-    """Writes the record in the place of the one last seen, and of no other."""
+    """Compare-and-swap: replaces the record last seen. Returns False, without
+    writing, if another owner has written since.
+    """
     content = json.dumps(self._record)
     stamp = self._store.write("lock.json", content, if_equal=self._seen)
     if generation := stamp.result().generation:
       self._seen = generation
       return True
-    # An earlier write may have been done and its answer lost.
+    # An earlier write may have succeeded although the reply was lost.
     record, self._seen = self._read()
     return record is not None and record.get("token") == self._record["token"]
 
@@ -158,7 +163,7 @@ def _owner(record: dict[str, Any]) -> str:
 
 
 def _boot() -> str:
-  """Tells apart hosts of one name, where the system says it."""
+  """Boot id, which tells apart hosts of the same name; "" if unavailable."""
   try:
     return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
   except OSError:
@@ -167,24 +172,24 @@ def _boot() -> str:
 
 @contextlib.contextmanager
 def exclusive(directory: str) -> Iterator[None]:
-  """Holds `directory` for this process alone; others wait.
+  """Exclusive flock on `directory`; other processes wait.
 
-  The lock dies with its process. What it creates, lock file and directory, it
-  removes again where nothing else was written.
+  The operating system drops the flock when the process dies. On exit the lock
+  file is removed, and the directory too if empty.
   """
   path = os.path.join(directory, ".lock")
   while True:
     os.makedirs(directory, exist_ok=True)
     try:
       file = open(path, "w")
-    except FileNotFoundError:  # The last holder removed the directory.
+    except FileNotFoundError:  # the last holder removed the directory
       continue
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       print(f"waiting for another process in {directory}", file=sys.stderr)
       fcntl.flock(file, fcntl.LOCK_EX)
-    # The last holder removes the file: a lock on the old one is worth nothing.
+    # The last holder removes the file; an flock on a removed file is no lock.
     with contextlib.suppress(FileNotFoundError):
       if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
         break
@@ -194,5 +199,5 @@ def exclusive(directory: str) -> Iterator[None]:
   finally:
     os.unlink(path)
     file.close()
-    with contextlib.suppress(OSError):  # Not empty, as it should be.
+    with contextlib.suppress(OSError):  # not empty: the usual case
       os.rmdir(directory)

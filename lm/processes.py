@@ -1,4 +1,4 @@
-"""Processes of one run: how they find each other, what they must agree on."""
+"""Multi-process runs: jax.distributed start-up, and agreement checks."""
 
 import glob
 import hashlib
@@ -15,19 +15,21 @@ from lm import schema
 
 
 def join(heartbeat_seconds: int) -> None:
-  """Joins the other processes of a run, if the environment names any.
+  """Initializes jax.distributed if the environment names other processes.
 
-  COORDINATOR_ADDRESS (host:port of process 0), PROCESS_COUNT and PROCESS_INDEX
-  say it by hand; the last two may come from SLURM or Open MPI. Without them
-  JAX finds out from SLURM, Open MPI or a TPU's metadata. A process that has
-  not been heard of for `heartbeat_seconds` is lost, and all others end.
+  Environment variables set by hand: COORDINATOR_ADDRESS (host:port of process
+  0), PROCESS_COUNT and PROCESS_INDEX; the last two may come from SLURM or Open
+  MPI. Without COORDINATOR_ADDRESS, JAX reads SLURM, Open MPI or a TPU's
+  metadata. A process without a heartbeat for `heartbeat_seconds` is lost, and
+  all remaining processes end. Raises ConfigError on a wrong or incomplete
+  setting, RunError if the other processes are not reached.
   """
   names = ("COORDINATOR_ADDRESS", "PROCESS_COUNT", "PROCESS_INDEX")
   address, count, index = (_first_set(*_ALIASES[name]) for name in names)
-  # Where the program is told to stop by SIGTERM is agreed in lm/train/stop.py;
-  # JAX's own service would take the signal away from it.
+  # lm/train/stop.py handles SIGTERM and makes the processes agree when to end;
+  # JAX's preemption service would take the signal away.
   jax.config.update("jax_enable_preemption_service", False)
-  # The only collectives that CPUs have between processes.
+  # Gloo: the only collectives between processes on CPUs.
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   if address is None and not _in_cluster():
     return
@@ -56,13 +58,15 @@ def join(heartbeat_seconds: int) -> None:
 
 
 def wait_for_all(what: str) -> None:
-  """Collective: returns once every process is here."""
+  """Collective barrier: returns after every process has called; `what` names
+  the barrier.
+  """
   multihost_utils.sync_global_devices(what)
 
 
 def check_agreement(facts: Mapping[str, str]) -> None:
   """Collective. Raises ConfigError on every process unless each fact has the
-  same value on all of them; they all must have the same names.
+  same value on all processes. All processes must pass the same fact names.
   """
   if jax.process_count() == 1:
     return
@@ -76,7 +80,7 @@ def check_agreement(facts: Mapping[str, str]) -> None:
     others = np.flatnonzero((found[:, i] != found[0, i]).any(axis=-1))
     if len(others):
       if jax.process_index() == 0:
-        # The others are joined through this one: they are to end before it.
+        # Process 0 is the coordinator: the other processes must exit first.
         time.sleep(1.0)
       raise schema.ConfigError(
         f"{name}: process(es) {others.tolist()} have another value than "
@@ -97,7 +101,7 @@ def _first_set(*names: str) -> str | None:
 
 
 def _in_cluster() -> bool:
-  """Whether JAX will find other processes without being told of them."""
+  """Whether JAX will detect several processes by SLURM, Open MPI or TPU."""
   count = _first_set("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
   in_step = "SLURM_STEP_NODELIST" in os.environ  # else `sbatch` alone
   if count is not None and (in_step or "OMPI_COMM_WORLD_SIZE" in os.environ):

@@ -1,8 +1,8 @@
-"""Trees of dataclasses that a user writes: types, bounds, JSON, overrides.
+"""Config schema: typed dataclass trees with bounds, JSON and CLI overrides.
 
-A field's annotation says all that one value must be: its type and, by
-`Annotated`, its bounds. What is wrong is a ConfigError with the path of the
-field, the value and the rule. Nothing here knows which trees there are.
+A field's annotation gives the type and, by `Annotated`, the bounds. A wrong
+value raises ConfigError with the field's path, the value and the rule. This
+module works on any tree of dataclasses; lm/config.py defines the config.
 """
 
 import ast
@@ -18,22 +18,22 @@ from typing import Annotated, Any, Literal
 
 
 class UserError(Exception):
-  """An error told in one line, without a traceback: what was found, the rule,
-  and what to do. `exit_code` is that of the program it ends.
+  """An error printed as one line without a traceback: value, rule, remedy.
+  The program exits with `exit_code`.
   """
 
   exit_code = 1
 
 
 class ConfigError(UserError):
-  """The input cannot work: a config, a flag, a file, a request."""
+  """Invalid input: a config, a flag, a file or a request cannot work."""
 
   exit_code = 2
 
 
 class RunError(UserError):
-  """The world failed: a disk, a network, another process. The same input may
-  work on another try.
+  """A failure outside the program: a disk, a network, another process. A
+  retry with the same input may succeed.
   """
 
   exit_code = 1
@@ -44,7 +44,9 @@ class RunError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class AtLeast:
-  """For `Annotated[int, AtLeast(1)]`; the same for the classes below."""
+  """Lower bound in an annotation: `Annotated[int, AtLeast(1)]`. The bounds
+  below are used in the same way.
+  """
 
   least: float
 
@@ -57,7 +59,7 @@ class AtLeast:
 
 @dataclasses.dataclass(frozen=True)
 class AtMost:
-  """Takes the place of the largest int32, which every int is bound by."""
+  """Upper bound of an int, in place of the default: the largest int32."""
 
   most: int
   why: str
@@ -89,7 +91,7 @@ Natural = Annotated[int, AtLeast(0)]
 Positive = Annotated[float, IsPositive()]
 NotNegative = Annotated[float, AtLeast(0)]
 BelowOne = Annotated[float, IsBelowOne()]
-# What random keys are made of.
+# Seed of a random key: 32 bits.
 Seed = Annotated[
   int,
   AtLeast(0),
@@ -98,13 +100,13 @@ Seed = Annotated[
 
 
 def hints(node_or_type: Any) -> dict[str, Any]:
-  """Annotations of a dataclass by field, bounds included."""
+  """Field name -> annotation of a dataclass, bounds included."""
   kind = node_or_type if isinstance(node_or_type, type) else type(node_or_type)
   return typing.get_type_hints(kind, include_extras=True)
 
 
 def bare(hint: Any) -> tuple[Any, bool]:
-  """A field's type without bounds and None, and whether it may be None."""
+  """(type without bounds and None, whether None is allowed) of a field."""
   optional = typing.get_origin(hint) in (types.UnionType, typing.Union)
   if optional:
     (hint,) = (a for a in typing.get_args(hint) if a is not types.NoneType)
@@ -119,7 +121,7 @@ def require(holds: bool, path: str, value: Any, rule: str) -> None:
 
 
 def shown(value: Any) -> str:
-  """`repr`, cut where it is long."""
+  """`repr(value)`, cut after 300 characters."""
   try:
     text = repr(value)
   except (ValueError, RecursionError):  # an int of 5000 digits, a deep list
@@ -128,7 +130,7 @@ def shown(value: Any) -> str:
 
 
 def _float32(value: float) -> float:
-  """What a float32 makes of `value`."""
+  """`value` rounded to float32; inf on overflow."""
   try:
     return struct.unpack("<f", struct.pack("<f", float(value)))[0]
   except OverflowError:
@@ -136,7 +138,7 @@ def _float32(value: float) -> float:
 
 
 def leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-  """Yields (path, value) of each field that is not itself a dataclass."""
+  """Yields (path, value) of each leaf: each field that holds no dataclass."""
   for field in dataclasses.fields(node):
     value = getattr(node, field.name)
     if dataclasses.is_dataclass(value):
@@ -146,7 +148,9 @@ def leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def check_types(value: Any, kind: Any, path: str) -> None:
-  """Raises ConfigError unless `value` is what the annotation `kind` says."""
+  """Raises ConfigError unless `value` has the type and bounds of `kind`, an
+  annotation or a dataclass.
+  """
   if dataclasses.is_dataclass(kind):
     if not isinstance(value, kind):  # type: ignore[arg-type]
       name = kind.__name__  # type: ignore[attr-defined]
@@ -239,10 +243,10 @@ def from_dict(kind: Any, value: Any, path: str) -> Any:
 
 
 def override(node: Any, path: str, names: list[str], text: str) -> None:
-  """Sets the field that `names` lead to from the dataclass `node` at `path`.
+  """CLI override: sets the field `names` below the dataclass `node` at `path`.
 
-  A sub-config that is None gets its defaults first, so that setting one of
-  its fields turns it on.
+  A sub-config of None first becomes the default sub-config: to set one field
+  of a sub-config turns the sub-config on.
   """
   known = hints(node)
   name, *rest = names
@@ -268,7 +272,7 @@ def override(node: Any, path: str, names: list[str], text: str) -> None:
 
 
 def _read(text: str, kind: Any) -> Any:
-  """The value that `text` spells for `kind`, or `text` where it spells none."""
+  """Parses `text` as `kind`; returns `text` unchanged if parsing fails."""
   origin = typing.get_origin(kind)
   if kind is str or origin is Literal:
     return text
@@ -277,11 +281,11 @@ def _read(text: str, kind: Any) -> Any:
   try:
     value = ast.literal_eval(text)
   except (SyntaxError, ValueError, MemoryError, RecursionError):
-    value = text  # the last two: brackets or signs beyond what Python parses
+    value = text  # MemoryError, RecursionError: nested too deep for Python
   if origin is tuple:
-    # One bare item, such as a single source, is a tuple of one.
+    # A bare item, as in one source without brackets, becomes a 1-tuple.
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
   if kind is float and type(value) is int:
-    with contextlib.suppress(OverflowError):  # then check_types refuses it
+    with contextlib.suppress(OverflowError):  # check_types refuses the int
       return float(value)
   return value

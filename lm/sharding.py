@@ -1,9 +1,9 @@
-"""The mesh, and where each logical axis lies on it.
+"""Sharding: the device mesh, and the mesh axes of each logical axis.
 
-Meshes are Explicit: the layout is part of each array's type, and a layout
-error is a trace error. Code names logical axes; this table alone knows the
-mesh. Without a mesh in context (mode `pmap`, or a plain array on one device)
-`spec` is None and every annotation falls away.
+Mesh axes are Explicit: the sharding is part of each array's type, and a
+sharding error is a trace error. Other code names logical axes; only the table
+here maps logical axes to mesh axes. Without a mesh in context (mode `pmap`, or
+a plain array on a single device) `spec` is None and annotations do nothing.
 """
 
 import math
@@ -22,9 +22,9 @@ from lm import schema
 
 MESH_AXES = tuple(config_lib.MeshConfig().sizes())
 
-# Logical axis -> mesh axes. Weights are cut along `embed` over fsdp and along
-# `heads`, `kv_heads`, `mlp` or `vocab` over tensor; activations along `batch`.
-# `length` (positions of a row) is whole on each device.
+# Logical axis -> mesh axes. Weights are sharded along `embed` over fsdp, and
+# along `heads`, `kv_heads`, `mlp` or `vocab` over tensor; activations along
+# `batch`. `length` (positions of a row) is whole on each device.
 RULES: dict[str, str | tuple[str, ...] | None] = {
   "batch": ("data", "fsdp"),
   "length": None,
@@ -37,22 +37,22 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def has_mesh() -> bool:
-  """Whether the run's mesh is in context; that of `jax.pmap` is not it."""
+  """Whether the run's mesh is in context; the mesh of `jax.pmap` is ignored."""
   return bool(set(MESH_AXES) & set(jax.sharding.get_abstract_mesh().axis_names))
 
 
 def partition(*axes: str | None) -> P:
-  """PartitionSpec of an array whose dimensions have these logical names."""
+  """PartitionSpec of an array from the logical axis of each dimension."""
   return P(*(None if axis is None else RULES[axis] for axis in axes))
 
 
 def spec(*axes: str | None) -> P | None:
-  """`partition` where there is a mesh in context, else None."""
+  """`partition` if a mesh is in context, else None."""
   return partition(*axes) if has_mesh() else None
 
 
 def mesh_axes(*axes: str) -> tuple[str, ...]:
-  """Mesh axes that these logical axes are cut along."""
+  """Mesh axes over which the logical `axes` are sharded."""
   found: list[str] = []
   for axis in axes:
     rule = RULES[axis]
@@ -64,10 +64,11 @@ Axes = tuple[str | None, ...]
 
 
 def per_shard(function: Callable, *in_axes: Axes, out_axes: Any) -> Callable:
-  """`function` run by each device on its own part, where there is a mesh.
+  """`jax.shard_map`: each device runs `function` on its shard. Returns
+  `function` unchanged if no mesh is in context.
 
-  Logical axes are of whole trees; `out_axes` is a tuple of them for several
-  outputs.
+  `in_axes` has the logical axes of each argument, shared by all arrays of a
+  tree; `out_axes` those of the output, or a tuple per output for several.
   """
   if not has_mesh():
     return function
@@ -83,8 +84,8 @@ def per_shard(function: Callable, *in_axes: Axes, out_axes: Any) -> Callable:
 
 
 def gather(tree: Any, *axes: str | None) -> Any:
-  """Each array all-gathered along its dimensions of these logical names; None
-  is a dimension that stays cut as it is.
+  """All-gathers each array of `tree` along the dimensions named in `axes`, by
+  logical axis; a dimension of None stays sharded.
   """
   whole = [axis is not None and bool(mesh_axes(axis)) for axis in axes]
   if not has_mesh() or not any(whole):
@@ -100,7 +101,7 @@ def gather(tree: Any, *axes: str | None) -> Any:
 
 
 def by_row(function: Callable, *trees: Any) -> Any:
-  """`per_shard` over the batch axis; other axes are gathered."""
+  """`per_shard` over the batch axis, the first; other axes are all-gathered."""
   if has_mesh():
     trees = jax.tree.map(
       lambda x: jax.sharding.reshard(x, partition("batch")), trees
@@ -110,7 +111,7 @@ def by_row(function: Callable, *trees: Any) -> Any:
 
 
 def platform() -> str:
-  """Platform that a program traced here is compiled for: cpu, gpu or tpu."""
+  """Target platform of a program traced in this context: cpu, gpu or tpu."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.abstract_device is None:
     return jax.default_backend()
@@ -118,9 +119,10 @@ def platform() -> str:
 
 
 def mesh_shape(config: config_lib.Config, n_devices: int) -> tuple[int, ...]:
-  """Devices along each of MESH_AXES, an axis of None filled in.
+  """Devices along each of MESH_AXES, with an axis of None filled in.
 
-  Raises ConfigError where the model or the batch cannot be cut that way.
+  Raises ConfigError if the axes do not multiply to `n_devices`, or the mesh
+  cannot shard the model or the batch evenly.
   """
   shape = config.mesh.sizes()
   known = math.prod(size for size in shape.values() if size is not None)
@@ -141,7 +143,7 @@ def mesh_shape(config: config_lib.Config, n_devices: int) -> tuple[int, ...]:
   return tuple(filled.values())
 
 
-# Fields of the model and the logical axis whose length they are.
+# Model field -> logical axis of that length.
 _CUT = {
   "d_model": "embed",
   "n_heads": "heads",
@@ -152,7 +154,7 @@ _CUT = {
 
 
 def check_model(m: config_lib.ModelConfig, shape: Mapping[str, int]) -> None:
-  """Raises ConfigError where a mesh of this shape cannot cut the weights."""
+  """Raises ConfigError if a mesh of `shape` cannot shard the weights evenly."""
   for name, axis in _CUT.items():
     _check_multiple(f"config.model.{name}", getattr(m, name), axis, shape)
 
@@ -169,12 +171,14 @@ def _check_multiple(
 
 
 def make_mesh(config: config_lib.Config, devices=None) -> jax.sharding.Mesh:
-  """The run's mesh over `devices`, by default all of every process.
+  """Creates the run's mesh over `devices`, by default of all processes.
 
-  Over several TPU slices only `data` crosses the network between them, each
-  slice holding a contiguous part of it; elsewhere JAX calls hosts slices, whose
-  devices need no such order. In mode pmap its axes are Auto: no layout is
-  in any type, and the mesh only says where rows are placed.
+  With several TPU slices, only `data` crosses the network between slices, and
+  each slice holds a contiguous part of `data`. On other platforms JAX calls
+  hosts slices, and slices are ignored: devices of hosts need no order. In mode
+  pmap the mesh axes are Auto: array types carry no sharding, and the mesh only
+  says where rows are placed. Raises ConfigError if the slices do not divide
+  `data`, and as `mesh_shape`.
   """
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape(config, len(devices))
@@ -189,7 +193,7 @@ def make_mesh(config: config_lib.Config, devices=None) -> jax.sharding.Mesh:
   types = jax.sharding.AxisType
   kind = types.Explicit if config.mesh.mode == "jit" else types.Auto
   kinds = (kind,) * len(shape)
-  # An axis may take a part of one of the torus where no other layout is left.
+  # Lets a mesh axis take a part of a torus axis if no other layout fits.
   split = {"allow_split_physical_axes": True}
   if slices == 1:
     grid = mesh_utils.create_device_mesh(shape, devices, **split)
@@ -203,7 +207,7 @@ def make_mesh(config: config_lib.Config, devices=None) -> jax.sharding.Mesh:
 
 
 def local_rows(sharding: NamedSharding, n_rows: int) -> tuple[int, int]:
-  """[first, last) of the global batch's rows that this process must read."""
+  """[first, last): rows of the global batch to be read by this process."""
   rows = NamedSharding(sharding.mesh, P(*sharding.spec[:1]))
   indices = rows.addressable_devices_indices_map((n_rows,))
   slices = [index[0].indices(n_rows) for index in indices.values() if index]
@@ -211,8 +215,8 @@ def local_rows(sharding: NamedSharding, n_rows: int) -> tuple[int, int]:
 
 
 def place(rows: Any, sharding: NamedSharding, n_rows: int) -> Any:
-  """A tree of global arrays [n_rows, ...] from NumPy arrays of this process's
-  `local_rows`.
+  """Makes a tree of global arrays [n_rows, ...] from NumPy arrays of the
+  `local_rows` of this process.
   """
   first, _ = local_rows(sharding, n_rows)
 
@@ -228,8 +232,8 @@ def place(rows: Any, sharding: NamedSharding, n_rows: int) -> Any:
 
 
 def abstract(make, *args, mesh: jax.sharding.Mesh | None):
-  """Shapes, dtypes and shardings of what `make(*args)` would return on `mesh`
-  (None: whole, on the first device), computing nothing.
+  """Shapes, dtypes and shardings of the result of `make(*args)` on `mesh`
+  (None: whole, on the first device), by `jax.eval_shape`: computes nothing.
   """
   if mesh is None:
     shapes = jax.eval_shape(make, *args)
@@ -240,7 +244,7 @@ def abstract(make, *args, mesh: jax.sharding.Mesh | None):
   def place(x):
     if mesh is None:
       where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    else:  # a constant has no layout: it is whole everywhere
+    else:  # a constant has no sharding: replicated
       where = NamedSharding(
         mesh, P() if x.sharding is None else x.sharding.spec
       )

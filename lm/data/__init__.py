@@ -1,1 +1,1 @@
-"""Corpora, tokenizers, token stores and the batches made of them."""
+"""The data pipeline: corpora, tokenizers, token stores and batches."""

@@ -1,7 +1,8 @@
 """Arrays of a token store: TensorStore zarr3, in sharded chunks with checksums.
 
-TensorStore tells whatever goes wrong by one type of error; here it becomes an
-OSError where a disk failed, and else says that the store is damaged.
+TensorStore raises one exception type for every failure. This module raises
+OSError if the operating system reported an error, otherwise RunError: the store
+is damaged, or cannot be written.
 """
 
 import contextlib
@@ -15,10 +16,10 @@ import tensorstore
 
 from lm import files, schema
 
-# Items of an inner chunk, the least that is read, and of a shard, a file.
+# Items per inner chunk (the smallest read) and per shard (a file).
 CHUNK = 1 << 14
 SHARD = 1 << 24
-# A checksum for every chunk.
+# Each inner chunk has a crc32c checksum.
 _CODEC = {
   "driver": "zarr3",
   "codecs": [
@@ -30,7 +31,7 @@ _CODEC = {
     }
   ],
 }
-# Chunks that were read stay in memory up to this; all stores share it.
+# Cache of chunks read: at most 256 MiB, shared by all stores.
 _CONTEXT = tensorstore.Context({"cache_pool": {"total_bytes_limit": 1 << 28}})
 
 
@@ -42,12 +43,12 @@ def damaged(path: str, cause: str) -> schema.RunError:
 
 
 class Array:
-  """One array of the store `path`, to read."""
+  """Reads the array `name` of the token store at `path`."""
 
   def __init__(self, path: str, name: str):
     self._path, self._name = path, name
     with self._errors():
-      # A store never changes, so that what is cached stays true.
+      # A store never changes: cached chunks stay valid.
       self._array = tensorstore.open(
         {**_spec(path, name), "recheck_cached_data": False},
         context=_CONTEXT,
@@ -59,7 +60,7 @@ class Array:
     return self._array.shape[0]
 
   def read(self, start: int, stop: int) -> np.ndarray:
-    """Items from `start` to `stop`; raises RunError where they are damaged."""
+    """Returns items [start, stop); raises RunError if they are damaged."""
     with self._errors():
       return self._array[start:stop].read().result()
 
@@ -75,7 +76,7 @@ class Array:
 
 
 class Column:
-  """Writes one array from its start to an end that is not known yet."""
+  """Writes one array by appending; `close` sets the final length."""
 
   def __init__(self, path: str, name: str, dtype: str):
     self.n = 0
@@ -107,7 +108,7 @@ class Column:
       ).result()
 
   def _write(self, end: int) -> None:
-    """Writes what is held, up to item `end`; shards are written once."""
+    """Writes buffered items up to item `end`; each shard is written once."""
     values = np.concatenate(self._held)
     start = self.n - len(values)
     with self._errors():
@@ -127,7 +128,7 @@ class Column:
 
 
 def _cause(error: Exception) -> str:
-  """What is behind it all, without the specification that TensorStore adds."""
+  """Root cause of a TensorStore error, without the appended spec."""
   text = re.split(r" \[[a-z_]+=|\[source", str(error), maxsplit=1)[0]
   return text.rpartition('": ')[2].strip()
 

@@ -1,4 +1,4 @@
-"""What tells one corpus from another: the bytes of its files."""
+"""Corpus fingerprint: a SHA-256 over the names and bytes of the files."""
 
 import codecs
 import concurrent.futures
@@ -19,18 +19,19 @@ from backports import zstd
 from lm import files, locks
 from lm.data import reading
 
-# The hashes of a source that holds more are kept, since reading it takes long.
+# Above this size (256 MiB) file hashes are cached: hashing takes long.
 _KEPT_BYTES = 1 << 28
-# A file that changes twice within this time may keep the same times and size.
+# Two changes within this time may leave a file's timestamps and size equal.
 _CLOCK_SECONDS = 2
 
 
 class Contents:
-  """Files as they are when their fingerprint is first asked for.
+  """Fingerprint of files, as they are when `fingerprint` is first read.
 
-  The fingerprint follows names and bytes, never times. For more than
-  _KEPT_BYTES the hash of each file is kept in `cache_dir` beside its size and
-  times, so that the files are read once, and again where one was touched.
+  The fingerprint depends on names, bytes and `options`, never on timestamps.
+  Above _KEPT_BYTES in total, the hash of each file is cached in `cache_dir`
+  with size and timestamps: all files are read once, and again only after any
+  file was touched.
   """
 
   def __init__(self, spec: str, paths: list[str], options: str, cache_dir: str):
@@ -60,14 +61,14 @@ class Contents:
     return digest.hexdigest()[:16]
 
   def changed(self) -> str | None:
-    """A file that is no longer what the fingerprint was taken of."""
+    """Path of a file changed (by stat) since the fingerprint, or None."""
     for path, before in zip(self._paths, self._stats, strict=True):
       if _times(os.stat(path)) != _times(before):
         return path
     return None
 
   def _hashes(self) -> list[str]:
-    """SHA-256 of each file, as it was kept or anew."""
+    """SHA-256 of each file, from the cache or computed now."""
     paths = [os.path.abspath(path) for path in self._paths]
     name = files.json_digest({"options": self._options, "paths": paths})
     where = os.path.join(self._cache_dir, f"contents-{name}.json")
@@ -80,7 +81,8 @@ class Contents:
         said = f"{error}: the next start reads {self._spec} again"
         print(said, file=sys.stderr)
         return self._read()
-      if (found := self._kept(where)) is None:  # Nobody else was at it.
+      # Another process may have written the cache during the wait.
+      if (found := self._kept(where)) is None:
         found = self._read()
         newest = max(s.st_ctime for s in self._stats)
         if time.time() - newest > _CLOCK_SECONDS:
@@ -94,7 +96,7 @@ class Contents:
     try:
       with open(where, "rb") as file:
         kept = files.unseal(file.read())
-    except (FileNotFoundError, ValueError):  # None, or to be made again.
+    except (FileNotFoundError, ValueError):  # Absent or corrupt: hash again.
       return None
     return kept["hashes"] if kept["times"] == times else None
 
@@ -125,8 +127,10 @@ def _times(stat: os.stat_result) -> list[int]:
 
 
 def _read_otherwise(path: str, head: bytes) -> str:
-  """Names what an earlier version read otherwise; the text of such a file is
-  another now, and so must its fingerprint be.
+  """Fingerprint suffix for files read differently by an earlier version.
+
+  An .xz or .bz2 file, a UTF-8 byte order mark or a .zst file of several frames
+  now gives a different text and needs a different fingerprint.
   """
   if path.endswith((".xz", ".bz2")):
     return " decompressed"
@@ -145,5 +149,5 @@ def _is_one_frame(path: str) -> bool:
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
       try:
         return zstd.get_frame_size(content) == len(content)
-      except zstd.ZstdError:  # Cut short: its reader says so.
+      except zstd.ZstdError:  # Truncated: reading reports the error.
         return False

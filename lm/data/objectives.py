@@ -1,8 +1,8 @@
-"""From a window of tokens to one row of the batch (lm/batch.py).
+"""Training objectives: a window of tokens to one batch row (lm/batch.py).
 
-An objective is a pure NumPy function of tokens [T+1] and their documents
-[T+1], numbered from 1 within the window with 0 at padding. The model and the
-step never know which objective made a row.
+An objective is a pure NumPy function of tokens [T+1] and document numbers
+[T+1], from 1 within the window, 0 for padding. The model and the train step do
+not depend on the objective.
 """
 
 import numpy as np
@@ -13,8 +13,8 @@ from lm import batch as batch_lib
 def causal(tokens: np.ndarray, documents: np.ndarray) -> batch_lib.Batch:
   """Next-token prediction: one row, each leaf [T].
 
-  Weight is 0 where the target opens another document, since nothing before it
-  tells which, and at padding.
+  Weight is 0 at padding, and where the target opens a new document: the tokens
+  before do not predict the next document.
   """
   segments = documents[:-1].astype(np.int32)
   n = len(segments)

@@ -1,9 +1,9 @@
-"""Batches of token stores, in an order that is a pure function of (seed, step).
+"""Batches of token stores; the order is a pure function of (seed, step).
 
-Window i of a store is its tokens [i T, (i + 1) T], one more than T so that
-each token but the first is a target once. Training shuffles windows by a keyed
-bijection, anew each epoch; validation takes them in order. grain runs both,
-so there is no state to lose: any step is reached in O(1).
+Window i of a token store is tokens [i T, (i + 1) T], T + 1 in number: each
+token but the first is a target once. Training shuffles windows by a keyed
+bijection, new for each epoch; validation keeps the order of the store. grain
+runs both as pure functions without state and reaches any step in O(1).
 """
 
 import collections
@@ -20,7 +20,7 @@ from lm import config as config_lib
 from lm.data import objectives
 from lm.data import store as store_lib
 
-# Threads that read windows; TensorStore has its own besides.
+# Threads that read windows, in addition to TensorStore's own threads.
 _THREADS = 2
 
 
@@ -35,12 +35,12 @@ def train_batches(
   start_step: int = 0,
   rows: tuple[int, int] | None = None,
 ) -> Iterator[batch_lib.Batch]:
-  """Batches from `start_step` on.
+  """Yields training batches from `start_step` on.
 
   `rows` are the rows [first, last) of each global batch that this process
-  reads, all by default. Ends after `data.epochs`, the last batch filled up
-  with rows of weight 0; without them it never ends. Close it, or drop it, to
-  stop its threads.
+  reads; None means all rows. Iteration ends after `data.epochs`, the last
+  batch padded with rows of weight 0; None epochs are endless. Closing or
+  dropping the iterator stops the threads.
   """
   t = config.train
   first, last = rows or (0, t.batch_size)
@@ -58,21 +58,21 @@ def train_batches(
 def n_train_batches(
   config: config_lib.Config, prepared: store_lib.Prepared
 ) -> int:
-  """Batches of all epochs; beyond any run's steps where they are endless."""
+  """Number of batches in all epochs; if endless, more than any run's steps."""
   return _ceil(len(training_order(config, prepared)), config.train.batch_size)
 
 
 def training_order(
   config: config_lib.Config, prepared: store_lib.Prepared
 ) -> grain.MapDataset:
-  """(store, window) of each row of training, over all epochs.
+  """(store index, window index) of each training row, over all epochs.
 
-  By size, an epoch is one shuffle of all windows. With `train_weights` each
-  source has its own shuffle and repeats as its weight asks; an epoch is then
-  as many rows as all sources have windows.
+  Without `train_weights` an epoch is one shuffle of all windows. With weights,
+  each source is shuffled separately and repeated as often as the weight needs;
+  an epoch then has as many rows as all sources have windows.
   """
   length, weights = config.train.sequence_length, config.data.train_weights
-  # Far apart by construction: grain adds the number of the epoch to a seed.
+  # SeedSequence keeps seeds far apart: grain adds the epoch number to a seed.
   seeds = np.random.SeedSequence(config.seed).generate_state(
     len(prepared.train) + 1
   )
@@ -98,7 +98,7 @@ def training_order(
 def n_validation_batches(
   config: config_lib.Config, prepared: store_lib.Prepared
 ) -> int:
-  """Batches of one evaluation, over all sources."""
+  """Number of batches in one evaluation, over all validation sources."""
   return sum(_n_batches(config, store) for store in prepared.validation)
 
 
@@ -114,13 +114,12 @@ def validation_batches(
   *,
   rows: tuple[int, int] | None = None,
 ) -> Iterator[tuple[int, batch_lib.Batch]]:
-  """Yields (index of the source, batch), source after source, in fixed order.
+  """Yields (source index, batch), source after source, in fixed order.
 
-  Every token but bos is scored once, and the last batch of a source is filled
-  up with rows of weight 0; `train.eval_batches` ends each source earlier. The
-  bytes scored are those of the targets that have weight, the sum of
-  `tokenizer.byte_lengths[targets] * weights`: over a whole source its
-  `n_bytes`.
+  Every token but bos is scored once, and the last batch of a source is padded
+  with rows of weight 0; `train.eval_batches` limits the batches per source.
+  The number of bytes scored is the sum of `tokenizer.byte_lengths[targets] *
+  weights`; over a whole source, this sum equals `n_bytes` of the store.
   """
   t = config.train
   first, last = rows or (0, t.batch_size)
@@ -137,11 +136,11 @@ def validation_batches(
 
 
 def _ceil(a: int, b: int) -> int:
-  return -(-a // b)  # Exact where a float is not: an endless order is long.
+  return -(-a // b)  # Integers: floats round the length of endless epochs.
 
 
 class _Tag:
-  """Maps window i to (store, i)."""
+  """Maps window index i to (store index, i)."""
 
   def __init__(self, store: int):
     self._store = store
@@ -155,7 +154,7 @@ def _batch(
   windows: list[tuple[int, int] | None],
   length: int,
 ) -> batch_lib.Batch:
-  """The rows of `windows`; None is a row of padding."""
+  """Stacks a row per (store index, window index); None is a padding row."""
   padding = jax.tree.map(lambda a: a[0], batch_lib.empty(1, length))
 
   def row(window: tuple[int, int] | None) -> batch_lib.Batch:
@@ -173,19 +172,19 @@ def _prefetched(
   start: int,
   stop: int,
 ) -> Iterator[batch_lib.Batch]:
-  """Yields make(start), ..., make(stop - 1), made ahead by grain's threads."""
+  """Yields make(start), ..., make(stop - 1), prefetched by grain's threads."""
   ahead = max(_THREADS, config.data.prefetch_rows // config.train.batch_size)
   batches = grain.MapDataset.range(start, stop).map(make)
   options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=ahead)
-  # Closing this generator closes grain's iterator, which stops its threads.
+  # Closing this generator closes grain's iterator and stops grain's threads.
   yield from iter(batches.to_iter_dataset(options))
 
 
 class DevicePrefetch:
-  """Iterates over placed batches, two of them ahead of the caller.
+  """Prefetches batches to the devices, two batches ahead of the caller.
 
-  A thread of its own takes host batches and places them, so that the caller
-  only waits where both are too slow.
+  A worker thread takes host batches and calls `place` on each batch; the caller
+  waits only if reading and placing together are too slow.
   """
 
   def __init__(
@@ -216,5 +215,5 @@ class DevicePrefetch:
     return None if host is None else self._place(host)
 
 
-# A verb where it is called: `for batch in to_device(batches, place)`.
+# Alias, to call as a verb: `for batch in to_device(batches, place)`.
 to_device = DevicePrefetch

@@ -1,8 +1,8 @@
 """TFDS dataset `python_stdlib`: the running interpreter's standard library.
 
-Real code and prose, about 600 documents and 10 MB, on every machine that has
-Python and without a download. It differs between versions of Python, so the
-version is the name of its config.
+The dataset has about 600 documents and 10 MB of real code and prose, on every
+machine with Python and without a download. Python versions differ in content:
+the TFDS config is named after implementation and version.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import tokenize
 
 import tensorflow_datasets as tfds
 
-# Not the library itself, or tests of it.
+# Folders that are not the library itself, or are tests.
 _LEFT_OUT = frozenset(
   "site-packages dist-packages test tests idle_test idlelib lib2to3"
   " __pycache__".split()
@@ -21,11 +21,11 @@ _LEFT_OUT = frozenset(
 
 
 class PythonStdlib(tfds.core.GeneratorBasedBuilder):
-  """A document per `.py` file; 5 % of the paths are for validation."""
+  """One document per `.py` file; 5 % of the paths are for validation."""
 
   VERSION = tfds.core.Version("1.0.0")
-  # TFDS would look beside this file for checksums of downloads; there are
-  # none, and its search needs a package that it does not install.
+  # TFDS would search beside this file for checksums of downloads. There are
+  # none, and the search needs a package that TFDS does not install.
   code_path = None
   BUILDER_CONFIGS = [
     tfds.core.BuilderConfig(
@@ -57,5 +57,5 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
   def _generate_examples(self, root, paths):
     for path in paths:
       name = path.relative_to(root).as_posix()
-      with tokenize.open(path) as file:  # Reads the declared encoding.
+      with tokenize.open(path) as file:  # Decodes as the file declares.
         yield name, {"name": name, "text": file.read()}

@@ -1,8 +1,8 @@
-"""Files that hold text: which a glob names, and what each of them holds.
+"""Text files: glob matching, decompression, byte order marks.
 
-Compressed files (.gz, .bz2, .xz, .zst) are read to the end of their last
-stream. What is cut short, corrupt or named wrongly is refused: nothing is read
-by half.
+Compressed files (.gz, .bz2, .xz, .zst) are read to the end of the last
+concatenated stream. A truncated, corrupt or misnamed file raises ConfigError:
+no file is read in part.
 """
 
 import bz2
@@ -32,7 +32,7 @@ _STREAMS: dict[str, Callable[[], Any]] = {
   ".xz": lzma.LZMADecompressor,
   ".zst": zstd.ZstdDecompressor,
 }
-# How files begin that are no UTF-8 text, although some of their bytes are.
+# First bytes of files that are not UTF-8 text, though parts may decode.
 _NOT_TEXT = (
   (codecs.BOM_UTF16_LE, "UTF-16 or UTF-32 text: convert it, as by iconv"),
   (codecs.BOM_UTF16_BE, "UTF-16 text: convert it, as by iconv"),
@@ -44,17 +44,17 @@ _NOT_TEXT = (
 )
 
 
-# --- which files -------------------------------------------------------------
+# --- glob matching -----------------------------------------------------------
 
 
 def matching(pattern: str) -> list[str]:
-  """Regular files that `pattern` names, in the order of their names.
+  """Regular files that match the glob `pattern`, sorted by path.
 
-  The rules are those of glob.glob, `**` included, but a folder that cannot be
-  read and a link to nothing raise OSError, and `**` follows no link back into
-  a folder that it came through. A file that several names lead to by symbolic
-  links has the first of them. Hard links are files of their own, as the copies
-  are that another disk would make of them.
+  The rules of glob.glob apply, `**` included, with two exceptions: an
+  unreadable folder or a dangling link raises OSError, and `**` follows no link
+  back into a folder on the current path. A file reachable by several symbolic
+  links is listed once, under the first path. Hard links count as separate
+  files, as copies on another disk would.
   """
   start = "/" if pattern.startswith("/") else ""
   parts = [part for part in pattern.split("/") if part]
@@ -73,7 +73,10 @@ def matching(pattern: str) -> list[str]:
 def _walk(
   folder: str, parts: Sequence[str], above: tuple[os.stat_result, ...]
 ) -> Iterator[str]:
-  """Paths that `parts` lead to from `folder`; `**` has come through `above`."""
+  """Yields paths in `folder` that match the pattern components `parts`.
+
+  `above` holds the folders that `**` came through, to detect link loops.
+  """
   part, rest = parts[0], parts[1:]
   if part == "**":
     yield from _walk(folder, rest or ["*"], ())
@@ -97,13 +100,13 @@ def _is_folder(path: str) -> bool:
   except (FileNotFoundError, NotADirectoryError, ValueError):
     return False
   except OSError as error:
-    if error.errno == errno.ELOOP:  # A link to itself.
+    if error.errno == errno.ELOOP:  # Symbolic link loop.
       return False
     raise
 
 
 def _matches(folder: str, part: str) -> list[str]:
-  """Paths in `folder` whose names `part` names."""
+  """Paths in `folder` with a name that matches the component `part`."""
   try:
     if not glob.has_magic(part):
       path = os.path.join(folder, part)
@@ -118,7 +121,7 @@ def _matches(folder: str, part: str) -> list[str]:
 
 
 def bracket_hint(pattern: str) -> str:
-  """What to write where a name holds what a glob reads as a set of letters."""
+  """Hint to escape glob characters if the literal path exists, else ""."""
   heads = itertools.accumulate(pattern.split("/"), "{}/{}".format)
   there = [h for h in heads if glob.has_magic(h) and os.path.lexists(h)]
   if not there:
@@ -127,14 +130,14 @@ def bracket_hint(pattern: str) -> str:
   return f"; {there[-1]!r} is there by that very name: write {escaped!r}"
 
 
-# --- what they hold ----------------------------------------------------------
+# --- reading and decompression -----------------------------------------------
 
 
 @contextlib.contextmanager
 def opened(path: str, offset: int = 0) -> Iterator[io.BufferedIOBase]:
-  """The file, decompressed, at byte `offset` of what it holds.
+  """Opens a file, decompressed, at byte `offset` of the decompressed content.
 
-  Raises ConfigError where it is not what its name says.
+  Raises ConfigError if the file is damaged or not of the format of the suffix.
   """
   suffix = os.path.splitext(path)[1]
   file: Any
@@ -153,11 +156,11 @@ def opened(path: str, offset: int = 0) -> Iterator[io.BufferedIOBase]:
 
 @contextlib.contextmanager
 def named(path: str, suffix: str = "") -> Iterator[None]:
-  """Errors of reading, with the file's name."""
+  """Adds the path to read errors; decompression errors become ConfigError."""
   try:
     yield
   except (EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError, OSError) as e:
-    # What gzip and bz2 refuse is an OSError without the system's number.
+    # On invalid data, gzip and bz2 raise OSError without an errno.
     if isinstance(e, OSError) and e.errno is not None:
       e.filename = e.filename or path
       raise
@@ -174,10 +177,10 @@ def _decompressed(file: BinaryIO, suffix: str) -> io.BufferedIOBase:
 
 
 def _decompress(file: BinaryIO, start: Callable[[], Any]) -> Iterator[bytes]:
-  """Yields what the streams of `file` hold, one after another.
+  """Yields the decompressed bytes of all concatenated streams of `file`.
 
-  Only the end of a stream at the end of the file is an end. To bz2.open and
-  its kin, whatever follows the first stream may be one too.
+  The last stream must end at the end of the file, else EOFError or an error of
+  the decompressor. bz2.open and the like ignore invalid data after a stream.
   """
   raw = file.read(_CHUNK)
   while raw:
@@ -188,13 +191,13 @@ def _decompress(file: BinaryIO, start: Callable[[], Any]) -> Iterator[bytes]:
       yield stream.decompress(raw, _CHUNK)
       raw = file.read(_CHUNK) if stream.needs_input else b""
     raw = stream.unused_data.lstrip(b"\0") or file.read(_CHUNK)
-    while raw and not raw.strip(b"\0"):  # Padding, as xz allows.
+    while raw and not raw.strip(b"\0"):  # NUL padding, allowed in xz.
       raw = file.read(_CHUNK)
     raw = raw.lstrip(b"\0")
 
 
 class _Chunks(io.RawIOBase):
-  """A file of the bytes that an iterator yields."""
+  """Raw read-only file over an iterator of byte chunks."""
 
   def __init__(self, chunks: Iterator[bytes]):
     self._chunks, self._held = chunks, memoryview(b"")
@@ -213,9 +216,9 @@ class _Chunks(io.RawIOBase):
 
 
 def without_mark(raw: bytes, path: str) -> bytes:
-  """`raw`, with which a file starts, without a byte order mark.
+  """Strips a UTF-8 byte order mark from `raw`, the first bytes of a file.
 
-  Raises ConfigError where it shows that the file is no UTF-8 text.
+  Raises ConfigError if `raw` starts like UTF-16, UTF-32 or a compressed file.
   """
   for start, what in _NOT_TEXT:
     if raw.startswith(start):

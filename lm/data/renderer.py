@@ -1,8 +1,9 @@
-"""The process in which lm/data/template.py runs templates.
+"""Child process that renders chat templates for lm/data/template.py.
 
-A line of JSON is a task, and a line of JSON the answer: {"text": ...} or
-{"error": ...}. The kernel ends the process where a task takes too long, since
-nothing in Python can end a multiplication. Nothing of lm is imported.
+Each task is a line of JSON on stdin, each answer a line of JSON on stdout:
+{"text": ...} or {"error": ...}. The kernel kills the process if a task takes
+too long: Python code cannot interrupt a multiplication. This file imports
+nothing from lm.
 """
 
 import functools
@@ -18,11 +19,11 @@ from jinja2 import ext, sandbox
 
 
 class _Refused(Exception):
-  """What a template says by raise_exception(message)."""
+  """Raised when a template calls raise_exception(message)."""
 
 
 class _Generation(ext.Extension):
-  """`{% generation %}` marks what training learns from: nothing, to read."""
+  """Renders the body of `{% generation %}`, a mark of training targets."""
 
   tags = {"generation"}
 
@@ -65,7 +66,7 @@ def _answer(task: dict) -> dict[str, str]:
   except jinja2.TemplateSyntaxError as error:
     return {"line": str(error.lineno), "error": str(error.message)}
   except Exception as error:
-    # A template is a program: it may fail in any way.
+    # A template is a program and may raise any exception.
     frames = traceback.extract_tb(error.__traceback__)
     line = [str(f.lineno) for f in frames if f.filename == "<template>"][-1:]
     return {

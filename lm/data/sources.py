@@ -1,8 +1,8 @@
-"""Corpora: a spec to documents by index.
+"""Corpora: opens a source spec and reads documents by index.
 
 A source is `tfds:NAME[/CONFIG][:VERSION]:SPLIT[#FEATURE]`, `text:GLOB` or
 `jsonl:GLOB#FIELD`; files may be compressed (.gz, .bz2, .xz, .zst). Documents
-come one at a time, so that memory does not grow with the corpus.
+are read one at a time: memory does not grow with the corpus.
 """
 
 import bisect
@@ -27,7 +27,7 @@ _SPEC = re.compile(
   r"|jsonl:(?P<jsonl>[^#]+)#(?P<field>.+)",
   re.DOTALL,
 )
-# Documents between two remembered offsets of a file.
+# Documents between two offsets that the index of a file stores.
 _STRIDE = 256
 
 
@@ -38,36 +38,36 @@ class Document(NamedTuple):
 
 @runtime_checkable
 class Source(Protocol):
-  """Documents in a fixed order; picklable."""
+  """Corpus interface: documents in a fixed order; picklable."""
 
   spec: str
 
   def __len__(self) -> int: ...
 
   def __getitem__(self, i: int) -> Document | None:
-    """Document `i`, or None where the policy on invalid UTF-8 skips it."""
+    """Document `i`, or None for a document skipped as invalid UTF-8."""
     ...
 
   def fingerprint(self) -> str:
-    """Changes with the contents and with the options that read them."""
+    """Hash of the contents and of the options for reading."""
     ...
 
   def changed(self) -> str | None:
-    """A file that has changed since the fingerprint was taken, if any."""
+    """Path of a file changed since the fingerprint was taken, or None."""
     ...
 
 
 def open_source(spec: str, data: config_lib.DataConfig) -> Source:
-  """The documents of `spec`; builds a TFDS dataset that is not there yet.
+  """Opens the source `spec`; builds a missing TFDS dataset.
 
-  Raises ConfigError where the spec, a file or the dataset is not to be had, or
-  holds no document.
+  Raises ConfigError if the spec is malformed, a file or the dataset is not
+  available, or the source holds no document.
   """
   match = _SPEC.fullmatch(spec)
   if match is None:
     raise schema.ConfigError(f"source {spec!r}: malformed; {_GRAMMAR}")
   if match["tfds"]:
-    # Imported where used: it takes half a second.
+    # Imported here because the import takes half a second.
     from lm.data import tfds_source
 
     source: Source = tfds_source.TfdsSource(
@@ -89,7 +89,11 @@ def cache_directory(data: config_lib.DataConfig) -> str:
 def decode(
   raw: bytes, where: str, offset: int, data: config_lib.DataConfig
 ) -> str | None:
-  """Text of `raw`, which starts at byte `offset` of `where`, by the policy."""
+  """Decodes UTF-8 `raw`, from byte `offset` of `where`, by `invalid_utf8`.
+
+  On invalid bytes "replace" gives U+FFFD, "skip" gives None and "error" raises
+  ConfigError.
+  """
   try:
     return raw.decode()
   except UnicodeDecodeError as error:
@@ -107,16 +111,16 @@ def decode(
 
 
 class _Unit(NamedTuple):
-  line: int  # Number of its first line, from 1.
-  offset: int  # Bytes before it in the file.
+  line: int  # Number of the first line, from 1.
+  offset: int  # Byte offset in the decompressed file.
   raw: bytes
 
 
 def _units(path: str, unit: str, mark: _Unit) -> Iterator[_Unit]:
   """Yields the units of a file from `mark` on.
 
-  A unit is a line that is not blank, or a run of such lines; it does not hold
-  the newline that ends it.
+  A unit is a non-blank line, or (for blocks) a run of non-blank lines, without
+  the final newline.
   """
   line, offset = mark.line, mark.offset
   first, start, lines = line, offset, []
@@ -137,12 +141,12 @@ def _units(path: str, unit: str, mark: _Unit) -> Iterator[_Unit]:
 
 
 class FileSource:
-  """Documents of the files that match a glob, in the order of their names.
+  """Documents of the files that match a glob, sorted by path.
 
-  The field of a JSON object per line where `field` is given; else whole
-  files, lines or blocks as `unit` says. Lines and blocks are found by an
-  index that is made on first use and remembers every _STRIDE-th; reading in
-  order costs no seek, which compressed files cannot do cheaply.
+  With `field`, each line is a JSON object and the field is the document;
+  otherwise `unit` says whether a document is a file, a line or a block. An
+  index of every _STRIDE-th line or block is made on first use; reading in order
+  needs no seek, since seeks are slow in compressed files.
   """
 
   def __init__(
@@ -163,7 +167,7 @@ class FileSource:
     )
     self._ends = list(range(1, len(self._paths) + 1))
     self._index: list[list[_Unit]] | None = None
-    # Units last read, of (file, group), and what yields the group after it.
+    # Last group read: ((file, group), units). `_rest` yields the units after.
     self._group: tuple[tuple[int, int], list[_Unit]] = (-1, -1), []
     self._rest: Iterator[_Unit] = iter(())
 
@@ -202,7 +206,7 @@ class FileSource:
         raw = _json_field(text, self._field, where)
         text = decode(raw, where, 0, self._data)
     except schema.ConfigError:
-      self._rest = iter(())  # Closes the file, which the traceback would hold.
+      self._rest = iter(())  # Closes the file, else held by the traceback.
       raise
     return None if text is None else Document(where, text)
 
@@ -222,7 +226,7 @@ class FileSource:
     self._index = index
 
   def _read_unit(self, f: int, k: int) -> _Unit:
-    """Unit `k` of file `f`, through the group that it is in."""
+    """Unit `k` of file `f`; reads and caches a whole group of units."""
     assert self._index is not None
     group = k // _STRIDE
     if self._group[0] != (f, group):
@@ -280,7 +284,7 @@ def _json_field(line: str, field: str, where: str) -> bytes:
     raise schema.ConfigError(
       f"{where}: field {field!r} is {_KINDS[type(text)]}, not text"
     )
-  # JSON can spell halves of surrogate pairs, which UTF-8 cannot.
+  # JSON allows lone surrogates, UTF-8 does not: `decode` handles them.
   return text.encode(errors="surrogatepass")
 
 

@@ -1,13 +1,13 @@
-"""The token store: a corpus, tokenized once, read anywhere at random.
+"""The token store: a corpus, tokenized once, with random access.
 
-A directory of TensorStore zarr3 arrays in sharded chunks and a manifest:
-`tokens` (uint16 or uint32 by vocabulary; a document is bos, text, eos), and by
-document `ends` (cumulative tokens), `n_bytes` (of UTF-8 text), `names` and
-`name_ends`. It is written beside its place and renamed, so that it is whole
-or absent, and named by its source and tokenizer, so that it is never stale.
-Chunks carry checksums, and the manifest the files' sizes, the arrays' metadata
-and a digest of itself: a store that was damaged since is refused, never read as
-something else.
+A token store is a directory with a manifest and TensorStore zarr3 arrays in
+sharded chunks: `tokens` (uint16 or uint32 by vocabulary; a document is bos,
+text, eos) and, per document, `ends` (cumulative tokens), `n_bytes` (of UTF-8
+text), `names` and `name_ends`. Writing goes to a temporary directory, renamed
+at the end: a store is whole or absent. The directory is named by source and
+tokenizer: a store is never stale. Chunks have checksums; the manifest has file
+sizes, digests of array metadata and a digest of the manifest. A store damaged
+later raises RunError and is never read as other tokens.
 """
 
 import dataclasses
@@ -32,10 +32,10 @@ from lm.data import sources as sources_lib
 from lm.data import tokenizer as tokenizer_lib
 
 _VERSION = 2
-# Text that is tokenized at a time, in characters; bounds the memory.
+# Characters tokenized at a time; bounds the memory.
 _BATCH_CHARACTERS = 1 << 22
 _PARTIAL = ".partial"
-# Dtype of each array; that of the tokens follows from the vocabulary.
+# Dtype of each array; None: uint16 or uint32, by vocabulary size.
 _ARRAYS = {
   "tokens": None,
   "ends": "int64",
@@ -43,7 +43,7 @@ _ARRAYS = {
   "names": "uint8",
   "name_ends": "int64",
 }
-# What a manifest says. One that says no more is of before it had a digest.
+# Required fields. A manifest without further fields predates the digest.
 _FIELDS = {
   **{"version": int, "spec": str, "source": str, "tokenizer": str},
   **{"n_tokens": int, "n_documents": int, "n_bytes": int, "files": dict},
@@ -51,7 +51,7 @@ _FIELDS = {
 
 
 class TokenStore:
-  """A tokenized source; opened by `open_store`."""
+  """Reads a tokenized source; opened by `open_store`."""
 
   def __init__(self, path: str, manifest: dict[str, Any], pad: int, bos: int):
     self.path = path
@@ -77,7 +77,7 @@ class TokenStore:
 
   @functools.cached_property
   def ends(self) -> np.ndarray:
-    """Tokens up to the end of each document: int64 [n_documents]."""
+    """Cumulative tokens at the end of each document: int64 [n_documents]."""
     return self._column("ends")
 
   @functools.cached_property
@@ -87,7 +87,7 @@ class TokenStore:
 
   @functools.cached_property
   def names(self) -> list[str]:
-    """Of files whose names are not UTF-8, as Python spells those."""
+    """Document names; bytes that are not UTF-8 become surrogates."""
     ends = self._column("name_ends")
     letters = self._open("names", int(ends[-1])).read(0, int(ends[-1]))
     starts = [0, *ends[:-1]]
@@ -97,22 +97,22 @@ class TokenStore:
     ]
 
   def document(self, i: int) -> np.ndarray:
-    """Tokens of document `i`, int32, from its bos to its eos."""
+    """Tokens of document `i`, int32, from bos to eos."""
     start = int(self.ends[i - 1]) if i else 0
     return self._tokens.read(start, int(self.ends[i])).astype(np.int32)
 
   def window(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and documents, int32 [length], from token `start` on.
+    """Tokens and document numbers, int32 [length], from token `start` on.
 
     Documents are numbered from 1 within the window; past the end of the store
-    both are padding: the pad token, document 0.
+    comes padding: the pad token, document 0.
     """
     n = max(0, min(length, self.n_tokens - start))
     tokens = np.full(length, self._pad, np.int32)
     if n:
       tokens[:n] = self._tokens.read(start, start + n)
     documents = np.zeros(length, np.int32)
-    # Text never holds bos, so that it tells where documents start.
+    # Text never holds bos: each bos starts a document.
     opened = np.cumsum(tokens[:n] == self._bos)
     documents[:n] = opened - opened[:1] + 1
     return tokens, documents
@@ -120,7 +120,7 @@ class TokenStore:
 
 @dataclasses.dataclass
 class Prepared:
-  """Everything that training reads, in the order of the config's sources."""
+  """Data for training: tokenizer and stores, in the order of the config."""
 
   tokenizer: tokenizer_lib.Tokenizer
   train: list[TokenStore]
@@ -128,10 +128,10 @@ class Prepared:
 
 
 def prepare(config: config_lib.Config) -> Prepared:
-  """Tokenizer and stores of the config's sources, made where they are missing.
+  """Tokenizer and token stores of the config's sources; builds missing stores.
 
-  Of several processes one works and the others wait. Raises ConfigError where
-  a source, a document or the vocabulary does not fit.
+  Only one process builds at a time, behind a lock. Raises ConfigError if a
+  source, a document or the vocabulary does not fit.
   """
   data = config.data
   train = [sources_lib.open_source(spec, data) for spec in data.train]
@@ -147,14 +147,14 @@ def prepare_sources(
   tokenizer: tokenizer_lib.Tokenizer,
   data: config_lib.DataConfig,
 ) -> list[TokenStore]:
-  """Stores of any sources, for a tokenizer that is there already."""
+  """Token stores of the sources `specs`, for an existing tokenizer."""
   sources = [sources_lib.open_source(spec, data) for spec in specs]
   return _make_stores(sources, tokenizer, data)
 
 
 def open_store(path: str, tokenizer: tokenizer_lib.Tokenizer) -> TokenStore:
-  """Raises ConfigError where another tokenizer or version made the store, and
-  RunError where it is damaged.
+  """Opens a store. Raises ConfigError if the tokenizer or version differs, and
+  RunError if the store is damaged.
   """
   manifest = _read_manifest(path)
   for key, value in (
@@ -166,14 +166,14 @@ def open_store(path: str, tokenizer: tokenizer_lib.Tokenizer) -> TokenStore:
         f"token store {path}: made by {key} {manifest[key]}, but this is "
         f"{value}; prepare the corpus again"
       )
-  # A file that is missing would read as zeros.
+  # TensorStore would read a missing file as zeros.
   sizes = _file_sizes(path)
   for name, size in manifest["files"].items():
     if sizes.get(name) != size:
       found = "missing" if name not in sizes else f"{sizes[name]} bytes"
       raise arrays.damaged(path, f"{name} is {found}, and was {size} bytes")
   there = _array_metadata(path)
-  if manifest.get("arrays", there) != there:  # Old manifests do not say.
+  if manifest.get("arrays", there) != there:  # Absent in old manifests.
     raise arrays.damaged(path, "a zarr.json is not what was written")
   return TokenStore(path, manifest, tokenizer.pad, tokenizer.bos)
 
@@ -192,7 +192,7 @@ def _read_manifest(path: str) -> dict[str, Any]:
 
 
 def _file_sizes(path: str) -> dict[str, int]:
-  """Bytes of every file below `path` but the manifest, by relative path."""
+  """Bytes of each file below `path` except the manifest, by relative path."""
   return {
     os.path.relpath(os.path.join(folder, name), path): os.path.getsize(
       os.path.join(folder, name)
@@ -204,7 +204,7 @@ def _file_sizes(path: str) -> dict[str, int]:
 
 
 def _array_metadata(path: str) -> dict[str, str]:
-  """SHA-256 of what says how to read each array."""
+  """SHA-256 of the zarr.json (metadata) of each array."""
   found = {}
   for name in _ARRAYS:
     with open(os.path.join(path, name, "zarr.json"), "rb") as file:
@@ -215,7 +215,7 @@ def _array_metadata(path: str) -> dict[str, str]:
 def _make_tokenizer(
   config: config_lib.Config, sources: Sequence[sources_lib.Source]
 ) -> tokenizer_lib.Tokenizer:
-  """Loads the config's tokenizer, or trains it once and keeps it."""
+  """Loads the config's tokenizer, or trains and caches a tokenizer once."""
   if config.tokenizer.kind == "bytes" or config.tokenizer.path is not None:
     return tokenizer_lib.load(config)
   made_of = [
@@ -256,11 +256,11 @@ def _read_tokenizer(path: str) -> tokenizer_lib.Tokenizer:
 def _sample(
   sources: Sequence[sources_lib.Source], n_bytes: int
 ) -> Iterator[str]:
-  """Documents spread evenly over all sources, `n_bytes` in total at most."""
+  """Yields documents spread evenly over sources, at most `n_bytes` in total."""
   ends = np.cumsum([len(source) for source in sources])
   n = int(ends[-1])
-  # A step near the golden section of n, with no common factor, visits every
-  # document once and has them evenly spread wherever it stops.
+  # A step near the golden section of n, and coprime to n, visits every document
+  # once; the documents visited are evenly spread at any stopping point.
   step = max(1, round(n * 0.6180339887))
   while math.gcd(step, n) > 1:
     step += 1
@@ -283,7 +283,7 @@ def _make_stores(
   tokenizer: tokenizer_lib.Tokenizer,
   data: config_lib.DataConfig,
 ) -> list[TokenStore]:
-  """A store of each source; those that are there are only opened."""
+  """Token store of each source; existing stores are only opened."""
   directory = sources_lib.cache_directory(data)
   paths = [
     os.path.join(
@@ -303,7 +303,7 @@ def _make_stores(
 
 
 def _remove_leftovers(directory: str) -> None:
-  """Removes what a killed preparation left; the caller holds the lock."""
+  """Removes partial stores of killed processes; the caller holds the lock."""
   for name in os.listdir(directory):
     if name.endswith(_PARTIAL):
       path = os.path.join(directory, name)
@@ -316,7 +316,7 @@ def _build(
   tokenizer: tokenizer_lib.Tokenizer,
   data: config_lib.DataConfig,
 ) -> None:
-  """Tokenizes `source` into a new store at `path`, whole or not at all."""
+  """Tokenizes `source` into a new store at `path`; an error leaves no store."""
   partial = path + _PARTIAL
   tokens_dtype = "uint16" if tokenizer.size <= 1 << 16 else "uint32"
   n_bytes = 0
@@ -357,7 +357,7 @@ def _build(
 def _batches(
   source: sources_lib.Source,
 ) -> Iterator[list[sources_lib.Document]]:
-  """Documents that hold text, some megabytes at a time, with a progress bar."""
+  """Yields lists of non-empty documents, some megabytes each, with a bar."""
   documents, n_characters = [], 0
   console = rich.console.Console(stderr=True)
   with rich.progress.Progress(
@@ -382,7 +382,7 @@ def _append(
   tokenizer: tokenizer_lib.Tokenizer,
   data: config_lib.DataConfig,
 ) -> int:
-  """Writes `documents`; returns their bytes."""
+  """Tokenizes and writes `documents`; returns the bytes of text."""
   if not documents:
     return 0
   encoded = tokenizer.encode_batch(

@@ -1,8 +1,8 @@
-"""Chat templates: programs that somebody else wrote, and so run apart.
+"""Chat templates: untrusted programs, run in a sandboxed child process.
 
-A template may loop for ever, or ask for 'a' * 10**9 or 10**(10**8), whose sizes
-no check in Python sees in time. So lm/data/renderer.py runs it, in a process
-whose memory and processor time the kernel bounds.
+A template may loop forever, or compute 'a' * 10**9 or 10**(10**8); no check in
+Python sees these sizes in time. The kernel limits the memory and processor time
+of the child process, lm/data/renderer.py.
 """
 
 import atexit
@@ -17,26 +17,26 @@ from typing import Any
 
 from lm import schema
 
-# Of a text; of processor time; of the whole process, address space included.
+# Limits: a rendered text; processor time per task; address space.
 MAX_CHARACTERS = 1 << 21
 MAX_SECONDS = 2
 MAX_MEGABYTES = 500
 
 _lock = threading.Lock()
-# The process, and the one that started it: a fork needs a process of its own.
+# Child process, and pid of the parent: a forked parent needs a new child.
 _child: tuple[subprocess.Popen[str], int] | None = None
 
 
 def check(template: str) -> None:
-  """Raises ConfigError, with the line, on what is not Jinja."""
+  """Compiles a template; raises ConfigError with the line on invalid Jinja."""
   _ask(template, None)
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:
-  """The text of a chat template, in the dialect of the Hugging Face hub.
+  """Renders a chat template, in the dialect of the Hugging Face hub.
 
-  It may change nothing but its own variables. Raises ConfigError where it
-  fails, calls `raise_exception(message)`, or exceeds a bound.
+  The template can change only its own variables. Raises ConfigError if the
+  template fails, calls `raise_exception(message)` or exceeds a limit.
   """
   return _ask(template, values)
 
@@ -71,19 +71,19 @@ def _ask(template: str, values: Mapping[str, Any] | None) -> str:
 
 
 def _start() -> subprocess.Popen[str]:
-  """The process that renders; a new one where it has ended."""
+  """Returns the child process; starts a child if none is alive."""
   global _child
   if _child is None or _child[1] != os.getpid() or _child[0].poll() is not None:
     _child = None
     path = pathlib.Path(__file__).with_name("renderer.py")
     child = subprocess.Popen(
-      # -P: the modules beside it do not stand in for others of their names.
+      # -P: modules beside renderer.py must not shadow modules of equal name.
       [sys.executable, "-P", str(path)],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=subprocess.DEVNULL,
       text=True,
-      start_new_session=True,  # A signal to this program's group is not for it.
+      start_new_session=True,  # Signals to the parent's group miss the child.
     )
     _child = child, os.getpid()
   return _child[0]
@@ -91,7 +91,7 @@ def _start() -> subprocess.Popen[str]:
 
 @atexit.register
 def _stop() -> None:
-  """Ends the process, if it is this one's."""
+  """Kills the child process, if started by this process."""
   global _child
   if _child is not None and _child[1] == os.getpid():
     _child[0].kill()

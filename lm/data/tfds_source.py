@@ -1,4 +1,4 @@
-"""Corpora of TensorFlow Datasets, in array_record files, without TensorFlow."""
+"""Corpora of TensorFlow Datasets (TFDS), array_record files, no TensorFlow."""
 
 import contextlib
 import functools
@@ -21,8 +21,8 @@ from lm.data import contents, python_stdlib, sources
 class TfdsSource:
   """A split of a TFDS dataset.
 
-  Datasets lie in `data.cache_dir`/tfds, or in TFDS_DATA_DIR where that is
-  set; one that is not there is built, by one process while others wait.
+  Datasets are stored in TFDS_DATA_DIR if set, else in `data.cache_dir`/tfds. A
+  missing dataset is built, by one process while other processes wait.
   """
 
   def __init__(
@@ -53,7 +53,7 @@ class TfdsSource:
       self._directory = str(builder.data_path)
       with self._reading():
         self._source = builder.as_data_source(split=split)
-        self._n = len(self._source)  # Opens its files.
+        self._n = len(self._source)  # len() opens the files.
     self._contents = contents.Contents(
       spec,
       sorted({str(i.filename) for i in instructions}),
@@ -75,7 +75,7 @@ class TfdsSource:
       example = self._source[i]
     where = f"{self.spec}[{i}]"
     raw = example[self._feature]
-    if raw is None:  # What TFDS makes of a record that is not to be read.
+    if raw is None:  # TFDS returns None for an unreadable record.
       raise self._damaged(f"record {i} is missing")
     if not isinstance(raw, bytes):
       raise schema.ConfigError(
@@ -90,7 +90,7 @@ class TfdsSource:
   def _reading(self) -> Iterator[None]:
     try:
       yield
-    except (RuntimeError, ValueError) as error:  # As array_record tells it.
+    except (RuntimeError, ValueError) as error:  # Raised by array_record.
       raise self._damaged(files.first_line(error)) from error
 
   def _damaged(self, cause: str) -> schema.RunError:
@@ -102,7 +102,7 @@ class TfdsSource:
 
 @contextlib.contextmanager
 def _without_info_logs() -> Iterator[None]:
-  """TFDS logs a line for each file that it looks at."""
+  """Silences TFDS, which logs a line for each file inspected."""
   verbosity = logging.get_verbosity()
   logging.set_verbosity(min(verbosity, logging.WARNING))
   try:
@@ -112,7 +112,7 @@ def _without_info_logs() -> Iterator[None]:
 
 
 def _builder(spec: str, name: str, data: config_lib.DataConfig) -> Any:
-  """The dataset's builder, once its files are there."""
+  """TFDS builder of dataset `name`; downloads and builds a missing dataset."""
   if given := os.environ.get("TFDS_DATA_DIR"):
     directory = files.local_path(given, "TFDS_DATA_DIR")
   else:
@@ -130,7 +130,7 @@ def _builder(spec: str, name: str, data: config_lib.DataConfig) -> Any:
       "there; or download its text as JSON lines and write jsonl:GLOB#FIELD "
       "(C4 as allenai/c4 has it: jsonl:c4/en/*.json.gz#text)"
     ) from error
-  except Exception as error:  # The builder is anybody's program.
+  except Exception as error:  # Builders are third-party code.
     raise schema.ConfigError(
       f"source {spec!r}: unknown dataset, or not one of array_record files in "
       f"{directory}: {files.first_line(error)}"
@@ -140,10 +140,10 @@ def _builder(spec: str, name: str, data: config_lib.DataConfig) -> Any:
   files.check_directory(directory, "config.data.cache_dir")
   said = sys.stderr
   if builder.name == python_stdlib.PythonStdlib.name:
-    tfds.disable_progress_bar()  # Built in a second or two.
+    tfds.disable_progress_bar()  # The build takes a second or two.
     said = io.StringIO()
   with locks.exclusive(directory), contextlib.redirect_stdout(said):
-    _remove_leftovers(directory, builder)  # Of a process that was killed.
+    _remove_leftovers(directory, builder)  # Of a killed process.
     try:
       make().download_and_prepare()
     except Exception as error:
@@ -156,7 +156,7 @@ def _builder(spec: str, name: str, data: config_lib.DataConfig) -> Any:
 
 
 def _remove_leftovers(directory: str, builder: Any) -> None:
-  """Removes what nobody takes up again; the caller holds the lock."""
+  """Removes partial builds and downloads, never resumed; caller holds lock."""
   path = builder.data_path
   for left in (
     *path.parent.glob(f"incomplete.*_{path.name}"),
@@ -165,4 +165,4 @@ def _remove_leftovers(directory: str, builder: Any) -> None:
     if left.is_dir():
       shutil.rmtree(left)
     else:
-      left.unlink(missing_ok=True)  # One above it may have gone first.
+      left.unlink(missing_ok=True)  # Its parent folder may be gone already.

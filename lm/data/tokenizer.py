@@ -1,8 +1,8 @@
-"""Text to ids and back, without loss.
+"""Tokenizers: text to token ids and back, without loss.
 
-Every tokenizer reserves ids for all objectives from the start, so that a
-checkpoint can later be trained on any of them. Encoding never yields a
-reserved id: text that spells one is ordinary text.
+Every tokenizer reserves ids for all objectives from the start: a checkpoint can
+later be trained on any objective. Encoding never yields a reserved id: the text
+"<eos>" is encoded as ordinary text.
 """
 
 import base64
@@ -37,22 +37,21 @@ RESERVED = (
   "<assistant>",
   "<end_of_turn>",
 )
-# Ids of the bytes tokenizer: the reserved ones and 256 bytes, rounded up to a
-# multiple of 128 so that a mesh can cut the embedding.
+# Vocabulary of the bytes tokenizer: reserved ids and 256 bytes, rounded up to a
+# multiple of 128 to let a mesh axis shard the embedding.
 BYTES_SIZE = 384
 
-# What SentencePiece, its messages and JSON raise on what they cannot read.
+# Errors of SentencePiece, protobuf and JSON on unreadable input.
 _UNREADABLE = (RuntimeError, message.DecodeError, ValueError)
-# SentencePiece writes a space as this character and cannot tell a real one
-# from a space; real ones are encoded by their bytes.
+# SentencePiece writes a space as U+2581 and would confuse a U+2581 of the text
+# with a space; U+2581 in text is encoded as bytes.
 _SPACE = "\u2581"
-# Sentences of the trainer: some kilobytes that end with a line, so that
-# newlines and indentation can be learnt.
+# Sentences for the trainer: at most 4096 characters, cut after a newline where
+# possible. Whole lines let the trainer learn newlines and indentation.
 _SENTENCE = re.compile(r"(?s).{1,4096}(?<=\n)|.{1,4096}")
-# Chosen by bits per byte after training, which bytes per token foretell badly
-# (a model of 2 layers, 400 steps, 2048 ids): 1.80 at 2.98 bytes per token; 1.85
-# at 3.11 where pieces join letters and signs; 2.17 at 3.51 where they also join
-# words.
+# Chosen by bits per byte after training (2 layers, 400 steps, 2048 ids), since
+# bytes per token is a bad predictor: 1.80 at 2.98 bytes per token; 1.85 at 3.11
+# if pieces join letters and signs; 2.17 at 3.51 if pieces also join words.
 TRAINER = {
   "character_coverage": 0.9995,
   "split_digits": True,
@@ -62,15 +61,15 @@ TRAINER = {
 
 
 class Tokenizer:
-  """Ids of one vocabulary; made by `train`, `load` or `from_json`.
+  """Encodes and decodes text; made by `train`, `load` or `from_json`.
 
   `model` is a serialised SentencePiece model, or None for the bytes tokenizer.
-  Reserved tokens that the model lacks follow its own ids. Normalisation is
-  the identity whatever the model asks for, so that `decode(encode(s)) == s`
-  and counts of bytes are exact.
+  Reserved tokens absent from the model get ids after the model's own ids.
+  Normalisation is the identity, even if the model asks for another: hence
+  `decode(encode(s)) == s`, and counts of bytes are exact.
 
   `chat_template` is the Jinja text by which lm/sample/chat.py lays out a
-  conversation. It is no part of the fingerprint, which names the ids alone.
+  conversation. The fingerprint covers the vocabulary only, not the template.
   """
 
   def __init__(
@@ -87,10 +86,10 @@ class Tokenizer:
         self._processor.piece_to_id(f"<0x{byte:02X}>")
         for byte in _SPACE.encode()
       ]
-    # Id of each of RESERVED.
+    # Id of each reserved token.
     self.reserved = reserved
     self._names = {i: name for name, i in reserved.items()}
-    # Bytes of text that each id stands for: int64 [size], 0 for reserved ids.
+    # Bytes of text per id: int64 [size], 0 for reserved ids.
     self.byte_lengths = np.array([len(p) for p in self._pieces], np.int64)
     self.fingerprint = hashlib.sha256(
       json.dumps(self._vocabulary()).encode()
@@ -115,15 +114,15 @@ class Tokenizer:
     return len(self._pieces)
 
   def encode(self, text: str) -> list[int]:
-    """Ids of `text`; neither bos nor eos is added."""
+    """Token ids of `text`, without bos and eos."""
     return self.encode_batch([text])[0].tolist()
 
   def encode_batch(
     self, texts: Sequence[str], threads: int = 1
   ) -> list[np.ndarray]:
-    """Ids of each text, int32; SentencePiece's own threads share the texts.
+    """Token ids of each text, int32; SentencePiece uses `threads` threads.
 
-    Raises ConfigError on text that UTF-8 cannot spell.
+    Raises ConfigError on text that is invalid in UTF-8 (surrogates).
     """
     try:
       return self._encode_batch(texts, threads)
@@ -158,18 +157,18 @@ class Tokenizer:
     return rows
 
   def decode(self, ids: Iterable[int]) -> str:
-    """Text of `ids`; bytes that are not whole UTF-8 become U+FFFD."""
+    """Text of `ids`; incomplete or invalid UTF-8 becomes U+FFFD."""
     return self.decode_bytes(ids).decode(errors="replace")
 
   def decode_bytes(self, ids: Iterable[int]) -> bytes:
-    """Bytes of `ids`; reserved ids stand for none."""
+    """Bytes of `ids`; reserved ids add no bytes."""
     return b"".join(self._pieces[i] for i in ids)
 
   def n_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
     return int(self.byte_lengths[np.asarray(ids, np.int64)].sum())
 
   def piece(self, i: int) -> str:
-    """What id `i` stands for, printable on one line."""
+    """Text of id `i`, escaped to print on one line; partial UTF-8 as <0xNN>."""
     if i in self._names:
       return self._names[i]
     try:
@@ -178,7 +177,7 @@ class Tokenizer:
       return "".join(f"<0x{byte:02X}>" for byte in self._pieces[i])
 
   def to_json(self) -> str:
-    """All of it, for a checkpoint; `from_json` is the inverse."""
+    """Serialises the tokenizer for a checkpoint; `from_json` is the inverse."""
     content = self._vocabulary()
     if self.chat_template is not None:
       content["chat_template"] = self.chat_template
@@ -192,7 +191,7 @@ class Tokenizer:
 
   @classmethod
   def from_json(cls, text: str) -> "Tokenizer":
-    """Raises ConfigError on text that `to_json` has not written."""
+    """Inverse of `to_json`; raises ConfigError on invalid text."""
     try:
       content = json.loads(text)
       template = content.get("chat_template")
@@ -214,8 +213,8 @@ class Tokenizer:
 def _read_model(
   model: bytes,
 ) -> tuple[sentencepiece.SentencePieceProcessor, list[bytes], dict[str, int]]:
-  """Processor, bytes of each id, and id of each reserved token."""
-  # The generated module makes its classes when it is imported.
+  """Returns the processor, bytes of each id and id of each reserved token."""
+  # The generated protobuf module creates classes only at import.
   model_proto: Any = vars(model_pb2)["ModelProto"]
   proto = model_proto()
   proto.ParseFromString(model)
@@ -250,7 +249,7 @@ def _read_model(
     ("<bos>", processor.bos_id()),
     ("<eos>", processor.eos_id()),
   ):
-    if i >= 0:  # SentencePiece says -1 where there is none.
+    if i >= 0:  # SentencePiece says -1 if absent.
       reserved[name] = i
   for name in RESERVED:
     if name not in reserved:
@@ -260,7 +259,7 @@ def _read_model(
 
 
 def check_text(name: str, text: str) -> None:
-  """Raises ConfigError where UTF-8 cannot spell `text`: a surrogate is half a
+  """Raises ConfigError if `text` holds a surrogate, invalid in UTF-8: half a
   character, or a byte of a command line that is not UTF-8.
   """
   try:
@@ -274,7 +273,7 @@ def check_text(name: str, text: str) -> None:
 
 
 def load(config: config_lib.Config) -> Tokenizer:
-  """The tokenizer of bytes, or of the `.model` that the config names."""
+  """Loads the bytes tokenizer, or the SentencePiece `.model` of the config."""
   path, template = config.tokenizer.path, read_template(config)
   if config.tokenizer.kind == "bytes":
     tokenizer = Tokenizer(None, template)
@@ -302,7 +301,7 @@ def load(config: config_lib.Config) -> Tokenizer:
 
 
 def read_template(config: config_lib.Config) -> str | None:
-  """Text of the chat template that the config names, once it has compiled."""
+  """Text of the config's chat template, checked to compile; None if unset."""
   path = config.tokenizer.chat_template
   if path is None:
     return None
@@ -324,9 +323,10 @@ def read_template(config: config_lib.Config) -> str | None:
 
 
 def check_vocabulary(config: config_lib.Config, tokenizer: Tokenizer) -> None:
-  """Raises ConfigError unless the model has a row for each id.
+  """Raises ConfigError unless the model has an embedding row for each id.
 
-  A loaded `.model` may leave rows over; what is made here must fit exactly.
+  With a loaded `.model` rows may be left over; trained and bytes tokenizers
+  must fit exactly.
   """
   wanted, size = config.model.vocab_size, tokenizer.size
   loaded = config.tokenizer.path is not None and tokenizer.model is not None
@@ -339,10 +339,10 @@ def check_vocabulary(config: config_lib.Config, tokenizer: Tokenizer) -> None:
 
 
 def train(config: config_lib.Config, texts: Iterable[str]) -> Tokenizer:
-  """Trains byte-pair encoding of `model.vocab_size` ids on `texts`.
+  """Trains byte-pair encoding (BPE) of `model.vocab_size` ids on `texts`.
 
-  The same texts give the same tokenizer. Raises ConfigError where the size
-  is out of the texts' reach.
+  The same texts give the same tokenizer. Raises ConfigError if the size is
+  below the minimum or out of reach of the texts.
   """
   size = config.model.vocab_size
   smallest = len(RESERVED) + 256 + 1
@@ -365,8 +365,8 @@ def train(config: config_lib.Config, texts: Iterable[str]) -> Tokenizer:
       bos_piece=RESERVED[1],
       eos_id=2,
       eos_piece=RESERVED[2],
-      # SentencePiece demands an unknown token. With byte fallback nothing is
-      # unknown, so that the mask can have its place.
+      # SentencePiece requires an unknown token. With byte fallback no text is
+      # unknown: <mask> takes the id.
       unk_id=3,
       unk_piece=RESERVED[3],
       control_symbols=list(RESERVED[4:]),
@@ -379,7 +379,7 @@ def train(config: config_lib.Config, texts: Iterable[str]) -> Tokenizer:
       **TRAINER,
     )
   except RuntimeError as error:
-    # Without its source file and line.
+    # Strips SentencePiece's source file and line.
     reason = " ".join(str(error).rpartition("] ")[2].split())
     raise schema.ConfigError(
       f"config.model.vocab_size={size}: the training sources are too small "

@@ -1,7 +1,7 @@
-"""Documents to windows of the model's context, and windows to batches.
+"""Cuts documents into windows of the model's context and packs batches.
 
-A document is the tokens bos, text, eos. All of them but bos are targets; each
-is scored in exactly one window.
+A document is the tokens bos, text, eos. Every token but bos is a target, scored
+in exactly one window.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,8 +13,8 @@ from lm import batch as batch_lib
 
 
 class Window(NamedTuple):
-  """Reads tokens [first, stop) to predict tokens [first + 1, stop + 1), of
-  which the last `n_scored` count.
+  """Inputs are tokens [first, stop), targets are tokens [first + 1, stop + 1);
+  the last `n_scored` targets are scored.
   """
 
   first: int
@@ -23,9 +23,9 @@ class Window(NamedTuple):
 
 
 class Place(NamedTuple):
-  """Where scored targets stand in a batch: columns [first, stop) of `row`.
+  """Position of scored targets in a batch: columns [first, stop) of `row`.
 
-  `document` counts from 0; `is_last` where they end it.
+  `document` counts from 0; `is_last` is True if the targets end the document.
   """
 
   document: int
@@ -36,12 +36,12 @@ class Place(NamedTuple):
 
 
 def cut(n_targets: int, context: int, stride: int) -> Iterator[Window]:
-  """Windows of at most `context` tokens that score each target once.
+  """Yields windows of at most `context` tokens; each target is scored once.
 
-  The first scores all that it holds, each later one the next `stride` with
-  up to `context - stride` tokens before them. The last reaches back as far as
-  the context allows, like lm-evaluation-harness's rolling windows, whose
-  `context_len` is `context - stride + 1`.
+  The first window scores all of its targets, each later window `stride` more
+  targets after `context - stride` unscored tokens. The last window reaches back
+  as far as the context allows, like the rolling windows of
+  lm-evaluation-harness with `context_len` of `context - stride + 1`.
   """
   stop = scored = min(context, n_targets)
   yield Window(0, stop, scored)
@@ -54,10 +54,11 @@ def cut(n_targets: int, context: int, stride: int) -> Iterator[Window]:
 def pack(
   documents: Iterable[np.ndarray], n_rows: int, context: int, stride: int
 ) -> Iterator[tuple[batch_lib.Batch, list[Place]]]:
-  """Yields batches [n_rows, context] and what they score, in document order.
+  """Packs windows: yields batches [n_rows, context] and places of targets.
 
-  Each window goes to the first row with room for it. Windows in one row are
-  segments apart, so that packing changes no number; the rest is padding.
+  Documents stay in order. Each window goes to the first row with room. Windows
+  in one row are separate segments: packing changes no number. The rest is
+  padding.
   """
   rows = _Rows(n_rows, context)
   for document, tokens in enumerate(documents):
@@ -73,7 +74,7 @@ def pack(
 
 
 class _Rows:
-  """A batch while it fills."""
+  """A batch being packed."""
 
   def __init__(self, n_rows: int, context: int):
     self.batch = batch_lib.empty(n_rows, context)
@@ -83,7 +84,7 @@ class _Rows:
   def add(
     self, document: int, tokens: np.ndarray, window: Window, is_last: bool
   ) -> bool:
-    """Puts the window into the first row with room; False if there is none."""
+    """Puts the window into the first row with room; False if no row fits."""
     length = window.stop - window.first
     batch, context = self.batch, self.batch.inputs.shape[1]
     (fitting,) = np.nonzero(self._used + length <= context)

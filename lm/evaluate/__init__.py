@@ -1,1 +1,1 @@
-"""How well a model predicts text: loss, perplexity, bits per byte."""
+"""Evaluation of a model on text: loss, perplexity, bits per byte."""

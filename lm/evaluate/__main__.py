@@ -67,8 +67,8 @@ def main() -> None:
 
 
 def _heartbeat_seconds(workdir: str) -> int:
-  """The run's, by its config.json: processes join before they can read a
-  checkpoint. The default where there is no such file, or none that is whole.
+  """mesh.heartbeat_seconds from the run's config.json: processes must join
+  before reading a checkpoint. Default if config.json is absent or unreadable.
   """
   try:
     text = (epath.Path(workdir) / "config.json").read_text()

@@ -1,4 +1,4 @@
-"""A checkpoint over corpora: a result per source, tables of it, and JSON."""
+"""Evaluation of a checkpoint on corpora: results per source, tables, JSON."""
 
 import contextlib
 import dataclasses
@@ -21,15 +21,15 @@ from lm.data import sources as sources_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.evaluate import perplexity
 
-# Documents named at each end of a ranking.
+# Documents listed at each end of a ranking.
 _N_RANKED = 3
-# Tokens of a batch at most: the host holds two batches of some 20 bytes each.
+# Most tokens of a batch: the host holds two batches, about 20 bytes a token.
 _MAX_TOKENS = 1 << 26
 
 
 @dataclasses.dataclass
 class Result:
-  """Scores of one source's documents; `n_skipped` more were not UTF-8."""
+  """Scores of a source's documents; `n_skipped` more were not UTF-8."""
 
   source: str
   documents: list[perplexity.DocumentScore]
@@ -48,7 +48,7 @@ class Result:
 
 @dataclasses.dataclass
 class Evaluation:
-  """All that `python -m lm.evaluate` says."""
+  """All results that `python -m lm.evaluate` shows or writes."""
 
   workdir: str
   step: int
@@ -73,9 +73,10 @@ def evaluate(
 ) -> Evaluation:
   """Scores every document of the sources `specs` with a checkpoint.
 
-  None is the last step, windows that share no scored token, training's batch
-  size; no specs are the run's validation sources; `data` changes fields of
-  its DataConfig. Bad input is refused before parameters are loaded.
+  Defaults for None or empty: the last step; a `stride` of the context length
+  (only a document's last window overlaps); the rows of a training microbatch;
+  the run's validation sources. `data` changes fields of the run's DataConfig.
+  Raises ConfigError on bad input before parameters are loaded.
   """
   if output is not None:
     files.check_output(output, "--output")
@@ -132,7 +133,7 @@ def _collect(
 
 
 def _check_text(source: sources_lib.Source) -> None:
-  """Raises ConfigError unless a document has text; reads up to that one."""
+  """Raises ConfigError if no document has text; reads up to the first text."""
   documents = (source[i] for i in range(len(source)))
   if not any(document and document.text for document in documents):
     raise schema.ConfigError(
@@ -144,10 +145,10 @@ def _check_text(source: sources_lib.Source) -> None:
 def _make_mesh(
   config: config_lib.Config, n_rows: int
 ) -> tuple[jax.sharding.Mesh, int]:
-  """A mesh over the devices here, whatever the run's was, and `n_rows`
-  rounded up to what it divides.
+  """(mesh over the present devices, `n_rows` rounded up to a multiple of the
+  devices); the mesh of the training run does not matter.
 
-  All devices share the rows; as many as divide d_model share the parameters.
+  All devices share the rows; gcd(d_model, devices) of them shard parameters.
   """
   n_devices = jax.device_count()
   n_rows = -(-n_rows // n_devices) * n_devices
@@ -162,7 +163,9 @@ def _make_mesh(
 
 @contextlib.contextmanager
 def _progress() -> Iterator[rich.progress.Progress]:
-  """On a terminal alone, and gone at the end: what is wrong is one line."""
+  """Progress bar of process 0, only in a terminal. The bar vanishes at the end:
+  an error stays a single line.
+  """
   console = rich.console.Console(stderr=True)
   with rich.progress.Progress(
     rich.progress.TextColumn("{task.description}", markup=False),
@@ -182,8 +185,8 @@ def _progress() -> Iterator[rich.progress.Progress]:
 def show(
   evaluation: Evaluation, console: rich.console.Console, documents: bool
 ) -> None:
-  """Prints a table of the sources, and of their best and worst documents, or
-  of all `documents`.
+  """Prints a table of the sources, and per source a table of the best and worst
+  documents, or of all documents if `documents` is True.
   """
   title = f"{evaluation.workdir}, step {evaluation.step}"
   table = _table(title, "source", "docs")
@@ -228,7 +231,7 @@ def _cells(totals: perplexity.Totals) -> tuple[str, ...]:
 
 
 def write(evaluation: Evaluation, path: str, documents: bool) -> None:
-  """Writes JSON in one move: a reader finds the whole file or the old one."""
+  """Writes JSON atomically: a reader finds the old file or the new file."""
   content = {
     "workdir": evaluation.workdir,
     "step": evaluation.step,
@@ -256,7 +259,7 @@ def _source(result: Result, documents: bool) -> dict[str, Any]:
 
 
 def _object(totals: perplexity.Totals) -> dict[str, float | int | None]:
-  """Rates and sums; what is no finite number is null."""
+  """Rates and sums for JSON; nonfinite numbers are null."""
   rates = (
     "bits_per_byte",
     "loss",

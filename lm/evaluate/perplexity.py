@@ -1,8 +1,8 @@
-"""Negative log-likelihood of text, as sums that are divided once.
+"""Negative log-likelihood (nll) of text, as sums divided once at the end.
 
-Sums run over every scored token, in float64 on the host; nothing is ever a
-mean of means. bos is context alone; eos is scored and stands for 0 bytes. The
-number that compares across tokenizers is bits per byte.
+Sums run over every scored token, in float64 on the host; no result is a mean of
+means. bos is context only; eos is scored and stands for 0 bytes. To compare
+across tokenizers, use bits per byte.
 """
 
 import collections
@@ -26,16 +26,16 @@ from lm.data import sources, windows
 from lm.data import tokenizer as tokenizer_lib
 from lm.model import decoder, loss
 
-# Batches that the device has in hand while the host reads an earlier one.
+# Batches dispatched to the device while the host reads an earlier batch.
 _AHEAD = 2
 
 
 class Scores(NamedTuple):
-  """What a batch says of each of its targets; whole on every device."""
+  """Scores of each target of a batch; replicated on every device."""
 
   nll: Float[Array, "B T"]  # Nats, float32; 0 where not scored.
   scored: Bool[Array, "B T"]
-  n_bytes: Int[Array, "B T"]  # Of the text it stands for; 0 where not scored.
+  n_bytes: Int[Array, "B T"]  # Bytes of the target's text; 0 where not scored.
 
 
 Step = Callable[[decoder.Params, batch_lib.Batch, Any], Scores]
@@ -47,9 +47,9 @@ def score(
   batch: batch_lib.Batch,
   byte_lengths: Int[Array, "V"],
 ) -> Scores:
-  """Scores a batch, on the mesh in context or on none.
+  """Scores a batch, with or without a mesh in context.
 
-  A target counts once if its weight is not 0, whatever the weight.
+  A target with a weight above 0 counts once, whatever the weight.
   """
   hidden = decoder.forward(cfg, params, batch)
   nll = loss.token_nll(
@@ -66,7 +66,7 @@ def score(
     jnp.where(scored, nll, 0), scored, jnp.where(scored, n_bytes, 0)
   )
   if sharding.has_mesh():
-    # Every process reads the result, and a process holds only its rows.
+    # Every process reads all scores, and a process holds only its rows.
     scores = Scores(*(jax.sharding.reshard(x, P()) for x in scores))
   return scores
 
@@ -74,10 +74,10 @@ def score(
 def eval_step(
   cfg: config_lib.ModelConfig, whole: NamedSharding | None = None
 ) -> Step:
-  """`score`, compiled once for each shape: (params, batch, byte_lengths).
+  """`score`, jitted once for each shape: (params, batch, byte_lengths).
 
-  `whole` is the sharding of an array that every process has all of; it is
-  needed where no mesh is in context to say so (mode pmap).
+  `whole` is the sharding of an array replicated on every process, needed where
+  no mesh is in context (mode pmap).
   """
   return jax.jit(functools.partial(score, cfg), out_shardings=whole)
 
@@ -86,15 +86,14 @@ def eval_step(
 class Totals:
   """Sums over scored targets; `a + b` merges.
 
-  `nll_eos` and `n_eos` are the part of the targets that stand for no bytes,
-  which in plain text is eos alone. A rate whose denominator is 0 is nan: an
-  empty text has no bits per byte.
+  `nll_eos` and `n_eos` cover the targets of 0 bytes, in plain text only eos. A
+  rate with a denominator of 0 is NaN: an empty text has no bits per byte.
   """
 
   nll: float = 0.0
   n_tokens: int = 0
   n_bytes: int = 0
-  # Of the raw text, as str.split() counts; 0 where the text is not at hand.
+  # Words of the raw text by str.split(); 0 where the text is unavailable.
   n_words: int = 0
   nll_eos: float = 0.0
   n_eos: int = 0
@@ -114,7 +113,7 @@ class Totals:
 
   @property
   def perplexity_without_eos(self) -> float:
-    """Per token of text, as tools that do not score eos report it."""
+    """Perplexity per token of text, as in tools that do not score eos."""
     return _exp(_ratio(self.nll - self.nll_eos, self.n_tokens - self.n_eos))
 
   @property
@@ -131,12 +130,12 @@ def _ratio(numerator: float, denominator: int) -> float:
 
 
 def _exp(nats: float) -> float:
-  # Beyond float64: a long text without spaces is one word of many nats.
+  # float64 overflow: a long text without spaces is one word of many nats.
   return math.inf if nats > 709 else math.exp(nats)
 
 
 def totals(scores: Scores) -> Totals:
-  """Sums of one batch, read from the device; words are not known here."""
+  """Sums of a batch, read from the device; `n_words` stays 0."""
   nll, scored, n_bytes = (np.asarray(x) for x in scores)
   eos = scored & (n_bytes == 0)
   return Totals(
@@ -155,10 +154,10 @@ def evaluate_batches(
   byte_lengths: np.ndarray,
   should_stop: Callable[[], bool] = lambda: False,
 ) -> Totals | None:
-  """Totals of batches that lie on the devices; None where it was stopped.
+  """Totals of batches on the devices; None if `should_stop` returned True.
 
-  `byte_lengths` [V] are the tokenizer's. `should_stop` is asked once a batch;
-  where there are several processes it must say the same on each.
+  `byte_lengths` [V] are the tokenizer's. `should_stop` is called once a batch
+  and must return the same value on every process.
   """
   table = np.asarray(byte_lengths, np.int32)
   result = Totals()
@@ -184,12 +183,13 @@ def evaluate_source(
   context: int,
   stride: int,
 ) -> Iterator[DocumentScore]:
-  """Yields each document of a source, in its order, scored apart from others.
+  """Yields a score per document, in source order; scores are independent.
 
-  Its log-probability given bos is `-totals.nll`, eos included. Documents that
-  the policy on invalid UTF-8 skips are left out. Reads the source as it goes.
+  A document's log-probability given bos is `-totals.nll`, eos included.
+  Documents skipped by the policy on invalid UTF-8 are left out. Reads the
+  source lazily. Raises ValueError if tokens and text differ in bytes.
   """
-  # Documents under way, the first one first.
+  # Documents in progress, oldest first.
   pending: collections.deque[DocumentScore] = collections.deque()
 
   def documents() -> Iterator[np.ndarray]:
@@ -213,7 +213,7 @@ def evaluate_source(
     (places, step(params, _place(batch), table).nll)
     for batch, places in windows.pack(documents(), n_rows, context, stride)
   )
-  scored = Totals()  # of the first document under way
+  scored = Totals()  # of the oldest document in progress
   for places, on_device in results:
     nll = np.asarray(on_device, np.float64)
     for place in places:
@@ -227,7 +227,7 @@ def evaluate_source(
 
 
 def _ahead(results: Iterable[Any]) -> Iterator[Any]:
-  """Yields each result once _AHEAD later ones have been dispatched."""
+  """Yields each result once _AHEAD later results have been dispatched."""
   queue: collections.deque[Any] = collections.deque()
   for result in results:
     queue.append(result)
@@ -237,8 +237,8 @@ def _ahead(results: Iterable[Any]) -> Iterator[Any]:
 
 
 def _place(batch: batch_lib.Batch) -> batch_lib.Batch:
-  """This process's rows of a batch onto the mesh in context, if there is one;
-  every process has the whole batch.
+  """Places this process's rows of a batch on the mesh in context, if any; every
+  process passes the whole batch.
   """
   if not sharding.has_mesh():
     return batch

@@ -1,1 +1,1 @@
-"""The decoder, its loss, and its counts in closed form."""
+"""The decoder, KV cache, loss, and closed-form parameter and FLOP counts."""

@@ -1,4 +1,4 @@
-"""Attention: who sees whom, the reference form, and the kernels.
+"""Attention: the mask, the reference implementation, and the kernels.
 
 B batch, T query length, S key length, D model, N query heads, K kv heads,
 G = N / K, H head.
@@ -18,7 +18,8 @@ from lm import config as config_lib
 from lm import schema, sharding
 from lm.model import layers, weights
 
-# Low enough that exp() of it is 0, high enough that its sums stay finite.
+# Score of a masked key: low enough for exp() to give 0, high enough for sums
+# to stay finite.
 MASKED = -1e30
 
 
@@ -29,10 +30,10 @@ MASKED = -1e30
 )
 @dataclasses.dataclass
 class Tokens:
-  """Where each token of a row stands; the mask follows from this alone.
+  """Position, segment and prefix flag of each token; together they determine
+  the attention mask.
 
-  `prefix` None says that no position is seen ahead, which kernels need to
-  know before they run.
+  `prefix` None means a causal mask, known to the kernels at compile time.
   """
 
   positions: Int[Array, "B T"]
@@ -43,8 +44,10 @@ class Tokens:
 def visible(
   queries: Tokens, keys: Tokens, window: int | None
 ) -> Bool[Array, "B T S"]:
-  """True where the query may see the key: the same document, not later
-  unless the key is in a prefix, and fewer than `window` positions away.
+  """Attention mask: True where query and key are in the same document, fewer
+  than `window` positions apart, and the key is not later or is in a prefix.
+
+  Padding keys (segment 0) are always masked.
   """
   q_segment, k_segment = queries.segments[:, :, None], keys.segments[:, None]
   distance = queries.positions[:, :, None] - keys.positions[:, None]
@@ -68,11 +71,11 @@ def attend(
   softcap: float | None,
   kernel: str,
 ) -> Float[Array, "B T N H"]:
-  """softmax(scale q k) v over the keys that each query may see.
+  """softmax(scale q k) v over the visible keys of each query.
 
-  A query that sees nothing (padding) gets a finite value of no meaning.
+  A query without visible keys (padding) gets a finite, meaningless output.
   """
-  # Every query may see keys of its whole row.
+  # A query may attend to keys of the whole row: all-gather along the length.
   k, v, keys = sharding.gather((k, v, keys), None, "length")
   if kernel == "splash":
     return _splash(q * scale, k, v, queries, window, softcap)
@@ -82,8 +85,10 @@ def attend(
 
 
 def _reference(q, k, v, seen, softcap):
-  """Plain attention, heads first, so that each is one matrix product; the sum
-  of the shares divides the result, which is T / H times smaller than they are.
+  """Plain attention, with heads moved first: each head is a matrix product.
+
+  Normalises after the value product, on [T, H] instead of [T, S]: S / H times
+  fewer divisions.
   """
   B, T, N, H = q.shape
   K = k.shape[2]
@@ -110,9 +115,10 @@ def _reference(q, k, v, seen, softcap):
 
 
 def _product(equation, axes, a, b) -> Array:
-  """einsum of operands in the compute dtype, summed in float32. Backward, the
-  float32 cotangent is rounded to that dtype first: a float32 operand would
-  make both products float32 ones.
+  """einsum of operands in the compute dtype, accumulated in float32.
+
+  The custom VJP rounds the float32 cotangent to the compute dtype first: a
+  float32 operand would make both backward products float32.
   """
   return jnp.einsum(
     equation,
@@ -140,16 +146,17 @@ _contract = jax.custom_vjp(_product, nondiff_argnums=(0, 1))
 _contract.defvjp(_product_forward, _product_backward)
 
 
-# Places of a row that a TPU handles at once: splash wants multiples of it.
+# TPU lane count: splash attention needs rows of a multiple of 128 tokens.
 _LANES = 128
 
 
 def choose_kernel(
   cfg: config_lib.ModelConfig, *, length: int, prefix: bool
 ) -> str:
-  """Resolves `auto` by the platform that the program is compiled for.
+  """Resolves `auto` to a kernel for the platform being compiled for.
 
-  Raises ConfigError where the named kernel cannot do what the model asks.
+  Raises ConfigError if a named kernel does not support the model, the row
+  length or prefixes.
   """
   kernel = cfg.attention
   if kernel == "auto":
@@ -159,9 +166,9 @@ def choose_kernel(
     if kernel == "cudnn" and (
       cfg.attention_softcap is not None or cfg.dtype == "float32"
     ):
-      kernel = "reference"  # cuDNN has neither soft-caps nor float32
+      kernel = "reference"  # cuDNN supports neither soft-caps nor float32
     if kernel == "splash" and (prefix or length % _LANES):
-      kernel = "reference"  # its masks are fixed, its tiles are whole
+      kernel = "reference"  # splash has static masks and whole tiles
   if kernel == "cudnn" and cfg.attention_softcap is not None:
     raise schema.ConfigError(
       "config.model.attention='cudnn': cuDNN has no attention_softcap; set "
@@ -200,10 +207,10 @@ def _cudnn(q, k, v, seen, scale):
 
 
 def _splash(q, k, v, tokens, window, softcap):
-  """JAX's TPU kernel; tiles that the mask empties are never computed.
+  """Splash attention, JAX's TPU kernel; skips fully masked tiles.
 
-  Its window is in places within the row, which within a document is the same
-  as in positions.
+  The kernel measures the window in row indices, not positions; within a
+  document both distances are equal.
   """
   from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as splash,
@@ -241,7 +248,7 @@ def _splash(q, k, v, tokens, window, softcap):
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     ids = splash.SegmentIds(segments, segments)
     out = jax.vmap(kernel)(q, k, v, ids)
-    assert isinstance(out, jax.Array)  # residuals were not asked for
+    assert isinstance(out, jax.Array)  # no residuals requested
     return jnp.swapaxes(out, 1, 2)
 
   heads = ("batch", None, "heads", None)
@@ -253,8 +260,8 @@ def _splash(q, k, v, tokens, window, softcap):
 
 
 class Attention(nnx.Module):
-  """Grouped-query attention (arXiv:2305.13245) with rotary positions,
-  optional biases, and optional RMSNorm of queries and keys.
+  """Grouped-query attention (arXiv:2305.13245), with optional rotary positions,
+  biases, and RMSNorm of queries and keys.
   """
 
   def __init__(self, cfg: config_lib.ModelConfig, *, rngs: nnx.Rngs):
@@ -288,10 +295,10 @@ class Attention(nnx.Module):
     window: int | None,
     extend: Callable | None = None,
   ) -> tuple[Float[Array, "B T D"], Any]:
-    """Returns what to add to the residual, and the keys and values.
+    """Returns the update to the residual, and the pair (keys, values).
 
-    `extend`, where given, attends in place of `attend`, on top of a cache
-    (lm/model/cache.py), and returns this layer's part of it.
+    `extend`, if given, replaces `attend` by attention over the KV cache
+    (lm/model/cache.py); the pair is then the layer's updated cache.
     """
     cfg = self.cfg
     heads = ("batch", "length", "heads", None)

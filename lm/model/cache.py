@@ -1,11 +1,11 @@
-"""The cache: keys and values of what each row has read so far.
+"""KV cache: one ring buffer per layer.
 
-Position p of a row lies at place p mod R of each layer, where R is the longest
-row for a layer that sees everything, and hardly more than the window for one
-that does not. Which position a place holds follows from the row's length, so
-nothing else is stored, and tokens that are taken back need not be erased.
+Full-attention layers have R = `longest` entries per row, windowed layers at
+most window + n_new - 1. Position p is stored at entry p % R. Row lengths alone
+tell the position stored in each entry, and rejected draft tokens (speculative
+decoding) need no erasing.
 
-B rows, T new tokens, N query heads, K kv heads, R places, H head.
+B rows, T new tokens, N query heads, K kv heads, R entries, H head.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from lm import config as config_lib
 from lm import sharding
 from lm.model import attention
 
-# Of all that the cache holds of a layer; other axes are whole.
+# Leading logical axes of every array of a layer; other axes are not sharded.
 _HEADS = ("batch", "kv_heads")
-# Largest magnitude of int8 that has a negative.
+# Symmetric int8 range, [-127, 127]: -128 has no positive counterpart.
 _INT8 = 127
 
 
@@ -32,9 +32,9 @@ _INT8 = 127
 )
 @dataclasses.dataclass
 class Vectors:
-  """Keys or values of one layer: as they are, or int8 times a scale each.
+  """Keys or values of a layer: unquantised, or int8 with a scale per vector.
 
-  Rows are B by K, within a step one axis of both.
+  `rows` are two axes, B and K, flattened to a single B * K axis within a step.
   """
 
   values: Float[Array, "*rows R H"] | Int[Array, "*rows R H"]
@@ -48,7 +48,7 @@ class Vectors:
 )
 @dataclasses.dataclass
 class Cache:
-  """One pair for each layer, and the number of tokens that each row has."""
+  """KV cache of all layers, and the number of tokens in each row."""
 
   keys: tuple[Vectors, ...]
   values: tuple[Vectors, ...]
@@ -58,8 +58,10 @@ class Cache:
 def n_places(
   cfg: config_lib.ModelConfig, layer: int, longest: int, n_new: int
 ) -> int:
-  """R of a layer, for rows of `longest` tokens of which up to `n_new` are
-  written at once, some of them to be taken back.
+  """Ring buffer size R of a layer, for rows of up to `longest` tokens.
+
+  A step writes up to `n_new` tokens, of which some may be rejected later:
+  windowed layers have n_new - 1 extra entries.
   """
   window = cfg.windows[layer % len(cfg.windows)]
   return longest if window is None else min(longest, window + n_new - 1)
@@ -73,7 +75,7 @@ def empty(
   n_new: int = 1,
   int8: bool = False,
 ) -> Cache:
-  """Rows of no tokens, born sharded."""
+  """An empty KV cache, created sharded."""
 
   def vectors(layer):
     R = n_places(cfg, layer, longest, n_new)
@@ -102,7 +104,7 @@ def of_prompts(
   n_new: int = 1,
   int8: bool = False,
 ) -> Cache:
-  """The cache after prompts that lie at the left of T places."""
+  """KV cache after prefill of left-aligned prompts, from keys and values."""
 
   def vectors(x, layer):
     R = n_places(cfg, layer, longest, n_new)
@@ -137,8 +139,8 @@ def _pack(x: Float[Array, "B K T H"], int8: bool) -> Vectors:
 
 
 def _held(last: Int[Array, "B"], R: int) -> Int[Array, "B R"]:
-  """Position that each place holds in a row whose newest is `last`: the
-  largest that falls there; negative where there is none yet.
+  """Position stored in each entry r if the newest position is `last`: the
+  largest p <= last with p % R == r, negative if entry r is still empty.
   """
   last = last[:, None]
   return last - (last - jnp.arange(R)[None]) % R
@@ -155,7 +157,7 @@ def extend(
   window: int | None,
   softcap: float | None,
 ) -> tuple[Float[Array, "B T N H"], tuple[Vectors, Vectors]]:
-  """Writes T tokens behind each row's `lengths` and attends from them."""
+  """Writes T tokens from position `lengths` on, then attends from these T."""
 
   def local(keys, values, lengths, q, k, v):
     T, R = q.shape[1], keys.values.shape[2]
@@ -187,8 +189,8 @@ def _write(
 ) -> Vectors:
   packed = _pack(new.swapaxes(1, 2), cache.scales is not None)
   B, K, R = cache.values.shape[:3]
-  # Rows and heads as one axis: with an axis of length 1, XLA's CPU compiler
-  # would write a second time where it reads, and copy the cache for that.
+  # Rows and heads are flattened into a single axis: with an axis of length 1,
+  # XLA's CPU compiler would repeat the write at the read, and copy the cache.
   row = jnp.arange(B * K)[:, None]
   places = jnp.repeat(positions % R, K, axis=0)
 
@@ -206,7 +208,7 @@ def _write(
 
 
 def _attend(q, keys, values, seen: Bool[Array, "B T R"], softcap):
-  """Plain attention with the cache as it lies: heads first, nothing moved."""
+  """Plain attention in the layout of the cache, heads first: no transpose."""
   B, T, N, H = q.shape
   K = keys.values.shape[0] // B
   G = N // K
@@ -238,10 +240,10 @@ def _attend(q, keys, values, seen: Bool[Array, "B T R"], softcap):
 
 
 def insert(cache: Cache, row: Cache, new: Bool[Array, "B"]) -> Cache:
-  """`cache` with the one row of `row` in the rows that are `new`.
+  """Copies the single row of `row` into each row of `cache` marked `new`.
 
-  On a mesh each device has that row, and keeps it where a row of its own is
-  new: nothing is sent.
+  On a mesh each device along the batch holds a copy of `row` and writes to the
+  local new rows: no communication.
   """
 
   def local(old, row, new):

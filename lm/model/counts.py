@@ -1,10 +1,10 @@
-"""Parameters and floating-point operations, in closed form."""
+"""Parameter counts and FLOPs (floating-point operations), in closed form."""
 
 from lm import config as config_lib
 
 
 def parameter_count(cfg: config_lib.ModelConfig) -> int:
-  """All weights of the model, embeddings included, a tied head once."""
+  """Number of parameters, embeddings included; a tied head counts once."""
   D = cfg.d_model
   norm = D * (2 if cfg.norm == "layernorm" and cfg.bias else 1)
   norms = 4 if cfg.post_norm else 2
@@ -20,11 +20,10 @@ def parameter_count(cfg: config_lib.ModelConfig) -> int:
 
 
 def forward_flops(cfg: config_lib.ModelConfig, length: int) -> float:
-  """Floating-point operations per token of a sequence of `length`.
+  """Forward FLOPs per token of a sequence of `length`; a multiply-add is two.
 
-  A multiply-add is two. Matrix products only; of attention only the pairs
-  that the causal mask and the windows leave, so no kernel is flattered for
-  work that it need not do.
+  Counts matrix products only, and in attention only the unmasked (query, key)
+  pairs (causal, windowed): a kernel gets no credit for work on masked pairs.
   """
   head = cfg.vocab_size * cfg.d_model
   matrices = cfg.n_layers * _layer_matrices(cfg) + head
@@ -37,7 +36,7 @@ def forward_flops(cfg: config_lib.ModelConfig, length: int) -> float:
 
 
 def train_flops(cfg: config_lib.ModelConfig, length: int) -> float:
-  """Per token, forward and backward; recomputation (remat) is not counted."""
+  """Forward and backward FLOPs per token, without recomputation (remat)."""
   return 3 * forward_flops(cfg, length)
 
 
@@ -54,6 +53,6 @@ def _layer_biases(cfg: config_lib.ModelConfig) -> int:
 
 
 def _mean_visible(length: int, window: int | None) -> float:
-  """Keys that a query of a sequence of `length` sees, on average."""
+  """Mean number of visible keys per query of a causal sequence of `length`."""
   w = length if window is None else min(window, length)
   return w - w * (w - 1) / (2 * length)

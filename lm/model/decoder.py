@@ -2,7 +2,7 @@
 
 B batch, T length, D model, V vocabulary, L layers. A model is a config and a
 pure dict of arrays; the functions below join the two. `forward` stops before
-the head, so that the loss need never hold all logits (lm/model/loss.py).
+the head: the loss never holds all logits (lm/model/loss.py).
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ from lm import config as config_lib
 from lm.model import attention, layers, weights
 from lm.model import cache as cache_lib
 
-Params = Any  # nested dict of arrays; the layers' have a leading axis L
+Params = Any  # nested dict of arrays; `layers` arrays have a leading axis L
 
 
 class Block(nnx.Module):
-  """Pre-norm attention and feed-forward, each added to the residual."""
+  """Layer: pre-norm attention and feed-forward, each added to the residual."""
 
   def __init__(self, cfg: config_lib.ModelConfig, rngs: nnx.Rngs):
     D = cfg.d_model
@@ -63,8 +63,8 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-  """The weights. `layers` is one Block whose arrays have a leading axis L, or,
-  after `unroll`, a list of L Blocks.
+  """The model. `layers` is a single Block with arrays stacked along a leading
+  axis L, or, after `unroll`, a list of L Blocks.
   """
 
   def __init__(self, cfg: config_lib.ModelConfig, rngs: nnx.Rngs):
@@ -87,7 +87,7 @@ class Decoder(nnx.Module):
       self.head = weights.matrix(rngs, (D, V), axes, scale, role="head")
 
   def unroll(self) -> "Decoder":
-    """The same model with a Block per layer, each with arrays of its own."""
+    """Replaces the stacked `layers` by a list of L Blocks; returns self."""
     graph, stacked = nnx.split(self.layers)
     self.layers = nnx.List(
       nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], stacked))
@@ -101,7 +101,7 @@ class Decoder(nnx.Module):
     tokens: attention.Tokens,
     keys: Key[Array, "B"] | None = None,
   ) -> Float[Array, "B T D"]:
-    """What the head reads; `keys`, one per row, turn dropout on."""
+    """Hidden states for the head; PRNG `keys`, one per row, enable dropout."""
     cfg = self.cfg
     x = self._embed(inputs, tokens, keys)
     angles = _angles(cfg, tokens)
@@ -119,19 +119,19 @@ class Decoder(nnx.Module):
   def read(
     self, inputs: Int[Array, "B T"], tokens: attention.Tokens
   ) -> list[tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
-    """Keys and values of each layer; the model must be unrolled."""
+    """Prefill: keys and values of each layer; the model must be unrolled."""
     return self._layer_by_layer(inputs, tokens, None)[1]
 
   def extend(
     self, inputs: Int[Array, "B T"], cache: cache_lib.Cache
   ) -> tuple[Float[Array, "B T D"], cache_lib.Cache]:
-    """Reads T more tokens of each row; the model must be unrolled.
+    """Decoding step: T more tokens of each row; the model must be unrolled.
 
-    The rows' lengths are left for the caller to move: by T, or by less where
-    some of the tokens are taken back.
+    The caller must advance the cache's `lengths`: by T, or by less if some
+    tokens are rejected (speculative decoding).
     """
     new = jnp.arange(inputs.shape[1])[None]
-    # What is to be taken back may lie beyond a learned table.
+    # Draft tokens to be rejected may lie beyond the learned position table.
     last = self.cfg.context_length - 1
     tokens = attention.Tokens(
       jnp.minimum(cache.lengths[:, None] + new, last),
@@ -158,11 +158,11 @@ class Decoder(nnx.Module):
     return self.final_norm(x), kept
 
   def head_weight(self) -> Float[Array, "V D"]:
-    """The classifier over the vocabulary."""
+    """Weight of the output head; the embedding table if tied."""
     return self.embed[...] if self.cfg.tied_embedding else self.head[...].T
 
   def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    """Scores of every next token, accumulated in float32."""
+    """Next-token logits, accumulated in float32, with any soft-cap applied."""
     out = weights.scores(x, self.head_weight(), "batch", "length", "vocab")
     cap = self.cfg.logit_softcap
     return out if cap is None else cap * jnp.tanh(out / cap)
@@ -184,7 +184,7 @@ def _at(keys, i):
 
 
 def _angles(cfg, tokens):
-  """Rotary angles for each entry of cfg.windows; None where there are none."""
+  """Rotary angles for each entry of cfg.windows; None without rope."""
   if cfg.positions != "rope":
     return [None] * len(cfg.windows)
   kinds = {
@@ -202,7 +202,7 @@ def _angles(cfg, tokens):
 
 
 def _run_layer(graph, x, state, which, keys, *, cfg, tokens, angles):
-  """One layer under cfg.remat; `which` is its entry of cfg.windows."""
+  """Runs a layer under cfg.remat, with window cfg.windows[which]."""
 
   def layer(x, state, keys, tokens, angles):
     y, _ = nnx.merge(graph, state)(x, tokens, angles, cfg.windows[which], keys)
@@ -217,8 +217,9 @@ def _run_layer(graph, x, state, which, keys, *, cfg, tokens, angles):
 
 
 def _scan(run, stacked, x, keys, cfg):
-  """Scans over groups of len(cfg.windows) layers, then what is left over, so
-  that each layer's window is known when it is compiled.
+  """Scans over groups of len(cfg.windows) layers, then runs leftover layers.
+
+  Grouping makes each layer's window a compile-time constant.
   """
   graph, state = nnx.split(stacked)
   period = min(len(cfg.windows), cfg.n_layers)
@@ -248,26 +249,26 @@ def _scan(run, stacked, x, keys, cfg):
 
 
 def init_params(cfg: config_lib.ModelConfig, key: Key[Array, ""]) -> Params:
-  """Fresh parameters; under jit with a mesh in context, born sharded."""
+  """Initial parameters; under jit with a mesh in context, created sharded."""
   return nnx.to_pure_dict(nnx.state(Decoder(cfg, nnx.Rngs(params=key))))
 
 
 @functools.lru_cache
 def _graph(cfg: config_lib.ModelConfig) -> nnx.GraphDef:
-  """The structure alone, the same for every mesh."""
+  """Structure of the model without arrays, the same for every mesh."""
   return nnx.graphdef(_abstract(cfg))
 
 
 @functools.lru_cache
 def _abstract(cfg: config_lib.ModelConfig) -> Decoder:
-  """A model without arrays, made where no mesh is in context."""
+  """Model with abstract arrays, traced under an empty mesh."""
   with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
     return nnx.eval_shape(lambda: Decoder(cfg, nnx.Rngs(0)))
 
 
 @functools.lru_cache
 def declared(cfg: config_lib.ModelConfig) -> Any:
-  """The `Weight` of every parameter, as a tree like theirs."""
+  """The `Weight` of every parameter, as a tree like the parameters."""
 
   def of(path, param):
     stacked = path[0].key == "layers"
@@ -283,7 +284,7 @@ def declared(cfg: config_lib.ModelConfig) -> Any:
 
 
 def bind(cfg: config_lib.ModelConfig, params: Params) -> Decoder:
-  """The model with these weights in place."""
+  """The model as an nnx module holding `params`."""
   return nnx.merge(_graph(cfg), params)
 
 
@@ -294,9 +295,9 @@ def forward(
   *,
   keys: Key[Array, "B"] | None = None,
 ) -> Float[Array, "B T D"]:
-  """Hidden states after the final norm, which the head reads.
+  """Hidden states after the final norm, the input of the head.
 
-  `keys`, one per row, turn dropout on.
+  PRNG `keys`, one per row, enable dropout.
   """
   tokens = attention.Tokens(batch.positions, batch.segments, batch.prefix)
   return bind(cfg, params)(batch.inputs, tokens, keys)

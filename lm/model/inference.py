@@ -1,4 +1,4 @@
-"""Weights as decoding wants them: unrolled, gathered, cast or quantised."""
+"""Weights for decoding: unrolled, gathered, and cast or quantised."""
 
 import dataclasses
 import functools
@@ -19,14 +19,14 @@ from lm.model import decoder, weights
 def unroll(
   cfg: config_lib.ModelConfig, params: decoder.Params, int8: bool = False
 ) -> tuple[Any, Any]:
-  """Graph and arrays of the model, with arrays of its own for each layer.
+  """nnx graph and arrays of the model, with separate arrays for each layer.
 
-  All but vectors come in the compute dtype, to which the model would
-  otherwise cast them at every use, and are gathered along `embed` once. Kernels
-  that training may demand are left to choice: lengths are others here.
+  Casts all weights but vectors to the compute dtype once, instead of at every
+  use, and all-gathers along `embed`. Sets attention to `auto`: decoding lengths
+  differ from training lengths and may not suit the kernel named for training.
 
-  `int8` rounds the layers' matrices to 8 bits, with a float32 scale for each
-  output; embedding and head stay as they are.
+  `int8` quantises the layers' matrices to 8 bits, with a float32 scale per
+  output; embedding and head keep the compute dtype.
   """
   cfg = dataclasses.replace(cfg, attention="auto")
   graph, state = nnx.split(decoder.bind(cfg, params).unroll())
@@ -60,7 +60,10 @@ def unroll(
 
 
 def _round(x: Float[Array, "..."], n_inputs: int) -> Any:
-  """A qwix.QArray: int8, with a scale for each place along the last axes."""
+  """Quantises to int8: a qwix.QArray with a scale per output (the last axes).
+
+  Raises ConfigError if qwix is not installed.
+  """
   try:
     import qwix
   except ImportError as error:

@@ -1,4 +1,4 @@
-"""Norms, rotary positions, dropout and the feed-forward.
+"""Norms, feed-forward (MLP), embedding look-up, rotary positions, dropout.
 
 B batch, T query length, D model, F mlp, H head, V vocabulary.
 """
@@ -14,7 +14,7 @@ from lm.model import weights
 
 
 def add_bias(x: Array, bias: nnx.Param | None) -> Array:
-  """x + bias over the last dimensions; None is no bias."""
+  """x + bias over the last dimensions; x if bias is None."""
   if bias is None:
     return x
   lead = (None,) * (x.ndim - bias[...].ndim)
@@ -48,7 +48,7 @@ class Norm(nnx.Module):
 
 
 class RMSNorm(Norm):
-  """What normalises queries and keys, whatever `cfg.norm` says."""
+  """RMSNorm regardless of `cfg.norm`, for queries and keys (QK norm)."""
 
   def __init__(self, size: int, cfg: config_lib.ModelConfig):
     super().__init__(size, cfg)
@@ -104,10 +104,10 @@ def look_up(
   axis: str | None,
   dtype: jnp.dtype,
 ) -> Float[Array, "B T D"]:
-  """Rows of a table cut along (axis, embed), in the compute dtype.
+  """Embedding look-up in a table sharded along (axis, embed), cast to `dtype`.
 
-  The table is gathered over fsdp first: left to itself the partitioner may
-  gather the far larger result instead.
+  All-gathers the table over fsdp first: otherwise the partitioner may gather
+  the far larger result.
   """
   table = table.astype(dtype)
   if sharding.has_mesh():
@@ -121,12 +121,12 @@ def rotary_angles(
   theta: float,
   scaling: config_lib.RopeScaling | None,
 ) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
-  """Cosine and sine of position times frequency (arXiv:2104.09864)."""
+  """RoPE: cos and sin of position times frequency (arXiv:2104.09864)."""
   pair = jnp.arange(0, d_head, 2, dtype=jnp.float32)
   frequency = theta ** (-pair / d_head)
   if scaling is not None:
-    # Llama 3.1: stretch wavelengths beyond original_length / low by `factor`,
-    # keep those below original_length / high, blend between.
+    # Llama 3.1: stretch wavelengths above original_length / low by `factor`,
+    # keep wavelengths below original_length / high, blend in between.
     turns = scaling.original_length * frequency / (2 * jnp.pi)
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
     keep = jnp.clip((turns - low) / (high - low), 0, 1)
@@ -139,7 +139,7 @@ def rotate(
   x: Float[Array, "B T heads H"],
   angles: tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]],
 ) -> Float[Array, "B T heads H"]:
-  """Turns the pairs (x[i], x[i + H/2]) by the angle of their position."""
+  """RoPE: rotates each pair (x[i], x[i + H/2]) by the angle of the position."""
   cos, sin = (a[:, :, None, :].astype(x.dtype) for a in angles)
   left, right = jnp.split(x, 2, axis=-1)
   return jnp.concatenate(
@@ -154,10 +154,10 @@ def fold_rows(keys: Key[Array, "B"], data: int | Array) -> Key[Array, "B"]:
 def dropout(
   x: Float[Array, "B T D"], rate: float, keys: Key[Array, "B"] | None
 ) -> Float[Array, "B T D"]:
-  """Zeroes a share `rate`, scales the rest by 1 / (1 - rate).
+  """Zeroes a share `rate` of x, scales the rest by 1 / (1 - rate).
 
-  One key per row, so that a row's mask is the same on any mesh and in any
-  split into microbatches. None is no dropout.
+  A key per row makes the row's dropout mask the same on any mesh and in any
+  split into microbatches. Keys of None disable dropout.
   """
   if keys is None or rate == 0:
     return x
@@ -166,5 +166,5 @@ def dropout(
 
 
 def row_keys(key: Key[Array, ""], rows: Int[Array, "B"]) -> Key[Array, "B"]:
-  """A key for each row, by its number in the global batch."""
+  """A PRNG key per row, derived from the row's number in the global batch."""
   return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)

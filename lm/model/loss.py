@@ -1,10 +1,10 @@
-"""Causal cross-entropy that never holds the float32 logits of a whole batch.
+"""Chunked causal cross-entropy: never holds the logits of a whole batch.
 
-B batch, T length, C positions of a chunk, D model, V vocabulary. Losses leave
-as sums; who divides by the weights does it once, over the global batch.
+B batch, T length, C positions of a chunk, D model, V vocabulary. Losses are
+returned as sums; the caller divides by the weights once, over the global batch.
 
-tokamax's fused linear_softmax_cross_entropy_loss (0.0.17) is not used: it has
-no weight per token, no z-loss and no soft-cap.
+tokamax's fused linear_softmax_cross_entropy_loss (0.0.17) is not used: no
+weight per token, no z-loss and no soft-cap.
 """
 
 import functools
@@ -29,10 +29,10 @@ def cross_entropy(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
   """Returns (sum of weight * (nll + z_loss * log Z ^ 2), sum of weight * nll).
 
-  Only the first is differentiable, in x and head. Its gradient is linear in
-  each token's logits, so it is made beside the loss, chunk by chunk, and
-  logits are computed once. Logits accumulate in float32; z-loss is PaLM's
-  (arXiv:2204.02311).
+  Only the first sum is differentiable, in x and head. The forward pass computes
+  the gradient beside the loss, chunk by chunk, and logits only once: the
+  backward pass only multiplies by the scalar cotangent. Logits accumulate in
+  float32; z-loss is PaLM's (arXiv:2204.02311).
   """
   return _cross_entropy((chunk, softcap, z_loss), x, head, targets, weights)
 
@@ -103,7 +103,7 @@ def _backward(options, gradients, cotangents):
 _cross_entropy.defvjp(_forward, _backward)
 
 
-# --- on one device: its rows, its part of the vocabulary ---------------------
+# --- on one device: local rows, local shard of the vocabulary ----------------
 
 
 def _local_sums(options, x, head, targets, weights):
@@ -133,7 +133,7 @@ def _local_sums_and_gradients(options, x, head, targets, weights):
     share = jnp.exp(scores - log_z[..., None])
     share *= (1 + 2 * z_loss * log_z)[..., None]
     d = (share - hit) * slope * weights[..., None]
-    # Both operands in the compute dtype: a float32 one would slow the matmul.
+    # Compute dtype for both operands: float32 would slow the matmul.
     d = d.astype(x.dtype)
     f32 = jnp.float32
     dx = jnp.einsum("BCV,VD->BCD", d, whole, preferred_element_type=f32)
@@ -147,7 +147,7 @@ def _local_sums_and_gradients(options, x, head, targets, weights):
   loss, nll = (_psum(s, "batch", "length") for s in carry[:2])
   dhead = carry[2]
   if sharding.has_mesh():
-    # Summed over all tokens, and cut again along the width.
+    # Sum over all tokens, then shard along the width again.
     width = sharding.mesh_axes("embed")
     tokens = sharding.mesh_axes("batch", "length")
     dhead = jax.lax.psum(dhead, [axis for axis in tokens if axis not in width])
@@ -156,7 +156,7 @@ def _local_sums_and_gradients(options, x, head, targets, weights):
 
 
 def _scores(x, head, softcap):
-  """Float32 logits [B, C, V] of a chunk and d(logits) / d(x head)."""
+  """Float32 logits [B, C, V] of a chunk, and d(logits) / d(x head)."""
   scores = weights_lib.scores(x, head)
   if softcap is None:
     return scores, jnp.float32(1)
@@ -165,7 +165,7 @@ def _scores(x, head, softcap):
 
 
 def _nll(scores, targets):
-  """Nats of each target, log of the partition sum, and the one-hot target."""
+  """Negative log-likelihood in nats, log Z, and one-hot targets, per token."""
   top = _pmax(jnp.max(scores, axis=-1))
   total = jnp.sum(jnp.exp(scores - top[..., None]), axis=-1)
   log_z = top + jnp.log(_psum(total, "vocab"))
@@ -173,7 +173,7 @@ def _nll(scores, targets):
   first = 0
   if sharding.has_mesh():
     first = size * jax.lax.axis_index(sharding.mesh_axes("vocab"))
-  # A gather over a sharded vocabulary would cross devices; a comparison stays.
+  # A gather over a sharded vocabulary would communicate; a comparison is local.
   hit = jnp.arange(size)[None, None, :] + first == targets[..., None]
   chosen = _psum(jnp.sum(jnp.where(hit, scores, 0), axis=-1), "vocab")
   return log_z - chosen, log_z, hit
@@ -187,9 +187,10 @@ def _add(sums, nll, log_z, weights, z_loss):
 
 
 def _over_chunks(step, carry, chunk, *arrays):
-  """Scans `step` over pieces [B, C, ...] of the arrays, C chosen so that a
-  piece has at most `chunk` tokens; its second results [B, C, ...] come back
-  joined along T. Padding has weight 0.
+  """Scans `step` over chunks [B, C, ...] of the arrays, of at most `chunk`
+  tokens (but C >= 1); joins the second results [B, C, ...] along T.
+
+  Zeros pad the last chunk: padding has weight 0.
   """
   B, T = arrays[0].shape[:2]
   C = max(1, chunk // B)
@@ -209,11 +210,11 @@ def _over_chunks(step, carry, chunk, *arrays):
   return carry, jax.tree.map(join, pieces)
 
 
-# --- the mesh, or none --------------------------------------------------------
+# --- collectives; without a mesh, no-ops --------------------------------------
 
 
 def _whole(head, dtype):
-  """This device's vocabulary rows over the full width, in `dtype`."""
+  """All-gathers the local vocabulary rows to the full width, in `dtype`."""
   head = head.astype(dtype)
   if not sharding.has_mesh():
     return head
@@ -223,7 +224,7 @@ def _whole(head, dtype):
 
 
 def _psum(x, *axes):
-  """Sum over the devices that logical axes are cut along."""
+  """Sum over the mesh axes of the logical `axes`."""
   return (
     jax.lax.psum(x, sharding.mesh_axes(*axes)) if sharding.has_mesh() else x
   )

@@ -1,10 +1,9 @@
-"""Weights: declared once, multiplied in one place.
+"""Weight declarations, and the product `dot` of activations with a matrix.
 
-A `Weight` says what the rest of the project asks of an array of the model: its
-logical axes, how many of them a product sums over, and its role. It lies in the
-metadata of each `nnx.Param`; `decoder.declared` returns all of them, as a tree
-like the parameters. Optimizer groups, Muon's dimensions, weight decay and int8
-scales read it, and `dot` is every product of activations with a matrix.
+A `Weight` declares the logical axes of a model array, the number of axes summed
+over in a product, and the role. The metadata of each `nnx.Param` holds its
+`Weight`; `decoder.declared` returns all, as a tree like the parameters. Readers
+are optimizer groups, Muon's dimensions, weight decay and int8 scales.
 
 B batch, T query length, D model, V vocabulary.
 """
@@ -26,12 +25,11 @@ Role = Literal["matrix", "embedding", "head", "vector"]
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-  """What one array of the model is.
+  """Declaration of an array of the model.
 
-  `axes` are logical names (sharding.RULES). The first `n_inputs` of them are
-  summed over by a product; a vector (bias, norm scale) and a table that is
-  looked up have none. With `stacked` the array has a leading axis of layers,
-  which is not counted.
+  `axes` are logical names (sharding.RULES). A product sums over the first
+  `n_inputs` axes; vectors (bias, norm scale) and look-up tables have none. With
+  `stacked` the array has a leading layer axis, not counted in either field.
   """
 
   axes: tuple[str | None, ...]
@@ -41,12 +39,12 @@ class Weight:
 
   @property
   def input_axes(self) -> tuple[int, ...]:
-    """Array axes that a product sums over."""
+    """Array axes summed over in a product."""
     return tuple(range(self.stacked, self.stacked + self.n_inputs))
 
   @property
   def output_axes(self) -> tuple[int, ...]:
-    """Array axes that a product keeps."""
+    """Array axes kept in a product."""
     first = self.stacked + self.n_inputs
     return tuple(range(first, self.stacked + len(self.axes)))
 
@@ -60,7 +58,7 @@ def matrix(
   role: Role = "matrix",
   n_inputs: int = 1,
 ) -> nnx.Param:
-  """A float32 weight, normal with deviation `scale`, born sharded."""
+  """A float32 weight, normal with deviation `scale`, created sharded."""
   value = scale * jax.random.normal(rngs.params(), shape, jnp.float32)
   return _declare(value, Weight(axes, role, n_inputs))
 
@@ -71,7 +69,7 @@ def table(
   axes: tuple[str | None, str | None],
   scale: float,
 ) -> nnx.Param:
-  """An embedding: rows that are looked up."""
+  """An embedding table, read by row look-up."""
   return matrix(rngs, shape, axes, scale, role="embedding", n_inputs=0)
 
 
@@ -92,7 +90,7 @@ def declared(param: nnx.Variable) -> Weight:
 
 
 def of(weights: Any, path: tuple[Any, ...]) -> Weight:
-  """The declaration at a tree path of the parameters."""
+  """The `Weight` at a tree path of the parameters."""
   return functools.reduce(lambda node, key: node[key.key], path, weights)
 
 
@@ -102,10 +100,10 @@ def of(weights: Any, path: tuple[Any, ...]) -> Weight:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Reversed:
-  """A weight whose axes lie in reverse order, for `dot`.
+  """A weight stored with axes in reverse order (transposed), for `dot`.
 
-  A product of one token with a tall matrix is a fifth faster on CPUs where the
-  sum runs along memory.
+  On CPUs, a product of a single token with a tall matrix is a fifth faster if
+  the sum runs along contiguous memory.
   """
 
   values: Array
@@ -116,11 +114,11 @@ def dot(
 ) -> Float[Array, "..."]:
   """einsum of activations with a matrix, in the activations' dtype.
 
-  `axes` are logical names of the output's. The weight may be an array, a
-  `Reversed` one, or a `qwix.QArray`: int8 values and a float32 scale for each
-  output. A sum over two axes (heads and their width) runs over one: XLA's CPU
-  compiler has no fast product over two (measured: a tenth of the speed, for one
-  token as for eight).
+  `axes` are logical names of the output's axes. The weight may be an array, a
+  `Reversed`, or a `qwix.QArray`: int8 values and a float32 scale per output.
+  Two summed axes (heads and head width) are flattened first: XLA's CPU compiler
+  has no fast product over two axes (measured: a tenth of the speed, for 1 token
+  as for 8).
   """
   values, scales = weight.get_value(), None
   if not isinstance(values, jax.Array | Reversed):
@@ -151,7 +149,8 @@ def _flatten_last(x: Float[Array, "B T N H"]) -> Float[Array, "B T NH"]:
 
 def _flatten_first(values: Array) -> Array:
   where = None
-  if sharding.has_mesh():  # as it lies: sampling has gathered it over fsdp
+  if sharding.has_mesh():
+    # Not from sharding.RULES: sampling has gathered the array over fsdp.
     first, _, *rest = jax.typeof(values).sharding.spec
     where = P(first, *rest)
   N, H, *rest = values.shape
@@ -161,10 +160,10 @@ def _flatten_first(values: Array) -> Array:
 def scores(
   x: Float[Array, "B T D"], head: Float[Array, "V D"], *axes: str | None
 ) -> Float[Array, "B T V"]:
-  """Logits before any soft-cap: a product in x's dtype, summed in float32.
+  """Logits before any soft-cap: product in x's dtype, accumulated in float32.
 
-  `axes` are logical names of the output's; none are given where an array is
-  one device's part.
+  `axes` are logical names of the output's axes; omit `axes` for a local shard
+  (inside `sharding.per_shard`).
   """
   return jnp.einsum(
     "BTD,VD->BTV",

@@ -1,1 +1,1 @@
-"""Sampling from a checkpoint; knows nothing of training."""
+"""Sampling from a checkpoint; imports nothing from lm.train."""

@@ -66,7 +66,7 @@ _STREAM = flags.DEFINE_bool(
   "stream", None, "Show text as it is drawn; default: one sample, a terminal."
 )
 
-# Fields of Request: a flag each, of the same name.
+# Fields of Request, each with a flag of the same name.
 _RULES = {
   "temperature": "0 always takes the likeliest token.",
   "top_k": "Draw from the k likeliest tokens; 0: from all.",
@@ -106,7 +106,7 @@ for _name, _about in _RULES.items():
     _default = []
   _DEFINE[_kind](_name, _default, _about)
 
-# Flags that mean nothing without another.
+# Flag -> the flag required beside it.
 _HOMES = {
   "html": "score",
   "system": "chat",
@@ -116,13 +116,13 @@ _HOMES = {
 }
 _PROMPTS = {"prompt", "prompt_file", "infill_suffix", "infill_order"}
 _ALONE = _RULES.keys() - {"alternatives", "processed", "n_samples"}
-# What lm/sample/beam.py knows.
+# Fields of Request supported by beam search (lm/sample/beam.py).
 _SEARCHED = {
   *("repetition_penalty", "frequency_penalty", "presence_penalty"),
   *("logit_bias", "forbidden", "max_new_tokens", "min_tokens", "stop_ids"),
   *("processed", "bidirectional_prompt"),
 }
-# What there is to do, and the flags that have a part in it.
+# Modes, and the flags allowed in each.
 _MODES = {
   "chat": {"system"} | _ALONE - {"bidirectional_prompt"},
   "score": {"candidates", "html", "json"},
@@ -136,7 +136,7 @@ _MODES = {
 def main() -> int:
   loading.check()
   mode = _mode()
-  # Before the checkpoint, which takes longer to read.
+  # Files and requests first: the checkpoint takes longer to read.
   texts = _PROMPT.value + [_read("prompt_file", p) for p in _PROMPT_FILE.value]
   texts = texts or [""]
   requests = [_request(text) for text in texts]
@@ -150,7 +150,7 @@ def main() -> int:
   _check(mode, requests, tokenizer_lib.Tokenizer.from_json(found.tokenizer))
   sampler = loading.sampler(found)
   if mode == "chat":
-    # A line that is not UTF-8 is refused by itself, and the chat goes on.
+    # The chat refuses a line of invalid UTF-8 and goes on.
     if isinstance(sys.stdin, io.TextIOWrapper):
       sys.stdin.reconfigure(errors="surrogateescape")
     return chat.talk(sampler, requests[0], _SYSTEM.value)
@@ -166,7 +166,7 @@ def main() -> int:
 
 
 def _mode() -> str:
-  """What to do. Raises ConfigError on a flag that has no part in it."""
+  """Selects the mode by the flags. Raises ConfigError on a misplaced flag."""
   ours = set().union(*_MODES.values(), _MODES) - {"generate"}
   given = {
     name
@@ -197,7 +197,7 @@ def _check(
   requests: list[request_lib.Request],
   tokenizer: tokenizer_lib.Tokenizer,
 ) -> None:
-  """Raises ConfigError on what cannot be met, before parameters are read."""
+  """Raises ConfigError on invalid requests, before parameters are read."""
   for name, text in (("infill_suffix", _SUFFIX), ("system", _SYSTEM)):
     tokenizer_lib.check_text(f"--{name}", text.value or "")
   for request in requests:
@@ -233,7 +233,7 @@ def _bias(text: str) -> tuple[int, float]:
 
 def _read(flag: str, path: str) -> str:
   try:
-    # As a `text:` source: a mark of byte order is no text, each newline is.
+    # As in a `text:` source: no byte order mark, newlines unchanged.
     with open(path, encoding="utf-8-sig", newline="") as file:
       return file.read()
   except (OSError, UnicodeDecodeError) as error:
@@ -247,13 +247,13 @@ def _infill(
   requests: list[request_lib.Request],
   suffix: str,
 ) -> request_lib.Request:
-  """The one request, its prompt laid out as a gap between two texts."""
+  """The single request, with an infilling (FIM) prompt."""
   prefix = str(requests[0].prompt)
   ids = chat.fim_ids(sampler.tokenizer, prefix, suffix, _ORDER.value)
   return dataclasses.replace(requests[0], prompt=ids)
 
 
-# --- what there is to do -----------------------------------------------------
+# --- modes -------------------------------------------------------------------
 
 
 def _generate(
@@ -261,7 +261,7 @@ def _generate(
   requests: list[request_lib.Request],
   texts: list[str],
 ) -> int:
-  """`texts` are the prompts as they were given."""
+  """Prints continuations; `texts` are the prompts as the user wrote them."""
   before = [
     t for t, r in zip(texts, requests, strict=True) for _ in range(r.n_samples)
   ]
@@ -303,7 +303,7 @@ def _streamed(
   request: request_lib.Request,
   results: list[request_lib.Result],
 ) -> Iterator[str]:
-  """Yields the text; puts the result, at the end, into `results`."""
+  """Yields text as drawn; at the end appends the result to `results`."""
   for piece in sampler.stream([request]):
     yield piece.text
     if piece.result is not None:
@@ -311,7 +311,7 @@ def _streamed(
 
 
 def _write(before: str, texts: Iterable[str]) -> None:
-  """The continuation after its prompt, in bold where that can be seen."""
+  """Writes the prompt, then the continuation, in bold on a terminal."""
   show.write(before)
   for text in texts:
     show.write(text, bold=True)
@@ -347,7 +347,7 @@ def _score(sampler: sampler_lib.Sampler, path: str, text: str) -> int:
   if math.isnan(score.total):
     return _refuse_nan(f"in {path}")
   if _HTML.value is not None:
-    name = show.printable(os.path.basename(path))  # it may be no UTF-8
+    name = show.printable(os.path.basename(path))  # may not be UTF-8
     page = heat.page(score, tokenizer, name)
     files.replace(_HTML.value, page)
   rows = show.tokens(score, tokenizer)

@@ -1,29 +1,32 @@
-"""Beam search: the likeliest continuations, by keeping the n best so far.
+"""Beam search: finds likely continuations by keeping the n best so far.
 
-It draws nothing. An id's log-probability is that of the softmax over what bias,
-forbidden ids, `min_tokens` and penalties leave of the logits. Each step extends
-every beam by every id; of the extensions, by sum of log-probabilities
+Nothing is drawn at random. Log-probabilities are the log-softmax of the logits
+after bias, forbidden ids, `min_tokens` and penalties. Each step extends every
+beam by every id and sorts the extensions by sum of log-probabilities
 descending, then by beam and id:
 
-- those among the first n that end (eos, a stop id, the limit) are hypotheses,
-  worth their sum / tokens**length_penalty, where the end counts as a token; the
-  n best hypotheses are kept;
-- the first n that do not end are the next beams.
+- Of the first n extensions, the finished (by eos, a stop id or the limit) are
+  hypotheses, with score sum / tokens**length_penalty; the end counts as a
+  token. The n best hypotheses are kept.
+- The first n unfinished extensions are the next beams.
 
-The search is over at the limit, or once n hypotheses are kept and
-`early_stopping` says so: True, at once; False, when the best beam's sum over
-its present length**length_penalty is not above the worst hypothesis, though a
-longer one might be; "never", when no beam can be better, which for a
-length_penalty above 0 counts the limit as its length.
+The search stops at the limit, or once n hypotheses are kept and
+`early_stopping` allows the stop:
 
-This is what Hugging Face's `generate(num_beams=n)` does, but that it lets rules
-act on log-probabilities and not on logits, and does not normalise again.
+- True: at once.
+- False: when the best beam's present sum / tokens**length_penalty is not above
+  the worst hypothesis, even if a longer continuation might be.
+- "never": when no beam can beat the worst hypothesis; a length_penalty above 0
+  counts the limit as the beam's length.
 
-The beams are rows of the cache, which has read the prompt once; rows are
-gathered by parent after each step. On a mesh each device along the batch
-searches alone, all the same.
+The search equals Hugging Face's `generate(num_beams=n)`, except that Hugging
+Face applies rules to log-probabilities, not logits, without renormalising.
 
-B beams on all devices, n on one; R places, V vocabulary.
+Beams are rows of the KV cache after a single prefill of the prompt; rows are
+gathered by parent after each step. On a mesh, each device along the batch runs
+the same whole search.
+
+B beams on all devices, n per device; R positions, V vocabulary.
 """
 
 import dataclasses
@@ -43,10 +46,10 @@ from lm.sample import engine as engine_lib
 from lm.sample import loop, rules, text
 from lm.sample.request import Request, Result
 
-# Each is a row of the cache, and every step compares all that they lead to.
+# Each beam is a row of the KV cache; each step ranks n * V extensions.
 MAX_BEAMS = 256
 _EARLY = (False, True, "never")
-# Fields that say how to draw, or ask for what a search does not follow.
+# Request fields about random draws, or without support in beam search.
 _MEANINGLESS = (
   "temperature",
   "top_k",
@@ -63,7 +66,7 @@ _MEANINGLESS = (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Hypotheses:
-  """Texts that ended, best first; the score of one that there is not is -inf.
+  """Finished continuations, best first. Unused slots score -inf.
 
   `ids` and `logs` are by position, up to `lengths`.
   """
@@ -77,15 +80,15 @@ class Hypotheses:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Beams:
-  """Texts that may go on, best first: `sums` of log-probabilities, -inf for
-  those that there are not. `logs` are what is reported.
+  """Unfinished continuations, best first. `sums` of log-probabilities rank the
+  beams, -inf in unused slots; `logs` are the log-probabilities to report.
   """
 
   slots: loop.Slots
   logs: Float[Array, "B R"]
   sums: Float[Array, "B"]
   length_penalty: Float[Array, "B"]
-  # As its place in _EARLY.
+  # Index into _EARLY.
   early_stopping: Int[Array, "B"]
   found: Hypotheses
 
@@ -97,12 +100,12 @@ def search(
   length_penalty: float = 1.0,
   early_stopping: bool | str = False,
 ) -> list[Result]:
-  """The best `n_beams` continuations, best first; fewer, where no more are
-  possible. Raises ConfigError on what cannot be met.
+  """Beam search: the best `n_beams` continuations, best first; fewer if fewer
+  exist. Raises ConfigError on an invalid request or option.
 
-  Stop ids end them, texts cannot. Log-probabilities are as in `Result`: with
-  `processed`, those that the search adds up. One beam is greedy, except with
-  "never" and a length penalty.
+  Stop ids work, stop strings are refused. Log-probabilities are as in `Result`;
+  with `processed`, the log-probabilities summed by the search. A single beam is
+  greedy decoding, except with "never" and a length penalty.
   """
   _check(request, n_beams, length_penalty, early_stopping)
   prompt, limit = sampler.resolve(request)
@@ -185,7 +188,7 @@ def _search(
   *,
   n_ids: int,
 ) -> Hypotheses:
-  """From slots that all stand at the end of one prompt."""
+  """Runs the search. All slots must hold the same prompt."""
   model = nnx.merge(graph, state)
   choose = functools.partial(_choose, n_ids=n_ids)
 
@@ -205,7 +208,7 @@ def _search(
 
 
 def _start(slots, length_penalty, early_stopping):
-  """One beam, which is the prompt, and room for others."""
+  """Initial state: one live beam (the prompt), other slots at -inf."""
   none = jnp.full(len(slots.last), -jnp.inf)
   logs = jnp.zeros(slots.history.shape, jnp.float32)
   found = Hypotheses(slots.history, logs, slots.lengths, none)
@@ -214,7 +217,7 @@ def _start(slots, length_penalty, early_stopping):
 
 
 def _choose(logits, beams, *, n_ids):
-  """One step of one device's beams: parents, and what becomes of them."""
+  """A search step on a device: the parent of each new beam, and the beams."""
   slots, (n, V) = beams.slots, logits.shape
   processed = rules.process(
     logits, loop.parameters_of(slots, V), slots.past, n_ids
@@ -223,7 +226,7 @@ def _choose(logits, beams, *, n_ids):
   shown = jnp.where(
     slots.rows.processed[:, None], own, jax.nn.log_softmax(logits)
   )
-  # As many as can end, and n more.
+  # Up to n * E extensions end by a stop id; n more may go on.
   n_kept = min((slots.rows.ends.shape[1] + 1) * n, n * V)
   sums, flat = jax.lax.top_k((beams.sums[:, None] + own).reshape(-1), n_kept)
   parents, ids = flat // V, flat % V
@@ -254,7 +257,7 @@ def _choose(logits, beams, *, n_ids):
   longest = never & (beams.length_penalty[0] > 0)
   hope = worth(sums[0], jnp.where(longest, limit, n_drawn))
   worst = found.scores[-1]
-  # False too where there is no beam, and where anything is NaN.
+  # Comparisons are also False without a live beam (-inf) and on NaN.
   go_on = (n_drawn < limit) & (hope > worst) & ~(at_once & (worst > -jnp.inf))
   counts = slots.past.counts[parents].at[jnp.arange(n), ids].add(1)
   slots = dataclasses.replace(
@@ -272,9 +275,11 @@ def _choose(logits, beams, *, n_ids):
 
 
 def _follow(cache, parents, lengths):
-  """The cache whose row i is what row `parents[i]` of its device was."""
+  """Gathers the KV cache by parent: new row i is the device's old row
+  `parents[i]`.
+  """
   rows = ("batch",)
-  # All that the cache holds of a layer is cut along rows and kv heads.
+  # Every array of a layer's cache is sharded by rows and kv heads.
   heads = ("batch", "kv_heads")
   take = sharding.per_shard(
     lambda tree, parents: jax.tree.map(lambda x: x[parents], tree),

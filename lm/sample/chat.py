@@ -1,9 +1,9 @@
-"""Conversations and gaps as prompts: chat templates, infilling, a chat loop.
+"""Chat template and infilling (FIM) prompts, and the terminal chat loop.
 
-A message is `{"role": ..., "content": ...}`. The template that came with the
-checkpoint lays messages out as text, in which it may name reserved tokens
-(<user>, <end_of_turn>, ...): those become their ids. What a message says never
-does, however it is spelt.
+A message is `{"role": ..., "content": ...}`. The checkpoint's chat template
+renders messages as text. Reserved tokens named in the template (<user>,
+<end_of_turn>, ...) become special ids; the same spelling in a message stays
+ordinary text.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from lm.sample import request as request_lib
 from lm.sample import sampler as sampler_lib
 from lm.sample import show
 
-# While a template runs, a surrogate stands for each reserved token that its
-# own text names: no message can hold one, since surrogates are not characters.
+# During rendering a surrogate replaces each reserved token in the template's
+# text. Messages hold none: `_check` refuses text that UTF-8 cannot encode.
 _MARKS = {
   name: chr(0xD800 + i) for i, name in enumerate(tokenizer_lib.RESERVED)
 }
@@ -33,11 +33,11 @@ _SURROGATE = re.compile("([\ud800-\udfff])")
 def chat_ids(
   tokenizer: tokenizer_lib.Tokenizer, messages: Sequence[Any]
 ) -> list[int]:
-  """Ids of a conversation, up to where the assistant's next answer begins.
+  """Token ids of a conversation, up to the start of the assistant's answer.
 
-  bos is in front, whether the template says so or not. Raises ConfigError where
-  there is no template, on what is not a message, and on what the template
-  refuses.
+  bos comes first even if the template omits bos. Raises ConfigError without a
+  chat template, on a malformed message, and on messages refused by the
+  template.
   """
   if tokenizer.chat_template is None:
     raise schema.ConfigError(
@@ -46,7 +46,7 @@ def chat_ids(
     )
   _check(messages)
   text = _render(tokenizer.chat_template, messages)
-  # Text and marks by turns.
+  # Even parts are text, odd parts are marks.
   parts = _SURROGATE.split(text)
   _check_parts(parts[::2], messages)
   ids = tokenizer.encode(parts[0])
@@ -56,8 +56,8 @@ def chat_ids(
 
 
 def stop_ids(tokenizer: tokenizer_lib.Tokenizer) -> list[int]:
-  """Ids that end the assistant's turn, besides eos: the end of a turn, and the
-  start of somebody else's, where the template knows them.
+  """Stop ids of the assistant's turn, besides eos: <end_of_turn>, <user> and
+  <system>, each only if named in the chat template.
   """
   names = ("<end_of_turn>", "<user>", "<system>")
   template = tokenizer.chat_template or ""
@@ -70,12 +70,12 @@ def fim_ids(
   suffix: str,
   order: str = "psm",
 ) -> list[int]:
-  """Ids after which a model writes what belongs between `prefix` and `suffix`,
-  and then eos (arXiv:2207.14255): bos, then prefix, suffix, middle, or suffix
-  first.
+  """Fill-in-the-middle (FIM) prompt: bos, then prefix and suffix ("psm") or
+  suffix and prefix ("spm"). The model continues with the text in between, then
+  eos (arXiv:2207.14255).
 
-  Every tokenizer here has the three tokens. A model that was not trained to
-  fill gaps has never seen them, and what it then writes is of no worth.
+  Every tokenizer here has the three FIM tokens, but output of a model trained
+  without FIM is worthless. Raises ConfigError on any other `order`.
   """
   if order not in ("psm", "spm"):
     raise schema.ConfigError(
@@ -110,7 +110,7 @@ def _check(messages: Sequence[Any]) -> None:
 
 
 def _render(template: str, messages: Sequence[Any]) -> str:
-  """The text, with marks where the template names reserved tokens."""
+  """Rendered text, with marks in place of the template's reserved tokens."""
   marked = _SPELLING.sub(lambda match: _MARKS[match[0]], template)
   values = {
     "messages": [dict(item) for item in messages],
@@ -122,7 +122,10 @@ def _render(template: str, messages: Sequence[Any]) -> str:
 
 
 def _check_parts(texts: Sequence[str], messages: Sequence[Any]) -> None:
-  """Raises ConfigError on `<{{ role }}>`: a token is written whole or not."""
+  """Raises ConfigError if the template assembles a token: `<{{ role }}>`.
+
+  Only reserved tokens written whole become ids.
+  """
   said = [value for item in messages for value in item.values()]
   for text in texts:
     for name in _SPELLING.findall(text):
@@ -146,17 +149,17 @@ def talk(
   request: request_lib.Request,
   system: str | None = None,
 ) -> int:
-  """Answers the lines of stdin, by the rules of `request`, until they end.
+  """Chat loop: answers lines of stdin, by the rules of `request`, until EOF.
 
-  Answers go to stdout, all else to stderr. Returns 1 if a line got no answer:
-  it is then taken out of the history. Raises ConfigError where the template
-  would refuse every line.
+  Answers go to stdout, notes and errors to stderr. Returns 1 if any line got
+  an error in place of an answer; the history omits failed lines. Raises
+  ConfigError at once if the template would refuse every line.
   """
   start = [] if system is None else [_message("system", system)]
   chat_ids(sampler.tokenizer, [*start, _message("user", "?")])
   terminal = sys.stdin.isatty()
   if terminal:
-    importlib.import_module("readline")  # With it, input() edits lines.
+    importlib.import_module("readline")  # Gives input() line editing.
     _note("/reset forgets the conversation; /exit or Ctrl-D ends it")
   history, failed = start, False
   while True:
@@ -187,9 +190,10 @@ def _fit(
   n_kept: int,
   request: request_lib.Request,
 ) -> tuple[list[dict[str, str]], list[int]]:
-  """Messages that leave room for an answer, and their ids.
+  """Messages shortened to leave room for an answer, and the prompt's ids.
 
-  The oldest turns after the first `n_kept` messages go, and a note says so.
+  Drops the oldest turns after the first `n_kept` messages, with a note on
+  stderr. Raises ConfigError if the last turn alone is too long.
   """
   context, room = sampler.cfg.context_length, request.max_new_tokens
   if room is None:
@@ -220,7 +224,11 @@ def _answer(
   request: request_lib.Request,
   prompt: list[int],
 ) -> str:
-  """Streams it; Ctrl-C ends it where it is."""
+  """Streams the answer to stdout and returns the text.
+
+  Ctrl-C ends the answer early and keeps the text. Raises RunError on NaN
+  logits.
+  """
   ends = {*request.stop_ids, *stop_ids(sampler.tokenizer)}
   request = dataclasses.replace(
     request, prompt=prompt, stop_ids=sorted(ends), n_samples=1

@@ -1,9 +1,9 @@
 """Continuous batching: a queue of samples, served through fixed slots.
 
-A slot that becomes free is filled from the queue while the others go on. What
-a sample gets does not depend on when, where or beside whom it is served: its
-noise follows from its seed and positions, and its logits from a program that
-is the same for any content of the other slots.
+A free slot is refilled from the queue while the rest of the slots decode. The
+tokens of a sample do not depend on time, slot or neighbours: the noise follows
+from seed and positions, and the logits from a program independent of the
+content of all other slots.
 """
 
 import collections
@@ -19,16 +19,16 @@ from lm.sample import loop, rules, text
 from lm.sample import request as request_lib
 from lm.sample.request import Alternative, Piece, Request, Result
 
-# Smallest buckets, in tokens.
+# Smallest buckets of the prompt and of `n_places`, in tokens.
 MIN_PROMPT = 16
 MIN_PLACES = 64
-# Steps that a program takes at most before the host sees what it drew.
+# Most decode steps in a device call, before the host sees any token.
 MAX_STEPS = 32
 
 
 @dataclasses.dataclass
 class _Job:
-  """One sample: what it is asked for, and what it has so far."""
+  """A sample of a request, and the output so far."""
 
   number: int
   request: Request
@@ -44,10 +44,10 @@ class _Job:
 
 
 class Engine:
-  """Slots of one sampler. Not for several threads: one of them owns it.
+  """Slots of a sampler. Not thread-safe: a single thread owns an Engine.
 
   `n_places` bounds prompt and continuation together, in tokens.
-  `state` is the caches, one per model, and what lm/sample/loop.py calls slots.
+  `state` is the list of KV caches (model, then draft model) and `loop.Slots`.
   """
 
   def __init__(self, sampler: Any, n_slots: int, n_places: int):
@@ -56,16 +56,16 @@ class Engine:
     self._slots: list[_Job | None] = [None] * n_slots
     self._ended: list[_Job] = []
     self._n_jobs = 0
-    # The prompt that was read last, for the other samples of its request.
+    # Last prefill (ids, bidirectional, KV caches), reused for equal prompts.
     self._prompt: tuple[list[int], bool, Any] | None = None
-    # Tokens that are written beyond the row and then taken back need room.
+    # Rejected proposals of speculative decoding may lie beyond n_places.
     self._longest = n_places + sampler.ahead
     with sampler.in_mesh():
       self.state = self._empty()
 
   @property
   def idle(self) -> bool:
-    """Whether no job is queued, running, or ended without its last piece."""
+    """True if no job is queued, running, or still owed a last piece."""
     return not (self._queue or self._ended or any(self._slots))
 
   def n_free(self) -> int:
@@ -75,7 +75,7 @@ class Engine:
     return len(self._queue)
 
   def submit(self, request: Request) -> list[int]:
-    """Queues each sample; their job numbers. Raises ConfigError."""
+    """Queues each sample and returns the job numbers. Raises ConfigError."""
     prompt, limit = self.sampler.resolve(request, self.n_places)
     jobs = []
     for i in range(request.n_samples):
@@ -91,8 +91,8 @@ class Engine:
     return jobs
 
   def cancel(self, number: int) -> None:
-    """Calls a job off; its last piece comes with the next step. One that has
-    ended, or that there never was, is left alone.
+    """Cancels a job; the next `step` returns the last piece. Ignores a job
+    already ended, and an unknown number.
     """
     for job in [*self._queue, *self._slots]:
       if job is not None and job.number == number and job.reason is None:
@@ -105,11 +105,11 @@ class Engine:
   def step(
     self, n_steps: int = MAX_STEPS, max_prefills: int | None = None
   ) -> list[Piece]:
-    """Fills free slots and takes up to `n_steps` steps, fewer where a slot
-    becomes free and somebody waits for it. Returns what the jobs gained.
+    """Fills free slots, decodes up to `n_steps` steps, and returns new pieces.
 
-    `max_prefills` bounds the requests that are admitted first, so that many
-    prompts do not hold up the samples that run.
+    Stops early if a slot becomes free and the queue is not empty.
+    `max_prefills` bounds the requests admitted before decoding: many new
+    prompts must not delay the running samples.
     """
     with self.sampler.in_mesh():
       self.fill(max_prefills)
@@ -127,7 +127,7 @@ class Engine:
 
   def look(self, request: Request) -> tuple[dict[str, np.ndarray], int]:
     """The next token's distribution after each stage of the rules, each [V],
-    and the id that is drawn. Needs a free slot, and leaves nothing behind.
+    and the id drawn. Needs a free slot; leaves neither job nor piece.
     """
     early = min(request.min_tokens, 1)
     one = dataclasses.replace(
@@ -148,8 +148,8 @@ class Engine:
     return stages, int(drawn)
 
   def fill(self, max_prefills: int | None = None) -> None:
-    """Admits from the queue all samples of a request at once, as far as there
-    are slots: its prompt is read once.
+    """Admits queued samples to the free slots. All samples of a request enter
+    together, as far as slots allow, with a single prefill of the prompt.
     """
     n_read = 0
     while self._queue and None in self._slots and n_read != max_prefills:
@@ -168,7 +168,7 @@ class Engine:
       self._admit(job, new, seeds)
 
   def _admit(self, job: _Job, new: np.ndarray, seeds: np.ndarray) -> None:
-    """Puts the job's prompt and rules into the slots that are new."""
+    """Puts the job's prompt and rules into the `new` slots."""
     both_ways = job.request.bidirectional_prompt
     if self._prompt is None or self._prompt[:2] != (job.prompt, both_ways):
       self._prompt = (job.prompt, both_ways, self._read(job.prompt, both_ways))
@@ -178,7 +178,7 @@ class Engine:
     self.state = loop.admit(caches, slots, self._prompt[2], row, seeds, new)
 
   def _empty(self) -> tuple[list[cache_lib.Cache], loop.Slots]:
-    """Caches, and slots in which nothing runs."""
+    """Empty KV caches and idle slots."""
     s = self.sampler
     filler = _Job(0, Request(), 0, [0], 0, text.Stream(s.tokenizer, ()))
     return loop.empty(
@@ -215,7 +215,7 @@ class Engine:
     ]
 
   def _row(self, job: _Job) -> loop.Slots:
-    """What a request sets in its slot, once for each device of the batch."""
+    """Initial slot content of a job, a row per device along the batch."""
     r, V = job.request, self.sampler.cfg.vocab_size
     ways, place = self.sampler.ways, self.sampler.place
 
@@ -245,7 +245,7 @@ class Engine:
         processed=column(r.processed, bool),
         parameters=rules.Parameters(
           temperature=column(r.temperature, np.float32),
-          # All k beyond the vocabulary are one, and int32 has an end.
+          # Any k >= V keeps all ids; a larger k might overflow int32.
           top_k=column(min(r.top_k, V), np.int32),
           top_p=column(r.top_p, np.float32),
           min_p=column(r.min_p, np.float32),
@@ -269,7 +269,7 @@ class Engine:
     )
 
   def _decode(self, n_steps: int) -> None:
-    """Takes steps on the device and hands each job what its slot drew."""
+    """Decodes on the device and gives each job the tokens of the job's slot."""
     s, (caches, slots) = self.sampler, self.state
     called_off = np.array([job is None for job in self._slots])
     *self.state, drawn = loop.decode(
@@ -292,7 +292,7 @@ class Engine:
         self._take(job, drawn, slot)
 
   def _take(self, job: _Job, drawn: dict[str, np.ndarray], slot: int) -> None:
-    """What a slot drew, up to what ends the job."""
+    """Adds the tokens drawn in a slot to the job, up to the end of the job."""
     n_others = job.request.alternatives
     ends = {self.sampler.tokenizer.eos, *job.request.stop_ids}
     for column in range(int(drawn["n"][slot])):
@@ -344,5 +344,5 @@ class Engine:
 
 
 def bucket(n: int, least: int) -> int:
-  """The smallest power of two that is at least `n` and `least`."""
+  """The smallest power of two not below `n` and `least`."""
   return 2 ** math.ceil(math.log2(max(n, least)))

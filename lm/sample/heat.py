@@ -1,4 +1,4 @@
-"""How likely a text is, token by token: a heat map and a page."""
+"""Per-token surprisal of a scored text: heat map, table and HTML page."""
 
 import codecs
 import math
@@ -14,16 +14,16 @@ from lm.data import tokenizer as tokenizer_lib
 from lm.sample import request as request_lib
 from lm.sample import show
 
-# Surprisal from which on nothing gets hotter, in bits.
+# Surprisal of the hottest colour, in bits; larger values are clipped.
 HOT_BITS = 12.0
-# Background of 0, 6 and 12 bits in the terminal: red, green, blue.
+# Terminal background (RGB) at 0, 6 and 12 bits; linear in between.
 _HEAT = ((255, 250, 225), (255, 176, 82), (196, 24, 50))
-# Rows of a table of tokens, unless all fit.
+# Most rows of a token table.
 _ROWS = 100
 
 
 def figures(score: request_lib.Score) -> dict[str, int | float]:
-  """The text as a whole. Its log-probability is the sum of conditionals."""
+  """Totals of a text; the log-probability is the sum of conditionals."""
   bits = -score.total / math.log(2)
   n_tokens = len(score.token_ids)
   return {
@@ -48,7 +48,7 @@ def summary(score: request_lib.Score) -> str:
 
 
 def token_table(rows: Sequence[dict[str, Any]]) -> rich.console.Group:
-  """All tokens in order; of many, those that surprised most."""
+  """Table of all tokens in order; above 100, the 100 most surprising."""
   title = "every token"
   if len(rows) > _ROWS:
     title = (
@@ -75,10 +75,10 @@ def token_table(rows: Sequence[dict[str, Any]]) -> rich.console.Group:
 def spans(
   score: request_lib.Score, tokenizer: tokenizer_lib.Tokenizer
 ) -> list[tuple[str, int, int, float]]:
-  """(text, first, end, bits): the shortest runs of tokens that are whole
-  characters, as text that shows where a line ends.
+  """Shortest runs of tokens that decode to whole characters.
 
-  A reserved token, which stands for no text, is shown by its name.
+  Returns (text, first, end, bits) of the tokens [first, end). U+21B5 marks the
+  end of a line; a reserved token has no text and shows by name.
   """
   ids, logs = score.token_ids, score.log_probabilities
   reader = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -97,7 +97,7 @@ def spans(
 def heat_map(
   score: request_lib.Score, tokenizer: tokenizer_lib.Tokenizer
 ) -> text_lib.Text:
-  """The text, each token on the colour of its surprisal, above a legend."""
+  """The text for a terminal, coloured by surprisal, above a legend."""
   shown = text_lib.Text()
   for text, _, _, bits in spans(score, tokenizer):
     shown.append(text, _heat(bits))
@@ -114,7 +114,7 @@ def _heat(bits: float) -> str:
     round(a + (b - a) * (place - low))
     for a, b in zip(_HEAT[low], _HEAT[low + 1], strict=True)
   )
-  ink = "#ffffff" if place > 1.6 else "#000000"  # Of no theme.
+  ink = "#ffffff" if place > 1.6 else "#000000"  # Independent of the theme.
   return f"{ink} on rgb({red},{green},{blue})"
 
 
@@ -125,7 +125,7 @@ def _share(bits: float) -> float:
 def page(
   score: request_lib.Score, tokenizer: tokenizer_lib.Tokenizer, name: str
 ) -> str:
-  """One HTML file that needs no other: the heat map, with every number."""
+  """Self-contained HTML page: heat map, totals and numbers per token."""
   path = pathlib.Path(__file__).with_name("score.html")
   environment = jinja2.Environment(
     autoescape=True, undefined=jinja2.StrictUndefined

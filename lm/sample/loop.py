@@ -1,12 +1,13 @@
-"""What runs on the device: prompts are read, then tokens drawn, in slots.
+"""Device code of sampling: prefill of prompts, then the decode loop, in slots.
 
-A slot is a row of the batch that serves one sample after another. Reading is
-compiled once per bucket of prompt lengths; drawing once, whatever the requests
-in the slots ask for. The layers are unrolled and each has its own cache, all of
-it donated, so that a step copies nothing.
+A slot is a row of the batch and serves many samples, in turn. Prefill compiles
+once per bucket of prompt lengths; decode compiles once for all requests. The
+layers are unrolled with a KV cache each. All caches are donated, to avoid
+copies in a step.
 
-B slots, T prompt length, V vocabulary, E ids that end a row, C columns, one
-per token drawn, A alternatives, k tokens proposed ahead.
+B slots, T prompt length, V vocabulary, E stop ids of a row, C columns (a column
+per drawn token), A alternatives, k tokens proposed ahead, R positions of the
+history, P devices along the batch.
 """
 
 import dataclasses
@@ -29,47 +30,42 @@ from lm.sample import request, rules
 
 @typing.dataclass_transform()
 def _node(cls: type) -> type:
-  """A dataclass whose fields are all arrays, or trees of them."""
+  """Registers a dataclass as a pytree; all fields must be arrays or trees."""
   return jax.tree_util.register_dataclass(dataclasses.dataclass(cls))
 
 
 @_node
 class Rows:
-  """What a request sets for its row.
+  """Settings of each row, constant while a request runs."""
 
-  Tokens at most, and at least; ids that end it, filled up with V; whether
-  alternatives are wanted, and log-probabilities after the rules.
-  """
-
-  limits: Int[Array, "B"]
-  min_tokens: Int[Array, "B"]
-  ends: Int[Array, "B E"]
-  alternatives: Bool[Array, "B"]
-  processed: Bool[Array, "B"]
+  limits: Int[Array, "B"]  # Max new tokens.
+  min_tokens: Int[Array, "B"]  # Min new tokens, before any stop id.
+  ends: Int[Array, "B E"]  # Stop ids with eos, padded with V.
+  alternatives: Bool[Array, "B"]  # Reports the likeliest ids too.
+  processed: Bool[Array, "B"]  # Reports log-probabilities after the rules.
   parameters: rules.Parameters
 
 
 @_node
 class Slots:
-  """Where each row stands, apart from its cache.
+  """Decoding state of each row, apart from the KV cache.
 
-  `last` was drawn, or ends the prompt, and has not been read yet: it has
-  position `lengths`. `history` is all up to it, by position.
+  `last`: newest token, not yet in the KV cache; its position is `lengths`.
   """
 
   rows: Rows
   past: rules.Past
-  last: Int[Array, "B"]
-  history: Int[Array, "B R"]
-  lengths: Int[Array, "B"]
+  last: Int[Array, "B"]  # The newest drawn token, or the end of the prompt.
+  history: Int[Array, "B R"]  # Token ids by position, `last` included.
+  lengths: Int[Array, "B"]  # Tokens in the KV cache.
   n_drawn: Int[Array, "B"]
   done: Bool[Array, "B"]
 
 
 @_node
 class Drawn:
-  """What one call of `decode` drew: of each row, the first `n` columns, with
-  log-probabilities and the likeliest alternatives.
+  """Tokens drawn by a call of `decode`, with log-probabilities and the
+  likeliest alternatives. Only the first `n` columns of a row are valid.
   """
 
   ids: Int[Array, "B C"]
@@ -92,7 +88,7 @@ def empty(
   n_new: int,
   int8: bool,
 ) -> tuple[list[cache_lib.Cache], Slots]:
-  """A cache for each model, and slots like `row` in which nothing runs."""
+  """An empty KV cache per model, and idle slots with the shapes of `row`."""
   where = sharding.spec("batch")
 
   def zeros(x):
@@ -121,17 +117,17 @@ def read(
   int8: bool = False,
   bidirectional: bool = False,
 ) -> cache_lib.Cache:
-  """The cache of a prompt, without its last token.
+  """Prefill: the KV cache of a prompt, without the last token.
 
-  That one is left to the first step of `decode`, so that every token is drawn
-  by the same program, and the head never reads a prompt. P is 1, or on a mesh
-  the devices along the batch, each of which reads the same prompt.
+  The first step of `decode` reads the last token: the same program draws every
+  token, and prefill needs no output head. P is 1, or on a mesh the number of
+  devices along the batch; each device reads the same prompt.
   """
   model = nnx.merge(graph, state)
   places = jnp.arange(inputs.shape[1])[None]
   real = places < lengths[:, None]
   tokens = attention.Tokens(
-    # Padding lies at 0, since a learned table may end before the bucket does.
+    # Padding gets position 0: a bucket may be longer than a learned table.
     positions=jnp.where(real, places, 0),
     segments=real.astype(jnp.int32),
     prefix=real if bidirectional else None,
@@ -151,10 +147,10 @@ def admit(
   seeds: Array,
   new: Bool[Array, "B"],
 ) -> tuple[list[cache_lib.Cache], Slots]:
-  """Puts a prompt and its request into each slot that is `new`.
+  """Puts a prefilled prompt and the request's settings into each `new` slot.
 
-  `prompts`, one per model, and `row` have one row, or as many as `read` had;
-  `seeds` is by slot.
+  `prompts` (a KV cache per model) and `row` have P rows, as in `read`; `seeds`
+  is by slot.
   """
 
   def choose(new, seeds, old, row):
@@ -196,15 +192,15 @@ def decode(
   draft_graph: Any = None,
   draft_state: Any = None,
 ) -> tuple[list[cache_lib.Cache], Slots, Drawn]:
-  """Takes up to `n_steps` steps, each of a token for each row, of the first
-  `n_ids`. Ends sooner where all rows are done or, if `until_free`, where one
-  becomes so. Rows that are `called_off` are done.
+  """Decodes up to `n_steps` steps: at least a token per step and live row, from
+  the first `n_ids` ids. Stops once all rows are done or, if `until_free`, once
+  a row becomes done. `called_off` rows (slots without a job) count as done.
 
-  Each step may check `ahead` = k tokens that were proposed by another model, or
-  without one by what followed the last two tokens earlier in the row; C must
-  be k + 1 times the steps. Which tokens come out does not depend on it: each is
-  drawn from the model's own logits with the noise of its own position, and a
-  proposal only spares a step where it says the same.
+  Speculative decoding: each step checks `ahead` = k proposed tokens, from the
+  draft model or, without a draft, from prompt lookup. C must be at least
+  (k + 1) * n_steps. Proposals never change the output: each token is drawn from
+  the model's own logits with the noise of the token's position, and an equal
+  proposal only saves a step.
   """
   model = nnx.merge(graph, state)
   draft = None if draft_graph is None else nnx.merge(draft_graph, draft_state)
@@ -250,7 +246,7 @@ def look(
   n_ids: int,
 ) -> tuple[dict[str, Float[Array, "B V"]], Int[Array, "B"]]:
   """The distribution of each row's next token after each stage of the rules,
-  and the id that is drawn. Moves nothing.
+  and the id drawn. Changes neither KV cache nor slots.
   """
   model = nnx.merge(graph, state)
   hidden, _ = model.extend(slots.last[:, None], cache)
@@ -277,7 +273,9 @@ def _nothing(slots, n_columns):
 
 
 def _accept(logits, proposed, slots, drawn, *, n_ids):
-  """Draws from logits [B, k + 1, V] until a proposal says another token."""
+  """Draws from logits [B, k + 1, V] up to and including the first token that
+  differs from the proposal.
+  """
   k = proposed.shape[1]
   agreed = jnp.ones(len(proposed), bool)
   for i in range(k + 1):
@@ -289,7 +287,7 @@ def _accept(logits, proposed, slots, drawn, *, n_ids):
 
 
 def parameters_of(slots, n_vocab):
-  """The rules of each row; no end is drawn before its `min_tokens`."""
+  """Sampling parameters per row; stop ids get -inf before `min_tokens`."""
   rows = slots.rows
   early = slots.n_drawn < rows.min_tokens
 
@@ -305,13 +303,13 @@ def parameters_of(slots, n_vocab):
 
 
 def _sample(logits, slots, n_ids):
-  """The id that each row draws next, and its scores after the rules."""
+  """Draws the next id of each row; also returns the scores after the rules."""
   parameters = parameters_of(slots, logits.shape[1])
   return rules.sample(logits, parameters, slots.past, slots.lengths + 1, n_ids)
 
 
 def _draw(logits, slots, drawn, alive, n_ids):
-  """One more token for each row that is `alive`."""
+  """Draws a token for each `alive` row, and updates `slots` and `drawn`."""
   rows, past = slots.rows, slots.past
   ids, processed = _sample(logits, slots, n_ids)
   total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
@@ -331,7 +329,7 @@ def _draw(logits, slots, drawn, alive, n_ids):
     lambda: tuple(jax.lax.top_k(scores, A)),
     lambda: (drawn.other_logs[:, 0], drawn.other_ids[:, 0]),
   )
-  # Rows that are not alive write nothing: their column is out of range.
+  # Rows not alive get a column out of range: mode="drop" skips the write.
   column = jnp.where(alive, drawn.n, drawn.ids.shape[1])
 
   def put(old, new):
@@ -361,8 +359,8 @@ def _draw(logits, slots, drawn, alive, n_ids):
 
 
 def _repeat(slots, k):
-  """Proposes [B, k] what followed the last two tokens where they stood before
-  (prompt lookup): the latest such place, else anything.
+  """Prompt lookup: proposes [B, k], the tokens after the latest earlier
+  occurrence of the last two tokens. Without a match, proposals are arbitrary.
   """
   B, R = slots.history.shape
   place = jnp.arange(R)[None]
@@ -378,8 +376,10 @@ def _repeat(slots, k):
 
 
 def _propose(draft, cache, slots, k, n_ids):
-  """Proposes [B, k] what `draft` draws by the same rules and noise. It also
-  reads its last proposal, so that its cache lacks nothing if that is taken.
+  """Proposes [B, k], drawn from the draft model by the same rules and noise.
+
+  The draft model also reads the last proposal: the draft's KV cache must be
+  complete if all proposals are accepted.
   """
   cache = dataclasses.replace(cache, lengths=slots.lengths)
   proposed = []
@@ -395,7 +395,7 @@ def _propose(draft, cache, slots, k, n_ids):
 
 
 def _go_on(logits, slots, n_ids):
-  """`slots` as if what is drawn from `logits` were right."""
+  """Draws from draft `logits`, and advances `slots` as if accepted."""
   ids, _ = _sample(logits, slots, n_ids)
   counts = slots.past.counts.at[jnp.arange(len(ids)), ids].add(1)
   return dataclasses.replace(

@@ -1,44 +1,44 @@
-"""From logits to a token: every sampling rule, exactly.
+"""Sampling rules: from logits to a token, exactly.
 
 The contract, per row, in this order:
 
-1. Logits are float32; -inf is allowed. A NaN or +inf, or no finite logit at
-   all, makes every score of the row NaN, draws id 0 and leaves the other rows
-   alone. Ids from `n_ids` on pad the vocabulary: never drawn.
-2. `bias` is added; where it is -inf the id is forbidden.
-3. Ids of the prompt and the output: a logit above 0 is divided by the
-   repetition penalty, another multiplied by it (arXiv:1909.05858).
-4. Ids of the output: less the frequency penalty for each time that the id was
-   drawn, then less the presence penalty once.
-5. Temperature 0, or a subnormal number, is greedy: the largest logit, the
-   lowest id among equals. Nothing below has an effect. Else logits are divided
-   by the temperature, up to a constant of the row.
+1. Logits are float32; -inf is allowed. If a logit is NaN or +inf, or no logit
+   is finite, every score of the row is NaN, id 0 is drawn, and other rows are
+   unaffected. Ids from `n_ids` on pad the vocabulary and are never drawn.
+2. `bias` is added; a bias of -inf forbids the id.
+3. Repetition penalty, on ids of prompt and output: a logit above 0 is divided
+   by the penalty, a logit up to 0 is multiplied (arXiv:1909.05858).
+4. On ids of the output: the frequency penalty is subtracted once per
+   occurrence, then the presence penalty once.
+5. Temperature 0, or a subnormal number, is greedy: the largest logit wins, ties
+   to the lowest id, and rules 6 to 10 have no effect. Otherwise logits are
+   divided by the temperature, up to a constant of the row.
 6. Min-p removes ids less likely than min_p times the likeliest; equal stays.
-7. Top-k keeps exactly k ids, by (logit descending, id ascending); logits are
-   compared as they are before the temperature.
-8. Top-p keeps, of what is left and in that order, the shortest prefix whose
-   share of the probability left reaches p: the id that crosses p stays.
-9. Typical (arXiv:2202.00666) keeps, of what is left, the shortest prefix that
-   reaches typical_p in the order (distance of the id's surprisal from the
-   entropy ascending, id ascending).
-10. The token is argmax(score + Gumbel noise) over what is kept. The noise is a
-   function of (seed, absolute position, id) alone, so a row draws the same
-   token in any batch and any place.
+7. Top-k keeps exactly k ids, ordered by (logit descending, id ascending), with
+   logits from before the temperature.
+8. Top-p takes the ids left, in the order of rule 7, and keeps the shortest
+   prefix with a share p of the probability left; the id crossing p stays.
+9. Typical (arXiv:2202.00666) takes the ids left, ordered by (distance of the
+   surprisal from the entropy ascending, id ascending), and keeps the shortest
+   prefix with a share typical_p of the probability left.
+10. The token is argmax(score + Gumbel noise) over the ids kept. The noise is a
+   function of (seed, absolute position, id) alone: a row draws the same token
+   in any batch and any slot.
 
-With `temperature_last`, rules 6 to 9 look at the probabilities of temperature
-1, and what they keep is divided by the temperature after them.
+With `temperature_last`, rules 6 to 9 use the probabilities at temperature 1,
+and the temperature is applied to the ids kept.
 
-What asks for nothing changes no bit: bias 0, repetition penalty 1, frequency
-and presence 0, temperature 1, min_p 0, top_k 0 or >= V, top_p 1, typical_p 1.
-A bias or penalty that overflows stops at float32's largest number. At least
-one id is always kept. Whether a sum meets a share exactly, or two distances
-are equal, is decided in float32.
+Neutral values change no bit: bias 0, repetition penalty 1, frequency and
+presence 0, temperature 1, min_p 0, top_k 0 or >= V, top_p 1, typical_p 1. A
+bias or penalty that overflows is clipped to float32's largest number. At least
+one id is always kept. Comparisons of sums with shares, and of two distances,
+are decided in float32.
 
-The noise is made of 32 random bits: ids below a probability of about 1e-9 are
-drawn less often than they should be.
+The noise has 32 random bits: ids below a probability of about 1e-9 are drawn
+too rarely.
 
-The vocabulary is never sorted: prefixes are found by bisection. What no row of
-the batch asks for is not computed. `benchmarks/rules.py` measures each rule.
+The vocabulary is never sorted: prefixes are found by bisection. Rules used by
+no row of the batch are not computed. `benchmarks/rules.py` times each rule.
 
 B batch, V vocabulary.
 """
@@ -50,7 +50,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-# Of `stages`, in order; a row of `temperature_last` has its temperature last.
+# Keys of `stages`, in order; `temperature_last` rows apply temperature last.
 STAGES = (
   "raw",
   "penalties",
@@ -84,7 +84,7 @@ _LEAST = float(jnp.finfo(jnp.float32).tiny)
 )
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-  """The rules of each row; arrays, so that one program serves them all."""
+  """Sampling parameters per row, as arrays: no recompilation per request."""
 
   temperature: Float[Array, "B"]
   top_k: Int[Array, "B"]
@@ -106,9 +106,9 @@ class Parameters:
 )
 @dataclasses.dataclass(frozen=True)
 class Past:
-  """What penalties look at: ids of the prompt, and how often each was drawn.
+  """Input of the penalties: ids of the prompt, and a count of draws per id.
 
-  Whoever fills them leaves padding out.
+  The caller must leave out padding.
   """
 
   prompt: Bool[Array, "B V"]
@@ -122,9 +122,9 @@ def sample(
   positions: Int[Array, "B"],
   n_ids: int,
 ) -> tuple[Int[Array, "B"], Float[Array, "B V"]]:
-  """A token for each row, and the scores that it was drawn by.
+  """Draws a token for each row; also returns the processed scores.
 
-  `positions` are those that the tokens will have.
+  `positions` are the positions of the drawn tokens.
   """
   processed = process(logits, parameters, past, n_ids)
   return draw(processed, parameters, positions), processed
@@ -135,7 +135,7 @@ def process(
 ) -> Float[Array, "B V"]:
   """Rules 1 to 9: scores up to a constant of the row, -inf where removed.
 
-  A greedy row has 0 at the id that it takes and -inf elsewhere.
+  A greedy row is 0 at the chosen id and -inf elsewhere.
   """
   scores = _penalise(logits, parameters, past, n_ids)
   return _final(scores, _cut(scores, parameters)[-1], parameters)
@@ -146,11 +146,11 @@ def draw(
   parameters: Parameters,
   positions: Int[Array, "B"],
 ) -> Int[Array, "B"]:
-  """Rule 10. Greedy rows need no noise; where all are, none is computed."""
+  """Rule 10. Greedy rows get no noise; an all-greedy batch skips the noise."""
   hot = _hot(parameters)
 
   def noisy():
-    # The largest goes to 0, where floats are fine enough for the noise.
+    # Shifts the largest score to 0, where float spacing suits the noise.
     largest = jnp.max(processed, axis=-1, keepdims=True)
     noise = _noise(parameters.seed, positions, processed.shape[1])
     return jnp.where(hot, processed - largest + noise, processed)
@@ -161,11 +161,11 @@ def draw(
 def stages(
   logits: Float[Array, "B V"], parameters: Parameters, past: Past, n_ids: int
 ) -> dict[str, Float[Array, "B V"]]:
-  """Probability of each id after each of STAGES, 0 where it is removed.
+  """Probability of each id after each of STAGES, 0 where removed.
 
-  "raw" counts the ids that pad the vocabulary, as the loss does. A greedy row
-  is one-hot from "temperature" on. Of a row of `temperature_last`,
-  "temperature" is what it is drawn from. (jit returns dicts sorted by name.)
+  "raw" includes the ids that pad the vocabulary, as the loss does. A greedy row
+  is one-hot from "temperature" on. With `temperature_last`, "temperature" is
+  the final distribution, after all cuts. (jit returns dicts sorted by name.)
   """
   scores = _penalise(logits, parameters, past, n_ids)
   cuts = _cut(scores, parameters)
@@ -184,13 +184,13 @@ def stages(
 
 
 def _penalise(logits, parameters, past, n_ids):
-  """Rules 2 to 4."""
+  """Rules 2 to 4: bias and penalties."""
 
   def column(name):
     return getattr(parameters, name)[:, None]
 
   def change(where, before, after):
-    # What is not finite stays; the rest stays finite.
+    # Non-finite scores are unchanged; finite scores stay finite.
     after = jnp.clip(after, -_LARGEST, _LARGEST)
     return jnp.where(where & jnp.isfinite(before), after, before)
 
@@ -215,7 +215,7 @@ def _penalise(logits, parameters, past, n_ids):
 
 
 def _cut(scores, parameters):
-  """Rules 6 to 9: for each of them, the ids that are left after it."""
+  """Rules 6 to 9: a mask per rule, of the ids left after the rule."""
   temperature = _cutting_temperature(parameters)
   hot = _hot(parameters)
   n_ids = scores.shape[1]
@@ -240,7 +240,7 @@ def _cut(scores, parameters):
     )
 
   min_p, rows = asked("min_p", lambda value: value > 0)
-  # The largest weight is 1.
+  # `tempered` has a largest weight of exp(0) = 1.
   rule(rows, lambda _: jnp.exp(tempered()) >= min_p)
 
   top_k, rows = asked("top_k", lambda value: (value > 0) & (value < n_ids))
@@ -254,7 +254,8 @@ def _cut(scores, parameters):
   )
 
   def typical(before):
-    # The surprisal's distance from its mean is the score's from its own.
+    # Surprisal is a constant minus the score: |surprisal - entropy| equals
+    # |score - mean score|.
     x = tempered()
     weights = jnp.where(before, jnp.exp(x), 0)
     moment = jnp.sum(jnp.where(weights > 0, weights * x, 0), -1, keepdims=True)
@@ -267,15 +268,15 @@ def _cut(scores, parameters):
 
 
 def _nucleus(order, tempered, before, p):
-  """The shortest prefix of `order` with a share p of what is left `before`."""
+  """Shortest prefix of `order` with a share p of the weight in `before`."""
   weights = jnp.where(before, jnp.exp(tempered), 0)
   total = jnp.sum(weights, axis=-1, keepdims=True)
-  # A tiny p must not ask for nothing.
+  # A target of 0, by underflow of a tiny p, would keep no id.
   return _prefix(order, weights, jnp.maximum(p * total, _LEAST))
 
 
 def _final(scores, kept, parameters):
-  """Rule 5 for what is kept, and rows that are flagged."""
+  """Rule 5 on the ids kept; makes invalid rows NaN (rule 1)."""
   temperature = parameters.temperature[:, None]
   x = jnp.where(kept, scores, -jnp.inf)
   x = jnp.where(temperature == 1, x, _temper(x, temperature))
@@ -291,8 +292,8 @@ def _final(scores, kept, parameters):
 
 
 def _hot(parameters):
-  """Rows that are not greedy. Some devices take subnormal numbers for 0, so
-  all shall.
+  """Rows that are not greedy. Subnormal temperatures are greedy everywhere,
+  because some devices flush subnormals to 0.
   """
   return parameters.temperature[:, None] >= _LEAST
 
@@ -303,22 +304,22 @@ def _cutting_temperature(parameters):
 
 
 def _temper(x, temperature):
-  """Scores over the temperature, shifted so that the largest is 0: nothing
-  overflows, however small the temperature. Means nothing in greedy rows.
+  """Divides scores by the temperature, after a shift of the largest to 0:
+  avoids overflow at any temperature. Greedy rows get meaningless values.
   """
   largest = jnp.max(x, axis=-1, keepdims=True)
   return _divide(x - largest, x > -jnp.inf, temperature)
 
 
 def _divide(x, where, by):
-  """Divides there. Of one divisor for a whole row XLA would take the
-  reciprocal and multiply: off by a bit for one number in five.
+  """Divides where `where` is True. With a single divisor per row, XLA would
+  multiply by the reciprocal: off by a bit for a fifth of all numbers.
   """
   return x / jnp.where(where, by, 1.0)
 
 
 def _argmax(x):
-  """The lowest id among the largest, and 0 in a row with NaN.
+  """Argmax, ties to the lowest id; 0 in a row with NaN.
 
   On CPU `jnp.argmax` takes eight times as long.
   """
@@ -329,14 +330,14 @@ def _argmax(x):
 
 
 def _noise(seeds, positions, n_ids) -> Float[Array, "B V"]:
-  """Gumbel noise of -2.8 to 22.9 from `_bits` of a key for each row."""
+  """Gumbel noise, from -2.8 to 22.9, from `_bits` of a key per row."""
 
   def words(seed, position):
     key = jax.random.key(seed, impl="threefry2x32")
     return jax.random.key_data(jax.random.fold_in(key, position))
 
   bits = _bits(jax.vmap(words)(seeds, positions), n_ids)
-  # Near 0, where the noise is large, floats keep all 32 bits.
+  # The noise is large for `uniform` near 0, where floats keep all 32 bits.
   uniform = (bits.astype(jnp.float32) + 0.5) * 2.0**-32
   return -jnp.log(-jnp.log1p(-jnp.minimum(uniform, 1 - 2.0**-24)))
 
@@ -345,7 +346,7 @@ def _bits(words: UInt32[Array, "B 2"], n_ids: int) -> UInt32[Array, "B V"]:
   """`jax.random.bits(key, (n_ids,))` of each row's key, to the bit.
 
   Threefry-2x32-20 (Salmon et al. 2011) of the id. On CPU jax.random loops over
-  its rounds, which takes three times as long as this one fused pass.
+  the rounds and takes three times as long as this fused pass.
   """
   words = jnp.broadcast_to(words[:, :, None], (*words.shape, n_ids))
   first, second = words[:, 0], words[:, 1]
@@ -362,7 +363,7 @@ def _bits(words: UInt32[Array, "B 2"], n_ids: int) -> UInt32[Array, "B V"]:
 
 
 def _sortable(x: Float[Array, "B V"]) -> Int[Array, "B V"]:
-  """Integers that are ordered as the floats are; -0 equals 0."""
+  """Maps floats to integers of the same order; -0 equals 0."""
   bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)
   return jnp.where(bits < 0, bits ^ jnp.int32(2**31 - 1), bits)
 
@@ -370,10 +371,10 @@ def _sortable(x: Float[Array, "B V"]) -> Int[Array, "B V"]:
 def _prefix(
   order: Int[Array, "B V"], weights: Array, target: Array
 ) -> Bool[Array, "B V"]:
-  """Shortest prefix by (order descending, id ascending) that weighs `target`.
+  """Shortest prefix by (order descending, id ascending) of weight `target`.
 
-  All of the row where it weighs less. `weights` is [B, V], or [B, 1] where all
-  ids weigh the same. Both bisections set bits from the top.
+  Keeps the whole row if the row weighs less. `weights` is [B, V], or [B, 1] for
+  equal weights. Both bisections set bits from the top.
   """
   n_rows, n_ids = order.shape
   ids = jnp.arange(n_ids, dtype=jnp.int32)[None]
@@ -382,8 +383,8 @@ def _prefix(
   def weight(where):
     return jnp.sum(jnp.where(where, weights, 0), axis=-1, keepdims=True)
 
-  # The largest threshold at and above which there is enough, or the first
-  # found with just enough. Adding bit 31 to the least integer gives 0.
+  # Finds the largest threshold where the ids at or above weigh at least
+  # `target`; stops early at equality. Least integer + bit 31 = 0.
   def lower(state):
     i, threshold, found = state
     higher = threshold + (jnp.int32(1) << (31 - i))
@@ -401,7 +402,7 @@ def _prefix(
   _, threshold, _ = jax.lax.while_loop(unsure, lower, (0, least, whole))
   above, tied = order > threshold, order == threshold
 
-  # The last id needed of those that stand at the threshold.
+  # Finds the last id needed among the ties at the threshold.
   def later(i, last):
     bit = (1 << (n_ids.bit_length() - 1)) >> i
     short = weight(above | (tied & (ids < last + bit))) < target

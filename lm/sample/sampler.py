@@ -1,15 +1,15 @@
-"""The Python interface: a model, and what can be asked of it.
+"""Python interface to a trained model: sampling, beam search, scoring.
 
-`generate` and `stream` continue prompts, `next_token` looks at one
-distribution, `score` judges a text. All samples go through the slots of an
-`Engine` (lm/sample/engine.py); prompts are padded on the right to a power of
-two.
+`generate` and `stream` continue prompts, `next_token` returns one next-token
+distribution, `score` the log-probabilities of a text. Samples are drawn in the
+slots of an `Engine` (lm/sample/engine.py); prompts are padded on the right to a
+power of two.
 
-A sample's noise follows from its seed and positions alone. Its logits follow
-from its own tokens alone too, but XLA may sum in another order for another
-number of slots or places: there they can differ in the last bit. An engine of
-fixed slots and places gives every request the same tokens, bit for bit,
-whatever else it serves.
+Determinism: a sample's noise depends only on seed and positions, and a sample's
+logits only on its own tokens. But XLA may sum in a different order for a
+different number of slots or KV cache positions (`n_places`), and logits can
+then differ in the last bit. An engine with fixed slots and positions gives
+every request the same tokens, bit for bit, whatever else the engine serves.
 """
 
 import contextlib
@@ -40,24 +40,25 @@ from lm.sample.request import (
   Score,
 )
 
-# What weights may be kept as.
+# Storage formats of the weights.
 WEIGHTS = ("float32", "bfloat16", "int8")
-# Slots that `generate` uses at most, for each device along the batch.
+# Most slots that `generate` uses by default, per device along the batch.
 MAX_SLOTS = 32
 
 
 class Sampler:
-  """Continues prompts with one model.
+  """Samples from one model.
 
-  `params` lie on `mesh` (axes data, fsdp, tensor) or, without one, on one
-  device. Layers are copied into arrays of their own, in the compute dtype, and
-  gathered over fsdp; other arrays may stay shared, so do not donate `params`.
+  `params` lie on `mesh` (axes data, fsdp, tensor), or on one device without a
+  mesh. Each layer is copied to separate arrays, in the compute dtype and
+  all-gathered over fsdp. Do not donate `params`: other arrays may stay shared.
 
-  `weights` is the compute dtype, where it is to be another than in training, or
-  "int8": the layers' matrices in 8 bits, with a scale for each output.
-  `int8_cache` keeps keys and values so. `ahead` tokens are proposed at
-  each step, by `draft` (a smaller sampler of the same tokenizer and mesh) or
-  without one by looking up what the text repeats; no token depends on it.
+  `weights` is the compute dtype, if different from training, or "int8": the
+  layers' matrices in 8 bits, with a scale per output. `int8_cache` stores the
+  KV cache in 8 bits, with a scale per vector. Speculative decoding: each step
+  proposes `ahead` tokens, from the draft model `draft` (a smaller sampler with
+  the same tokenizer and mesh) or, without a draft model, from earlier text
+  (prompt lookup). No token drawn depends on `ahead` or `draft`.
   """
 
   def __init__(
@@ -93,7 +94,7 @@ class Sampler:
       _check_draft(cfg, tokenizer, mesh, draft)
     self.cfg, self.tokenizer, self.mesh = cfg, tokenizer, mesh
     self.int8_cache, self.ahead, self.draft = int8_cache, ahead, draft
-    # Devices along the batch.
+    # Devices along the batch axis.
     self.ways = 1
     if mesh is not None:
       batch_axes = sharding.mesh_axes("batch")
@@ -109,8 +110,10 @@ class Sampler:
     mesh: jax.sharding.Mesh | None = None,
     **options: Any,
   ) -> "Sampler":
-    """Of the last step of a run, or of `step`. Reads parameters only, each
-    device its own part; `options` are those of the constructor.
+    """Loads the run's last checkpoint, or the checkpoint of `step`.
+
+    Reads parameters only, each device its own shard. `options`: as in the
+    constructor.
     """
     meta = checkpoint.load_meta(workdir, step)
     cfg = meta.config.model
@@ -118,15 +121,15 @@ class Sampler:
     tokenizer = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
     return cls(cfg, params, tokenizer, mesh, **options)
 
-  # --- what can be asked ------------------------------------------------------
+  # --- generation and scoring -------------------------------------------------
 
   def generate(
     self, requests: Sequence[Request], n_slots: int | None = None
   ) -> list[Result]:
-    """`n_samples` results for each request, in order.
+    """Returns `n_samples` results per request, in order.
 
-    None: a slot for each sample, up to 32 per device along the batch. Raises
-    ConfigError on a request that cannot be met, before anything compiles.
+    Default `n_slots`: a slot per sample, up to 32 per device along the batch.
+    Raises ConfigError on an invalid request, before anything compiles.
     """
     pieces = self.stream(requests, n_slots, engine_lib.MAX_STEPS)
     results = {p.job: p.result for p in pieces if p.result is not None}
@@ -138,7 +141,7 @@ class Sampler:
     n_slots: int | None = None,
     n_steps: int = 1,
   ) -> Iterator[Piece]:
-    """What `generate` gives, as it comes, every `n_steps` tokens."""
+    """Streams the output of `generate`, every `n_steps` decode steps."""
     if not requests:
       raise schema.ConfigError("requests=[]: give at least one Request")
     resolved = [self.resolve(request) for request in requests]
@@ -159,8 +162,11 @@ class Sampler:
   def engine(
     self, n_slots: int, n_places: int | None = None
   ) -> engine_lib.Engine:
-    """Slots to be served from a queue; `n_places`: tokens of prompt and
-    continuation, at most those of the context, which is the default.
+    """Makes an engine: a request queue served by `n_slots` slots.
+
+    `n_places`: tokens of prompt plus continuation; default and maximum: the
+    context. Raises ConfigError if the devices along the batch do not divide
+    `n_slots`.
     """
     if n_slots < 1 or n_slots % self.ways:
       raise schema.ConfigError(
@@ -172,10 +178,11 @@ class Sampler:
   def next_token(
     self, request: Request, n: int = 5, engine: engine_lib.Engine | None = None
   ) -> NextToken:
-    """The distribution after the prompt: its `n` likeliest ids, and the one
-    that `generate` draws first, with the share each stage of the rules leaves.
+    """Next-token distribution after the prompt: the `n` likeliest ids and the
+    id that `generate` draws first, with probabilities after each stage of the
+    rules.
 
-    `engine` is one with a free slot, for who asks often; None makes one.
+    Frequent callers pass an `engine` with a free slot; None makes a new engine.
     """
     prompt, _ = self.resolve(request)
     if engine is None:
@@ -183,7 +190,7 @@ class Sampler:
       engine = engine_lib.Engine(self, self.ways, n_places)
     stages, drawn = engine.look(request)
     raw = stages["raw"].astype(np.float64)
-    # By probability descending, then by id.
+    # Probability descending, then id ascending.
     order = np.lexsort((np.arange(len(raw)), -raw))
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(1, len(order) + 1)
@@ -214,8 +221,8 @@ class Sampler:
     length_penalty: float = 1.0,
     early_stopping: bool | str = False,
   ) -> list[Result]:
-    """The likeliest continuations that a beam search finds, best first
-    (lm/sample/beam.py).
+    """Beam search (lm/sample/beam.py): `n_beams` continuations or fewer, best
+    first.
     """
     return beam.search(self, request, n_beams, length_penalty, early_stopping)
 
@@ -227,11 +234,11 @@ class Sampler:
     stride: int | None = None,
     eos: bool = False,
   ) -> Score:
-    """How likely a text is, given bos, or all ids but the first, given that;
-    with `eos`, and that it ends there: the number of `lm.evaluate`.
+    """Log-probabilities of a text given bos, or of ids given the first id.
 
-    What is longer than the context is read in windows, each of which scores
-    the next `stride` tokens (default: the context) and is as long as it can.
+    `eos` scores a final eos too, as `lm.evaluate` does. A text longer than the
+    context is read in windows. Each window after the first scores the next
+    `stride` tokens (default: the context), with as many earlier tokens as fit.
     """
     ids = self.encode(text) + [self.tokenizer.eos] * eos
     found = self.scoring(ids, alternatives, stride)
@@ -240,23 +247,24 @@ class Sampler:
   def scoring(
     self, ids: Sequence[int], alternatives: int = 0, stride: int | None = None
   ) -> Iterator[scoring.Part]:
-    """The same, a window at a time, for one who has other work between them."""
+    """Scores `ids` window by window; the caller may do work between windows."""
     request_lib.check(Request(alternatives=alternatives), self.tokenizer.size)
     return scoring.parts(self, ids, alternatives, stride)
 
   def check(self, request: Request, shown: Any = None) -> None:
-    """Raises ConfigError on a request that cannot be met."""
+    """Raises ConfigError on an invalid request, as `resolve` does."""
     self.resolve(request, shown=shown)
 
-  # --- what they are made of --------------------------------------------------
+  # --- requests, token ids, devices -------------------------------------------
 
   def resolve(
     self, request: Request, n_places: int | None = None, shown: Any = None
   ) -> tuple[list[int], int]:
-    """Ids of the prompt, and how many tokens to draw at most.
+    """Token ids of the prompt, and the maximum number of tokens to draw.
 
-    Raises ConfigError where they do not fit into the context, or `n_places`;
-    it shows the prompt as `shown`, where that is what the user wrote.
+    Raises ConfigError on an invalid request, or if prompt and new tokens do not
+    fit the context or `n_places`; the message quotes `shown`, the user's own
+    text, in place of the prompt.
     """
     request_lib.check(request, self.tokenizer.size)
     prompt = self.encode(request.prompt)
@@ -283,12 +291,12 @@ class Sampler:
     return prompt, limit
 
   def models(self) -> list["Sampler"]:
-    """This one, and what drafts for it."""
+    """This model and, if set, the draft model."""
     return [self] if self.draft is None else [self, self.draft]
 
   def encode(self, text: str | Sequence[int]) -> list[int]:
-    """Ids of a text, with bos in front; ids as they are, or bos alone where
-    there are none. Raises ConfigError on ids that the tokenizer has not.
+    """Token ids of a text, bos first; a sequence of ids is kept unchanged, or
+    becomes bos if empty. Raises ConfigError on ids unknown to the tokenizer.
     """
     bos = self.tokenizer.bos
     if isinstance(text, str):
@@ -303,7 +311,7 @@ class Sampler:
     return ids or [bos]
 
   def piece(self, i: int) -> str:
-    """Of ids that pad the model's vocabulary too."""
+    """Printable form of id `i`; padding ids of the vocabulary become `<i>`."""
     return self.tokenizer.piece(i) if i < self.tokenizer.size else f"<{i}>"
 
   def in_mesh(self):
@@ -312,25 +320,25 @@ class Sampler:
     return jax.set_mesh(self.mesh)
 
   def place(self, rows: np.ndarray) -> jax.Array:
-    """On the mesh, cut along the batch; each process has all rows."""
+    """Shards rows along the batch axis; each process passes all rows."""
     if self.mesh is None:
       return jnp.asarray(rows)
     where = NamedSharding(self.mesh, sharding.partition("batch"))
     return jax.make_array_from_callback(rows.shape, where, lambda i: rows[i])
 
   def fetch(self, tree: Any) -> Any:
-    """All rows, as NumPy arrays, on every process."""
+    """All-gathers arrays to NumPy: every process gets all rows."""
     if self.mesh is not None:
       tree = jax.device_put(tree, NamedSharding(self.mesh, P()))
     return jax.tree.map(np.asarray, tree)
 
 
-# Tokens proposed at once at most: each costs a draw in every step.
+# Most tokens proposed per step: each proposal costs a draw in every step.
 MAX_AHEAD = 16
 
 
 def _start(prompt: str | Sequence[int]) -> str:
-  """What is shown of a prompt: its beginning."""
+  """Start of a prompt for error messages: 20 characters or ids."""
   return repr(prompt[:20]) + ("..." if len(prompt) > 20 else "")
 
 

@@ -1,4 +1,4 @@
-"""How likely a text is: what every sampling rule starts from.
+"""Scores a text: log-probabilities of raw logits, before sampling rules.
 
 B rows, T length, V vocabulary, A alternatives.
 """
@@ -19,12 +19,12 @@ from lm.model import attention
 from lm.sample import engine as engine_lib
 from lm.sample import request as request_lib
 
-# Positions whose logits are held at once; every bucket is a multiple.
+# Positions per block of logits; every bucket length is a multiple.
 CHUNK = 16
 
 
 class Part(NamedTuple):
-  """Of the next tokens of a text: N rows, in NumPy."""
+  """Scores of the next N tokens of a text, in NumPy."""
 
   logs: Float[np.ndarray, "N"]
   ranks: Int[np.ndarray, "N"]
@@ -35,8 +35,10 @@ class Part(NamedTuple):
 def parts(
   sampler: Any, ids: Sequence[int], n_alternatives: int, stride: int | None
 ) -> Iterator[Part]:
-  """Scores all of `ids` but the first, a window of the context at a time and
-  one call of the device for each, by the windows of `lm.evaluate`.
+  """Yields the scores of `ids[1:]`, a Part per window.
+
+  The windows are the same as in `lm.evaluate` (lm/data/windows.py); each window
+  is a device call. Raises ConfigError on a stride outside [1, context].
   """
   context: int = sampler.cfg.context_length
   stride = context if stride is None else stride
@@ -69,7 +71,7 @@ def parts(
 def collect(
   sampler: Any, ids: Sequence[int], found: Iterable[Part]
 ) -> request_lib.Score:
-  """What `parts` found about `ids`, as one."""
+  """Joins the output of `parts(ids)` into a Score."""
   logs, ranks, others = [], [], []
   for part in found:
     logs += part.logs.tolist()
@@ -105,10 +107,10 @@ def score(
   Float[Array, "B T A"],
 ]:
   """Log-probability and rank of each target, and the likeliest alternatives,
-  zeros where none are `wanted`.
+  zeros if no row is `wanted`.
 
-  Ranks count from 1; equals rank by id. Positions are read a chunk at a time,
-  so that the logits of all are never held.
+  Ranks count from 1; equal logits rank by id. Logits are computed CHUNK
+  positions at a time, to avoid an array of [B, T, V].
   """
   model = nnx.merge(graph, state)
   B, T = inputs.shape

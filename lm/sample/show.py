@@ -1,4 +1,4 @@
-"""What the sampler does, to look at: tables, and JSON of all there is."""
+"""Sampler output as tables for a terminal, and as JSON for programs."""
 
 import dataclasses
 import itertools
@@ -17,20 +17,23 @@ from lm.data import tokenizer as tokenizer_lib
 from lm.sample import request as request_lib
 from lm.sample import sampler as sampler_lib
 
-# For a probability of 0: the rules removed it.
+# Shown for probability 0: removed by the rules.
 _NOTHING = "\u2013"
 _DRAWN = "\u25b8"
 
 
 def printable(text: str) -> str:
-  """`text` for a terminal: what would control it stands as its escape."""
+  """`text` safe for a terminal: control characters become escapes."""
   return "".join(
     c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text
   )
 
 
 def write(text: str, bold: bool = False) -> None:
-  """To stdout, at once: as it is, unless a terminal reads it."""
+  """Writes to stdout and flushes.
+
+  Only on a terminal is `text` escaped by `printable` and set in bold.
+  """
   if sys.stdout.isatty():
     text = printable(text)
     text = f"\x1b[1m{text}\x1b[0m" if bold else text
@@ -38,27 +41,27 @@ def write(text: str, bold: bool = False) -> None:
 
 
 def visible(piece: str) -> str:
-  """A token for a table, where a blank could not be seen."""
+  """A token for a table, with U+2423 in place of blanks."""
   return piece.replace(" ", "\u2423")
 
 
 def dumps(value: Any) -> str:
-  """JSON of dataclasses, too; numbers that are not finite are null."""
+  """JSON, dataclasses included; NaN and infinities become null."""
   return json.dumps(_plain(value), allow_nan=False)
 
 
 def put(value: Any, shown: Sequence[Any], as_json: bool) -> None:
-  """Onto stdout: `value` for programs, or what `shown` has for people."""
+  """Prints `value` as JSON, or else the tables and texts in `shown`."""
   if as_json:
     print(dumps(value))
     return
   console = rich.console.Console(markup=False, highlight=False, emoji=False)
   if not console.is_terminal:
-    console.width = 120  # A file has no width of its own.
+    console.width = 120  # Files and pipes have no width.
   for i, item in enumerate(shown):
     if i:
       console.print()
-    # A terminal breaks lines of text itself, and loses no blank.
+    # soft_wrap: the terminal wraps text, without loss of blanks.
     console.print(item, soft_wrap=isinstance(item, text_lib.Text))
 
 
@@ -78,7 +81,7 @@ def _plain(value: Any) -> Any:
 
 
 def new_table(*columns: str) -> table_lib.Table:
-  """Columns of numbers, but for those whose names end with a blank."""
+  """Right-aligned columns; left-aligned if the name ends in a blank."""
   table = table_lib.Table(box=box.SIMPLE_HEAD)
   for name in columns:
     justify = "left" if name.endswith(" ") else "right"
@@ -93,7 +96,7 @@ def percent(probability: float) -> str:
 
 
 def _tail(tokenizer: tokenizer_lib.Tokenizer, ids: Sequence[int]) -> str:
-  """The end of what the model has read, on one line."""
+  """End of the text read so far, on one line of at most 48 characters."""
   text = visible("".join(tokenizer.piece(i) for i in ids[-48:]))
   whole = len(ids) <= 48 and len(text) <= 48
   return text if whole else f"\u2026{text[-47:]}"
@@ -101,7 +104,7 @@ def _tail(tokenizer: tokenizer_lib.Tokenizer, ids: Sequence[int]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """An id and its probability."""
+  """A candidate id and the id's probability."""
 
   id: int
   piece: str
@@ -112,7 +115,7 @@ def choices(
   tokenizer: tokenizer_lib.Tokenizer,
   alternatives: Iterable[request_lib.Alternative],
 ) -> list[Choice]:
-  # The model's vocabulary may have rows that the tokenizer has no id for.
+  # Ids from tokenizer.size on only pad the model's vocabulary.
   return [
     Choice(
       a.id,
@@ -127,8 +130,8 @@ def tokens(
   said: request_lib.Score | request_lib.Result,
   tokenizer: tokenizer_lib.Tokenizer,
 ) -> list[dict[str, Any]]:
-  """Token by token; `running` is the sum up to and with each. Of a text, not
-  of a continuation, also the ranks.
+  """One dict per token; `running` is the cumulative log-probability, the token
+  included. Tokens of a `Score` also have a rank.
   """
   logs = said.log_probabilities
   rows = [
@@ -158,7 +161,7 @@ def tokens(
 def results(
   found: Iterable[request_lib.Result], tokenizer: tokenizer_lib.Tokenizer
 ) -> list[dict[str, Any]]:
-  """Continuations for programs."""
+  """Continuations as dicts, for JSON."""
   return [
     {
       "request": result.request,
@@ -175,7 +178,7 @@ def results(
 
 
 def stages(request: request_lib.Request) -> set[str]:
-  """Names of the stages at which these rules can change a distribution."""
+  """Names of the stages at which the request's rules can have an effect."""
   r = request
   changes = {
     "penalties": r.repetition_penalty != 1
@@ -198,8 +201,9 @@ def candidates(
   request: request_lib.Request,
   tokenizer: tokenizer_lib.Tokenizer,
 ) -> rich.console.Group:
-  """A row per candidate, a column per stage that the request uses. The one
-  that is drawn is marked; it comes last if it is none of them.
+  """Table with a row per candidate and a column per stage in use.
+
+  The drawn candidate is marked, and added as the last row if not in the list.
   """
   used = stages(request)
   shown = [name for name in found.chosen.stages if name in used]
@@ -240,12 +244,12 @@ def candidates(
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """One round of the loop: what was read, what might come, and what came.
+  """One decode step: context, token drawn, and candidates.
 
-  `probability` is the model's own of the token drawn, `running` the natural
-  log-probability of all that was drawn so far. `candidates` are the likeliest
-  ids, and `kept` the likeliest after the rules: if the last of these has the
-  probability 0, no other id was kept.
+  `probability` is the drawn token's before the rules, `running` the natural
+  log-probability of all tokens drawn so far. `candidates` are the likeliest ids
+  before the rules, `kept` the likeliest after the rules: if the last of `kept`
+  has probability 0, the rules removed every id not listed.
   """
 
   number: int
@@ -261,7 +265,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-  """The continuation that `generate` gives, and how it came about."""
+  """The continuation by `generate`, with every decode step."""
 
   request: request_lib.Request
   text: str
@@ -272,8 +276,8 @@ class Trace:
 def trace(
   sampler: sampler_lib.Sampler, request: request_lib.Request, n: int
 ) -> Trace:
-  """Draws twice, the same tokens: once to learn the model's own probabilities,
-  once to learn what the rules made of them.
+  """Draws the same tokens twice: once to report the model's probabilities, once
+  to report the probabilities after the rules.
   """
   tokenizer = sampler.tokenizer
   wide = min(request_lib.MAX_ALTERNATIVES, tokenizer.size)
@@ -301,7 +305,7 @@ def trace(
 
 
 def step_table(step: Step) -> rich.console.Group:
-  """The likeliest candidates of a step and, last, one drawn from below them."""
+  """Table of a step's candidates; a drawn token below all of them is last."""
   table = new_table(
     " ",
     "rank",
@@ -311,7 +315,7 @@ def step_table(step: Step) -> rich.console.Group:
     "after the rules",
   )
   kept = {choice.id: percent(choice.probability) for choice in step.kept}
-  # Of the rest it is known that they have no more than the last of these.
+  # Upper bound for ids outside `kept`: the smallest probability in `kept`.
   least = percent(step.kept[-1].probability)
   rest = least if least == _NOTHING else f"\u2264 {least}"
   cumulative = itertools.accumulate(c.probability for c in step.candidates)

@@ -1,4 +1,4 @@
-"""From tokens to text while they come: whole characters, cut at stop texts."""
+"""Streaming detokenization: whole characters, cut at stop strings."""
 
 import codecs
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from lm.data import tokenizer as tokenizer_lib
 
 
 class Stream:
-  """Takes the tokens of one continuation and gives out its text.
+  """Decodes the tokens of a continuation to text as the tokens arrive.
 
-  A character is given out once all its bytes are there, and once no stop text
-  can begin with it any more. Of several stop texts the one that is complete
-  first counts, among equals the first of the list. All that was given out is
-  what `Tokenizer.decode` says of all tokens, up to the stop text.
+  A character is released once all bytes of the character are decoded and no
+  stop string can begin there. Of several stop strings, the first to be complete
+  wins, ties by list order. The released text equals `Tokenizer.decode` of all
+  tokens, up to the stop string.
   """
 
   def __init__(self, tokenizer: tokenizer_lib.Tokenizer, stop: Sequence[str]):
@@ -23,18 +23,18 @@ class Stream:
     self._n_given = 0
 
   def add(self, token_id: int) -> bool:
-    """Whether this token completes a stop text."""
+    """Decodes a token; True once a stop string is complete."""
     self._grow(self._decoder.decode(self._tokenizer.decode_bytes([token_id])))
     return self.stopped
 
   def end(self) -> None:
-    """No more tokens follow: what is left of a character is U+FFFD."""
+    """Ends the stream; an incomplete character becomes U+FFFD."""
     if not self.stopped:
       self._grow(self._decoder.decode(b"", final=True))
     self._stop = ()
 
   def take(self) -> str:
-    """What may be given out since the last time."""
+    """Returns the text released since the previous call."""
     end = len(self.text)
     if not self.stopped:
       end -= max((_overlap(self.text, stop) for stop in self._stop), default=0)
@@ -55,6 +55,6 @@ class Stream:
 
 
 def _overlap(text: str, stop: str) -> int:
-  """Characters at the end of `text` that may be the beginning of `stop`."""
+  """Number of characters at the end of `text` that may begin `stop`."""
   longest = min(len(text), len(stop) - 1)
   return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

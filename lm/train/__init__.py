@@ -1,1 +1,1 @@
-"""State, step, optimizer, loop and metrics."""
+"""Training: state, step, optimizer, loop and metrics."""

@@ -3,14 +3,14 @@
 import os
 import signal
 
-# Before the imports below, which take longer than some wait for an answer: a
-# stop that comes now has nothing to save.
+# The handlers are installed before the imports below: the imports can take
+# longer than the sender of a signal waits. A stop now has nothing to save.
 for _signal, _code in (
   (signal.SIGTERM, 0),
   (signal.SIGHUP, 0),
   (signal.SIGINT, 130),
 ):
-  if signal.getsignal(_signal) != signal.SIG_IGN:  # as under nohup
+  if signal.getsignal(_signal) != signal.SIG_IGN:  # nohup sets it
     signal.signal(_signal, lambda *_, code=_code: os._exit(code))
 
 from absl import flags  # noqa: E402
@@ -34,7 +34,7 @@ def main(config: config_lib.Config) -> int:
   if _WORKDIR.value is None:
     raise schema.ConfigError("--workdir: missing; write --workdir=runs/NAME")
   files.check_directory(_WORKDIR.value, "--workdir")
-  # XLA's own notices are no news to who trains; errors stay.
+  # Hides the notices and warnings of XLA; errors are still printed.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   stop = stop_lib.Stop()
 

@@ -1,8 +1,8 @@
-"""Where the time of a run went, over all its attempts: goodput.json.
+"""Goodput ledger: the wall time of a run by phase, in goodput.json.
 
-An attempt is one life of the process. All its time is in one phase or another;
-steps that a later attempt did again are lost work, the time between two
-attempts is down time, and goodput is the share of the wall time that went into
+An attempt is the lifetime of a process, and every second of an attempt belongs
+to a phase. Steps repeated by a later attempt are lost work, the time between
+two attempts is down time, and goodput is the share of the wall time spent in
 steps that lasted.
 """
 
@@ -28,16 +28,16 @@ PHASES = (
   "evaluate",
   "save",
 )
-# The file is written this often at most while nothing else happens, in
-# seconds: what a kill leaves out of the account, as down time.
+# Least seconds between two writes of the file by `book`. After a kill, the time
+# since the last write counts as down time.
 _WRITE_EVERY = 5.0
 
 
 class Ledger:
-  """The account of a run; this process's attempt is the last entry.
+  """Goodput ledger of a run; this process's attempt is the last entry.
 
-  `began` is when the process started, in seconds of the epoch. Only the first
-  process writes.
+  `began` is the start of the process, in seconds of the epoch. Only process 0
+  writes the file.
   """
 
   def __init__(self, workdir: str, began: float):
@@ -49,7 +49,7 @@ class Ledger:
       "written": began,
       "first_step": 0,
       "seconds": self.seconds,
-      # Seconds of steps at each checkpoint, to tell what a kill cost.
+      # Seconds of steps at each checkpoint, to compute what a kill lost.
       "saved": {},
     }
     self._attempts.append(self._attempt)
@@ -59,14 +59,14 @@ class Ledger:
     self.write()
 
   def starts_from(self, step: int) -> None:
-    """Ends the start; says which checkpoint the steps go on from, 0 is none."""
+    """Ends the start phase; `step` is the checkpoint resumed from, or 0."""
     self._attempt["first_step"] = step
     self.book()
     self.phase = "step"
     self.write()
 
   def book(self) -> None:
-    """Adds the time since the last booking to the phase under way."""
+    """Adds the time since the last booking to the current phase."""
     now = time.perf_counter()
     self.seconds[self.phase] += now - self._booked
     self._booked = now
@@ -75,7 +75,7 @@ class Ledger:
 
   @contextlib.contextmanager
   def within(self, phase: str) -> Iterator[None]:
-    """What runs inside is `phase`; the one around it goes on after."""
+    """Books the time inside as `phase`, then returns to the outer phase."""
     self.book()
     outer, self.phase = self.phase, phase
     try:
@@ -95,7 +95,7 @@ class Ledger:
       files.replace(self._path, json.dumps(self._attempts, indent=1))
 
   def describe(self) -> str:
-    """The account in a line, the largest part first."""
+    """Summary line of the ledger, the largest part first."""
     total = summarize(self._attempts)
     wall, share = total.pop("wall"), total.pop("goodput")
     parts = sorted(total.items(), key=lambda item: -item[1])
@@ -107,8 +107,8 @@ class Ledger:
 
 
 def _earlier(path: epath.Path) -> list[dict[str, Any]]:
-  """Attempts of earlier starts; [] where their file is damaged, which is set
-  aside, and said.
+  """Attempts of earlier starts. A damaged file gives []: process 0 copies the
+  content to a file beside it and prints a message.
   """
   if not path.exists():
     return []
@@ -131,10 +131,10 @@ def read(workdir: str) -> list[dict[str, Any]]:
 def summarize(attempts: list[dict[str, Any]]) -> dict[str, float]:
   """Seconds by phase, with `lost`, `down`, `wall` and the share `goodput`.
 
-  `step` is without what was lost; all but the last two add up to `wall`.
+  `step` excludes lost steps; all values but `wall` and `goodput` sum to `wall`.
   """
   total: dict[str, float] = dict.fromkeys((*PHASES, "lost", "down"), 0.0)
-  ahead = None  # the earliest step from which a later attempt went on
+  ahead = None  # smallest `first_step` of the later attempts
   after = None
   for attempt in reversed(attempts):
     for phase in PHASES:

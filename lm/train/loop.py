@@ -1,8 +1,8 @@
 """The training loop.
 
-Order of a step: take the batch, dispatch the step, then read the numbers of
-the step before while the device works. Evaluation, saving and the end are the
-only places where the host waits for the device.
+Order of a step: take the batch, dispatch the step, then read the metrics of
+the previous step while the device works. The host waits for the device only in
+evaluation, in saving and at the end.
 """
 
 import contextlib
@@ -30,8 +30,8 @@ from lm.train import watchdog as watchdog_lib
 
 
 class Diverged(schema.ConfigError, FloatingPointError):
-  """The loss went astray. A start with the same config would end the same way,
-  so that its exit code is a ConfigError's, which launchers do not try again.
+  """The loss diverged. A restart with the same config would diverge again: the
+  exit code is that of ConfigError, and launchers do not retry.
   """
 
 
@@ -41,17 +41,17 @@ def train(
   stop: stop_lib.Stop | None = None,
   from_step: int | None = None,
 ) -> int:
-  """Trains, or goes on training, the run in `workdir`; returns the exit code.
+  """Trains or resumes the run in `workdir`; returns the exit code.
 
-  `from_step` names the checkpoint to go on from; later ones are moved to
-  abandoned/. Without `stop`, signals are heard while this runs, and their
-  handlers given back at its end.
+  `from_step` is the checkpoint to resume from; later checkpoints are moved to
+  abandoned/. Without `stop`, signal handlers are installed during the call and
+  restored at the end.
 
-  Raises ConfigError before anything is written where the config does not fit
-  the devices, the sources, the other processes, or the run that is there
-  already; RunError where another process has the run; and Diverged, the last
-  good checkpoint kept, where the loss is not finite and no SkipConfig says to
-  go on.
+  Raises ConfigError, before the first step, if the config does not fit the
+  devices, the sources, the other processes, or the run already in `workdir`;
+  RunError if another process has the run; and Diverged, with the last good
+  checkpoint kept, if the loss or the gradient norm is not finite and SkipConfig
+  is off, or if the last `skip.window` steps were all skipped.
   """
   with contextlib.ExitStack() as own:
     stop = stop or own.enter_context(stop_lib.Stop())
@@ -75,14 +75,14 @@ def train(
       own.callback(lock.release)
       stop.on_leave = lock.release
       for left in epath.Path(workdir).glob("*.partial"):
-        left.unlink()  # of a start that was killed while it wrote
+        left.unlink()  # left by a start killed during a write
     with contextlib.ExitStack() as closing:
       try:
         run = _Run(config, workdir, mesh, prepared, stop, closing, lock)
         return run.go(from_step)
       except BaseException as error:
         if jax.process_count() > 1:
-          closing.pop_all()  # it would wait for processes that may be lost
+          closing.pop_all()  # closing waits for processes that may be lost
           if isinstance(error, jax.errors.JaxRuntimeError):
             error.add_note(
               "Where another process of the run was lost, its own output says "
@@ -93,7 +93,7 @@ def train(
 
 
 class _Run:
-  """What the parts of one run share."""
+  """A run: state shared by set-up, steps, evaluation and saving."""
 
   def __init__(self, config, workdir, mesh, prepared, stop, closing, lock):
     self.config, self.workdir, self.mesh = config, workdir, mesh
@@ -108,22 +108,25 @@ class _Run:
       fingerprint=resume.fingerprint(prepared.train, prepared.tokenizer),
       validation=resume.fingerprint(prepared.validation, prepared.tokenizer),
     )
-    # The step at which the run, or its data, ends.
+    # Last step of the run, or of its data if the data end earlier.
     self.last_step = min(
       config.train.steps, pipeline.n_train_batches(config, prepared)
     )
     self.rows = step_lib.batch_sharding(config, mesh)
-    # In mode pmap no mesh is in context to say where results lie.
+    # Mode pmap has no mesh in context: the result sharding must be given.
     whole = NamedSharding(mesh, P()) if config.mesh.mode == "pmap" else None
     self.eval_step = perplexity.eval_step(config.model, whole)
-    # Of the last step: numbers on the devices, then on the host, then reported.
+    # (step, metrics) of the last step: `pending` still on the devices,
+    # `unreported` on the host.
     self.pending: tuple[int, dict[str, Any]] | None = None
     self.unreported: tuple[int, dict[str, float]] | None = None
-    # Steps left out so far, and those of them in a row up to the last step.
+    # Steps skipped so far, and consecutive skips up to the last step.
     self.n_skipped, self.n_in_a_row = None, 0
 
   def go(self, from_step: int | None = None) -> int:
-    """Every step from the last checkpoint, or from that of `from_step`, on."""
+    """Runs all steps after the last checkpoint, or after `from_step`; returns
+    the exit code.
+    """
     if from_step is not None:
       resume.abandon_later(self.checkpoints, from_step)
     self.start = self.checkpoints.latest_step() or 0
@@ -159,10 +162,12 @@ class _Run:
     return self._finish(step, state, evaluated)
 
   def _finish(self, step, state, evaluated) -> int:
-    """Saves the end, wherever it came, and draws the picture."""
+    """Saves the last step, also after a stop, and draws curves.png; returns the
+    exit code.
+    """
     stopping = self.stop.stopping
     self._read_pending()
-    # An evaluation that is due but was cut short is added on restart.
+    # A restart adds to the report an evaluation that a stop cut short.
     if not stopping or self._evaluates_at(step):
       self._report()
     if step > (self.checkpoints.latest_step() or 0):
@@ -184,7 +189,7 @@ class _Run:
   # --- parts of a step ---
 
   def _numbered_batches(self):
-    """(step, batch) of each step to come, on the devices."""
+    """Yields (step, batch on the devices) for each remaining step."""
     t = self.config.train
     batches = pipeline.to_device(
       pipeline.train_batches(
@@ -206,7 +211,9 @@ class _Run:
     return due and bool(self.prepared.validation)
 
   def _read_pending(self) -> None:
-    """Reads the last step's numbers; raises where they are not finite."""
+    """Fetches the last step's metrics. Raises Diverged on a nonfinite loss or
+    gradient norm without SkipConfig, or on too many skipped steps.
+    """
     if self.pending is None:
       return
     step, on_device = self.pending
@@ -227,7 +234,7 @@ class _Run:
     self.unreported = step, numbers
 
   def _count_skipped(self, step: int, n_skipped: int, most: int) -> None:
-    """Raises Diverged after `most` steps in a row that were left out."""
+    """Raises Diverged after `most` consecutive skipped steps."""
     before = self.n_skipped
     self.n_skipped = n_skipped
     if before is None:  # the first step of this start
@@ -240,7 +247,7 @@ class _Run:
       )
 
   def _ways_back(self) -> str:
-    """Which checkpoints there are, and how to go on from each."""
+    """For messages: the checkpoints kept, and how to resume from them."""
     found = self.checkpoints.steps()
     if not found:
       return (
@@ -270,8 +277,9 @@ class _Run:
       self._report()
 
   def _report(self, evaluation: dict[str, float] | None = None) -> None:
-    """Reports the last step that was read, if that was not done yet, and what
-    an evaluation after it found.
+    """Reports the last step fetched, together with `evaluation`. If the step
+    was reported already, adds `evaluation` to the report. Raises RunError if
+    another process has taken over the run.
     """
     if self.unreported is None:
       if evaluation:
@@ -303,10 +311,12 @@ class _Run:
     self.progress.show(self.writer.last)
 
   def _evaluate(self, step, state) -> float | None:
-    """Reports validation sums over all sources; None where it was stopped."""
+    """Reports the validation loss over all sources, and returns the loss; None
+    if a stop cut the evaluation short.
+    """
     jax.block_until_ready(state.params)
     self.watchdog.pause()
-    self._read_pending()  # its report will tell of the evaluation too
+    self._read_pending()  # reported together with the evaluation
     params = state.params if state.ema is None else state.ema
     first_last = sharding.local_rows(self.rows, self.config.train.batch_size)
     batches = pipeline.validation_batches(
@@ -331,7 +341,7 @@ class _Run:
     return totals.loss
 
   def _save(self, step, state, loss) -> None:
-    self._read_pending()  # refuses to save a nan
+    self._read_pending()  # raises Diverged before a NaN is saved
     self._report_if_due()
     self.watchdog.pause()
     with self.ledger.within("save"):
@@ -360,7 +370,9 @@ class _Run:
       )
 
   def _set_up(self):
-    """Compiled step and state, and all that writes while they run."""
+    """(compiled step, state), restored or fresh. Also opens ledger, metrics and
+    watchdog.
+    """
     self.ledger = ledger_lib.Ledger(self.workdir, self.stop.began)
 
     def make():
@@ -395,7 +407,7 @@ class _Run:
     return train_step, state
 
   def _lacks_evaluation(self) -> bool:
-    """Whether the evaluation after the last step was cut short (SIGTERM)."""
+    """Whether a stop cut short the evaluation after the last step (SIGTERM)."""
     if self.start == 0 or not self._evaluates_at(self.start):
       return False
     reports = metrics_lib.read(self.workdir)
@@ -406,12 +418,12 @@ class _Run:
     return sharding.place(batch, self.rows, self.config.train.batch_size)
 
   def _mesh(self):
-    """The mesh in context, unless the mode is pmap, where none is."""
+    """Context manager: sets the mesh; mode pmap has no mesh in context."""
     jitted = self.config.mesh.mode == "jit"
     return jax.set_mesh(self.mesh) if jitted else contextlib.nullcontext()
 
 
 def _chained(before: str, words: np.ndarray) -> str:
-  """Digest of a digest and what comes after it."""
+  """Chained batch hash: hex digest of the hash `before` and new words."""
   text = bytes.fromhex(before) + words.astype("<u4").tobytes()
   return hashlib.blake2b(text, digest_size=8).hexdigest()

@@ -1,8 +1,8 @@
-"""What a run says while it runs: metrics.jsonl, TensorBoard, a line, a picture.
+"""Reports of a run: metrics.jsonl, TensorBoard, progress line, curves.png.
 
-metrics.jsonl has an object per report. After a restart, reports later than the
-checkpoint are dropped, so that no step stands twice. Processes other than the
-first write nothing.
+metrics.jsonl has a JSON object per report. After a restart, reports later than
+the checkpoint are dropped, since no step may appear twice. Only process 0
+writes.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from lm import config as config_lib
 from lm import files
 from lm.model import counts
 
-# Dense bfloat16 matrix operations per second of one device, by the start of
-# its `device_kind`; vendors' data sheets. Longer names come first.
+# Peak FLOP/s of a device for dense bfloat16, by a prefix of `device_kind`, from
+# vendors' data sheets. Longer prefixes stand first: the first match counts.
 _PEAK_FLOPS = {
   "TPU v4": 275e12,
   "TPU v5 lite": 197e12,
@@ -39,7 +39,8 @@ _PEAK_FLOPS = {
 
 class Writer:
   """Appends reports to metrics.jsonl and TensorBoard event files; `last` is the
-  last one. Lines that are no reports are set aside, and said.
+  last report. At the start, damaged lines move to a file of their own, with a
+  message on stderr.
   """
 
   def __init__(self, workdir: str, start_step: int):
@@ -67,12 +68,12 @@ class Writer:
     if files.is_local(self._path):
       with self._path.open("a") as file:
         file.write(line)
-    else:  # an object store has no appending
+    else:  # object stores cannot append
       self._path.write_text(self._path.read_text() + line)
     self._events.add(report, report["step"])
 
   def amend(self, found: dict[str, Any]) -> None:
-    """Adds to the last report."""
+    """Adds the fields `found` to the last report."""
     self.last |= found
     if not self._writes:
       return
@@ -82,28 +83,28 @@ class Writer:
 
   def close(self) -> None:
     if self._writes:
-      # On a full disk the cause is told already; metrics.jsonl has it all.
+      # A full disk was reported already; metrics.jsonl has every number.
       with contextlib.suppress(OSError):
         self._events.close()
 
 
 class _Events:
-  """TensorBoard's scalars, written by the calling thread: a thread of its own
-  would outlive a stop, and print the disk's errors.
+  """Writes TensorBoard scalars in the calling thread: a writer thread would
+  outlive a stop, and print the disk's errors.
   """
 
   def __init__(self, directory: str, first_step: int):
     from tensorboardX import event_file_writer, record_writer, summary
     from tensorboardX.proto import event_pb2
 
-    # The generated module makes its classes when it is imported.
+    # The generated protobuf module creates its classes at import.
     made: Any = vars(event_pb2)
     self._event, self._scalar = made["Event"], summary.scalar
     record_writer.directory_check(directory)
     self._writer = event_file_writer.EventsWriter(
       os.path.join(directory, "events"), f".{os.getpid()}"
     )
-    # What an earlier start wrote of later steps is not to be shown.
+    # Tells TensorBoard to hide the later steps of an earlier start.
     log = made["SessionLog"](status=made["SessionLog"].START)
     self._write(first_step, session_log=log)
 
@@ -126,7 +127,9 @@ _NEWLINE = b"\n"
 
 
 def _line(report: dict[str, Any]) -> str:
-  """A report as JSON, which has no NaN: null, and named in `nonfinite`."""
+  """A report as a line of JSON. JSON has no NaN and no infinity: such values
+  are null, and `nonfinite` lists their names.
+  """
   nonfinite = [
     name
     for name, value in report.items()
@@ -138,8 +141,8 @@ def _line(report: dict[str, Any]) -> str:
 
 
 def _parse(workdir: str) -> tuple[list[dict[str, Any]], bytes]:
-  """The reports of a run in order, and the lines that are none. A last line
-  that a kill cut short is neither.
+  """(reports of a run in order, damaged lines as bytes). A last line cut short
+  by a kill is in neither.
   """
   path = epath.Path(workdir) / "metrics.jsonl"
   content = path.read_bytes() if path.exists() else b""
@@ -156,12 +159,12 @@ def _parse(workdir: str) -> tuple[list[dict[str, Any]], bytes]:
 
 
 def read(workdir: str) -> list[dict[str, Any]]:
-  """The reports of a run; lines that are none are left out."""
+  """The reports of a run, without damaged lines."""
   return _parse(workdir)[0]
 
 
 def set_aside(path: epath.Path, content: bytes) -> epath.Path:
-  """Keeps damaged content of a file beside it; returns where."""
+  """Writes damaged content to a new file beside `path`; returns its path."""
   now = time.strftime("%Y%m%d-%H%M%S")
   where = path.with_name(f"{path.name}.damaged-{now}")
   where.write_bytes(content)
@@ -169,7 +172,7 @@ def set_aside(path: epath.Path, content: bytes) -> epath.Path:
 
 
 class Meter:
-  """Tokens per second and the like since the last reading."""
+  """Throughput: tokens per second, step time, MFU, share of data waits."""
 
   def __init__(self, config: config_lib.Config, start_step: int):
     self._config = config
@@ -181,10 +184,10 @@ class Meter:
   def read(
     self, step: int, step_seconds: float, wait_seconds: float
   ) -> dict[str, float | None]:
-    """Rates since the last reading. The seconds are those of all steps so far
-    (evaluation and saving left out) and of all waits for data. `mfu` is the
-    model's operations (lm/model/counts.py) over the devices' bfloat16 peak,
-    None where unknown.
+    """Rates since the last reading, from seconds of all steps so far (without
+    evaluation and saving) and of all waits for data. `mfu` is the model's
+    FLOP/s (lm/model/counts.py) over the devices' bfloat16 peak, None if the
+    peak is unknown. The `step_seconds` returned includes waits.
     """
     now = step, step_seconds, wait_seconds
     steps, stepped, waited = (
@@ -204,7 +207,7 @@ class Meter:
 
 
 class Progress:
-  """One live line in a terminal; elsewhere a plain line a report."""
+  """Live progress line in a terminal; elsewhere a plain line per report."""
 
   def __init__(self, steps: int, start_step: int):
     self._console = rich.console.Console(
@@ -236,7 +239,7 @@ class Progress:
 
 
 def describe(report: dict[str, Any]) -> str:
-  """A report in a line."""
+  """A report as a line of text."""
   parts = []
   for name, label, form in (
     ("train/loss", "loss", ".4f"),
@@ -252,12 +255,14 @@ def describe(report: dict[str, Any]) -> str:
 
 
 def exponential(nats: float) -> float:
-  """Perplexity; infinite where float64 cannot hold it."""
+  """Perplexity exp(nats); infinite where float64 would overflow."""
   return math.exp(nats) if nats < 709 else math.inf
 
 
 def plot_if_missing(workdir: str) -> None:
-  """Draws what a kill between the last report and the picture left out."""
+  """Draws curves.png if absent or older than metrics.jsonl, as after a kill
+  between the last report and the picture.
+  """
   picture, reports = (
     epath.Path(workdir) / name for name in ("curves.png", "metrics.jsonl")
   )
@@ -272,7 +277,7 @@ def plot(workdir: str) -> None:
   reports = read(workdir)
 
   def series(name):
-    # A number that was not finite is null.
+    # Nonfinite numbers are null in metrics.jsonl.
     points = [
       (r["tokens"], r[name]) for r in reports if r.get(name) is not None
     ]

@@ -1,7 +1,7 @@
-"""Optimizers and schedules: optax's, told which weights are what.
+"""Optax optimizers and learning-rate schedules, by the role of each weight.
 
-Layers are stacked on a leading axis L, which no optimizer here may mistake for
-a dimension of the matrix.
+The weights of layers are stacked on a leading axis L. No optimizer here may
+treat L as a dimension of the matrix.
 """
 
 import functools
@@ -19,13 +19,13 @@ from lm.model import weights
 def schedule(
   cfg: config_lib.OptimizerConfig, steps: int, peak: float
 ) -> optax.Schedule:
-  """Learning rate of step 0 .. steps - 1: linear warm-up, then the shape.
+  """Learning rate of step 0 .. steps - 1: linear warm-up, then `cfg.schedule`.
 
-  `rsqrt` is peak * sqrt(warmup / step), which never ends; `wsd` (warm-up,
-  stable, decay: arXiv:2404.06395) decays linearly over the last
-  `decay_fraction` of all steps, warm-up included.
+  `rsqrt` is peak * sqrt(warmup / step) and never ends; `wsd` (warm-up, stable,
+  decay: arXiv:2404.06395) decays linearly over the last `decay_fraction` of
+  all steps, warm-up included.
   """
-  warmup = float(cfg.warmup_steps)  # int32 has no room for one more
+  warmup = float(cfg.warmup_steps)  # warmup + 1 could overflow int32
 
   def rate(step):
     step = jnp.asarray(step, jnp.float32)
@@ -48,18 +48,18 @@ def schedule(
 
 
 def rate_at(cfg: config_lib.OptimizerConfig, steps: int, step: int) -> float:
-  """Learning rate of one step of a run of `steps`, as reports call it `lr`."""
+  """Learning rate at `step` of a run of `steps`; `lr` in reports."""
   return np.asarray(schedule(cfg, steps, cfg.peak_lr)(step)).item()
 
 
 def make(
   cfg: config_lib.OptimizerConfig, steps: int, declared: Any
 ) -> optax.GradientTransformation:
-  """The transformation, without the clip, which train/step.py does.
+  """Optax transformation, without gradient clipping: train/step.py clips.
 
-  `declared` is a tree like the parameters (`decoder.declared`). Weight decay
-  takes lr * weight_decay of every parameter but vectors, whichever the
-  optimizer, at the learning rate of that parameter.
+  `declared` is a tree like the parameters (`decoder.declared`). With every
+  optimizer, weight decay takes lr * weight_decay of every parameter but
+  vectors, at the parameter's own learning rate.
   """
 
   def decayed(params: Any) -> Any:
@@ -89,7 +89,7 @@ def make(
     return _layerwise(
       lambda: optax.adafactor(
         rate,
-        # Optax does not multiply this one by the learning rate.
+        # Optax does not multiply this rate by the learning rate.
         weight_decay_rate=(lambda step: cfg.weight_decay * rate(step))
         if cfg.weight_decay
         else None,
@@ -110,8 +110,9 @@ def make(
   )
 
   def update(updates, state, params=None):
-    # Optax keeps that mask from what it gives to Adam: vectors would decay.
-    # Neither Muon nor Adam reads parameters but to decay them.
+    # optax.contrib.muon does not pass the mask to Adam: vectors would decay.
+    # Zeros stand for the vectors, since Muon and Adam read parameters only for
+    # weight decay.
     shown = jax.tree.map(
       lambda kept, p: p if kept else jnp.zeros_like(p), decayed(params), params
     )
@@ -121,8 +122,8 @@ def make(
 
 
 def _muon_dimensions(declared: Any, params: Any) -> Any:
-  """Which axes of each matrix are its inputs and which its outputs (heads and
-  their width are one dimension); None goes to AdamW.
+  """Input and output axes of each matrix, for Muon (heads and head width
+  together are a single dimension); None sends the weight to AdamW.
   """
 
   def dimensions(path, _):
@@ -137,8 +138,8 @@ def _muon_dimensions(declared: Any, params: Any) -> Any:
 
 
 def _layerwise(make_transformation) -> optax.GradientTransformation:
-  """Treats each layer of the stack as a tensor of its own: Adafactor's clip
-  and scale are by tensor.
+  """Updates each layer of the stack as a separate tensor: Adafactor clips and
+  scales per tensor.
   """
   whole, layer = make_transformation(), make_transformation()
   stacked = optax.GradientTransformation(
@@ -155,10 +156,11 @@ def _layerwise(make_transformation) -> optax.GradientTransformation:
 
 
 def state_specs(params: Any, opt_state: Any) -> Any:
-  """PartitionSpec of every array of the optimizer's state: that of the weight
-  whose name ends its path, less the axis that a factored moment lacks.
+  """PartitionSpec of every array of the optimizer state.
 
-  Both trees hold abstract arrays; the parameters' carry their shardings.
+  An array whose path ends in the name of a weight gets the weight's spec, less
+  the axis missing in a factored moment; all remaining arrays get P(). Both
+  trees hold abstract arrays; `params` has the shardings.
   """
   P = jax.sharding.PartitionSpec
   by_path = {
@@ -184,7 +186,7 @@ def state_specs(params: Any, opt_state: Any) -> Any:
 
 
 def starting_at(opt_state: Any, step: int) -> Any:
-  """A fresh state whose schedules go on at `step`; moments count from 0."""
+  """A fresh state with schedules set to `step`; moments count from 0."""
 
   def is_schedule(node: Any) -> bool:
     return getattr(node, "_fields", None) == ("count",)

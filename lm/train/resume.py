@@ -1,8 +1,8 @@
-"""Going on with a run: what may have changed, and from which checkpoint.
+"""Resuming a run: the config changes allowed, and the checkpoint to restore.
 
-A restart is the same run as long as its steps would be the same. What decides
-that is the config of the last checkpoint, or before there is one config.json,
-and the fingerprint of the data.
+A restart is the same run as long as its steps would be the same. The restart is
+compared with the config of the last checkpoint (before the first checkpoint:
+config.json) and with the fingerprint of the data.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from lm.data import tokenizer as tokenizer_lib
 from lm.train import metrics, optimizer
 from lm.train import step as step_lib
 
-# Fields that a restart may change: they say how a run is computed, watched and
-# stored, and how long it is, but not what its steps are.
+# Fields that a restart may change: how a run is computed, watched and stored,
+# and how long the run is, but not the content of its steps.
 _FREE = (
   "config.mesh.",
   "config.checkpoint.",
@@ -40,7 +40,7 @@ _FREE = (
   "config.train.eval_every",
   "config.train.eval_batches",
   "config.train.slow_step_factor",
-  # The fingerprints decide whether these name the same data as before.
+  # Fingerprints decide whether these fields name the same data as before.
   "config.data.train",
   "config.data.validation",
   "config.data.text_unit",
@@ -50,13 +50,13 @@ _FREE = (
 
 
 def earlier_config(workdir: str) -> config_lib.Config | None:
-  """The config of the run in `workdir`; None where there is no run, or no more
-  than a config.json that cannot be read.
+  """The config of the run in `workdir`, from the last undamaged checkpoint, or
+  else from config.json; None if config.json is absent or damaged, too.
   """
   for step in reversed(checkpoint.steps(workdir)):
     try:
       return checkpoint.load_meta(workdir, step).config
-    except files.Damaged:  # told when it is restored
+    except files.Damaged:  # the restore reports the damage
       continue
   path = epath.Path(workdir) / "config.json"
   if not path.exists():
@@ -70,7 +70,9 @@ def earlier_config(workdir: str) -> config_lib.Config | None:
 def refuse_other_config(
   config: config_lib.Config, before: config_lib.Config | None, workdir: str
 ) -> None:
-  """Raises ConfigError where `workdir` holds a run of another config."""
+  """Raises ConfigError if the config differs from `before`, the earlier config
+  of the run in `workdir`, in a field that a restart may not change.
+  """
   if before is None:
     return
   free = _FREE
@@ -79,7 +81,8 @@ def refuse_other_config(
   changed = [
     f"{name} was {old!r} and is {new!r}"
     for name, (old, new) in config_lib.differences(before, config).items()
-    # `config.data.train` is one field, and not the start of another's name.
+    # Only names with a final dot are prefixes: `config.data.train` must not
+    # free `config.data.train_weights`.
     if not any(name == f or (f[-1] == "." and name.startswith(f)) for f in free)
   ]
   if changed:
@@ -92,9 +95,9 @@ def refuse_other_config(
 def write_config(
   workdir: str, config: config_lib.Config, start: int
 ) -> str | None:
-  """Makes config.json the run's present config. What was there goes into
-  config_history.jsonl, with the step up to which it held. Returns what is to
-  be said of it.
+  """Writes `config` to config.json. The previous config goes to
+  config_history.jsonl, with `until_step` = `start`. Returns a message if the
+  previous file was damaged, else None.
   """
   path = epath.Path(workdir) / "config.json"
   content = config_lib.to_json(config)
@@ -119,12 +122,12 @@ def write_config(
 
 
 def check_processes_start_alike(config: config_lib.Config) -> None:
-  """Raises ConfigError where the processes of a run have other configs."""
+  """Collective: raises ConfigError if the processes have different configs."""
   tree = json.loads(config_lib.to_json(config))
   data = tree["data"]
   for name in ("cache_dir", "workers", "prefetch_rows"):
-    del data[name]  # each host may have its own
-  for name in ("train", "validation"):  # and its files where it likes
+    del data[name]  # may differ between hosts
+  for name in ("train", "validation"):  # paths may differ, counts may not
     data[name] = len(data[name])
   processes.check_agreement(
     {f"config.{name}": json.dumps(value) for name, value in tree.items()}
@@ -134,7 +137,9 @@ def check_processes_start_alike(config: config_lib.Config) -> None:
 def check_processes_read_alike(
   config: config_lib.Config, prepared: store.Prepared, workdir: str
 ) -> None:
-  """Raises ConfigError where they have other data or checkpoints."""
+  """Collective: raises ConfigError if the processes have different tokenizers,
+  data or checkpoints.
+  """
   length = config.train.sequence_length
   facts = {
     "tokenizer": prepared.tokenizer.fingerprint,
@@ -152,7 +157,7 @@ def check_processes_read_alike(
 def fingerprint(
   stores: Sequence[store.TokenStore], tokenizer: tokenizer_lib.Tokenizer
 ) -> str:
-  """Names token stores, and the tokenizer that made them."""
+  """Hash of token stores and of their tokenizer, 16 hexadecimal digits."""
   parts = [s.fingerprint for s in stores] + [tokenizer.fingerprint]
   return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
@@ -188,11 +193,13 @@ def first_state(
   now: checkpoint.Meta,
   say: Callable[[str], None],
 ) -> tuple[step_lib.State, checkpoint.Meta | None]:
-  """The state of the last whole checkpoint on this run's mesh, and its meta;
-  or a fresh state, and None.
+  """(state, meta) of the last undamaged checkpoint, on this run's mesh; without
+  a checkpoint, (fresh state, None).
 
   `now` has the fingerprints of this start. Damaged checkpoints are moved to
-  damaged/, up to `config.checkpoint.set_aside`.
+  damaged/, up to `config.checkpoint.set_aside`; the next raises Damaged, and
+  with several processes every move does. Raises ConfigError if the checkpoint
+  does not fit the config or the data.
   """
   like = step_lib.to_trees(step_lib.abstract_state(config, mesh))
   n_damaged = 0
@@ -217,7 +224,7 @@ def first_state(
       where = checkpoints.set_aside(step, "damaged")
       before = checkpoints.latest_step() or 0
       said = f"{error}. Moved to {where}; going back to step {before}"
-      if jax.process_count() > 1:  # the others may not have noticed
+      if jax.process_count() > 1:  # other processes may see no damage
         raise files.Damaged(f"{said}: start the run again") from error
       say(said)
   return step_lib.create_state(config, mesh), None
@@ -235,7 +242,7 @@ def _refuse_other_data(
 
 
 def _changes(before: checkpoint.Meta, now: checkpoint.Meta) -> list[str]:
-  """What this start does otherwise from here on, in words."""
+  """Messages: changes of validation set, optimizer fields and learning rate."""
   lines = []
   old, new, step = before.config, now.config, before.step
   if before.validation not in (None, now.validation):
@@ -260,8 +267,9 @@ def _changes(before: checkpoint.Meta, now: checkpoint.Meta) -> list[str]:
 
 
 def _restored(config, mesh, workdir, checkpoints, meta, like, say):
-  """The state of a checkpoint; where its arrays differ in what may be taken
-  afresh, and the config says to, that part is fresh.
+  """The state of a checkpoint. With `on_mismatch` = fresh_optimizer, arrays of
+  `rest` or `ema` that differ from the config's start fresh. Raises ConfigError
+  on different parameters, and otherwise on any difference.
   """
   different = checkpoint.compare(workdir, meta, like)
   if not different:
@@ -294,8 +302,8 @@ def _restored(config, mesh, workdir, checkpoints, meta, like, say):
 
 
 def _with_rest(state, meta, like, different, checkpoints):
-  """`state` with those parts of `rest` that the checkpoint has as wanted:
-  (step, optimizer state, history). A fresh schedule goes on at its step.
+  """`state` with the matching parts of the checkpoint's `rest`: (step,
+  optimizer state, history). A fresh schedule resumes at the checkpoint's step.
   """
   if "rest" not in different:
     rest = checkpoints.restore(meta, {"rest": like["rest"]})["rest"]

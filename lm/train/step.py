@@ -1,10 +1,10 @@
-"""Training state and the pure step.
+"""Training state and the pure train step.
 
 `init_state(config)` and `train_step(config)(state, batch)` are pure functions
 of arrays; `compile_step` runs the same step under `jax.jit` on a mesh or
-under `jax.pmap`. Losses and gradients are sums over tokens until the one
-division by the weights of the whole batch, so microbatches with unequal masks
-add up to the big batch.
+under `jax.pmap`. Losses and gradients are sums over tokens until a single
+division by the weights of the whole batch: microbatches with unequal masks add
+up to the big batch.
 """
 
 import dataclasses
@@ -39,12 +39,12 @@ _PMAP_AXIS = "rows"
 class History:
   """Loss and gradient norm of the last finite steps, for SkipConfig.
 
-  Leaves may be arrays, their shapes or their layouts, as of any tree.
+  Leaves may be arrays, shapes or shardings, as in any pytree.
   """
 
   values: Any  # float32 [window, 2]
   count: Any  # int32, finite steps seen
-  skipped: Any  # int32, steps left out
+  skipped: Any  # int32, steps skipped
 
 
 @functools.partial(
@@ -54,7 +54,7 @@ class History:
 )
 @dataclasses.dataclass
 class State:
-  """All that one step hands to the next; `step` counts those done."""
+  """Training state passed from step to step; `step` counts the steps done."""
 
   step: Any  # int32
   params: decoder.Params
@@ -64,7 +64,7 @@ class State:
 
 
 def to_trees(state: State) -> dict[str, Any]:
-  """The state as the items of a checkpoint; `ema` only where there is one."""
+  """The state as items of a checkpoint; `ema` only if the state has an EMA."""
   rest = (state.step, state.opt_state, state.history)
   trees = {"params": state.params, "rest": rest}
   return trees if state.ema is None else {**trees, "ema": state.ema}
@@ -77,7 +77,7 @@ def from_trees(trees: dict[str, Any]) -> State:
 
 
 def init_state(config: config_lib.Config) -> State:
-  """Fresh state from config.seed; under jit on a mesh, born sharded."""
+  """Fresh state from config.seed; under jit on a mesh, created sharded."""
   params = decoder.init_params(config.model, jax.random.key(config.seed))
   opt_state = _transform(config).init(params)
   if sharding.has_mesh():
@@ -106,12 +106,12 @@ def _transform(config: config_lib.Config) -> optax.GradientTransformation:
 def train_step(
   config: config_lib.Config,
 ) -> Callable[[State, batch_lib.Batch], tuple[State, Metrics]]:
-  """The pure step for a config.
+  """The pure train step for a config: (state, batch) -> (state, metrics).
 
-  Metrics are those of the batch before the update: `loss` (mean nats per
-  scored token), `grad_norm` (before the clip), `lr`, `weight` (tokens
-  scored), `batch` (`digest.of_tree` of the batch), and `skipped` (steps left
-  out so far) where SkipConfig is on.
+  Metrics describe the batch before the update: `loss` (mean nats per scored
+  token), `grad_norm` (before the clip), `lr`, `weight` (tokens scored), `batch`
+  (`digest.of_tree` of the batch), and with SkipConfig `skipped` (steps skipped
+  until now, this step included).
   """
   o = config.optimizer
   transform = _transform(config)
@@ -124,7 +124,7 @@ def train_step(
     if config.mesh.mode == "pmap":
       sums, bits = jax.lax.psum((sums, bits), _PMAP_AXIS)
     gradients, nll, weight = sums
-    weight = jnp.maximum(weight, 1.0)  # a batch of padding alone
+    weight = jnp.maximum(weight, 1.0)  # for a batch of only padding
     gradients = jax.tree.map(lambda g: g / weight, gradients)
     mean = nll / weight
     norm = optax.tree.norm(gradients)
@@ -153,7 +153,7 @@ def train_step(
 
 
 def _over_microbatches(config, params, batch, key):
-  """Sums over the batch: gradients, nll, weight."""
+  """(gradients, nll, weight): sums over the batch, microbatch by microbatch."""
   n = config.train.microbatches
   total = functools.partial(_loss_sums, config)
   differentiate = jax.value_and_grad(total, has_aux=True)
@@ -169,7 +169,8 @@ def _over_microbatches(config, params, batch, key):
   if n == 1:
     return sums(batch, rows)
 
-  # Row r goes to part r mod n: each device splits its own rows, none move.
+  # Row r goes to microbatch r mod n: each device splits its own rows, and no
+  # row moves.
   def split(a):
     axes = ("batch", None, "length")[: a.ndim + 1]
     cut = (n_rows // n, n, *a.shape[1:])
@@ -186,7 +187,7 @@ def _over_microbatches(config, params, batch, key):
 
 
 def _rows(config, batch):
-  """First row of the batch that is at hand, and how many are."""
+  """(first global row, number of rows) of `batch`, a device's part in pmap."""
   n_rows = batch.inputs.shape[0]
   if config.mesh.mode == "jit":
     return 0, n_rows
@@ -194,7 +195,7 @@ def _rows(config, batch):
 
 
 def _loss_sums(config, params, batch, key, rows):
-  """(sum to differentiate, sum of weight * nll) over the batch's tokens."""
+  """(loss to differentiate, sum of weight * nll), sums over all tokens."""
   m = config.model
   drops = m.embedding_dropout > 0 or m.residual_dropout > 0
   keys = layers.row_keys(key, rows) if drops else None
@@ -211,12 +212,12 @@ def _loss_sums(config, params, batch, key, rows):
 
 
 def _update(config, transform, state, gradients) -> State:
-  """The state after an optimizer step with these gradients."""
+  """The state after an optimizer step with `gradients`."""
 
   update: Callable[..., Any] = transform.update
   if sharding.has_mesh():
     # Optimizers are written for whole arrays (Muon multiplies matrices): the
-    # partitioner lays out their inside, the types fix what comes out.
+    # partitioner chooses layouts inside, and `specs` fixes the results' layout.
     specs = jax.tree.map(
       lambda x: jax.typeof(x).sharding.spec, (state.params, state.opt_state)
     )
@@ -230,10 +231,10 @@ def _update(config, transform, state, gradients) -> State:
 
 
 def _judge(skip, old: History, mean, norm) -> tuple[Array, History]:
-  """Whether to keep a step of this loss and gradient norm.
+  """(whether to keep a step of this loss and gradient norm, new history).
 
-  Finite outliers still enter the history, so that a lasting change of level
-  is accepted in time.
+  Finite outliers still enter the history: a lasting change of level is accepted
+  in time.
   """
   seen = jnp.stack([mean, norm])
   centre, spread = jnp.mean(old.values, axis=0), jnp.std(old.values, axis=0)
@@ -254,13 +255,13 @@ def _judge(skip, old: History, mean, norm) -> tuple[Array, History]:
 def batch_sharding(
   config: config_lib.Config, mesh: jax.sharding.Mesh
 ) -> jax.sharding.NamedSharding:
-  """Where the arrays of a batch lie."""
+  """Sharding of the arrays of a batch."""
   where = sharding.partition("batch", "length")
   return jax.sharding.NamedSharding(mesh, where)
 
 
 def abstract_state(config: config_lib.Config, mesh: jax.sharding.Mesh) -> State:
-  """Shapes and shardings of the state, for restoring and for compiling."""
+  """Shapes and shardings of the state, for restore and AOT compilation."""
   make = functools.partial(init_state, config)
   if config.mesh.mode == "jit":
     return sharding.abstract(make, mesh=mesh)
@@ -272,7 +273,7 @@ def abstract_state(config: config_lib.Config, mesh: jax.sharding.Mesh) -> State:
 
 
 def create_state(config: config_lib.Config, mesh: jax.sharding.Mesh) -> State:
-  """Fresh state on the devices, each array straight into its shards."""
+  """Fresh state on the devices, each array created in its shards."""
   make = functools.partial(init_state, config)
   if config.mesh.mode == "jit":
     with jax.set_mesh(mesh):
@@ -286,11 +287,11 @@ def compile_step(
   *,
   prefix: bool = False,
 ) -> Callable[[State, batch_lib.Batch], tuple[State, Metrics]]:
-  """The step, compiled ahead of its first call; it donates the state.
+  """The train step with donation of the state; mode jit uses AOT compilation.
 
-  `prefix` says whether the batches have one: the mask is static without. In
-  mode pmap the batch's rows are cut over the devices and each computes its
-  own, with one psum of the sums; the state is whole on every device.
+  `prefix` says whether batches have a `prefix` array: without a prefix the mask
+  is static. Mode pmap compiles at the first call; every device holds the whole
+  state and computes its own rows of the batch, and a psum adds the sums.
   """
   state = abstract_state(config, mesh)
   rows = batch_sharding(config, mesh)
@@ -315,8 +316,8 @@ def compile_step(
   whole = jax.sharding.NamedSharding(mesh, P())
 
   def joined(x):
-    """The copies that pmap left on this process's devices, as a part of the
-    array that all processes have: what saving and evaluating expect.
+    """Global replicated array from the copies that pmap left on the devices of
+    this process: saving and evaluating expect global arrays.
     """
     copies = [shard.data for shard in x.addressable_shards]
     return jax.make_array_from_single_device_arrays(x.shape, whole, copies)

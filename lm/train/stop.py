@@ -1,7 +1,6 @@
-"""Whether a run was asked to end (SIGTERM, SIGINT, SIGHUP), and its processes
-agree on when.
+"""Graceful stop (SIGTERM, SIGINT, SIGHUP) at a step agreed by all processes.
 
-Light to import, so that it can listen before anything heavy is loaded.
+Light to import: the signal handlers start before anything heavy is loaded.
 """
 
 import functools
@@ -15,41 +14,42 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-# Signals that ask a run to save and end, and the exit code of its program.
+# Signals that make a run save and end, and the exit code of the program.
 EXIT_CODES = {signal.SIGTERM: 0, signal.SIGHUP: 0, signal.SIGINT: 130}
-# What the first of several processes waits before it leaves a start-up: the
-# others are joined through it, and are to leave by themselves before.
+# Seconds that process 0 of several waits before it exits during start-up: the
+# other processes are joined through process 0 and must exit before it.
 _LAST_OUT_SECONDS = 2.0
-# One Ctrl-C may come twice, from the terminal and from a launcher.
+# Seconds in which a second SIGINT is the same Ctrl-C: the terminal and a
+# launcher may both send it.
 _ONE_PRESS_SECONDS = 0.3
 
 
 class Stop:
-  """Listens to the signals of EXIT_CODES from its making until `close`, which
-  gives the handlers back. `began` is the time of its making, in seconds.
+  """Handles the signals of EXIT_CODES from construction until `close`, and then
+  restores the old handlers. `began` is the time of construction, in seconds.
 
-  Made outside of the main thread, which alone gets signals, it hears none. A
-  second Ctrl-C ends the process at once.
+  Only the main thread gets signals: in another thread no handler is installed.
+  A Ctrl-C after a first signal ends the process at once.
   """
 
   def __init__(self):
     self.began = time.time()
     self.asked = False
-    # The signal that asked, and the exit code that it asks for.
+    # The first signal received, and its exit code.
     self.signal: signal.Signals | None = None
     self.exit_code = 0
-    # Whether all processes know of it, and end after the step at hand.
+    # Whether all processes have agreed to end after the current step.
     self.stopping = False
-    # Whether other processes hang on this one, which then leaves last.
+    # Whether this is process 0 of several, which must exit last.
     self.is_first_of_several = False
-    # Called before a start-up is left, which ends the process at once.
+    # Called before a signal during `start` ends the process by os._exit.
     self.on_leave: Callable[[], None] = lambda: None
     self._before: Any = None
     self._pressed = 0.0
     self._handlers: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
       for which in EXIT_CODES:
-        if signal.getsignal(which) != signal.SIG_IGN:  # as under nohup
+        if signal.getsignal(which) != signal.SIG_IGN:  # nohup sets it
           self._handlers[which] = signal.signal(which, self._ask)
 
   def __enter__(self) -> "Stop":
@@ -60,7 +60,7 @@ class Stop:
 
   def close(self) -> None:
     for which, handler in self._handlers.items():
-      # None is a handler that was not made in Python.
+      # None stands for a handler that was not installed from Python.
       signal.signal(which, signal.SIG_DFL if handler is None else handler)
     self._handlers = {}
 
@@ -77,17 +77,17 @@ class Stop:
 
   @property
   def reason(self) -> str:
-    """What asked for the end, on this process or on another."""
+    """For messages: the signal received by this process, or by another."""
     if self.signal is None:
       return "a signal to another process"
     return "Ctrl-C" if self.signal == signal.SIGINT else self.signal.name
 
   def start(self, what: str, make: Callable[[], T]) -> T:
-    """make(), or an orderly exit of the process where a signal comes first.
+    """Returns make(), run in a thread; a signal meanwhile ends the process.
 
-    For what comes before the first step. A compilation, a restore or the wait
-    for other processes holds its thread for minutes and cannot be cancelled,
-    but no step was taken yet that could be lost, and files are written whole.
+    For work before the first step. A compilation, a restore or the wait for
+    processes blocks the thread for minutes and cannot be cancelled, but no step
+    can be lost yet, and files are written whole. Reraises errors of make().
     """
     made: list[T] = []
     failed: list[BaseException] = []
@@ -120,11 +120,12 @@ class Stop:
     os._exit(self.exit_code)
 
   def agreed(self) -> bool:
-    """Collective: every process must call it equally often. True on all at the
-    same call, at most two calls after any of them was asked.
+    """Collective: all processes return True at the same call, at most two calls
+    after any process received a signal. All must call equally often.
 
-    With several it adds up who was asked, on the devices, and reads the sum of
-    the call before, so that the host runs ahead as far as it does without.
+    With several processes, each call starts a sum of the flags on the devices
+    and reads the sum of the previous call: the host still runs ahead of the
+    devices as far as without a sum.
     """
     import jax
 
@@ -138,7 +139,9 @@ class Stop:
 
 @functools.lru_cache
 def _adder() -> Callable[[bool], Any]:
-  """Devices whose process says True; the sum is on all, and not waited for."""
+  """A function that counts the devices whose process passes True. The count is
+  replicated on all devices, and the call does not wait for the result.
+  """
   import jax
   import numpy as np
 
@@ -149,7 +152,7 @@ def _adder() -> Callable[[bool], Any]:
 
   def count(mine: bool) -> jax.Array:
     local = np.full(jax.local_device_count(), mine, np.int32)
-    with jax.set_mesh(mesh):  # an evaluation has the run's in context
+    with jax.set_mesh(mesh):  # an evaluation sets the run's mesh
       return add(jax.make_array_from_process_local_data(rows, local))
 
   return count

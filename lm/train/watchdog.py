@@ -1,4 +1,4 @@
-"""Reports a step that takes far longer than others, with all stacks."""
+"""Watchdog: reports a slow step, with the stacks of all threads."""
 
 import collections
 import statistics
@@ -7,18 +7,18 @@ import threading
 import time
 import traceback
 
-# Steps that the median is of, and those that it takes to have one.
+# Most steps in the median of durations, and the fewest needed for a median.
 _WINDOW, _LEAST = 64, 5
-# A wait below it is never worth a report, in seconds.
+# Shorter steps are never reported, in seconds.
 _SHORTEST = 1.0
 
 
 class Watchdog:
-  """`step_done` after each step; silent while not `watching`.
+  """Reports slow steps to stderr; the loop calls `step_done` after each step.
 
-  A step that lasts longer than `factor` medians is reported to stderr, again
-  each time that its duration has doubled. It goes on: whether to end it is
-  for the one who reads, or for the heartbeats between processes.
+  A step longer than `factor` medians is reported, and again each time its
+  duration has doubled. The run goes on: ending the run is left to the reader or
+  to the heartbeats between processes. A `factor` of None disables the watchdog.
   """
 
   def __init__(self, factor: float | None):
@@ -40,7 +40,7 @@ class Watchdog:
     self._step, self._next, self._since = step, 0.0, now
 
   def pause(self) -> None:
-    """Until the next `step_done`: evaluation and saving are no steps."""
+    """Silent until the next `step_done`, for evaluation and saving."""
     self._since = None
 
   def close(self) -> None:
@@ -67,8 +67,8 @@ class Watchdog:
 
 
 def _stacks() -> str:
-  """The Python stack of every thread; faulthandler's writes to a file
-  descriptor, which stderr does not have in a notebook.
+  """The Python stack of every thread. faulthandler needs a file descriptor,
+  and stderr has none in a notebook.
   """
   names = {thread.ident: thread.name for thread in threading.enumerate()}
   return "\n".join(

@@ -1,1 +1,1 @@
-"""Proves a config on this machine: `python -m lm.verify`."""
+"""Self-checks of a config on this machine: `python -m lm.verify`."""

@@ -25,7 +25,7 @@ _DEVICES = flags.DEFINE_integer(
   8,
   "Devices that a CPU is to look like.",
   lower_bound=1,
-  upper_bound=256,  # each has threads of its own
+  upper_bound=256,  # each device has its own threads
 )
 _OUTPUT = door.define_path("output", "JSON file to write.")
 _FAULTS = flags.DEFINE_bool(
@@ -48,7 +48,7 @@ def main(config: config_lib.Config) -> int:
   import jax
 
   jax.config.update("jax_num_cpu_devices", _DEVICES.value)
-  # What is called float32 is to be it; TPUs and GPUs take fewer bits.
+  # Full float32 matrix products: TPUs and GPUs take fewer bits by default.
   jax.config.update("jax_default_matmul_precision", "highest")
   from lm.verify import checks, result, shrink
 

@@ -1,4 +1,4 @@
-"""All checks by name, in the order of the table."""
+"""Registry of all checks by name, in the order of the result table."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -24,12 +24,15 @@ CHECKS: dict[str, Check] = {
   "batches": data.batches,
   "checkpoint": data.checkpoints,
 }
-# These compute nothing, and so see a config of any size as it stands.
+# Checks that only trace: they compute nothing and need no shrunk config.
 TRACED = ("dtypes", "parameters")
 
 
 def choose(only: list[str] | None) -> list[str]:
-  """The named checks in the table's order; None is all."""
+  """Names of the checks to run (None: all), in the table's order.
+
+  Raises ConfigError on an unknown name.
+  """
   for name in only or ():
     if name not in CHECKS:
       raise schema.ConfigError(f"--only={name}: {schema.unknown(name, CHECKS)}")
@@ -39,7 +42,7 @@ def choose(only: list[str] | None) -> list[str]:
 def attempt(
   name: str, check: Check, config: config_lib.Config
 ) -> Iterator[Result]:
-  """What the check finds; an exception in it is a result that failed."""
+  """Yields the check's results; an exception becomes a failed result."""
   try:
     yield from check(config)
   except Exception as error:

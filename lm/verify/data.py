@@ -1,4 +1,4 @@
-"""Checks of what is read and what is kept: batches and checkpoints."""
+"""Checks of batches (data pipeline) and of checkpoint save and restore."""
 
 import copy
 import itertools
@@ -19,13 +19,15 @@ from lm.verify import result, trial
 from lm.verify.result import Result
 
 _STEPS = 5
-# Ids of a SentencePiece model trained on random words: little above the least.
+# Vocabulary of a SentencePiece model trained on random words: little above the
+# minimum.
 _VOCABULARY = 448
 
 
 def batches(config: config_lib.Config) -> Iterator[Result]:
-  """Batches of a small corpus for several numbers of processes, from several
-  steps on: the corpus is synthetic, every other switch of data the config's.
+  """Batches must not depend on the number of processes or the restart step,
+  and none may repeat. The corpus is synthetic; all other data switches are the
+  config's.
   """
   with tempfile.TemporaryDirectory() as folder:
     config = small_corpus(config, folder)
@@ -57,19 +59,20 @@ def batches(config: config_lib.Config) -> Iterator[Result]:
 
 
 def _take(config, start, rows, n) -> list[batch_lib.Batch]:
-  """As a process that starts would: the stores are opened anew."""
+  """First `n` batches of a fresh process: opens the token stores anew."""
   prepared = store.prepare(config)
   found = pipeline.train_batches(config, prepared, start_step=start, rows=rows)
   return list(itertools.islice(found, n))
 
 
 def small_corpus(config: config_lib.Config, folder: str) -> config_lib.Config:
-  """The config with a text source of random words for each of its own."""
+  """Copy of the config with a random-word text source per training source."""
   config = copy.deepcopy(config)
   data, rng = config.data, np.random.default_rng(3)
   letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
   words = ["".join(rng.choice(letters, n)) for n in rng.integers(1, 9, 500)]
-  n_bytes = 4 * (_STEPS + 1) * config.tokens_per_step  # more than a token each
+  # 4 bytes a token, for _STEPS + 1 steps: a token may span several bytes.
+  n_bytes = 4 * (_STEPS + 1) * config.tokens_per_step
   specs = []
   for source in range(len(data.train)):
     os.mkdir(os.path.join(folder, str(source)))
@@ -78,7 +81,7 @@ def small_corpus(config: config_lib.Config, folder: str) -> config_lib.Config:
       lines = [text[i : i + 300] for i in range(0, len(text), 300)]
       path = os.path.join(folder, str(source), f"{document}.txt")
       with open(path, "w") as file:
-        file.write("\n\n".join(lines))  # also apart as lines and as blocks
+        file.write("\n\n".join(lines))  # also splits as text_unit line, block
     specs.append(f"text:{folder}/{source}/*.txt")
   data.train, data.validation = tuple(specs), ()
   data.cache_dir = os.path.join(folder, "cache")
@@ -91,8 +94,8 @@ def small_corpus(config: config_lib.Config, folder: str) -> config_lib.Config:
 
 
 def checkpoints(config: config_lib.Config) -> Iterator[Result]:
-  """A state of random numbers, saved from one mesh and restored onto another:
-  no bit, dtype or promised layout may change.
+  """A random training state, saved from one mesh and restored onto another,
+  must keep all values and dtypes and get the promised layout (sharding).
   """
   fit, _ = trial.fitting(config)
   there, here = (trial.on(config, shape) for shape in (fit[0], fit[-1]))

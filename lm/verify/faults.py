@@ -1,8 +1,8 @@
-"""`python -m lm.verify --faults` breaks runs, and sees them end as if unbroken.
+"""Fault injection: `python -m lm.verify --faults` breaks and restarts runs.
 
-Each row trains a small copy of the config in child processes, kills it in one
-window (lm/verify/bombs.py), starts it again and compares every report and the
-digests of the final checkpoint with those of a run that nobody broke.
+Each row trains a small copy of the config in child processes, kills the run in
+a window (lm/verify/bombs.py), restarts the run, and compares every report and
+the digests of the final checkpoint with an unbroken run's.
 """
 
 import concurrent.futures
@@ -27,8 +27,8 @@ from lm.verify import lab as lab_lib
 from lm.verify.lab import Lab
 from lm.verify.result import Result
 
-# Those whose bomb goes off before the first step, and those for which an
-# earlier life must have left a checkpoint.
+# Windows before the first step. _RESUMING needs a checkpoint of an earlier
+# start.
 _PREPARING = ("tokenizing", "store written, not yet named")
 _RESUMING = ("restoring", "restored", "dropping later reports")
 _STARTING = (*_PREPARING, "compiling", *_RESUMING)
@@ -41,7 +41,7 @@ _RUNNING = (
   "saving, committed",
   "end",
 )
-# With two processes a SIGTERM to one is told to the other: where it matters.
+# Windows that matter with two processes: a SIGTERM to one must stop both.
 _TOLD = ("step", "evaluating", "saving, copied", "compiling")
 _KILL, _TERM = signal.SIGKILL, signal.SIGTERM
 _INT, _HUP = signal.SIGINT, signal.SIGHUP
@@ -49,8 +49,8 @@ _HEARTBEAT = 10  # seconds
 
 
 def run(config: config_lib.Config) -> Iterator[Result]:
-  """All faults, some at a time. `config` is small; it is trained a few steps
-  on made-up text.
+  """Runs all faults, some concurrently. `config` must be small: each fault
+  trains a few steps on random text.
   """
   with tempfile.TemporaryDirectory() as folder:
     lab = Lab(pathlib.Path(folder), _small(config, folder))
@@ -85,7 +85,7 @@ def run(config: config_lib.Config) -> Iterator[Result]:
     ]
     for n_processes in (1, 2):
       lab.unbroken(n_processes)
-    # One process leaves a core of two idle while it waits for files.
+    # Two at a time: one run leaves a core of two idle while waiting for files.
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
       yield from pool.map(lambda fault: fault(), alone)
     yield from (fault() for fault in several)
@@ -93,7 +93,7 @@ def run(config: config_lib.Config) -> Iterator[Result]:
 
 
 def _small(config: config_lib.Config, folder: str) -> config_lib.Config:
-  """A run of 12 steps with a report each, on 2 devices."""
+  """Config of a 12-step run with a report per step, on 2 devices."""
   config = data.small_corpus(config, folder)
   config.mesh = config_lib.MeshConfig(heartbeat_seconds=_HEARTBEAT)
   shrink.shorten(config, 12)
@@ -117,7 +117,7 @@ def _killed(
   n_processes: int,
   group: bool,
 ) -> Result:
-  """A signal in a window, to one of the processes or to all."""
+  """Sends a signal to a process, or to all, in `window`; then restarts."""
   whom = {(1, False): "the process", (2, False): "one of 2", (2, True): "both"}
   name = f"{which.name} to {whom[n_processes, group]}: {window}"
   workdir = lab.new_run(fresh_corpus=window in _PREPARING)
@@ -131,7 +131,7 @@ def _killed(
   if which == _KILL and -_KILL not in life.codes:
     problems.append(f"nothing was killed: {life.codes}")
   told = which != _KILL and (n_processes == 1 or window not in _STARTING)
-  # A run that is complete but for its picture has nothing more to stop.
+  # In the window "end" only the plot is missing: nothing is left to stop.
   promised = 0 if window == "end" else stop.EXIT_CODES.get(which, 0)
   if told and set(life.codes) - {promised}:
     problems.append(f"ended with {life.codes}: {life.said[-300:]}")
@@ -147,8 +147,9 @@ def _killed(
 
 
 def _torn_checkpoint(lab: Lab) -> Result:
-  """The data files of the last checkpoint's parameters lose their second half;
-  all of them, since some hold nothing that is still referred to.
+  """Truncates the parameter data files of the last checkpoint to half.
+
+  All data files are truncated, since some hold no referenced data.
   """
   workdir = lab.new_run()
   lab.live(workdir, 1, bombs.Order("", "any step", delay=8.0))
@@ -165,8 +166,8 @@ def _torn_checkpoint(lab: Lab) -> Result:
 
 
 def _changed_start(lab: Lab, window: str, code: int) -> Result:
-  """A start that finds the checkpoints unfit for a reason of its own: it ends
-  with one line and `code`, and moves none of them.
+  """A restart that cannot use the checkpoints, though the files are intact,
+  must exit with `code` and no traceback, and must move no checkpoint.
   """
   workdir = lab.new_run()
   lab.live(workdir, 1, bombs.Order("", "any step", delay=8.0))
@@ -181,7 +182,7 @@ def _changed_start(lab: Lab, window: str, code: int) -> Result:
   return lab.finish(window, workdir, 1, problems, f"it said: {said[:200]}")
 
 
-# Files of a checkpoint's item, in which a bit turns over.
+# Name and glob pattern of the checkpoint files to corrupt by a bit flip.
 _PARTS = (
   ("arrays", "params/**/d/*"),
   ("optimizer state", "rest/**/d/*"),
@@ -193,8 +194,9 @@ _PARTS = (
 
 
 def _flipped_bit(lab: Lab, part: str, pattern: str) -> Result:
-  """One bit of such files of the last checkpoint: the run ends as if unbroken,
-  and at most that checkpoint was moved.
+  """Flips a bit in each file of the last checkpoint that matches `pattern`.
+
+  The run must end as if unbroken, with at most the last checkpoint moved.
   """
   workdir = lab.new_run()
   lab.live(workdir, 1, bombs.Order("", "any step", delay=8.0))
@@ -213,10 +215,10 @@ def _flipped_bit(lab: Lab, part: str, pattern: str) -> Result:
 
 
 def _two_at_once(lab: Lab) -> Result:
-  """The same command, while it runs: refused, and the first is undisturbed."""
+  """A second start of a live run must be refused, the first undisturbed."""
   workdir = lab.new_run()
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    # Slow enough at its end for the other to start meanwhile.
+    # 4 s a batch: the second start comes before the first run ends.
     first = pool.submit(lab.live, workdir, 1, bombs.Order("", "slow steps"))
     deadline = time.monotonic() + lab_lib.LIFE
     while not (workdir / "metrics.jsonl").exists():
@@ -234,8 +236,8 @@ def _two_at_once(lab: Lab) -> Result:
 
 
 def _pmap(lab: Lab) -> Result:
-  """Mode pmap on two processes: killed, started again, and stopped, it ends as
-  if unbroken, with the losses of mode jit.
+  """Mode pmap on two processes: a run that is killed, restarted and stopped
+  must end as if unbroken, with the losses of mode jit.
   """
   unbroken, workdir = (lab.new_run(mode="pmap") for _ in range(2))
   problems = []
@@ -259,7 +261,7 @@ def _pmap(lab: Lab) -> Result:
 
 
 def _full_disk(lab: Lab) -> Result:
-  """The run's disk holds about one checkpoint, and is then made larger."""
+  """The run's disk (tmpfs) holds about one checkpoint, and is then enlarged."""
   name, unbroken = "full disk", lab.unbroken(1)
   step = next((unbroken / "checkpoints").iterdir())
   size = sum(p.stat().st_size for p in step.rglob("*") if p.is_file())
@@ -284,7 +286,7 @@ def _full_disk(lab: Lab) -> Result:
 
 
 def _damaged_store(lab: Lab) -> Result:
-  """A bit of the tokens turns over between two lives."""
+  """Flips a bit of the token stores between two starts: must be refused."""
   workdir = lab.new_run()
   lab.live(workdir, 1, bombs.Order("", "any step", delay=5.0))
   pattern = str(workdir.parent / "cache" / "tokens-*" / "tokens" / "c" / "0")
@@ -303,7 +305,7 @@ def _damaged_store(lab: Lab) -> Result:
 
 
 def _elastic(lab: Lab) -> Result:
-  """One run on 8 devices, 4, 2 processes of 4, and 8 again."""
+  """Elastic restart: 8 devices, 4, 2 processes of 4, and 8 again."""
   workdir = lab.new_run()
   problems = []
   for n_processes, n_devices in ((1, 8), (1, 4), (2, 8)):
@@ -315,7 +317,7 @@ def _elastic(lab: Lab) -> Result:
   if any(life.codes):
     problems.append(f"ended with {life.codes}: {life.said[-300:]}")
   error = lab_lib.largest_error(workdir, lab.unbroken(1, 8))
-  # Sums in another order, through a dozen optimizer steps; bfloat16 has 8 bits.
+  # Sums in a different order, over a dozen optimizer steps; bfloat16: 8 bits.
   limit = 1e-4 if lab.config.model.dtype == "float32" else 2e-2
   return Result(
     "faults",
@@ -328,7 +330,7 @@ def _elastic(lab: Lab) -> Result:
 
 
 def _at_random(lab: Lab, n_kills: int = 20, n_steps: int = 200) -> Result:
-  """Many kills of one run, each at a random moment."""
+  """Kills a run many times, each time at a random moment, then compares."""
   draw = random.Random(lab.config.seed)
   unbroken, workdir = (
     lab.new_run(steps=n_steps, save_every=5) for _ in range(2)
@@ -336,8 +338,8 @@ def _at_random(lab: Lab, n_kills: int = 20, n_steps: int = 200) -> Result:
   lab.live(unbroken, 1)
   kills = 0
   for _ in range(n_kills):
-    # Half of them in seconds, which mostly hits the start, half in steps, few
-    # enough to come before the end.
+    # Half of the delays are in seconds and mostly hit the start; half are in
+    # steps, few enough for the kill to come before the end.
     order = (
       bombs.Order("", "any time", delay=draw.uniform(0, 2))
       if draw.random() < 0.5

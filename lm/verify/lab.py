@@ -1,4 +1,4 @@
-"""Starts training runs in child processes, breaks them, and compares them."""
+"""Harness for fault injection: starts, breaks and compares training runs."""
 
 import copy
 import dataclasses
@@ -21,10 +21,10 @@ from lm.train import metrics as metrics_lib
 from lm.verify import bombs
 from lm.verify.result import Result
 
-# A survivor of a lost peer must have ended by then, in seconds.
+# Seconds within which a process must end after a peer has ended.
 SURVIVES = 60
-LIFE = 300  # what no life comes near to, in seconds
-# Reports are compared in all that is not a time.
+LIFE = 300  # seconds; timeout of a start, far above a normal run
+# Timing fields of a report, left out of the comparison.
 _TIMES = "tokens_per_second step_seconds mfu data_wait_fraction".split()
 
 
@@ -34,18 +34,18 @@ class Life:
 
   codes: list[int]
   said: str
-  # From the first end to the last, in seconds.
+  # Seconds from the first process's end to the last's.
   outlived: float
 
 
 class Lab:
-  """Starts runs, each in a folder of its own, and compares them."""
+  """Starts runs, each in its own folder, and compares their results."""
 
   def __init__(self, folder: pathlib.Path, config: config_lib.Config):
     self.folder, self.config = folder, config
     self._numbers = itertools.count()
 
-  @functools.cache  # noqa: B019 - one laboratory lives as long as the command
+  @functools.cache  # noqa: B019 - a Lab lives as long as the command
   def unbroken(self, n_processes: int, n_devices: int = 2) -> pathlib.Path:
     workdir = self.new_run()
     life = self.live(workdir, n_processes, n_devices=n_devices)
@@ -61,7 +61,7 @@ class Lab:
     save_every: int | None = None,
     mode: Literal["jit", "pmap"] = "jit",
   ) -> pathlib.Path:
-    """A folder with a config and the tokenized corpus; returns its workdir."""
+    """Makes a folder with config and token stores; returns the workdir."""
     home = self.folder / f"run{next(self._numbers)}"
     home.mkdir()
     config = copy.deepcopy(self.config)
@@ -69,7 +69,7 @@ class Lab:
     config.mesh.mode = mode
     config.train.steps = steps or config.train.steps
     config.checkpoint.save_every = save_every or config.checkpoint.save_every
-    # The tokenizer and the stores of the first run serve the others.
+    # Later runs reuse the tokenizer and token stores of the first run.
     first = self.folder / "run0" / "cache"
     if first.exists() and not fresh_corpus:
       shutil.copytree(first, home / "cache")
@@ -99,8 +99,8 @@ class Lab:
     options = {
       "jax_platforms": "cpu",
       "jax_num_cpu_devices": n_devices // n_processes,
-      # A restart compiles what was compiled before, except where the
-      # compilation is what is broken.
+      # Restarts reuse compiled programs, except in the window "compiling":
+      # the fault needs a real compilation.
       "jax_enable_compilation_cache": not compiling,
       "jax_compilation_cache_dir": str(self.folder / "compiled"),
       "jax_persistent_cache_min_compile_time_secs": 0,
@@ -129,7 +129,7 @@ class Lab:
     note: str = "",
     unbroken: pathlib.Path | None = None,
   ) -> Result:
-    """Starts the run again, lets it end, and compares it with the unbroken."""
+    """Restarts the run to its end and compares it with an unbroken run."""
     life = self.live(workdir, n_processes)
     problems = [*problems]
     if any(life.codes):
@@ -145,14 +145,14 @@ class Lab:
     )
 
 
-# Starting a process asks all others whether they have ended, and an exit code
-# can be read once.
+# Process.start() polls all children, and an exit code can be read only once:
+# starts and polls of different threads must not overlap.
 _ONE_AT_A_TIME = threading.Lock()
 
 
 def _start(*args: Any) -> Any:
-  """A process that runs `bombs.train`, in milliseconds: it is a fork of one
-  that has imported what training needs.
+  """Starts a process of `bombs.train` in milliseconds: the fork server has
+  imported the training loop already.
   """
   context = multiprocessing.get_context("forkserver")
   with _ONE_AT_A_TIME:
@@ -168,7 +168,7 @@ def _has_ended(child: Any) -> bool:
 
 
 def _wait(children: list[Any]) -> float:
-  """Seconds from the first end to the last; kills what does not end."""
+  """Seconds from the first end to the last; kills processes at a timeout."""
   deadline, first = time.monotonic() + LIFE, None
   while not all(map(_has_ended, children)):
     now = time.monotonic()
@@ -183,7 +183,7 @@ def _wait(children: list[Any]) -> float:
 
 
 def differences(workdir: pathlib.Path, wanted: pathlib.Path) -> int:
-  """Values of the reports, and digests of the last checkpoint, that differ."""
+  """Number of differing report values and digests of the last checkpoint."""
   both = []
   for run in (workdir, wanted):
     reports = metrics_lib.read(str(run))
@@ -203,7 +203,7 @@ def differences(workdir: pathlib.Path, wanted: pathlib.Path) -> int:
 
 
 def cost(workdir: pathlib.Path) -> str:
-  """Work that the last fault made the run do again, by its own account."""
+  """Redone work by goodput.json: steps of the last fault, seconds of all."""
   attempts = ledger.read(str(workdir))
   total = ledger.summarize(attempts)
   again = sum(
@@ -215,7 +215,7 @@ def cost(workdir: pathlib.Path) -> str:
   steps = "0"
   if struck.exists() and len(attempts) > 1:
     reached = attempts[-2]["first_step"] + int(struck.read_text())
-    # None where the fault came before the steps.
+    # 0 where the fault came before the steps.
     steps = str(max(0, reached - attempts[-1]["first_step"]))
   return (
     f"lost {steps} step(s), {total['lost']:.1f} s of them; "
@@ -224,7 +224,7 @@ def cost(workdir: pathlib.Path) -> str:
 
 
 def largest_error(got: pathlib.Path, want: pathlib.Path) -> float:
-  """Of the training losses, relative; infinite where batches differ."""
+  """Largest relative error of training losses; inf where batches differ."""
   pairs = list(
     itertools.zip_longest(*(metrics_lib.read(str(run)) for run in (got, want)))
   )

@@ -1,6 +1,6 @@
-"""Checks of the model: what a position sees, what it says, in what numbers.
+"""Checks of the model: causality, packing, padding, decode, loss and dtypes.
 
-B batch, T length, S position that is read, D model, V vocabulary.
+B batch, T length, S position attended to, D model, V vocabulary.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from lm.train import step as step_lib
 from lm.verify import result, trial
 from lm.verify.result import Result
 
-# Float32 has 24 bits, 6e-8. Sums of up to a few thousand terms in another
+# Float32 has 24 bits, 6e-8. Sums of up to a few thousand terms in a different
 # order, through several layers, were seen to differ by up to 2e-6 of the
 # largest element; the smallest planted mistake makes 1e-3.
 FLOAT32_SUMS = 1e-5
@@ -32,11 +32,12 @@ BFLOAT16 = 5e-2
 
 
 def causality(config: config_lib.Config) -> Iterator[Result]:
-  """Which inputs each position depends on, in the config's own dtype and by
-  its own kernel: one layer with each of its windows, then the whole model.
+  """By its gradients, a position must depend on all inputs within reach of the
+  attention mask and on no other inputs. Tests one layer per window, then the
+  whole model, in the config's dtype and attention kernel.
   """
   model, length = config.model, config.train.sequence_length
-  # Each position needs a token of its own, and its own row of the embedding.
+  # A distinct token per position: an embedding row then stands for a position.
   length = min(length, model.vocab_size)
   first = 2 * length // 3
   lengths = [[first, length - first - length // 8]]
@@ -68,7 +69,7 @@ def causality(config: config_lib.Config) -> Iterator[Result]:
 
 
 def _influence(model, params, row) -> np.ndarray:
-  """[T, S]: largest |d hidden[t] / d embedding of the token at s|."""
+  """[T, S]: largest |d (hidden[t] @ direction) / d embedding of token s|."""
   row = jax.tree.map(jnp.asarray, row)
   n = row.inputs.shape[1]
   direction = jax.random.normal(jax.random.key(3), (model.d_model,))
@@ -87,7 +88,7 @@ def _influence(model, params, row) -> np.ndarray:
 
 
 def _past(row, windows) -> np.ndarray:
-  """[T, S]: whether layers of these windows can carry s to t."""
+  """[T, S]: whether layers of the given windows can carry s to t."""
   segments, place = row.segments[0], np.arange(row.inputs.shape[1])
   distance = place[:, None] - place[None]
   reach = math.inf
@@ -98,7 +99,7 @@ def _past(row, windows) -> np.ndarray:
 
 
 def packing(config: config_lib.Config) -> Iterator[Result]:
-  """Documents in one row against the same documents in rows of their own."""
+  """Packed documents must give the same numbers as a row per document."""
   config = trial.without_dropout(trial.exact(config))
   config.train.microbatches = 1
   model, T = config.model, config.train.sequence_length
@@ -110,7 +111,7 @@ def packing(config: config_lib.Config) -> Iterator[Result]:
   for row, (n, end) in enumerate(zip(lengths, ends, strict=True)):
     here = packed.inputs[0, end - n : end]
     alone.inputs[row, :n] = here
-    alone.targets[row, : n - 1] = here[1:]  # its last target is no more its
+    alone.targets[row, : n - 1] = here[1:]  # the last target is outside
   everything = jax.tree.map(lambda *x: np.concatenate(x), packed, alone)
   logits = trial.logits(model, trial.params(model), everything)
   apart = [logits[3 + row, :n] for row, n in enumerate(lengths)]
@@ -129,7 +130,7 @@ def packing(config: config_lib.Config) -> Iterator[Result]:
 
 
 def padding(config: config_lib.Config) -> Iterator[Result]:
-  """What stands in padding, and how much of it there is."""
+  """Content and amount of padding must not change logits or gradients."""
   config = trial.without_dropout(trial.exact(config))
   config.train.microbatches = 1
   model, T = config.model, config.train.sequence_length
@@ -158,8 +159,8 @@ def padding(config: config_lib.Config) -> Iterator[Result]:
 
 
 def decode(config: config_lib.Config) -> Iterator[Result]:
-  """Sampling's prefill and decode against a forward pass over what they drew,
-  for prompts of unequal length.
+  """Log-probabilities of prefill and decode (KV cache) must match a forward
+  pass over the sampled tokens, for prompts of unequal length.
   """
   exact = trial.exact(config).model
   yield result.judge(
@@ -180,7 +181,7 @@ def decode(config: config_lib.Config) -> Iterator[Result]:
 
 
 def _decode_error(model: config_lib.ModelConfig) -> float:
-  # A vocabulary of bytes at least, so that there is a tokenizer for it.
+  # At least the vocabulary of the bytes tokenizer that the sampler gets.
   size = max(model.vocab_size, tokenizer_lib.BYTES_SIZE)
   model = dataclasses.replace(model, vocab_size=size)
   T = min(model.context_length, 256)
@@ -219,13 +220,13 @@ def _decode_error(model: config_lib.ModelConfig) -> float:
 
 
 def initial_loss(config: config_lib.Config) -> Iterator[Result]:
-  """The first loss of the real step: nothing is known, so each id is as
-  likely, but for the deviation of the logits. That grows with the width, so a
-  shrunk config shows what its initialisers do, not what its width adds.
+  """The first loss of the real step must be near ln V, all ids equally likely,
+  but for the deviation of the logits. The deviation grows with the width, and a
+  shrunk config tests only the initialisers, not the width.
   """
   batch = trial.batch(config, 0)
   config = trial.on(config, (1, 1, 1))
-  config.optimizer.name = "adamw"  # takes no part, and compiles soonest
+  config.optimizer.name = "adamw"  # no effect here, and compiles fastest
   loss = trial.steps(config, [batch], fresh=True).numbers[0, 0]
   uniform = math.log(config.model.vocab_size)
   yield result.judge(
@@ -236,16 +237,17 @@ def initial_loss(config: config_lib.Config) -> Iterator[Result]:
   )
 
 
-# Functions that lose digits in bfloat16 and make the softmax, the norms and
-# the loss. Not tanh and logistic, which also are activations.
+# Primitives of the softmax, the norms and the loss, which lose digits in
+# bfloat16. Without tanh and logistic, which are activations too.
 _PRECISE = {"exp", "exp2", "expm1", "log", "log1p", "rsqrt", "sqrt"}
 
 
 def dtypes(config: config_lib.Config) -> Iterator[Result]:
-  """The dtype of everything in the real step, which is traced and not run.
+  """Dtypes in the real step (traced, not run): matrix products, softmax, norms,
+  loss, state and metrics.
 
-  AdamW stands in for the optimizer: it has no matrix product, so that all
-  that are found are the model's. Muon's own run in float32 on purpose.
+  AdamW replaces the optimizer: AdamW has no matrix product, hence all
+  products found are the model's. Muon's products run in float32 on purpose.
   """
   config = trial.on(config, (1, 1, 1))
   config.optimizer = dataclasses.replace(config.optimizer, name="adamw")
@@ -291,7 +293,7 @@ def dtypes(config: config_lib.Config) -> Iterator[Result]:
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:
-  """Every equation, also of what is scanned, recomputed or mapped."""
+  """All equations of a jaxpr, inside scans, remat and maps too."""
   for equation in jaxpr.eqns:
     yield equation
     for value in equation.params.values():
@@ -301,7 +303,7 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def _place(equation: Any) -> str:
-  """The innermost line of lm/ that an equation comes from."""
+  """Innermost source line in lm/ of an equation: `file:line function`."""
   traceback = equation.source_info.traceback
   for frame in traceback.frames if traceback else ():
     folder, file = os.path.split(frame.file_name)
@@ -311,14 +313,14 @@ def _place(equation: Any) -> str:
 
 
 def _listed(names: list[str]) -> str:
-  """The different ones, with how often each."""
+  """Distinct names, each with its count."""
   return ", ".join(
     f"{name} ({names.count(name)}x)" for name in dict.fromkeys(names)
   )
 
 
 def parameters(config: config_lib.Config) -> Iterator[Result]:
-  """The closed form that reports and plans are made with; computes nothing."""
+  """The closed-form parameter count must match the shapes; computes nothing."""
   make = functools.partial(decoder.init_params, config.model)
   shapes = jax.eval_shape(make, jax.random.key(0))
   counted = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))

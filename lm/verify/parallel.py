@@ -1,5 +1,5 @@
-"""Checks of the step: the same numbers however it is computed, and every array
-where it was promised.
+"""Checks of the step: same numbers for all microbatches, meshes, remat and scan
+modes, and the promised sharding of every array.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ MOMENTS = 2 * FLOAT32_SUMS
 
 
 def accumulation(config: config_lib.Config) -> Iterator[Result]:
-  """Microbatches of unequal weight against the whole batch."""
+  """Gradient accumulation: unequal microbatches must add up to the batch."""
   config = trial.exact(config)
   rows = config.train.batch_size
   batch = trial.batch(config, 0)
@@ -39,7 +39,7 @@ def accumulation(config: config_lib.Config) -> Iterator[Result]:
 
 
 def layers(config: config_lib.Config) -> Iterator[Result]:
-  """Each way to run the layers against a loop that keeps everything."""
+  """All combinations of scan and remat must match a loop without remat."""
   config = trial.exact(config)
   config.train.microbatches = 1
   batch = trial.batch(config, 0)
@@ -61,8 +61,8 @@ def layers(config: config_lib.Config) -> Iterator[Result]:
 
 
 def meshes(config: config_lib.Config) -> Iterator[Result]:
-  """Two steps by the config's own optimizer on every mesh, and under pmap,
-  against one device. The second loss shows the first update.
+  """Two steps of the config's optimizer on every mesh, and under pmap, must
+  match a single device. The second loss shows the first update.
   """
   config = trial.exact(config)
   batches = [trial.batch(config, seed) for seed in (0, 1)]
@@ -93,8 +93,8 @@ def meshes(config: config_lib.Config) -> Iterator[Result]:
     yield Result("meshes", "no mesh fits", None, None, False, note)
 
 
-# The layout that lm/sharding.py's table promises, by the name of a weight; the
-# layers' have an axis in front. What is not named is whole everywhere.
+# Logical axes of each weight by name, for the table in lm/sharding.py. Weights
+# of layers have an axis in front; weights not named here are replicated.
 _AXES: dict[str, tuple[str | None, ...]] = {
   "embed": ("vocab", "embed"),
   "position_embed": (None, "embed"),
@@ -115,12 +115,12 @@ _AXES: dict[str, tuple[str | None, ...]] = {
 
 
 def shardings(config: config_lib.Config) -> Iterator[Result]:
-  """Where each array of a fresh state lies, and of that after a step, on the
-  mesh that cuts along the most axes.
+  """Sharding of each array of a fresh state and of the state after a step, on
+  the mesh with the most axes cut, fsdp preferred.
   """
   config = trial.exact(config)
   fit, _ = trial.fitting(config)
-  # fsdp cuts every matrix, so it comes before the others.
+  # Meshes with fsdp come first, since fsdp cuts every matrix.
   shape = max(fit, key=lambda s: (s[1] > 1, sum(n > 1 for n in s), s[1]))
   config = trial.on(config, shape)
   model, where = config.model, trial.name(shape)
@@ -131,7 +131,7 @@ def shardings(config: config_lib.Config) -> Iterator[Result]:
   def fresh():
     return step_lib.create_state(config, trial.mesh_of(config))
 
-  # All that may be whole is vectors, one for each layer.
+  # Only vectors, one for each layer, may be replicated.
   longest = max(model.d_model, model.d_mlp, model.n_heads * model.d_head)
   vectors = model.n_layers * longest
   for what, make in (("fresh", fresh), ("after a step", after)):
@@ -166,8 +166,8 @@ def shardings(config: config_lib.Config) -> Iterator[Result]:
 
 
 def _misplaced(tree: Any, params: Any) -> list[str]:
-  """Arrays of a tree that lie otherwise than the weight whose name ends their
-  path; those that no weight's name ends are to be whole.
+  """Paths of arrays not sharded like the weight named at the end of the path.
+  An array whose path ends with no weight must be replicated.
   """
   weights = dict(jax.tree_util.tree_leaves_with_path(params))
   wrong = []
@@ -184,8 +184,8 @@ def _misplaced(tree: Any, params: Any) -> list[str]:
 
 
 def _promised(path: Any, shape: tuple[int, ...], leaf: jax.Array) -> list[P]:
-  """Layouts that an array may have which belongs to the weight at `path`: its
-  own, or that less the axis which a factored moment lacks.
+  """Allowed layouts of `leaf`, an array of the weight at `path`: the weight's
+  layout, or for a factored moment the weight's layout less the missing axis.
   """
   lead = (None,) if path[0].key == "layers" else ()
   axes = lead + _AXES.get(path[-1].key, (None,) * (len(shape) - len(lead)))

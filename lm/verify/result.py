@@ -1,4 +1,4 @@
-"""What a check found: as a row of a table and as JSON."""
+"""The result of a check, as a table row and as JSON."""
 
 import dataclasses
 import json
@@ -16,10 +16,10 @@ from lm import files
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """One comparison of one check.
+  """A single comparison of a check.
 
-  `error` was measured and passes up to `limit`; both are None where there is
-  nothing to measure. `note` is what a reader must know besides.
+  The measured `error` passes up to `limit`; both are None where there is
+  nothing to measure. `note` holds further facts for the reader.
   """
 
   check: str
@@ -37,14 +37,14 @@ def judge(
   limit: float | int,
   note: str = "",
 ) -> Result:
-  """Passes where `error` is at most `limit`; NaN is not."""
+  """A Result that passes where `error` <= `limit`; NaN fails."""
   return Result(
     check, compared, float(error), float(limit), bool(error <= limit), note
   )
 
 
 def show(results: Sequence[Result], title: str) -> None:
-  """Prints the table on stdout."""
+  """Prints the results as a table on stdout."""
   table = rich.table.Table(
     title=rich.markup.escape(title),
     title_justify="left",
@@ -72,7 +72,7 @@ def show(results: Sequence[Result], title: str) -> None:
 
 
 def write(results: Sequence[Result], path: str, about: dict[str, Any]) -> None:
-  """Writes JSON in one move; an error that is not finite is null."""
+  """Writes JSON atomically; a non-finite error becomes null."""
   content = {
     **about,
     "passed": all(result.passed for result in results),

@@ -1,4 +1,4 @@
-"""A small config that keeps every switch of a large one."""
+"""Shrinks a large config to a small copy with the same switches."""
 
 import copy
 import dataclasses
@@ -9,14 +9,14 @@ from lm import config as config_lib
 from lm import sharding
 from lm.model import counts
 
-# A training step of so many parameters on so many tokens takes about a second
-# on a CPU core; the checks take some hundred steps and forward passes.
+# A training step of 2M parameters on 16k tokens takes about a second on a CPU
+# core; the checks take some hundred steps and forward passes.
 LARGE_PARAMETERS = 2_000_000
 LARGE_TOKENS = 16_384
 
 
 def is_large(config: config_lib.Config) -> bool:
-  """Whether the checks would take long at the config's own size."""
+  """Whether the checks would take long without shrinking the config."""
   return (
     counts.parameter_count(config.model) > LARGE_PARAMETERS
     or config.tokens_per_step > LARGE_TOKENS
@@ -24,8 +24,8 @@ def is_large(config: config_lib.Config) -> bool:
 
 
 def shorten(config: config_lib.Config, steps: int) -> None:
-  """Gives a run of `steps`, in place; its warm-up still ends before the decay
-  of a `wsd` schedule begins.
+  """Sets train.steps to `steps`, in place. A `wsd` schedule's warm-up is scaled
+  to still end before the decay begins.
   """
   o, t = config.optimizer, config.train
   if o.schedule == "wsd":
@@ -36,12 +36,12 @@ def shorten(config: config_lib.Config, steps: int) -> None:
 def shrink(config: config_lib.Config) -> config_lib.Config:
   """Reduces widths, depth, vocabulary, lengths and batch, and nothing else.
 
-  What 2, 4 and 8 devices divide they still divide, and what they do not they
-  still do not; the batch has a row for each of 8 devices where it had.
+  Sizes keep their divisibility by 2, 4 and 8 devices, both ways; the batch
+  keeps a row for each of 8 devices where the config does.
   """
   small = copy.deepcopy(config)
   m, t, before = small.model, small.train, config.model
-  # Splash attention wants whole tiles of 128 places.
+  # Splash attention needs whole tiles of 128 positions.
   length = min(t.sequence_length, 128 if sharding.platform() == "tpu" else 64)
   ratio = length / t.sequence_length
   longer = before.context_length > t.sequence_length
@@ -80,8 +80,8 @@ def shrink(config: config_lib.Config) -> config_lib.Config:
 def subject(
   config: config_lib.Config, small: bool | None
 ) -> tuple[config_lib.Config, str]:
-  """What is checked, and a line on how it differs from `config`; `small` None
-  shrinks what is large.
+  """The config to check, and a line on the changes; `small` None shrinks only a
+  large config. A kernel of a different platform becomes "reference".
   """
   checked = copy.deepcopy(config)
   if is_large(config) if small is None else small:
@@ -95,7 +95,7 @@ def subject(
 
 
 def sizes(config: config_lib.Config, small: config_lib.Config) -> str:
-  """What shrinking changed: `model.d_model 4096 -> 64, ...`."""
+  """Fields changed by shrinking: `model.d_model 4096 -> 64, ...`."""
   changed = config_lib.differences(config, small).items()
   return ", ".join(
     f"{path.removeprefix('config.')} {_brief(a)} -> {_brief(b)}"
@@ -110,15 +110,15 @@ def _brief(value: Any) -> str:
 
 
 def _narrow(size: int, about: int) -> int:
-  """`about` and 1, 2, 4 or 8 more, so that it divides as `size` does; what
-  has no even divisor becomes at most 3 more.
+  """A size near `about` (a multiple of 8) with the divisibility of `size` by 2,
+  4 and 8: 2, 4 or 8 more, or 3 more for an odd size; at most `size`.
   """
   common = math.gcd(size, 8)
   return min(size, about + (common if common > 1 else 3))
 
 
 def _layers(n: int, period: int) -> int:
-  """Two whole groups of the windows, and one layer more where some were."""
+  """At most two window periods, plus a layer where layers are left over."""
   if n < period:
     return n
   return min(n // period, 2) * period + min(n % period, 1)

@@ -1,5 +1,5 @@
-"""What the checks share: batches, copies of a config that show errors, and a
-few real steps of training.
+"""Helpers of the checks: config copies in which errors show, meshes, batches
+and real training steps.
 """
 
 import copy
@@ -24,8 +24,8 @@ from lm.train import step as step_lib
 
 
 def lively(config: config_lib.Config) -> config_lib.Config:
-  """A copy whose weights are large enough for attention to be far from even,
-  and whose first step is not lost in the warm-up: an error then shows.
+  """A copy in which errors show: weights large enough for uneven attention, and
+  a warm-up of at most one step, so the first step is not lost in the warm-up.
   """
   config = copy.deepcopy(config)
   config.model.init_scale = config.model.d_model**-0.5
@@ -34,7 +34,7 @@ def lively(config: config_lib.Config) -> config_lib.Config:
 
 
 def exact(config: config_lib.Config) -> config_lib.Config:
-  """`lively` in float32, since bfloat16 would hide an error in its rounding."""
+  """`lively` in float32, since bfloat16 rounding would hide errors."""
   config = lively(config)
   if config.model.attention == "cudnn":
     config.model.attention = "reference"  # cuDNN has no float32
@@ -43,7 +43,7 @@ def exact(config: config_lib.Config) -> config_lib.Config:
 
 
 def without_dropout(config: config_lib.Config) -> config_lib.Config:
-  """For other shapes of a batch, whose masks would be others."""
+  """A copy without dropout: masks would change with the batch shape."""
   config = copy.deepcopy(config)
   config.model.embedding_dropout = config.model.residual_dropout = 0.0
   return config
@@ -52,7 +52,7 @@ def without_dropout(config: config_lib.Config) -> config_lib.Config:
 def on(
   config: config_lib.Config, shape: tuple[int, ...], mode: str = "jit"
 ) -> config_lib.Config:
-  """A copy on a mesh of this shape."""
+  """A copy with a mesh of `shape`, sizes in the order of MESH_AXES."""
   config = copy.deepcopy(config)
   config.mesh = config_lib.MeshConfig(
     mode=mode,  # type: ignore[arg-type]
@@ -65,7 +65,7 @@ def on(
 
 
 def shapes(n: int) -> list[tuple[int, int, int]]:
-  """Every (data, fsdp, tensor) of n devices."""
+  """All mesh shapes (data, fsdp, tensor) of n devices."""
   return [
     (data, fsdp, n // data // fsdp)
     for data in range(n, 0, -1)
@@ -77,8 +77,8 @@ def shapes(n: int) -> list[tuple[int, int, int]]:
 def fitting(
   config: config_lib.Config,
 ) -> tuple[list[tuple[int, int, int]], list[str]]:
-  """The shapes of all devices that can cut the config, and what each other
-  one fails on.
+  """Mesh shapes of all devices that fit the config, and the rejected shapes,
+  each with the config field that fails.
   """
   fit, left_out = [], []
   for shape in shapes(jax.device_count()):
@@ -96,7 +96,7 @@ def name(shape: Sequence[int]) -> str:
 
 
 def mesh_of(config: config_lib.Config) -> jax.sharding.Mesh:
-  """The config's mesh, on the first of the devices."""
+  """The config's mesh on the first devices, as many as needed."""
   n_devices = math.prod(config.mesh.sizes().values())  # type: ignore[arg-type]
   return sharding.make_mesh(config, jax.devices()[:n_devices])
 
@@ -107,9 +107,9 @@ def mesh_of(config: config_lib.Config) -> jax.sharding.Mesh:
 def rows(
   lengths: Sequence[Sequence[int]], length: int, vocab_size: int, seed: int = 0
 ) -> batch_lib.Batch:
-  """A batch whose rows hold documents of these lengths, and then padding of
-  random ids, so that reading it shows. A document that ends with its row has
-  its last target beyond it.
+  """A batch with documents of the given lengths per row. Padding holds random
+  ids: reading padding then changes results. A row has `length` + 1 tokens; the
+  last token is only a target.
   """
   rng = np.random.default_rng(seed)
   built = []
@@ -122,7 +122,7 @@ def rows(
 
 
 def batch(config: config_lib.Config, seed: int) -> batch_lib.Batch:
-  """Random documents in rows of very unequal weight, the last one empty."""
+  """Random documents in rows of very unequal weight, the last row empty."""
   rng = np.random.default_rng(seed)
   n, length = config.train.batch_size, config.train.sequence_length
   lengths = [
@@ -139,8 +139,8 @@ def batch(config: config_lib.Config, seed: int) -> batch_lib.Batch:
 
 
 def params(model: config_lib.ModelConfig) -> decoder.Params:
-  """Host arrays of the scale of fresh ones, but with no bias of 0 and no
-  norm's scale of 1. Drawn by NumPy, since an initialiser compiles for seconds.
+  """Random host arrays at the scale of fresh parameters, with no bias of 0 and
+  no norm scale of 1. NumPy draws them, since initialisers compile for seconds.
   """
   make = functools.partial(decoder.init_params, model)
   rng, declared = np.random.default_rng(7), decoder.declared(model)
@@ -159,7 +159,7 @@ def params(model: config_lib.ModelConfig) -> decoder.Params:
 def logits(
   model: config_lib.ModelConfig, params: decoder.Params, batch: batch_lib.Batch
 ) -> np.ndarray:
-  """Those of a whole batch, [B, T, V]."""
+  """Logits of a whole batch, [B, T, V]."""
 
   @jax.jit
   def run(params, batch):
@@ -173,11 +173,11 @@ def logits(
 
 
 class Steps(NamedTuple):
-  """What some steps of training gave."""
+  """Results of a few training steps."""
 
-  # Loss and gradient norm of each: [n, 2].
+  # Loss and gradient norm of each step: [n, 2].
   numbers: np.ndarray
-  # The optimizer's state after the first: moments are sums of gradients.
+  # Optimizer state after the first step: moments are sums of gradients.
   moments: Any
   state: step_lib.State
 
@@ -188,8 +188,8 @@ def steps(
   *,
   fresh: bool = False,
 ) -> Steps:
-  """Trains on `batches` on the config's mesh, from `params` and an optimizer
-  that has seen nothing, or from the run's own `fresh` state.
+  """Trains on `batches` on the config's mesh, from `params` and an all-zero
+  optimizer state; with `fresh`, from the run's own initial state.
   """
   mesh = mesh_of(config)
   state = (step_lib.create_state if fresh else _state)(config, mesh)
@@ -215,8 +215,8 @@ def _state(config, mesh) -> step_lib.State:
 
 
 def place(tree: Any, like: Any) -> Any:
-  """Host arrays, laid out as the abstract ones; copies, since the step
-  donates them.
+  """Puts host arrays on the devices, sharded like the abstract arrays `like`.
+  The arrays are copied, since the step donates its state.
   """
   return jax.tree.map(
     lambda x, to: jax.device_put(x, to.sharding, may_alias=False), tree, like
@@ -226,8 +226,8 @@ def place(tree: Any, like: Any) -> Any:
 def gradients(
   config: config_lib.Config, batches: Sequence[batch_lib.Batch]
 ) -> list[dict[str, Any]]:
-  """Loss and gradient of the real step for each of some batches of one shape,
-  on one device: AdamW's first moment where it forgets at once.
+  """Loss and gradient of the real step on a single device, for each batch. All
+  batches share a shape. The gradient is AdamW's first moment with b1 = 0.
   """
   config = on(config, (1, 1, 1))
   config.optimizer = config_lib.OptimizerConfig(
@@ -251,12 +251,12 @@ def gradients(
 
 
 def relative(found: Any, wanted: Any) -> float:
-  """The largest difference, of any array to its largest element.
+  """Largest difference, relative to the largest element of the array.
 
-  An array whose true value is 0, such as the gradient of a bias of keys, holds
-  rounding alone: 2e-8 of the largest gradient was seen. So each is measured
-  against a hundredth of the largest of its kind (all first moments, all
-  losses) at least.
+  An array with true value 0, like the gradient of a key bias, holds only
+  rounding: 2e-8 of the largest gradient was seen. The scale of an array is
+  therefore at least a hundredth of the largest element of its kind (all first
+  moments, all losses).
   """
   leaves, top = [], {}
   for (path, a), b in zip(
@@ -272,11 +272,11 @@ def relative(found: Any, wanted: Any) -> float:
     gap / max(size, 0.01 * top[kind], np.finfo(np.float64).tiny)
     for kind, size, gap in leaves
   ]
-  return float(np.max(errors))  # NaN where there is one
+  return float(np.max(errors))  # NaN if any error is NaN
 
 
 def _kind(path: tuple[Any, ...]) -> str:
-  """The last field of a class on the way to an array, or the first key."""
+  """Last class field on the tree path of an array, or the first key."""
   fields = [
     key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)
   ]
@@ -284,8 +284,8 @@ def _kind(path: tuple[Any, ...]) -> str:
 
 
 def unequal(found: Any, wanted: Any) -> int:
-  """Elements that are not the same, bit for bit; all of an array of another
-  dtype or shape.
+  """Number of unequal elements, NaN equal to NaN; all elements count where the
+  dtype or shape differs.
   """
 
   def count(a, b):

@@ -1,3 +1,3 @@
-"""An OpenAI-compatible server over one Sampler, and a page that shows how the
-next token is chosen; `python -m lm.sample.serve`.
+"""OpenAI-compatible HTTP server for a Sampler, with a web page that shows how
+the next token is chosen: `python -m lm.sample.serve`.
 """

@@ -57,10 +57,10 @@ _ALLOW_PUBLIC = flags.DEFINE_bool(
   "allow_public", False, "Serve other machines without an API key."
 )
 
-# For what runs when the server is told to stop.
+# Time for running calls to finish after a stop signal.
 GRACE_SECONDS = 5.0
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# Least and most of each flag that is a number.
+# Inclusive bounds of the numeric flags.
 _BOUNDS = {
   "port": (0, 65535),
   "slots": (1, 4096),
@@ -77,7 +77,7 @@ def main() -> int:
   workdir = loading.check()
   _check_flags()
   token = _token()
-  # Late, so that the mistakes above are told at once.
+  # Optional packages come after the flag checks: flag errors appear at once.
   for name in ("starlette", "uvicorn"):
     if importlib.util.find_spec(name) is None:
       raise schema.ConfigError(
@@ -99,7 +99,7 @@ def main() -> int:
     stack.callback(_restore, {stop: signal.getsignal(stop) for stop in _STOPS})
     for stop in _STOPS:
       signal.signal(stop, lambda *_: sys.exit(0))
-    # Before the model, which takes longer.
+    # Bind before the slow model load: a taken port is reported at once.
     sockets = [
       stack.enter_context(s) for s in listen.bind(_HOST.value, _PORT.value)
     ]
@@ -147,9 +147,10 @@ def _serve(name: str, sockets: list[socket.socket], limits) -> None:
       await super().shutdown(sockets)
 
   server = Server(config)
-  # The interpreter is shared with long texts that are read and written.
+  # 1 ms, not 5: threads that parse or write long texts must yield the GIL.
   sys.setswitchinterval(1e-3)
-  # Uvicorn raises its signals once more when all is done: that is no failure.
+  # Uvicorn re-raises captured signals after shutdown; handle_exit absorbs the
+  # signals, and the exit code stays 0.
   for stop in _STOPS:
     signal.signal(stop, server.handle_exit)
   server.run(sockets)
@@ -165,7 +166,9 @@ def _check_flags() -> None:
 
 
 def _token() -> str | None:
-  """The API key; raises ConfigError where strangers could do without one."""
+  """The API key, or None. Raises ConfigError unless the key is printable ASCII,
+  and on a public --host with neither --api_key_env nor --allow_public.
+  """
   name = _API_KEY_ENV.value
   if name is not None:
     token = os.environ.get(name, "")

@@ -1,9 +1,9 @@
-"""What a client is told: OpenAI's shapes of completions and chats.
+"""Response bodies: OpenAI's formats for completions and chat completions.
 
-A token's name is its text, where that is whole characters; `bytes:\\xe2\\x80`
-where it is a part of one, as OpenAI writes it; and its reserved name, such as
-`<eos>`. All tokens drawn are listed, also the one that ended the text and those
-that a stop text cut off, so that log-probabilities add up to what was drawn.
+A token is named by its text; by `bytes:\\xe2\\x80`, as OpenAI does, if the
+bytes are not whole characters; or by its reserved name, e.g. `<eos>`. The lists
+hold all drawn tokens, including the stop id and tokens cut off by a stop text:
+log-probabilities then sum to the log-probability of the drawn tokens.
 """
 
 import codecs
@@ -18,18 +18,18 @@ from lm.data import tokenizer as tokenizer_lib
 from lm.sample import request as request_lib
 from lm.sample.serve import fields, protocol
 
-# What OpenAI writes for a log-probability of minus infinity.
+# OpenAI's number for a log-probability of minus infinity.
 LEAST = -9999.0
 _REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
 
-# Items of a list that are written at once.
+# List items per call of json.dumps; see `dump`.
 _PIECE = 256
 
 Object = dict[str, Any]
 
 
 def token_bytes(tokenizer: tokenizer_lib.Tokenizer, i: int) -> list[int]:
-  """None for a reserved id, nor for a row that the model has over."""
+  """Bytes of token `i`; empty for reserved ids and vocabulary padding."""
   return list(tokenizer.decode_bytes([i])) if i < tokenizer.size else []
 
 
@@ -44,7 +44,7 @@ def token_name(tokenizer: tokenizer_lib.Tokenizer, i: int) -> str:
 
 
 class Answer:
-  """Builds one answer, whole or in chunks; a subclass per endpoint."""
+  """Builds a response, whole or as stream chunks; a subclass per endpoint."""
 
   object: str
   chunk_object: str
@@ -65,8 +65,8 @@ class Answer:
   def whole(
     self, results: Sequence[request_lib.Result | None], scores: Sequence[Any]
   ) -> Object:
-    """Of a result per choice, None where nothing was to be drawn, and, where
-    the prompts were to be scored, a Score for each of them.
+    """Builds the whole response from a Result per choice (None if no tokens
+    were requested) and a Score per prompt (empty if prompts are not scored).
     """
     choices = []
     for i, result in enumerate(results):
@@ -81,15 +81,15 @@ class Answer:
     }
 
   def opening(self, scores: Sequence[Any]) -> list[Object]:
-    """Chunks that come before any token."""
+    """Stream chunks before the first token."""
     raise NotImplementedError
 
   def chunks(self, i: int, piece: request_lib.Piece) -> list[Object]:
-    """Chunks for a piece of choice `i`; none where it shows nothing yet."""
+    """Stream chunks for a Piece of choice `i`; empty if nothing is ready."""
     raise NotImplementedError
 
   def closing(self) -> list[Object]:
-    """The count of tokens, where it was asked for."""
+    """The chunk with the token usage, if the client requested usage."""
     if not self.plan.usage:
       return []
     return [{**self._chunk([]), "usage": self._usage()}]
@@ -98,7 +98,9 @@ class Answer:
     raise NotImplementedError
 
   def _end(self, i: int, result: request_lib.Result | None) -> Object:
-    """Why the choice ended, and the seed that gives it again."""
+    """Finish reason of choice `i`, and the seed to reproduce the choice. Raises
+    Refusal (500) on NaN logits or a cancelled request.
+    """
     request = self.plan.requests[i // self.plan.n]
     if result is None:
       return {"finish_reason": "length", "seed": request.seed + i % self.plan.n}
@@ -127,8 +129,8 @@ class Answer:
     }
 
   def _top(self, gained: Any, place: int) -> list[tuple[int, float]]:
-    """Ids and log-probabilities: the alternatives, then the token if it is not
-    one of them.
+    """(id, log-probability) of the alternatives at `place`, then of the token
+    itself unless the alternatives include the token.
     """
     pairs = []
     if gained.alternatives:
@@ -140,11 +142,11 @@ class Answer:
 
 
 class Completion(Answer):
-  """`text_offset` counts characters of the answer's own `text`.
+  """Completion response; `text_offset` counts characters of a choice's `text`.
 
-  With `echo` the prompt's tokens come first, without the bos that is put in
-  front of a text and on which its first token is conditioned. Where nothing
-  precedes the first token, its log-probability is null.
+  With `echo`, the prompt tokens come first, without the bos added before the
+  prompt. The first token is conditioned on the added bos; without an added
+  bos, the first token's log-probability is null.
   """
 
   object = chunk_object = "text_completion"
@@ -212,12 +214,12 @@ class Completion(Answer):
     return {"index": i, "text": text, "logprobs": logprobs}
 
   def _logprobs(self, i: int, gained: Any) -> Object:
-    """Of a Result, Piece or Score."""
+    """OpenAI's `logprobs` object for a Result, Piece or Score."""
     tops = []
     for place in range(len(gained.token_ids)):
       names: dict[str, float] = {}
       for other, value in self._top(gained, place):
-        # Two ids may spell the same text: the likelier one is shown.
+        # Two ids may have the same name: the dict keeps the likelier id.
         names.setdefault(token_name(self.tokenizer, other), value)
       tops.append(names)
     ids = gained.token_ids
@@ -283,7 +285,7 @@ class Chat(Answer):
 
 
 class _Offsets:
-  """Where in the text each token starts, in characters, asked in order."""
+  """Text offset of each token, in characters; call `of` in token order."""
 
   def __init__(self, tokenizer: tokenizer_lib.Tokenizer):
     self._tokenizer, self._n = tokenizer, 0
@@ -296,7 +298,7 @@ class _Offsets:
 
 
 def dump(value: Any) -> bytes:
-  """JSON. Other threads run meanwhile: each piece of it is soon written."""
+  """JSON, serialized in short pieces to let other threads take the GIL."""
   return "".join(_pieces(value)).encode()
 
 
@@ -331,7 +333,7 @@ def next_token(
   tokenizer: tokenizer_lib.Tokenizer,
   model: str,
 ) -> Object:
-  """Entropy is in bits; see lm/sample/request.py for the rest."""
+  """Body of /v1/next_token; entropy is in bits (see lm/sample/request.py)."""
 
   def candidate(c: request_lib.Candidate) -> Object:
     return {
@@ -358,7 +360,9 @@ def next_token(
 def score(
   found: request_lib.Score, tokenizer: tokenizer_lib.Tokenizer, model: str
 ) -> Object:
-  """A list per token; `total` is natural, `bits_per_byte` null without text."""
+  """Body of /v1/score: lists with an entry per scored token. `total` is a
+  natural log-probability; `bits_per_byte` is null without text.
+  """
   bits = -found.total / (found.n_bytes or 1) / math.log(2)
   return {
     "object": "score",

@@ -1,7 +1,7 @@
-"""The endpoints, and who may use them: an ASGI application.
+"""HTTP endpoints behind access control (guard.py), as an ASGI application.
 
-A call is over when its client leaves or its time is up, whatever it waits for:
-its samples are cancelled and their slots free again.
+A call ends when the client disconnects or a timeout expires, at any stage: the
+call's samples are cancelled and the slots freed.
 """
 
 import asyncio
@@ -23,11 +23,12 @@ from lm.sample import scoring
 from lm.sample.serve import answers, fields, guard, protocol
 from lm.sample.serve import worker as worker_lib
 
-# Bodies, in bytes, and prompts, in tokens, that are long work to read or list:
-# one at a time, so that short ones find a thread and the interpreter free.
+# Longer bodies (in bytes) and listed prompts (in tokens) are processed on a
+# single thread: short requests then find a free thread and the GIL.
 _BULK = 1 << 14
 
-# The page's files, by path. Nothing from elsewhere is loaded, nor run inline.
+# Files of the page, by URL path. The content security policy forbids inline
+# scripts and loads from elsewhere.
 _HERE = pathlib.Path(__file__).parent
 _PAGE = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js"}
 _PAGE_HEADERS = {
@@ -45,7 +46,7 @@ _PAGE_HEADERS = {
 def make(
   worker: worker_lib.Worker, model: str, limits: guard.Limits
 ) -> applications.Starlette:
-  """`model` is the name by which clients see it."""
+  """Builds the application; `model` is the model name in the API."""
   app = _App(worker, model, limits)
   get, post = ["GET"], ["POST"]
   return applications.Starlette(
@@ -76,7 +77,8 @@ class _App:
   ):
     self._worker, self._limits = worker, limits
     self._sampler = worker.sampler
-    # Chats wait for the one process that runs templates, all else for nothing.
+    # Chat requests wait for the single process that renders chat templates: an
+    # executor for chats alone keeps all else from waiting.
     thread = concurrent.futures.ThreadPoolExecutor
     self._short, self._bulk, self._chats = thread(4), thread(1), thread(1)
     self._card = {
@@ -147,7 +149,7 @@ class _App:
     return _json(await self.attended(request.receive, work()))
 
   async def _text(self, request, read, kind) -> asgi.ASGIApp:
-    """Completions and chats, at once or as a stream."""
+    """Handles completions and chats, with a whole response or a stream."""
     plan = await self._read(request, read)
     answer = kind(plan, self._sampler.tokenizer, self._card["id"])
     if plan.stream:
@@ -169,7 +171,7 @@ class _App:
     return await self.apart(build, _n_listed(plan))
 
   async def scores(self, plan: protocol.Plan) -> list[list[scoring.Part]]:
-    """Of each prompt, where they are to be shown."""
+    """Scores each prompt if `echo` and `logprobs` are set; [] otherwise."""
     if not plan.echo or plan.logprobs is None:
       return []
     n, score = plan.logprobs, self._sampler.scoring
@@ -178,11 +180,11 @@ class _App:
   def collect(
     self, plan: protocol.Plan, parts: list[list[scoring.Part]]
   ) -> list[request_lib.Score]:
-    each = zip(plan.prompts, parts, strict=False)  # All of them, or none.
+    each = zip(plan.prompts, parts, strict=False)  # `parts` may be empty.
     return [scoring.collect(self._sampler, *pair) for pair in each]
 
   async def apart(self, function: Callable[[], Any], size: int) -> Any:
-    """`function()` in a thread; the event loop goes on meanwhile."""
+    """Runs `function()` in a thread, without blocking the event loop."""
     executor = self._bulk if size > _BULK else self._short
     return await asyncio.get_running_loop().run_in_executor(executor, function)
 
@@ -190,11 +192,14 @@ class _App:
     return self._worker.running(plan.requests, watched=True)
 
   async def _read(self, request: requests.Request, read) -> Any:
-    """What `read` makes of the body; the event loop goes on meanwhile."""
+    """Parses the body by `read` in a thread, without blocking the event loop.
+    Raises Refusal on a slow (408), long (413) or non-JSON (415) body.
+    """
     limit = self._limits.max_body_bytes
     kind = request.headers.get("content-type", "").partition(";")[0].strip()
     if kind.lower() != "application/json":
-      # Web pages of other origins cannot send this type unasked.
+      # CSRF: browsers let web pages of other origins send this type only after
+      # a CORS preflight.
       raise fields.Refusal(
         415, "send the header Content-Type: application/json"
       )
@@ -218,8 +223,8 @@ class _App:
     return await self.attended(request.receive, work)
 
   async def attended(self, receive: asgi.Receive, work: Awaitable) -> Any:
-    """Result of `work`, which is cancelled when the client leaves (raises
-    ClientDisconnect) or the time is up (Refusal).
+    """Result of `work`. Cancels `work` when the client disconnects (raises
+    ClientDisconnect) or after `timeout_seconds` (raises Refusal, 504).
     """
     task = asyncio.ensure_future(work)
     client = asyncio.ensure_future(_until_gone(receive))
@@ -246,12 +251,12 @@ def _json(content: bytes) -> responses.Response:
 
 
 def _n_listed(plan: protocol.Plan) -> int:
-  """Tokens of prompts in the answer."""
+  """Number of prompt tokens listed in the response."""
   return plan.n * sum(map(len, plan.prompts)) if plan.echo else 0
 
 
 async def _soon(chunks: AsyncIterator[bytes], seconds: float):
-  """The chunks; raises TimeoutError where one takes longer to come."""
+  """Yields `chunks`; raises TimeoutError if a chunk takes over `seconds`."""
   while True:
     async with asyncio.timeout(seconds):
       chunk = await anext(chunks, None)
@@ -261,7 +266,7 @@ async def _soon(chunks: AsyncIterator[bytes], seconds: float):
 
 
 class _Stream:
-  """Server-sent events; a refusal after the first of them is one itself."""
+  """Server-sent events (SSE); a Refusal after the first event is an SSE."""
 
   def __init__(self, app: _App, plan: protocol.Plan, answer: answers.Answer):
     self._app, self._plan, self._answer = app, plan, answer
@@ -306,7 +311,7 @@ class _Stream:
       headers = [
         (b"content-type", b"text/event-stream; charset=utf-8"),
         (b"cache-control", b"no-cache"),
-        # Some proxies would collect the events.
+        # Some proxies would buffer the events.
         (b"x-accel-buffering", b"no"),
       ]
       await send(
@@ -338,14 +343,14 @@ async def _no_route(
 async def _left(
   request: requests.Request, error: Exception
 ) -> responses.Response:
-  # Nobody is there to read it.
+  # The client has disconnected: nobody reads this response.
   return responses.Response(status_code=400)
 
 
 async def _failed(
   request: requests.Request, error: Exception
 ) -> responses.Response:
-  """For what is a bug: its traceback goes to the server's log."""
+  """Status 500 for an unexpected exception (a bug); the log has a traceback."""
   return guard.error_of(
     fields.Refusal(
       500, "an error of the server; its log says more", kind="server_error"

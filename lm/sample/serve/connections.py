@@ -1,7 +1,8 @@
-"""Connections that cost a client something: none is open for nothing.
+"""Connection limits, in total and per client address, and an idle timeout.
 
-Uvicorn times a connection between two requests only. Here one is closed as well
-where the head of a request does not come, and where the answer is not taken.
+Uvicorn's keep-alive timeout covers only the time between two requests. The
+timeout here also closes a connection if a request head does not arrive, or if
+the client does not read the response.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ _FULL = (
 
 
 def limited(limits: guard.Limits) -> type[h11_impl.H11Protocol]:
-  """The protocol of a server whose connections share these limits."""
+  """Protocol class for a Uvicorn server; all connections share `limits`."""
 
   class Limited(_Limited):
     _limits = limits
@@ -31,13 +32,13 @@ def limited(limits: guard.Limits) -> type[h11_impl.H11Protocol]:
 class _Limited(h11_impl.H11Protocol):
   _limits: guard.Limits
   _open: "set[_Limited]"
-  # Connections without a request under way, the one that is so longest first.
+  # Idle connections (no request under way), the longest idle first.
   _waiting: "dict[_Limited, None]"
   _timer: asyncio.TimerHandle | None = None
-  # Bytes of an answer that were left when the timer was set.
+  # Unsent bytes of a response when the timer was set.
   _n_left = 0
 
-  # Uvloop's transports are no asyncio.Transport.
+  # Any: uvloop's transports are no asyncio.Transport.
   def connection_made(self, transport: Any) -> None:
     super().connection_made(transport)
     self._open.add(self)
@@ -71,7 +72,7 @@ class _Limited(h11_impl.H11Protocol):
       self._wait()
 
   def _make_room(self, found: "set[_Limited]") -> bool:
-    """Closes the one of `found` that waits longest; whether there was one."""
+    """Closes the longest-idle connection of `found`; False if none is idle."""
     for connection in self._waiting:
       if connection in found:
         connection._go_on()
@@ -93,6 +94,6 @@ class _Limited(h11_impl.H11Protocol):
 
   def _expire(self) -> None:
     if 0 < self.transport.get_write_buffer_size() < self._n_left:
-      return self._wait()  # A large answer is on its way.
+      return self._wait()  # The client still reads.
     self._go_on()
     self.transport.abort()

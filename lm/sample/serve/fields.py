@@ -1,4 +1,4 @@
-"""Fields of a JSON body: read, with their types, and refused."""
+"""Parses and type-checks fields of a JSON request body; raises Refusal."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,9 +8,10 @@ from lm import schema
 
 Fields = Mapping[str, Any]
 
-# They name somebody or something, and change no answer.
+# OpenAI's labels: accepted and ignored, since labels change no response.
 _LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
-# OpenAI's fields that are not to be had, with the values that ask for nothing.
+# OpenAI's fields without support here, with the no-op values: only a no-op
+# value is accepted.
 _ABSENT: dict[str, tuple[Any, ...]] = {
   "best_of": (1,),
   "suffix": ("",),
@@ -34,7 +35,7 @@ _ABSENT: dict[str, tuple[Any, ...]] = {
 
 
 class Refusal(Exception):
-  """An answer of a status from 400 on; `param` is the field to blame."""
+  """HTTP error response (status >= 400); `param` is the field at fault."""
 
   def __init__(
     self,
@@ -49,7 +50,7 @@ class Refusal(Exception):
     self.code = code
 
   def body(self) -> dict[str, Any]:
-    """OpenAI's form of an error."""
+    """Error body in OpenAI's format; cuts the message at 1000 characters."""
     text = str(self)
     if len(text) > 1000:
       text = text[:1000] + " ..."
@@ -64,12 +65,14 @@ class Refusal(Exception):
 
 
 def read(body: bytes, model: str, known: Sequence[str]) -> dict[str, Any]:
-  """Fields of a JSON object that are set, all of them among `known`, and for
-  `model`, where they name one.
+  """Parses a JSON object; returns the non-null fields among `known`.
+
+  Raises Refusal on invalid JSON, on an unknown or unsupported field (400), and
+  if the field `model` names another model (404).
   """
   try:
     fields = json.loads(body, parse_constant=_no_constant)
-    # JSON can spell half a surrogate pair, which is no text.
+    # JSON escapes can spell a lone surrogate, invalid in UTF-8.
     json.dumps(fields, ensure_ascii=False).encode()
   except UnicodeEncodeError as error:
     raise Refusal(400, f"the body holds half a character: {error}") from error
@@ -120,7 +123,7 @@ def typed(fields: Fields, name: str, kind: type, default: Any) -> Any:
 
 
 def as_float(name: str, value: Any, kind: Any = float) -> Any:
-  """`value`; as a float where it is an int and a float is wanted."""
+  """Converts int to float if `kind` is float; raises Refusal if too large."""
   try:
     return float(value) if kind is float and type(value) is int else value
   except OverflowError as error:

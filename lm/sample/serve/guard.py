@@ -1,4 +1,4 @@
-"""Who may use the server, and how much of it."""
+"""Access control (Host header, API key) and request limits."""
 
 import dataclasses
 import hmac
@@ -14,17 +14,19 @@ _LOOPBACK = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?", re.I)
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """`token` is what a client must bear, if any. `loopback_only` refuses other
-  names for this machine: a web page elsewhere could give itself one of them.
+  """`token`: API key required from clients, or None.
+
+  `loopback_only`: reject Host headers except localhost, 127.x.x.x and [::1]
+  (DNS rebinding: a web page's own host name may resolve to this machine).
   """
 
   max_body_bytes: int
-  # For one call.
+  # For reading the body, for parsing, and for the work: each has the full time.
   timeout_seconds: float
-  # In which the head of a request, and more of its body, has to come, and some
-  # of an answer to be taken.
+  # Longest wait for a request head, for the next chunk of a body, and for the
+  # client to read more of a response.
   idle_seconds: float = 30.0
-  # At once, of all clients and of one address; 0 is no limit.
+  # Open connections, in total and per client address; 0 is no limit.
   max_connections: int = 512
   max_connections_per_client: int = 256
   token: str | None = dataclasses.field(default=None, repr=False)
@@ -32,7 +34,9 @@ class Limits:
 
 
 class Guard:
-  """Refuses strangers, before anything of their call is read."""
+  """Middleware: before the body is read, rejects a foreign Host header (403)
+  and, under /v1/, a missing or wrong API key (401).
+  """
 
   def __init__(self, app: asgi.ASGIApp, limits: Limits):
     self._app, self._limits = app, limits

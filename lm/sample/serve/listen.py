@@ -1,4 +1,4 @@
-"""Sockets to listen on, or why there are none."""
+"""Binds the sockets of the server."""
 
 import errno
 import socket
@@ -7,7 +7,7 @@ from lm import schema
 
 
 def resolve(host: str, port: int) -> list[tuple[int, tuple]]:
-  """Family and address of all that `host` names; raises ConfigError on none."""
+  """Resolves `host` to (family, address) pairs; ConfigError on failure."""
   try:
     found = socket.getaddrinfo(
       host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -21,9 +21,11 @@ def resolve(host: str, port: int) -> list[tuple[int, tuple]]:
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-  """A socket for each address of `host`, all of one port, none listening yet.
+  """Binds a socket to each address of `host`, all on the same port; no socket
+  listens yet. Port 0 picks a free port.
 
-  Raises ConfigError or RunError where there can be none.
+  Raises RunError on a taken or privileged port, ConfigError on an unknown host
+  or an address of another machine, and OSError otherwise.
   """
   sockets: list[socket.socket] = []
   try:
