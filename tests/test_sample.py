@@ -415,21 +415,26 @@ def test_a_mesh_changes_no_token():
     )
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-  path = str(tmp_path_factory.mktemp("run"))
+def save_run(path, cfg):
+  """A run directory of two checkpoints: steps 3 and 7."""
   config = config_lib.Config()
-  config.model, config.tokenizer.kind = LLAMA, "bytes"
+  config.model, config.tokenizer.kind = cfg, "bytes"
   config.train.sequence_length = 100
   tokenizer = tokenizer_lib.Tokenizer().to_json()
   checkpoints = checkpoint.Checkpoints(path, config.checkpoint)
-  params = params_of(LLAMA)
+  params = params_of(cfg)
   for step, factor in ((3, 2), (7, 1)):
     scaled = jax.tree.map(lambda x, f=factor: x * f, params)
     meta = checkpoint.Meta(step, config, tokenizer, "none", loss=1.0)
     rest = {"step": jnp.asarray(step)}
     checkpoints.save({"params": scaled, "rest": rest}, meta)
   checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  path = str(tmp_path_factory.mktemp("run"))
+  save_run(path, LLAMA)
   return path
 
 
@@ -546,6 +551,15 @@ def test_the_door_lays_a_model_on_a_mesh_with_help(workdir):
     [Request("first", temperature=0.0, max_new_tokens=8)]
   )
   assert found.stdout == f"first{expected.text}\n"
+
+
+def test_the_door_refuses_a_draft_that_the_mesh_cannot_cut(workdir, tmp_path):
+  odd = dataclasses.replace(LLAMA, n_layers=1, d_mlp=29)
+  save_run(str(tmp_path / "odd"), odd)
+  flags = f"--workdir={workdir}", f"--draft={tmp_path}/odd", "--ahead=2"
+  found = run_door(*flags, "--mesh=1,1,2")
+  said = f"error: --draft={tmp_path}/odd, --mesh=1,1,2: config.model.d_mlp=29:"
+  assert found.returncode == 2 and found.stderr.startswith(said)
 
 
 @pytest.mark.parametrize("mesh", ["2,0,1", "1,1,64"])

@@ -556,7 +556,7 @@ REFUSED = [
   ("completions", {"prompt": "a", "min_p": 2}, "min_p", "must be in"),
   ("completions", {"prompt": "a", "n": 0}, "n", "at least 1"),
   ("completions", {"prompt": "a", "n": True}, "n", "type int"),
-  ("completions", {"prompt": "a", "seed": -1}, "seed", "at least 0"),
+  ("completions", {"prompt": "a", "seed": -1}, "seed", "not be negative"),
   ("completions", {"prompt": "a", "logprobs": 21}, "logprobs", "must be in"),
   ("completions", {"prompt": "a", "logprobs": True}, "logprobs", "type int"),
   ("completions", {"prompt": "a", "stop": [""]}, "stop", "one character"),
@@ -590,9 +590,9 @@ REFUSED = [
   ("completions", {"prompt": "a", "stop_ids": 5}, "stop_ids", "must be ids"),
   (
     "completions",
-    {"prompt": "a", "stop_ids": [5, 6, 7, 8]},
+    {"prompt": "a", "stop_ids": [5] * 8},
     "stop_ids",
-    "at most 3",
+    "at most 7",
   ),
   (
     "completions",
@@ -617,6 +617,18 @@ REFUSED = [
   ("completions", {"prompt": "a", "n": 2000}, None, "at most 516"),
   ("chat/completions", {"messages": []}, "messages", "at least one"),
   ("chat/completions", {"messages": "hi"}, "messages", "list of objects"),
+  (
+    "chat/completions",
+    {"messages": HELLO, "stop_ids": [*range(9_000)]},
+    "stop_ids",
+    "at most 7",
+  ),
+  (
+    "chat/completions",
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
+    "messages",
+    "more than text",
+  ),
   ("chat/completions", {"messages": [{"role": "user"}]}, "messages", "needs"),
   (
     "chat/completions",

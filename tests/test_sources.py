@@ -360,12 +360,13 @@ def test_a_byte_order_mark_is_no_text(tmp_path, unit, suffix):
   path = tmp_path / f"a.txt{suffix}"
   text = "one\n\n\ufefftwo\ufeff"
   path.write_bytes(COMPRESS[suffix](b"\xef\xbb\xbf" + text.encode()))
-  data = data_config(tmp_path, text_unit=unit)
-  documents = read(sources.open_source(f"text:{path}", data))
   whole = [("", text)]
   parts = [(":1", "one"), (":3", "\ufefftwo\ufeff")]
   expected = whole if unit == "file" else parts
-  assert documents == [(f"{path}{where}", text) for where, text in expected]
+  for invalid in ("error", "replace", "skip"):
+    data = data_config(tmp_path, text_unit=unit, invalid_utf8=invalid)
+    documents = read(sources.open_source(f"text:{path}", data))
+    assert documents == [(f"{path}{where}", text) for where, text in expected]
   path.write_bytes(COMPRESS[suffix](b'\xef\xbb\xbf{"t": "\xc3\xa9"}\n'))
   (document,) = read(sources.open_source(f"jsonl:{path}#t", data))
   assert document == (f"{path}:1", "\u00e9")

@@ -6,6 +6,7 @@ are read one at a time: memory does not grow with the corpus.
 """
 
 import bisect
+import codecs
 import itertools
 import json
 import os
@@ -194,7 +195,9 @@ class FileSource:
     if self._unit == "file":
       with reading.opened(path) as file:
         raw = file.read()
-      if self._data.invalid_utf8 != "skip":
+      if self._data.invalid_utf8 == "skip":  # other encodings too
+        raw = raw.removeprefix(codecs.BOM_UTF8)
+      else:
         raw = reading.without_mark(raw, path)
       text = decode(raw, path, 0, self._data)
       return None if text is None else Document(path, text)

@@ -1,4 +1,4 @@
-"""The flags by which commands find their model, and how it is run."""
+"""Flags that select checkpoint, mesh, weight format and draft model."""
 
 import math
 
@@ -38,8 +38,9 @@ _DRAFT = door.define_path(
 
 
 def check() -> str:
-  """The run directory. Raises ConfigError on flags that no model can be loaded
-  by, without a look at the devices.
+  """Returns --workdir. Raises ConfigError on invalid flags.
+
+  Does not initialize the devices.
   """
   if _WORKDIR.value is None:
     raise schema.ConfigError("--workdir: missing; write --workdir=RUN")
@@ -53,22 +54,32 @@ def check() -> str:
 
 
 def meta() -> checkpoint.Meta:
-  """What the checkpoint that the flags name says of itself. Raises ConfigError
-  also where its model cannot be cut along --mesh.
+  """Metadata of the checkpoint selected by the flags.
+
+  Raises ConfigError on invalid flags, and if --mesh cannot shard the model or
+  the draft model.
   """
   found = checkpoint.load_meta(check(), _STEP.value)
   if _MESH.value is not None:
+    flags_said = f"--mesh={','.join(_MESH.value)}"
     shape = dict(zip(sharding.MESH_AXES, _shape(_MESH.value), strict=True))
-    try:
-      sharding.check_model(found.config.model, shape)
-    except schema.ConfigError as error:
-      mesh = ",".join(_MESH.value)
-      raise schema.ConfigError(f"--mesh={mesh}: {error}") from error
+    models = {flags_said: found.config.model}
+    if _DRAFT.value is not None:
+      draft = checkpoint.load_meta(_DRAFT.value)
+      models[f"--draft={_DRAFT.value}, {flags_said}"] = draft.config.model
+    for said, model in models.items():
+      try:
+        sharding.check_model(model, shape)
+      except schema.ConfigError as error:
+        raise schema.ConfigError(f"{said}: {error}") from error
   return found
 
 
 def sampler(found: checkpoint.Meta | None = None) -> sampler_lib.Sampler:
-  """The model that the flags name, or that of `meta()`. Raises ConfigError."""
+  """Loads the model of `found` (default: `meta()`) and any draft model.
+
+  Raises ConfigError, for example if --mesh needs more devices than exist.
+  """
   mesh = None if _MESH.value is None else _mesh(_MESH.value)
   step = (found or meta()).step
   load = sampler_lib.Sampler.from_checkpoint

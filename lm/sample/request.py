@@ -1,4 +1,4 @@
-"""What is asked of a sampler and what it answers: plain data."""
+"""Sampling requests and results, as plain dataclasses."""
 
 import dataclasses
 import math
@@ -12,65 +12,65 @@ from lm import schema
 from lm.data import tokenizer as tokenizer_lib
 
 DEFAULT_NEW_TOKENS = 256
-# Alternatives per token at most: the decode loop has room for so many.
+# Most alternatives per token; sizes the buffers of the decode loop.
 MAX_ALTERNATIVES = 20
-# Ids that end a row at most, eos among them.
-MAX_ENDS = 4
+# Most stop ids of a row, eos included.
+MAX_ENDS = 8
 # All samples of a request are held in memory until its last one ends.
 MAX_SAMPLES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """A prompt and the rules by which it is continued (lm/sample/rules.py).
+  """A prompt and the sampling parameters (lm/sample/rules.py).
 
   The defaults draw from the model's own distribution.
   """
 
-  # Text, in front of which the tokenizer's bos is put; or ids, as they are.
+  # Text, to which the tokenizer prepends bos; or ids, used unchanged.
   prompt: str | Sequence[int] = ""
   # 0 is greedy.
   temperature: float = 1.0
   # 0 keeps every id.
   top_k: int = 0
   top_p: float = 1.0
-  # Removes ids less likely than this share of the likeliest.
+  # Removes ids less likely than min_p times the likeliest id.
   min_p: float = 0.0
   # Locally typical sampling (arXiv:2202.00666); 1 keeps every id.
   typical_p: float = 1.0
-  # Over prompt and output (arXiv:1909.05858); 1 changes nothing.
+  # On ids of prompt and output (arXiv:1909.05858); 1 changes nothing.
   repetition_penalty: float = 1.0
-  # Over the output: for each time that an id was drawn, and once.
+  # On drawn ids: frequency penalty per occurrence, presence penalty once.
   frequency_penalty: float = 0.0
   presence_penalty: float = 0.0
   # Added to the logits of these ids.
   logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
-  # Ids that are never drawn.
+  # Ids never drawn.
   forbidden: Sequence[int] = ()
-  # Cuts before it divides by the temperature, as llama.cpp does.
+  # Cuts (min-p to typical) before the temperature, as llama.cpp does.
   temperature_last: bool = False
-  # None: 256, or what the context leaves if that is less.
+  # None: 256, or the rest of the context if shorter.
   max_new_tokens: int | None = None
-  # Tokens before which no end is drawn.
+  # No stop id or eos is drawn before this many tokens.
   min_tokens: int = 0
-  # Texts that end the continuation, which is cut before them.
+  # Stop strings: the text ends before the first one completed.
   stop: Sequence[str] = ()
-  # Ids that end it besides eos.
+  # Stop ids besides eos.
   stop_ids: Sequence[int] = ()
   seed: schema.Seed = 0
-  # Sample i is what a request of one sample with `seed + i` gets.
+  # Sample i equals the sample of a single-sample request with `seed + i`.
   n_samples: int = 1
-  # Likeliest ids to report for each token drawn.
+  # Number of likeliest ids to report for each token drawn.
   alternatives: int = 0
-  # Log-probabilities after the rules, not the model's own.
+  # Reports log-probabilities after the rules, not the model's own.
   processed: bool = False
-  # The prompt's tokens see one another both ways, as in a prefix LM.
+  # Prompt tokens attend in both directions, as in a prefix LM.
   bidirectional_prompt: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Alternative:
-  """An id that might have been drawn, and its natural log-probability."""
+  """A likely id, with the natural log-probability."""
 
   id: int
   log_probability: float
@@ -78,15 +78,16 @@ class Alternative:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """One continuation.
+  """The continuation of a sample.
 
-  `token_ids` ends with the id that ended it, where one did; `text` has no trace
-  of it, nor of a stop text and what was drawn after it. `log_probabilities` are
-  natural, one per token, of the raw logits unless the request says `processed`;
-  `alternatives` has the likeliest ids of each place, likeliest first.
+  `token_ids` includes a final stop id or eos; `text` excludes the stop id, and
+  ends before a stop string. `log_probabilities` are natural, an entry per
+  token, from the raw logits unless the request sets `processed`.
+  `alternatives` lists the likeliest ids at each token, likeliest first.
 
-  `error` is a row whose logits became NaN: its last token means nothing.
-  `cancelled` is a row that was called off.
+  Finish reasons: "eos" covers every stop id, "stop" a stop string. "error"
+  means NaN logits, and the last token is meaningless. "cancelled" means
+  `Engine.cancel`.
   """
 
   request: Request
@@ -102,10 +103,10 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """What a row gained since its last piece.
+  """Streaming output of a job: tokens and text since the previous piece.
 
-  `text` is whole characters of which no stop text can take anything back, so
-  it may lag behind the tokens. `result` comes with the last piece.
+  `text` holds whole characters that cannot begin a stop string any more, and
+  may lag behind the tokens. Only the last piece has a `result`.
   """
 
   job: int
@@ -118,12 +119,12 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-  """One possible next token.
+  """A possible next token.
 
   `rank` counts from 1 by the model's own logits; `cumulative` is the model's
-  probability of all ids up to this rank. `stages` tells, for each stage of the
-  rules by name and in order ("raw", "penalties", "temperature", "min_p",
-  "top_k", "top_p", "typical_p"), the probability there, 0 where it is removed.
+  probability of all ids up to this rank. `stages` maps each stage of the rules,
+  in order ("raw", "penalties", "temperature", "min_p", "top_k", "top_p",
+  "typical_p"), to the id's probability after the stage, 0 once removed.
   """
 
   id: int
@@ -136,9 +137,9 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class NextToken:
-  """The distribution of the next token: `candidates` by rank; entropy of the
-  raw distribution in bits; the id that the request's rules and seed draw here,
-  and its own candidate, which may rank below the others.
+  """Next-token distribution: `candidates` by rank, `entropy` of the raw
+  distribution in bits, and the id `chosen` by the request's rules and seed.
+  `chosen` may rank below all `candidates`.
   """
 
   prompt_ids: list[int]
@@ -149,11 +150,11 @@ class NextToken:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-  """How likely a text is: lists with an entry for each of its tokens.
+  """Log-probabilities of a text: lists with an entry per scored token.
 
-  A text's first is conditioned on bos; of ids the first is not scored.
+  Text: the first token is conditioned on bos. Ids: the first id is not scored.
   `log_probabilities` are natural; `ranks` count from 1. `alternatives` are the
-  likeliest ids of each place.
+  likeliest ids at each token.
   """
 
   token_ids: list[int]
@@ -165,12 +166,12 @@ class Score:
 
   @property
   def total(self) -> float:
-    """Natural log-probability of the whole: the sum of conditionals."""
+    """Natural log-probability of the text: the sum over all tokens."""
     return math.fsum(self.log_probabilities)
 
 
 def check(request: Request, n_ids: int) -> None:
-  """Raises ConfigError on the first field that breaks its rule."""
+  """Validates a request; raises ConfigError on the first invalid field."""
   r = request
   hints = schema.hints(Request)
   for name in ("prompt", "logit_bias", "forbidden", "stop", "stop_ids"):

@@ -1,8 +1,8 @@
-"""A training process with a bomb planted: what `--faults` starts.
+"""Fault injection: the training process of `python -m lm.verify --faults`.
 
-It is `python -m lm.train`, and sends itself a signal at one exact place: a
-function of the house, or a rename of a file, is wrapped. So a kill hits its
-window every time, however fast the machine is.
+The process runs `python -m lm.train` and sends itself a signal at an exact
+place, a wrapped function of lm/ or a wrapped file rename. A kill therefore hits
+its window on fast and slow machines alike.
 """
 
 import atexit
@@ -23,17 +23,17 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-  """Where and how to strike, as JSON. `window` None plants no bomb.
+  """Where and how a fault strikes; `window` None injects no fault.
 
-  The first process to strike makes the file `struck`, so that of several only
-  one does; with `group` its signal goes to all of them.
+  The first process to strike creates the file `struck`, and the other processes
+  then do not strike. With `group` the signal goes to the whole process group.
   """
 
   struck: str
   window: str | None = None
   signal: int = signal.SIGKILL
   group: bool = False
-  # Of the windows that are in time: seconds to wait, or steps to take.
+  # Seconds to wait (window "any time") or batches to take ("any step").
   delay: float = 0.0
 
 
@@ -51,7 +51,7 @@ def before(owner: Any, name: str, strike: Callable, at: int = 1) -> None:
 
 
 def after(owner: Any, name: str, strike: Callable, at: int | None = 1) -> None:
-  """Strikes when the `at`-th call of `owner.name` has returned, or each."""
+  """Strikes when the `at`-th call of `owner.name` returns (None: each call)."""
   original, calls = getattr(owner, name), [0]
 
   def wrapped(*args, **kwargs):
@@ -65,12 +65,12 @@ def after(owner: Any, name: str, strike: Callable, at: int | None = 1) -> None:
 
 
 def during(owner: Any, name: str, strike: Callable, delay: float) -> None:
-  """Strikes `delay` seconds after `owner.name` was first called."""
+  """Strikes `delay` seconds after the first call of `owner.name`."""
   before(owner, name, lambda: threading.Timer(delay, strike).start())
 
 
 def renaming(matches: Callable[[str, str], bool], strike: Callable, place):
-  """Strikes before or after (`place`) a file is renamed that `matches`."""
+  """Strikes before or after (`place`) each file rename that `matches`."""
   for name in ("rename", "replace"):
     original = getattr(os, name)
 
@@ -86,13 +86,13 @@ def renaming(matches: Callable[[str, str], bool], strike: Callable, place):
 
 
 def _is_commit(source: str, target: str) -> bool:
-  """Whether a checkpoint's step directory gets its name."""
+  """Whether the rename commits a checkpoint's step directory."""
   path = pathlib.Path(target)
   return path.name.isdigit() and path.parent.name == "checkpoints"
 
 
 def _tear_a_report(strike: Callable, dies: bool) -> None:
-  """Strikes when half of a report's line is written."""
+  """Strikes at a report; with `dies`, half of the report's line is on disk."""
   from lm.train import metrics
 
   def tear(self, report):
@@ -108,7 +108,7 @@ def _tear_a_report(strike: Callable, dies: bool) -> None:
 
 
 def _another_tree() -> None:
-  """The optimizer's state gets a link more, as by a new version of optax."""
+  """Adds a link to the optimizer's state, as a new version of optax might."""
   import optax
 
   from lm.train import optimizer
@@ -123,7 +123,7 @@ def _another_tree() -> None:
 
 
 def _unreadable() -> None:
-  """Every read of arrays fails as a broken disk's."""
+  """Makes every checkpoint restore fail with EIO, as a broken disk would."""
   import orbax.checkpoint as ocp
 
   def fails(*_, **__):
@@ -133,7 +133,7 @@ def _unreadable() -> None:
 
 
 def plant(order: Order, strike: Callable[[], None]) -> None:
-  """Wraps what the order's window names. Imports the house, and so JAX."""
+  """Injects the fault of `order.window`. Imports lm.train, and so JAX."""
   from lm import checkpoint
   from lm.data import pipeline, store
   from lm.evaluate import perplexity
@@ -169,12 +169,14 @@ def plant(order: Order, strike: Callable[[], None]) -> None:
       pipeline.DevicePrefetch, "__next__", strike, int(order.delay)
     ),
   }
-  assert loop  # what it imports is wrapped above, before it runs
+  assert loop  # the modules that loop uses are wrapped before loop runs
   windows[order.window or ""]()
 
 
 def _striker(order: Order) -> Callable[[], None]:
-  """What strikes; it notes how many batches this life had taken."""
+  """Returns `strike`, which sends the signal and records in the file `struck`
+  how many batches this process has taken.
+  """
   from lm.data import pipeline
 
   taken = [0]
@@ -195,24 +197,25 @@ def _striker(order: Order) -> Callable[[], None]:
     else:
       os.kill(os.getpid(), order.signal)
     if order.signal == signal.SIGKILL:
-      time.sleep(60)  # it is on its way
+      time.sleep(60)  # until the signal arrives
 
   return strike
 
 
 def _join_group(leader: int) -> None:
-  """Waits up to 10 s for the leader to have made it."""
+  """Joins the leader's process group; waits up to 10 s for the group."""
   for _ in range(1000):
     try:
       return os.setpgid(0, leader)
     except PermissionError:
       time.sleep(0.01)
+  raise TimeoutError(f"process {leader} has not made its process group")
 
 
 def _cache_programs() -> None:
-  """Lets every process write to the compilation cache. JAX lets process 0
-  alone, whose programs serve the others, but not on CPUs: there the cache's key
-  is of the process too, and each start of the others would compile again.
+  """Lets every process write to the compilation cache. JAX lets only process 0
+  write, whose programs serve all processes. On CPUs the cache key includes the
+  process, and all other processes would compile again at each start.
   """
   from jax._src import compiler
 
@@ -228,11 +231,11 @@ def train(
   log: str,
   leader: int | None,
 ) -> None:
-  """`python -m lm.train ARGUMENTS` in a fork, its bomb planted.
+  """Runs `python -m lm.train ARGUMENTS` in a forked process, with a fault.
 
-  JAX read its own environment when it was imported, so it is given `options`.
-  What is said goes to the file `log`. Processes of one life are a group, whose
-  `leader` is the first.
+  JAX options go through `options`, since JAX read its environment variables at
+  import. Output goes to the file `log`. Processes of one start form a process
+  group led by the first; `leader` is the leader's pid, None in the leader.
   """
   said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
   os.dup2(said, 1)
@@ -250,4 +253,4 @@ def train(
   try:
     runpy.run_module("lm.train", run_name="__main__", alter_sys=True)
   finally:
-    atexit._run_exitfuncs()  # a fork ends without them
+    atexit._run_exitfuncs()  # a fork ends without exit handlers

@@ -1,9 +1,9 @@
-"""What a client may say: the fields of each endpoint, and how they are refused.
+"""Request bodies: parses and validates the fields of each endpoint.
 
-The sampling rules are fields of `Request` under their own names, whether
-OpenAI's API has them or not. No field is ignored in silence: an unknown one is
-refused with the nearest name, and one of OpenAI's that is not to be had here is
-refused unless its value asks for nothing.
+The sampling rules keep their field names of `Request`, whether OpenAI's API has
+the field or not. An unknown field is refused with the nearest name, and an
+OpenAI field without support here is refused unless the value is a no-op. Only
+labels, e.g. `user`, and nulls are ignored (fields.py).
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ from lm.sample import request as request_lib
 from lm.sample import sampler as sampler_lib
 from lm.sample.serve import fields as fields_lib
 
-# OpenAI's default for completions.
+# OpenAI's default `max_tokens` for completions.
 DEFAULT_TOKENS = 16
-# Fields of Request, and what the API calls those that it names otherwise.
+# Fields of Request with another name in the API.
 _RENAMED = {
   "max_new_tokens": "max_tokens",
   "n_samples": "n",
@@ -33,7 +33,7 @@ _RULES = tuple(
 )
 _HINTS = schema.hints(request_lib.Request)
 _LISTS = {"stop": str, "forbidden": int, "stop_ids": int}
-# Ids that an answer lists at most: each one of a prompt, and its alternatives.
+# Limit on the ids in a response: prompt tokens with their alternatives.
 MAX_LISTED = 1 << 20
 _OUTPUT = ("max_tokens", "n", "stream", "stream_options", "logprobs")
 COMPLETION = ("prompt", "add_bos", "echo", *_OUTPUT, *_RULES)
@@ -44,11 +44,11 @@ SCORE = ("input", "add_bos", "alternatives")
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What one call for text asks: `n` samples of each request.
+  """A parsed completion or chat call: `n` samples of each request.
 
-  The `prompts` are ids; the first `n_hidden` of each, its bos or none, is put
-  there and not shown. `logprobs` is None, or how many alternatives. No samples
-  are drawn where `samples` is False, which needs `echo`.
+  `prompts` are ids; the first `n_hidden` ids of each prompt (an added bos, or
+  none) are not shown. `logprobs` is the number of alternatives, or None. No
+  samples are drawn if `samples` is False, allowed only with `echo`.
   """
 
   requests: list[request_lib.Request]
@@ -90,7 +90,7 @@ def completion(sampler: sampler_lib.Sampler, model: str, body: bytes) -> Plan:
 
 def chat(sampler: sampler_lib.Sampler, model: str, body: bytes) -> Plan:
   fields = fields_lib.read(body, model, CHAT)
-  # Here `logprobs` says whether and `top_logprobs` how many.
+  # In chats, `logprobs` is a bool and `top_logprobs` counts alternatives.
   wanted = fields_lib.typed(fields, "logprobs", bool, False)
   top = fields_lib.typed(fields, "top_logprobs", int, 0)
   if top and not wanted:
@@ -112,8 +112,9 @@ def chat(sampler: sampler_lib.Sampler, model: str, body: bytes) -> Plan:
   except schema.ConfigError as error:
     raise fields_lib.Refusal(400, str(error), "messages") from error
   if isinstance(more := fields.get("stop_ids", []), list):
-    stops = [*more, *chat_lib.stop_ids(sampler.tokenizer)]
-    fields["stop_ids"] = [i for n, i in enumerate(stops) if i not in stops[:n]]
+    # The client's may be no ids, and any number; `_request` checks them.
+    ends = chat_lib.stop_ids(sampler.tokenizer)
+    fields["stop_ids"] = [*more, *(i for i in ends if i not in more)]
   request = _request(fields, ids, limit, logprobs)
   said = "".join(message["content"] for message in messages)
   return _plan(sampler, fields, [request], [ids], logprobs, [said])
@@ -122,7 +123,7 @@ def chat(sampler: sampler_lib.Sampler, model: str, body: bytes) -> Plan:
 def next_token(
   sampler: sampler_lib.Sampler, model: str, body: bytes
 ) -> tuple[request_lib.Request, int]:
-  """The request and how many candidates to show."""
+  """Parses /v1/next_token into a Request and the number of candidates."""
   fields = fields_lib.read(body, model, NEXT_TOKEN)
   n = fields_lib.typed(fields, "candidates", int, 20)
   if not 1 <= n <= 1000:
@@ -143,7 +144,7 @@ def next_token(
 def score(
   sampler: sampler_lib.Sampler, model: str, body: bytes
 ) -> tuple[list[int], int]:
-  """Ids, of which the first is not scored; how many alternatives to show."""
+  """Parses /v1/score into ids, the first not scored, and `alternatives`."""
   fields = fields_lib.read(body, model, SCORE)
   n = fields_lib.typed(fields, "alternatives", int, 0)
   if "input" not in fields:
@@ -166,8 +167,8 @@ def _encode(
   fields: fields_lib.Fields,
   prompt: str | list[int],
 ) -> tuple[list[int], int]:
-  """Ids, and how many of them the client does not know of: bos, if any. It is
-  put in front of text and not of ids, unless `add_bos` says otherwise.
+  """Ids of a prompt, and how many are hidden from the client: the added bos, or
+  none. Text gets a bos and ids do not, unless `add_bos` says otherwise.
   """
   is_text = isinstance(prompt, str)
   with_bos = fields_lib.typed(fields, "add_bos", bool, is_text)
@@ -199,7 +200,7 @@ def _plan(
   logprobs: int | None,
   shown: Sequence[str | list[int]],
 ) -> Plan:
-  """`shown` are the prompts as the client wrote them."""
+  """Validates and builds a Plan; errors quote `shown`, the client's prompts."""
   stream = fields_lib.typed(fields, "stream", bool, False)
   options = fields_lib.typed(fields, "stream_options", dict, None)
   if options is not None and not stream:
@@ -218,7 +219,7 @@ def _plan(
     if samples:
       _checked(sampler.check, request, prompt)
     else:
-      # A text to be scored may be longer than the context.
+      # A prompt that is only scored may exceed the context length.
       _checked(request_lib.check, request, sampler.tokenizer.size)
   usage = fields_lib.typed(options, "include_usage", bool, False)
   n = requests[0].n_samples
@@ -231,9 +232,9 @@ def _request(
   limit: int | None,
   logprobs: int | None,
 ) -> request_lib.Request:
-  """Types are checked here, and bounds left to `Sampler.check`.
+  """Builds a Request: checks types, and leaves bounds to `Sampler.check`.
 
-  Without a seed, one is drawn; the answer tells it.
+  Without a seed, a random seed is drawn; the response reports the seed.
   """
   rules = {name: fields[name] for name in _RULES if name in fields}
   if isinstance(rules.get("stop"), str):
@@ -266,7 +267,7 @@ def _request(
 
 
 def _checked(function: Callable, *arguments: Any) -> Any:
-  """Calls it; a ConfigError is told in the client's own words."""
+  """Calls `function`; a ConfigError becomes a Refusal (400) with API names."""
   try:
     return function(*arguments)
   except schema.ConfigError as error:
@@ -279,7 +280,7 @@ def _checked(function: Callable, *arguments: Any) -> Any:
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
-  """OpenAI's four forms: text, texts, ids, lists of ids."""
+  """Prompts from any of OpenAI's four forms: text, texts, ids, lists of ids."""
 
   def is_ids(form: Any) -> bool:
     return isinstance(form, list) and all(type(i) is int for i in form)
@@ -298,7 +299,7 @@ def _prompts(value: Any) -> list[str | list[int]]:
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:
-  """Messages whose content is one text, where it came as parts."""
+  """Validates chat messages; joins content parts into a single text."""
   if not isinstance(value, list):
     raise fields_lib.Refusal(
       400, "messages: must be a list of objects", "messages"
@@ -317,11 +318,16 @@ def _messages(value: Any) -> list[dict[str, Any]]:
     content = message.get("content")
     if isinstance(content, list):
       for part in content:
-        if not isinstance(part, dict) or set(part) != {"type", "text"}:
+        if (
+          not isinstance(part, dict)
+          or set(part) != {"type", "text"}
+          or part["type"] != "text"
+          or not isinstance(part["text"], str)
+        ):
           raise fields_lib.Refusal(
             400, f"{where}: holds more than text", "messages"
           )
-      content = "".join(str(part["text"]) for part in content)
+      content = "".join(part["text"] for part in content)
     if not isinstance(content, str) or not isinstance(message.get("role"), str):
       raise fields_lib.Refusal(
         400, f"{where}: needs role and content, both texts", "messages"

@@ -1,12 +1,12 @@
-"""The thread that owns the device, and the event loop's way to it.
+"""The sampler thread owns the device; the event loop sends requests to it.
 
-All methods without underscore belong to the event loop. What they ask goes
-through one queue to the thread, which answers by `call_soon_threadsafe`; no
-state has two writers.
+Methods without underscore are called by the event loop (`warm_up` before the
+thread starts). Commands reach the thread through a queue; the thread answers by
+`call_soon_threadsafe`. No state has two writers.
 
-The thread's time goes by turns to the samples that run and to the other tasks,
-such as scores, which come in slices. A slice is one call of the device; so long
-as samples run, tasks get no more of its time than they.
+The thread alternates between decode steps of running samples and slices of
+tasks, e.g. scoring. A slice is a single device call. While samples run, tasks
+get no more device time than the samples.
 """
 
 import asyncio
@@ -30,18 +30,18 @@ from lm.sample import request as request_lib
 from lm.sample import sampler as sampler_lib
 from lm.sample.serve import fields
 
-# Tokens of each slot per turn of the thread: few where somebody watches them
-# come, or where free slots wait for prompts to be read.
+# Decode steps per turn of the thread: few while a client streams, or while
+# free slots wait for prefill.
 STEPS = 16
 STEPS_WATCHED = 2
-# Prompts that are read per turn.
+# Prompts prefilled per turn.
 PREFILLS = 1
 
 
 class Ticket:
-  """The samples of one caller: iterate over (index, Piece) as they come.
+  """Samples of a single caller: an async iterable of (index, Piece).
 
-  Raises what the thread failed with.
+  Raises Refusal if the sampler fails or the server stops.
   """
 
   def __init__(self, n: int, watched: bool):
@@ -50,7 +50,7 @@ class Ticket:
     self.news: asyncio.Queue[tuple[int, request_lib.Piece] | Exception] = (
       asyncio.Queue()
     )
-    # The thread's: the jobs in the order of their samples.
+    # Written by the thread only: job numbers in sample order.
     self.jobs: list[int] = []
 
   async def __aiter__(self) -> AsyncIterator[tuple[int, request_lib.Piece]]:
@@ -65,7 +65,7 @@ class Ticket:
 
 @dataclasses.dataclass(eq=False)
 class _Task:
-  """What is done in slices, and what they gave so far."""
+  """Work done in slices, with the results up to now."""
 
   slices: Iterator[Any]
   future: asyncio.Future
@@ -75,7 +75,7 @@ class _Task:
 class Worker:
   """Runs `sampler` for many callers; `max_queue` samples may wait for a slot.
 
-  `n_live` samples and calls are admitted and not ended.
+  `n_live` counts the samples and tasks admitted and not yet ended.
   """
 
   def __init__(
@@ -88,12 +88,12 @@ class Worker:
     self._inbox: queue.SimpleQueue[Callable[[], Any] | None] = (
       queue.SimpleQueue()
     )
-    # One more slot, to look at the next token of a prompt.
+    # A separate engine, to look at the next token of a prompt.
     self._looker = sampler.engine(sampler.ways)
     _check_memory(self._looker, n_slots)
     self._engine = sampler.engine(n_slots)
     self._tasks: collections.deque[_Task] = collections.deque()
-    # Seconds that the tasks had and the samples have not.
+    # Seconds of the last slice, less the seconds of decode steps since.
     self._owed = 0.0
     self._tickets: dict[int, tuple[Ticket, int]] = {}
     self._thread = threading.Thread(
@@ -101,15 +101,15 @@ class Worker:
     )
 
   def warm_up(self, tell: Callable[[str], None]) -> None:
-    """Compiles what requests will need, before the thread starts; `tell` is
-    told of each bucket of lengths.
+    """Warm-up before the thread starts: compiles scoring, prefill and decode
+    for each bucket of prompt lengths. Calls `tell` with each bucket.
     """
     context, bos = self.sampler.cfg.context_length, self.sampler.tokenizer.bos
     n = engine_lib.MIN_PROMPT
     while True:
       tell(f"{n} tokens")
       list(self.sampler.scoring([bos] * (min(n, context) + 1)))
-      # The last token of a prompt is not read, but drawn from.
+      # Prefill omits the last token of a prompt; decode starts from that token.
       prompt = [bos] * (min(n, context - 2) + 1)
       request = request_lib.Request(prompt, max_new_tokens=1)
       if context > 1:
@@ -132,12 +132,12 @@ class Worker:
     return self._thread.is_alive() and not self.refusing
 
   def interrupt(self) -> None:
-    """Ends what runs: each caller is told that the server stops."""
+    """Cancels all samples and tasks; every caller gets Refusal (503)."""
     self.refusing = True
     self._inbox.put(functools.partial(self._drop_all, _stopping()))
 
   async def stop(self) -> None:
-    """Ends the thread after what it is doing."""
+    """Interrupts all work and joins the thread after the current turn."""
     self.interrupt()
     self._inbox.put(None)
     await asyncio.to_thread(self._thread.join)
@@ -146,8 +146,8 @@ class Worker:
   def running(
     self, requests: Sequence[request_lib.Request], watched: bool
   ) -> Iterator[Ticket]:
-    """Admits the requests or raises Refusal; to leave the block cancels what
-    still runs. Samples are numbered as `Sampler.generate` orders them.
+    """Admits the requests or raises Refusal; leaving the block cancels samples
+    still running. Sample numbers follow the order of `Sampler.generate`.
     """
     n = sum(request.n_samples for request in requests)
     self._admit(n)
@@ -160,13 +160,13 @@ class Worker:
         self._inbox.put(functools.partial(self._drop, ticket, None))
 
   async def call(self, function: Callable, *args: Any) -> Any:
-    """`function(*args)` on the thread, between two of the engine's turns."""
+    """Runs `function(*args)` on the thread, between two engine turns."""
     (result,) = await self.run(function(*args) for _ in range(1))
     return result
 
   async def run(self, slices: Iterator[Any]) -> list[Any]:
-    """All that `slices` yields, each of which is got on the thread. The slice
-    at hand is the last one when the caller is cancelled.
+    """Iterates over `slices` on the thread and returns all items as a list. If
+    the caller is cancelled, the thread stops after the current slice.
     """
     self._admit(1)
     task = _Task(slices, self._loop.create_future())
@@ -223,7 +223,7 @@ class Worker:
       pass
 
   def _turn(self) -> bool:
-    """Obeys all commands, takes a step, then a slice; whether to go on."""
+    """Runs commands, decode steps, a slice if due; returns False to stop."""
     while True:
       idle = self._engine.idle and not self._tasks
       try:
@@ -251,12 +251,13 @@ class Worker:
       n_steps = STEPS_WATCHED if watched or waiting else STEPS
       pieces = engine.step(n_steps, PREFILLS)
     except Exception as error:
-      # What the device holds is not to be trusted: everybody starts afresh.
+      # The device state is not to be trusted: end all samples, new engine.
       traceback.print_exc()
       tickets = {ticket for ticket, _ in self._tickets.values()}
       self._tickets.clear()
       for ticket in tickets:
         self._post(self._end, ticket, _broken(error))
+      del engine, self._engine  # their cache makes room for the new one
       self._engine = self.sampler.engine(self.n_slots)
       return
     news = []
@@ -269,8 +270,8 @@ class Worker:
     self._post(self._deliver, news)
 
   def _slice(self) -> None:
-    """Takes the next slice of the task that has waited longest; forgets tasks
-    whose callers have left.
+    """Runs a slice of the longest-waiting task; drops tasks with a cancelled
+    caller.
     """
     while self._tasks:
       task, error = self._tasks.popleft(), None
@@ -302,7 +303,7 @@ class Worker:
           self._tickets[job] = ticket, len(ticket.jobs)
           ticket.jobs.append(job)
     except Exception as error:
-      # The requests were checked before.
+      # A bug: protocol.py has checked the requests already.
       traceback.print_exc()
       self._drop(ticket, _broken(error))
 
@@ -319,13 +320,15 @@ class Worker:
       self._post(self._answer, self._tasks.popleft(), error)
 
   def _post(self, function: Callable, *args: Any) -> None:
-    # After the event loop has closed, nobody is left to be told.
+    # RuntimeError: the event loop has closed, and no caller is left.
     with contextlib.suppress(RuntimeError):
       self._loop.call_soon_threadsafe(function, *args)
 
 
 def _check_memory(one: engine_lib.Engine, n_slots: int) -> None:
-  """Raises ConfigError where slots like those of `one` cannot be held."""
+  """Raises ConfigError if `n_slots` slots as large as those of engine `one` do
+  not fit into device memory (host memory if the device reports no limit).
+  """
   each = sum(x.nbytes for x in jax.tree.leaves(one.state)) // one.n_slots
   stats = jax.local_devices()[0].memory_stats() or {}
   n_devices = one.sampler.mesh.size if one.sampler.mesh else 1
