@@ -478,7 +478,7 @@ CALLS = """
 import contextlib, io, json, sys
 from absl import flags
 from absl.testing import flagsaver
-from lm import config
+from lm import schema
 from lm.sample import __main__ as door
 flags.FLAGS(["lm.sample"])
 found = []
