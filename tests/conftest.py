@@ -42,8 +42,9 @@ QUICK = {
 for option, value in QUICK.items():
   jax.config.update(option, value)
   os.environ[option.upper()] = str(value)  # for child processes
-# Ignored under nohup, and inherited by child processes that are to hear it.
+# A background job or nohup ignores these, and child processes would inherit it.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # A mesh needs devices; NamedShardings are tested on eight.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
