@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import httpx
 import jax
@@ -227,7 +228,9 @@ def test_a_server_that_stops_says_so(sampler):
     assert httpx.get(f"{running.url}/health").status_code == 503
 
 
-def test_an_engine_that_breaks_is_replaced(sampler, capfd):
+def test_an_engine_that_breaks_is_replaced(sampler, capfd, monkeypatch):
+  """After its slots are freed: there may be no room for two."""
+  make, freed = sampler.engine, []
   with serving.serve(sampler, n_slots=2) as running:
 
     class Broken(Slow):
@@ -235,12 +238,20 @@ def test_an_engine_that_breaks_is_replaced(sampler, capfd):
         raise RuntimeError("out of memory")
 
     running.worker._engine = Broken(running.worker._engine, 0)
+    broken = weakref.ref(running.worker._engine)
+
+    def engine(*args):
+      freed.append(broken() is None)
+      return make(*args)
+
+    monkeypatch.setattr(sampler, "engine", engine)
     found = post(running, "completions", {"prompt": "a", "n": 3})
     assert found.status_code == 500
     assert "RuntimeError" in found.json()["error"]["message"]
     assert "out of memory" in capfd.readouterr().err
     found = post(running, "completions", {"prompt": "a", "seed": 1})
     assert found.status_code == 200
+  assert freed == [True]
 
 
 def test_nan_logits_are_an_error_of_the_server():

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from lm import config as config_lib
@@ -31,26 +30,18 @@ def unroll(
   cfg = dataclasses.replace(cfg, attention="auto")
   graph, state = nnx.split(decoder.bind(cfg, params).unroll())
 
-  width = sharding.RULES["embed"]
-
-  def gather(x):
-    axes = jax.typeof(x).sharding.spec
-    return jax.sharding.reshard(
-      x, P(*(None if axis == width else axis for axis in axes))
-    )
-
   def prepare(param):
     x, declared = param.get_value(), weights.declared(param)
-    if int8 and declared.role == "matrix":
+    is_matrix = declared.role == "matrix"
+    if int8 and is_matrix:
       x = _round(x, declared.n_inputs)
     elif declared.role != "vector":
       x = x.astype(cfg.dtype)
-      is_tall = (
-        declared.role == "matrix" and x.ndim == 2 and x.shape[0] > x.shape[1]
-      )
-      if is_tall and sharding.platform() == "cpu":
+    whole = (axis if axis == "embed" else None for axis in declared.axes)
+    x = sharding.gather(x, *whole)
+    if is_matrix and not int8 and sharding.platform() == "cpu":
+      if x.ndim == 2 and x.shape[0] > x.shape[1]:
         x = weights.Reversed(x.T)
-    x = jax.tree.map(gather, x) if sharding.has_mesh() else x
     return param.replace(x)
 
   prepared = jax.tree.map(

@@ -128,7 +128,7 @@ def dot(
   if isinstance(values, Reversed):
     letters, values = letters[::-1], values.values
   elif declared(weight).n_inputs == 2:
-    x, values = _flatten_last(x), _flatten_first(values)
+    x, values = _merge(x, x.ndim - 2), _merge(values, 0)
     inputs, letters = inputs[:-1], letters[0] + letters[2:]
   y = jnp.einsum(
     f"{inputs},{letters}->{outputs}",
@@ -141,20 +141,16 @@ def dot(
   return (y * scales.reshape(1, 1, *y.shape[2:])).astype(y.dtype)
 
 
-def _flatten_last(x: Float[Array, "B T N H"]) -> Float[Array, "B T NH"]:
-  *lead, N, H = x.shape
-  where = sharding.spec("batch", "length", "heads")
-  return jax.lax.reshape(x, (*lead, N * H), out_sharding=where)
-
-
-def _flatten_first(values: Array) -> Array:
+def _merge(x: Array, axis: int) -> Array:
+  """Merges `axis` and the axis after it, which keep the sharding of `axis`."""
   where = None
   if sharding.has_mesh():
-    # Not from sharding.RULES: sampling has gathered the array over fsdp.
-    first, _, *rest = jax.typeof(values).sharding.spec
-    where = P(first, *rest)
-  N, H, *rest = values.shape
-  return jax.lax.reshape(values, (N * H, *rest), out_sharding=where)
+    spec = [*jax.typeof(x).sharding.spec]
+    del spec[axis + 1]
+    where = P(*spec)
+  size = x.shape[axis] * x.shape[axis + 1]
+  shape = (*x.shape[:axis], size, *x.shape[axis + 2 :])
+  return jax.lax.reshape(x, shape, out_sharding=where)
 
 
 def scores(

@@ -293,10 +293,10 @@ def compile_step(
   is static. Mode pmap compiles at the first call; every device holds the whole
   state and computes its own rows of the batch, and a psum adds the sums.
   """
-  state = abstract_state(config, mesh)
-  rows = batch_sharding(config, mesh)
-  batch = batch_lib.abstract(config, rows, prefix=prefix)
   if config.mesh.mode == "jit":
+    state = abstract_state(config, mesh)
+    rows = batch_sharding(config, mesh)
+    batch = batch_lib.abstract(config, rows, prefix=prefix)
     with jax.set_mesh(mesh):
       step = jax.jit(train_step(config), donate_argnums=0)
       return step.lower(state, batch).compile()

@@ -6,6 +6,7 @@ hold all drawn tokens, including the stop id and tokens cut off by a stop text:
 log-probabilities then sum to the log-probability of the drawn tokens.
 """
 
+import abc
 import codecs
 import json
 import math
@@ -43,7 +44,7 @@ def token_name(tokenizer: tokenizer_lib.Tokenizer, i: int) -> str:
     return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
-class Answer:
+class Answer(abc.ABC):
   """Builds a response, whole or as stream chunks; a subclass per endpoint."""
 
   object: str
@@ -80,13 +81,13 @@ class Answer:
       "usage": self._usage(),
     }
 
+  @abc.abstractmethod
   def opening(self, scores: Sequence[Any]) -> list[Object]:
     """Stream chunks before the first token."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def chunks(self, i: int, piece: request_lib.Piece) -> list[Object]:
     """Stream chunks for a Piece of choice `i`; empty if nothing is ready."""
-    raise NotImplementedError
 
   def closing(self) -> list[Object]:
     """The chunk with the token usage, if the client requested usage."""
@@ -94,8 +95,9 @@ class Answer:
       return []
     return [{**self._chunk([]), "usage": self._usage()}]
 
+  @abc.abstractmethod
   def _choice(self, i: int, result: Any, score: Any) -> Object:
-    raise NotImplementedError
+    """A whole choice of an answer that is not streamed."""
 
   def _end(self, i: int, result: request_lib.Result | None) -> Object:
     """Finish reason of choice `i`, and the seed to reproduce the choice. Raises

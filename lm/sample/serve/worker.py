@@ -244,7 +244,7 @@ class Worker:
     return True
 
   def _step(self) -> None:
-    engine = self._engine
+    engine, pieces = self._engine, None
     watched = any(ticket.watched for ticket, _ in self._tickets.values())
     waiting = engine.n_queued() > 0 and engine.n_free() > 0
     try:
@@ -257,7 +257,10 @@ class Worker:
       self._tickets.clear()
       for ticket in tickets:
         self._post(self._end, ticket, _broken(error))
-      del engine, self._engine  # their cache makes room for the new one
+    if pieces is None:
+      # Freed first (the error's traceback, above, holds it too): device memory
+      # may have no room for two.
+      del engine, self._engine
       self._engine = self.sampler.engine(self.n_slots)
       return
     news = []
