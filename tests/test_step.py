@@ -223,7 +223,8 @@ def test_steps_that_are_outliers_or_not_finite_are_left_out_and_counted():
 
   def go(state, weights_factor=1.0):
     batch = _batch(0)
-    batch.weights *= np.float32(weights_factor)
+    weights = batch.weights * np.float32(weights_factor)
+    batch = dataclasses.replace(batch, weights=weights)
     return step(state, sharding.place(batch, where, B))
 
   for _ in range(5):
