@@ -1,8 +1,9 @@
 """Checkpoints: an Orbax step directory holds the whole state of a run.
 
-Evaluation and sampling read `params`, or `ema` (the averaged parameters) if the
-run keeps an average; `rest` is the remaining training state; `meta` has the
-config, the tokenizer, the fingerprints of the data, the names, shapes and
+Evaluation and sampling read `params` (the trainable parameters), or `ema` (the
+averages) if the run keeps an average, and `frozen` (parameters that are not
+trained) if the run has some; `rest` is the remaining training state; `meta` has
+the config, the tokenizer, the fingerprints of the data, the names, shapes and
 dtypes of all arrays, a digest of each item's bits and a digest of `meta`. A
 step directory is complete or absent.
 
@@ -18,7 +19,7 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from lm import config as config_lib
 from lm import digest, files, schema, sharding
-from lm.model import decoder
+from lm.model import decoder, weights
 
 Trees = dict[str, Any]
 
@@ -45,7 +46,8 @@ class Meta:
   `tokenizer` is `Tokenizer.to_json()`; `fingerprint` and `validation` identify
   the token stores of training and of validation; `batch_hash` covers every
   batch up to `step`, in order; `loss` is the validation loss at `step`, if
-  measured. By item, `digests` has the digest of all bits, and `trees` has
+  measured; `unreported` is (sum of nats, tokens scored) of the steps since the
+  last report. By item, `digests` has the digest of all bits, and `trees` has
   `dtype[shape]` of each array by name; `save` fills in both, and `trees` is {}
   in format 1.
   """
@@ -57,6 +59,7 @@ class Meta:
   validation: str | None = None
   batch_hash: str = ""
   loss: float | None = None
+  unreported: Sequence[float] = (0.0, 0.0)
   digests: dict[str, str] = dataclasses.field(default_factory=dict)
   trees: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
 
@@ -103,7 +106,7 @@ class Checkpoints:
 
   def save(self, trees: Trees, meta: Meta) -> None:
     """Starts an asynchronous save of the items `trees` (`params`, `rest`, maybe
-    `ema`) as the checkpoint of `meta.step`.
+    `ema` and `frozen`) as the checkpoint of `meta.step`.
     """
     items: dict[str, Any] = {
       name: ocp.args.StandardSave(tree) for name, tree in trees.items()
@@ -117,6 +120,7 @@ class Checkpoints:
       "validation": meta.validation,
       "batch_hash": meta.batch_hash,
       "loss": meta.loss,
+      "unreported": meta.unreported,
       "digests": digests,
       "trees": {name: _names(tree) for name, tree in trees.items()},
     }
@@ -245,8 +249,11 @@ def load_params(
   target = sharding.abstract(
     functools.partial(decoder.init_params, model), jax.random.key(0), mesh=mesh
   )
+  trained, frozen = weights.split(target, decoder.declared(model))
   name = "ema" if "ema" in meta.digests else "params"
-  return _restore(_directory(workdir), meta, {name: target})[name]
+  like = {name: trained, "frozen": frozen} if frozen else {name: trained}
+  found = _restore(_directory(workdir), meta, like)
+  return weights.join(found[name], found.get("frozen", {}))
 
 
 def compare(workdir: str, meta: Meta, like: Trees) -> dict[str, list[str]]:

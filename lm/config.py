@@ -242,6 +242,10 @@ class TrainConfig:
   eval_every: Count = 250
   # Most batches of each validation source in an evaluation; None: all.
   eval_batches: Count | None = None
+  # Every so many steps, reports for each layer the root mean square of the
+  # residual and of what attention and MLP add to it, and the norms of gradient
+  # and update. Every step then computes them; None: no step does.
+  statistics_every: Count | None = None
   # Watchdog: reports a step that lasts this many times the median step, with
   # the stacks of all threads; None: never.
   slow_step_factor: Positive | None = 20.0

@@ -245,8 +245,11 @@ def forward(
   params: dict,
   cfg: config_lib.ModelConfig,
   batch: batch_lib.Batch,
+  seen: list[dict[str, np.ndarray]] | None = None,
 ) -> np.ndarray:
-  """Float64 logits [B, T, V] of a batch, without dropout."""
+  """Float64 logits [B, T, V] of a batch, without dropout; appends to `seen`
+  what the attention and the MLP of each layer add, and the residual after them.
+  """
   prefix = batch.prefix
   if prefix is None:
     prefix = np.zeros_like(batch.inputs, bool)
@@ -265,11 +268,13 @@ def forward(
     y = attention(y, p["attention"], cfg, mask, batch.positions, frequencies)
     if cfg.post_norm:
       y = normalize(y, p["attention_post_norm"], cfg)
-    x = x + y
+    x, attended = x + y, y
     y = mlp(normalize(x, p["mlp_norm"], cfg), p["mlp"], cfg)
     if cfg.post_norm:
       y = normalize(y, p["mlp_post_norm"], cfg)
     x = x + y
+    if seen is not None:
+      seen.append({"residual": x, "attention": attended, "mlp": y})
   x = normalize(x, params["final_norm"], cfg)
   head = params["embed"].T if cfg.tied_embedding else params["head"]
   logits = x @ head

@@ -240,7 +240,7 @@ def test_a_prompt_that_sees_itself_both_ways():
     batch_lib.unscored(np.array([ids])), prefix=(np.arange(len(ids)) < n)[None]
   )
   forward = jax.jit(functools.partial(decoder.forward, cfg))
-  hidden = forward(params_of(cfg), batch)
+  hidden, _ = forward(params_of(cfg), batch)
   logits = np.asarray(decoder.logits(cfg, params_of(cfg), hidden))[0, n:-1]
   found = np.argmax(logits[:, : sampler.tokenizer.size], axis=1).tolist()
   assert both.token_ids == found

@@ -22,7 +22,7 @@ LENGTHS = [[7, 5, 4], [19], [1, 17], [], [2, 3, 11, 1]]
 @functools.partial(jax.jit, static_argnums=0)
 def run(cfg, params, batch):
   """Logits [B, T, V]."""
-  hidden = decoder.forward(cfg, params, batch)
+  hidden, _ = decoder.forward(cfg, params, batch)
   return decoder.logits(cfg, params, hidden)
 
 

@@ -19,7 +19,7 @@ def random_params(cfg):
 def forward(cfg, params, batch, keys=None):
   """`decoder.forward` of a host batch."""
   batch = jax.tree.map(jnp.asarray, batch)
-  return decoder.forward(cfg, params, batch, keys=keys)
+  return decoder.forward(cfg, params, batch, keys=keys)[0]
 
 
 # --- masks -------------------------------------------------------------------

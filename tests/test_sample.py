@@ -59,7 +59,7 @@ def full_logits(cfg, params, inputs):
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _full_logits(cfg, params, batch):
-  hidden = decoder.forward(cfg, params, batch)
+  hidden, _ = decoder.forward(cfg, params, batch)
   return decoder.logits(cfg, params, hidden)
 
 

@@ -68,7 +68,7 @@ def full_logs(ids: tuple[int, ...]) -> np.ndarray:
 
   @jax.jit
   def logits(batch):
-    hidden = decoder.forward(CFG, params(), batch)
+    hidden, _ = decoder.forward(CFG, params(), batch)
     return decoder.logits(CFG, params(), hidden)
 
   x = np.asarray(logits(batch_lib.unscored(inputs)), np.float64)[0, : len(ids)]

@@ -7,14 +7,15 @@ import math
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
 
 from lm import batch as batch_lib
+from lm import checkpoint, door, sharding
 from lm import config as config_lib
-from lm import door, sharding
-from lm.model import decoder
+from lm.model import decoder, weights
 from lm.train import step as step_lib
 
 B, T, V = 16, 12, 48
@@ -63,8 +64,9 @@ def _batch(seed, prefix=False):
 
 
 def _run(config, n=2, prefix=False):
-  """(loss, gradient norm) of each of n steps, the state after them, and the
-  optimizer's after the first: AdamW's m is then the gradient itself.
+  """(loss, gradient norm) of each of n steps and, if asked for, what layers
+  report; the state after them, and the optimizer's after the first: AdamW's m
+  is then the gradient itself.
   """
   devices = jax.devices()
   if config.mesh.mode == "jit":
@@ -77,18 +79,21 @@ def _run(config, n=2, prefix=False):
   for i in range(n):
     batch = sharding.place(_batch(i, prefix), where, B)
     state, metrics = step(state, batch)
-    numbers.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    layers = jax.tree.leaves(metrics["layers"])
+    parts = (metrics["loss"], metrics["grad_norm"], *layers)
+    numbers.append(np.concatenate([np.ravel(x) for x in parts]))
     if i == 0:
       first = jax.tree.map(np.asarray, state.opt_state)
   return np.array(numbers), state, first
 
 
 DROPOUT = {"model__residual_dropout": 0.1, "model__embedding_dropout": 0.1}
+STATISTICS = {"train__statistics_every": 1}
 
 
 @pytest.fixture(scope="module")
 def one_device():
-  return _run(_config(**DROPOUT), prefix=True)
+  return _run(_config(**DROPOUT, **STATISTICS), prefix=True)
 
 
 @pytest.mark.parametrize(
@@ -107,11 +112,14 @@ def test_same_numbers_however_it_is_computed(
   mesh, mode, parts, one_device, capfd, compiled_anew
 ):
   """Batches have a prefix, and dropout is on: its masks belong to the rows,
-  wherever they lie.
+  wherever they lie. What the layers report is compared, too.
   """
-  config = _config(mesh=mesh, mode=mode, train__microbatches=parts, **DROPOUT)
+  config = _config(
+    mesh=mesh, mode=mode, train__microbatches=parts, **DROPOUT, **STATISTICS
+  )
   numbers, _, first = _run(config, prefix=True)
   want, _, reference = one_device
+  assert want.shape == (2, 2 + 5 * config.model.n_layers)
   np.testing.assert_allclose(numbers, want, rtol=1e-5)
   for (path, ours), theirs in zip(
     jax.tree_util.tree_leaves_with_path(first[0].mu),
@@ -137,6 +145,147 @@ def test_a_new_mesh_axis_is_a_field_and_a_rule(monkeypatch):
   got, state, _ = _run(config, n=1)
   np.testing.assert_allclose(got, want, rtol=1e-5)
   assert "context" in state.params["embed"].sharding.mesh.axis_names
+
+
+def test_statistics_of_layers_against_numpy():
+  """In a batch with padding, which counts nowhere."""
+  config = _config(**STATISTICS, optimizer__clip_norm=0.01)
+  mesh = sharding.make_mesh(config, jax.devices()[:1])
+  state = step_lib.create_state(config, mesh)
+  params = jax.tree.map(np.array, state.params)
+  batch = _batch(0)
+  real = np.arange(T) < np.arange(B)[:, None]
+  batch = dataclasses.replace(
+    batch, segments=batch.segments * real, weights=batch.weights * real
+  )
+  where = step_lib.batch_sharding(config, mesh)
+  step = step_lib.compile_step(config, mesh)
+  state, metrics = step(state, sharding.place(batch, where, B))
+  got = metrics["layers"]
+  seen: list[dict[str, np.ndarray]] = []
+  reference.forward(params, config.model, batch, seen)
+  for name in ("residual", "attention", "mlp"):
+    want = [np.sqrt(np.mean(np.square(at[name][real]))) for at in seen]
+    np.testing.assert_allclose(got[f"{name}_rms"], want, rtol=1e-5)
+
+  def norms(tree):
+    arrays = [np.asarray(x, np.float64) for x in jax.tree.leaves(tree)]
+    return [
+      np.sqrt(sum(np.sum(np.square(x[i])) for x in arrays)) for i in range(3)
+    ]
+
+  # AdamW's m, of gradients clipped to 0.01.
+  moment = state.opt_state[0].mu["layers"]
+  factor = (1 - config.optimizer.b1) * 0.01 / metrics["grad_norm"]
+  np.testing.assert_allclose(got["grad_norm"] * factor, norms(moment), 1e-5)
+  changes = jax.tree.map(lambda a, b: np.asarray(a) - b, state.params, params)
+  np.testing.assert_allclose(
+    got["update_norm"], norms(changes["layers"]), rtol=1e-3
+  )
+
+
+def test_a_layer_reports_through_aux(monkeypatch):
+  """As a router will report its balance: one more entry, with no other change.
+  It is empty, and adds nothing to the program, if no layer reports.
+  """
+  real = decoder.Block.__call__
+
+  def block(self, x, tokens, *args, **options):
+    x, kept, aux = real(self, x, tokens, *args, **options)
+    return x, kept, aux | {"position": jnp.sum(tokens.positions * 1.0)}
+
+  def reported(config):
+    mesh = sharding.make_mesh(config)
+    step = step_lib.compile_step(config, mesh)
+    where = step_lib.batch_sharding(config, mesh)
+    state = step_lib.create_state(config, mesh)
+    return step(state, sharding.place(_batch(0), where, B))[1]["layers"]
+
+  assert reported(_config(mesh=(8, 1, 1))) == {}
+  monkeypatch.setattr(decoder.Block, "__call__", block)
+  for options in (
+    {"mesh": (2, 2, 2), "train__microbatches": 2},
+    {"mesh": (8, 1, 1), "mode": "pmap", "model__windows": (3, None)},
+  ):
+    found = reported(_config(**options))
+    np.testing.assert_allclose(found["position"], [(T - 1) / 2] * 3)
+
+
+def _changed(monkeypatch, path, **fields):
+  """A test config in which the weight at `path` is declared otherwise."""
+  config = _config(optimizer__ema_decay=0.9, optimizer__clip_norm=None)
+  declared = decoder.declared(config.model)
+  weight = weights.of(declared, tuple(map(jax.tree_util.DictKey, path)))
+  for name, value in fields.items():
+    monkeypatch.setitem(weight.__dict__, name, value)
+  return config
+
+
+@pytest.mark.parametrize(
+  ("name", "mesh", "mode"),
+  [
+    ("adamw", (2, 2, 2), "jit"),
+    ("muon", (8, 1, 1), "pmap"),
+    ("adafactor", (1, 1, 1), "jit"),
+  ],
+)
+def test_a_frozen_weight(name, mesh, mode, monkeypatch, tmp_path):
+  """It has no gradient, no optimizer state and no average, and is saved,
+  restored and read with the others.
+  """
+  config = _changed(monkeypatch, ("layers", "mlp", "down"), frozen=True)
+  config.optimizer.name = name
+  config.mesh = _config(name, mesh, mode).mesh
+  _, state, first = _run(config)
+  assert list(state.frozen) == ["layers"]
+  if name == "adamw":  # the other gradients are what they were
+    mu = dict(jax.tree_util.tree_leaves_with_path(first[0].mu))
+    monkeypatch.undo()
+    free = _run(_config(name, mesh, optimizer__clip_norm=None), n=1)[2][0].mu
+    for path, want in jax.tree_util.tree_leaves_with_path(free):
+      if "down" not in jax.tree_util.keystr(path):
+        scale = np.abs(want).max()
+        np.testing.assert_allclose(mu[path], want, rtol=0, atol=1e-6 * scale)
+    config = _changed(monkeypatch, ("layers", "mlp", "down"), frozen=True)
+  frozen = state.frozen["layers"]["mlp"]["down"]
+  make = jax.jit(functools.partial(decoder.init_params, config.model))
+  fresh = make(jax.random.key(config.seed))["layers"]["mlp"]["down"]
+  np.testing.assert_allclose(frozen, fresh, rtol=1e-6)
+  for tree in (state.params, state.ema, state.opt_state):
+    named = map(
+      jax.tree_util.keystr, dict(jax.tree_util.tree_leaves_with_path(tree))
+    )
+    assert not [path for path in named if "down" in path]
+  mesh = jax.typeof(frozen).sharding.mesh
+  meta = checkpoint.Meta(2, config, tokenizer="", fingerprint="")
+  saved = checkpoint.Checkpoints(str(tmp_path), config.checkpoint)
+  saved.save(step_lib.to_trees(state), meta)
+  saved.wait()
+  like = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+  )
+  meta = checkpoint.load_meta(str(tmp_path))
+  back = step_lib.from_trees(saved.restore(meta, step_lib.to_trees(like)))
+  saved.close()
+  alone = checkpoint.load_params(str(tmp_path), config.model)
+  for got, want in ((back, state), (alone, state.model)):
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_a_weight_of_a_new_role(monkeypatch):
+  """As a router's: AdamW trains it, beside Muon, and it decays."""
+  config = _changed(monkeypatch, ("layers", "mlp", "down"), role="router")
+  config.optimizer = config_lib.OptimizerConfig(name="muon", weight_decay=0.1)
+  mesh = sharding.make_mesh(config, jax.devices()[:1])
+  state = step_lib.abstract_state(config, mesh)
+  slots = [
+    jax.tree_util.keystr(path)
+    for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)
+  ]
+  of_muon = [s for s in slots if "'muon'" in s]
+  assert any("'up'" in s for s in of_muon)
+  assert [s for s in slots if "'down'" in s]
+  assert not [s for s in of_muon if "'down'" in s]
 
 
 def test_layout_is_kept_by_the_step():

@@ -2,8 +2,10 @@
 
 import concurrent.futures
 import copy
+import dataclasses
 import gc
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -18,7 +20,7 @@ import pytest
 
 from lm import checkpoint, files, schema
 from lm import config as config_lib
-from lm.data import pipeline
+from lm.data import objectives, pipeline, store
 from lm.evaluate import perplexity
 from lm.train import ledger, loop, optimizer
 from lm.train import metrics as metrics_lib
@@ -94,6 +96,61 @@ def test_a_run_leaves_what_it_promises(unbroken):
   assert list((workdir / "tensorboard").iterdir())
   meta = checkpoint.load_meta(str(workdir))
   assert meta.step == 12 and meta.config == config
+
+
+def test_reports_are_means_over_tokens(make, tmp_path, monkeypatch):
+  """Two runs of unequal batches: with every step reported, layer by layer at
+  some, and with every fourth; two validation sources.
+  """
+  causal = objectives.causal
+
+  def unequal(*window):
+    row = causal(*window)
+    return dataclasses.replace(row, weights=row.weights * (row.targets % 3 > 0))
+
+  monkeypatch.setattr(objectives, "causal", unequal)
+  runs = []
+  for every in (1, 4):
+    config = make(train__steps=6, train__log_every=every)
+    config.train.statistics_every = 5 if every == 1 else None
+    first = config.data.validation[0]
+    config.data.validation = (first, first.replace("door", "locks"))
+    workdir = tmp_path / str(every)
+    assert loop.train(config, str(workdir)) == 0
+    runs.append(metrics_lib.read(str(workdir)))
+  single, few = runs
+  prepared = store.prepare(config)
+  batches = pipeline.train_batches(config, prepared)
+  weights = [next(batches).weights.sum() for _ in single]
+  losses = [r["train/last_loss"] for r in single]
+  assert len(set(weights)) == len(losses) == 6
+  np.testing.assert_allclose([r["train/loss"] for r in single], losses)
+  assert [r["step"] for r in few] == [4, 6]
+  for report, steps in zip(few, (slice(4), slice(4, 6)), strict=True):
+    assert report["train/last_loss"] == losses[steps][-1]
+    mean = np.average(losses[steps], weights=weights[steps])
+    np.testing.assert_allclose(report["train/loss"], mean, rtol=1e-12)
+  n_scored = [0.0, 0.0]
+  for s, batch in pipeline.validation_batches(config, prepared):
+    n_scored[s] += batch.weights.sum()
+  parts = [single[-1][f"eval/{spec}/loss"] for spec in config.data.validation]
+  mean = np.average(parts, weights=n_scored)
+  np.testing.assert_allclose(single[-1]["eval/loss"], mean, rtol=1e-12)
+  for report in single:
+    layers = {k: v for k, v in report.items() if k.startswith("layers/")}
+    assert len(layers) == (5 if report["step"] == 5 else 0)
+    assert all(len(v) == 2 and min(v) > 0 for v in layers.values())
+  (events,) = (tmp_path / "1" / "tensorboard").iterdir()
+  assert b"layers/residual_rms/1" in events.read_bytes()
+
+
+def test_a_layer_that_is_not_finite_is_null(tmp_path):
+  writer = metrics_lib.Writer(str(tmp_path), 0)
+  writer.write({"step": 1, "layers/mlp_rms": [1.0, math.nan, math.inf]})
+  writer.close()
+  (report,) = metrics_lib.read(str(tmp_path))
+  assert report["layers/mlp_rms"] == [1.0, None, None]
+  assert report["nonfinite"] == ["layers/mlp_rms"]
 
 
 def test_a_finished_run_is_left_alone(unbroken):

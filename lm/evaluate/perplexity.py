@@ -51,7 +51,7 @@ def score(
 
   A target with a weight above 0 counts once, whatever the weight.
   """
-  hidden = decoder.forward(cfg, params, batch)
+  hidden, _ = decoder.forward(cfg, params, batch)
   nll = loss.token_nll(
     hidden,
     decoder.bind(cfg, params).head_weight(),

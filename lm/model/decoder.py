@@ -21,6 +21,10 @@ from lm.model import attention, layers, weights
 from lm.model import cache as cache_lib
 
 Params = Any  # nested dict of arrays; `layers` arrays have a leading axis L
+# What layers report beside their output: a nested dict of float32 arrays, [] of
+# a layer and [L] of the model. Each is a sum over the batch's tokens (not
+# padding), so that microbatches and devices add up.
+Aux = dict[str, Any]
 
 
 class Block(nnx.Module):
@@ -44,22 +48,44 @@ class Block(nnx.Module):
     window: int | None,
     keys: Key[Array, "B"] | None = None,
     extend: Callable | None = None,
-  ) -> tuple[Float[Array, "B T D"], Any]:
-    y, new = self.attention(
-      self.attention_norm(x), tokens, angles, window, extend
-    )
-    if self.attention_post_norm is not None:
-      y = self.attention_post_norm(y)
+    statistics: bool = False,
+  ) -> tuple[Float[Array, "B T D"], Any, Aux]:
+    """Returns (residual, what attention keeps for a KV cache, aux).
+
+    With `statistics`, aux["square"] has the mean squares over D of the
+    residual and of what attention and MLP add to it.
+    """
     rows = (
       (None, None)
       if keys is None
       else jax.vmap(jax.random.split, out_axes=1)(keys)
     )
-    x += layers.dropout(y, self.dropout, rows[0])
-    y = self.mlp(self.mlp_norm(x))
-    if self.mlp_post_norm is not None:
-      y = self.mlp_post_norm(y)
-    return x + layers.dropout(y, self.dropout, rows[1]), new
+    with jax.named_scope("attention"):
+      attended, new = self.attention(
+        self.attention_norm(x), tokens, angles, window, extend
+      )
+      if self.attention_post_norm is not None:
+        attended = self.attention_post_norm(attended)
+      x += layers.dropout(attended, self.dropout, rows[0])
+    with jax.named_scope("mlp"):
+      fed = self.mlp(self.mlp_norm(x))
+      if self.mlp_post_norm is not None:
+        fed = self.mlp_post_norm(fed)
+      x += layers.dropout(fed, self.dropout, rows[1])
+    aux: Aux = {}
+    if statistics:
+      parts = {"residual": x, "attention": attended, "mlp": fed}
+      aux["square"] = {
+        name: _sum_of_squares(part, tokens) for name, part in parts.items()
+      }
+    return x, new, aux
+
+
+@jax.named_scope("statistics")
+def _sum_of_squares(x, tokens):
+  """Sum over tokens of the mean over D of x ^ 2, in float32."""
+  square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1)
+  return jnp.sum(jnp.where(tokens.segments > 0, square, 0.0))
 
 
 class Decoder(nnx.Module):
@@ -100,20 +126,34 @@ class Decoder(nnx.Module):
     inputs: Int[Array, "B T"],
     tokens: attention.Tokens,
     keys: Key[Array, "B"] | None = None,
-  ) -> Float[Array, "B T D"]:
-    """Hidden states for the head; PRNG `keys`, one per row, enable dropout."""
+    *,
+    statistics: bool = False,
+  ) -> tuple[Float[Array, "B T D"], Aux]:
+    """Hidden states for the head, and aux with a leading axis L.
+
+    PRNG `keys`, one per row, enable dropout.
+    """
     cfg = self.cfg
     x = self._embed(inputs, tokens, keys)
     angles = _angles(cfg, tokens)
     if not cfg.scan_layers and not isinstance(self.layers, nnx.List):
       self.unroll()
-    run = functools.partial(_run_layer, cfg=cfg, tokens=tokens, angles=angles)
+    run = functools.partial(
+      _run_layer, cfg=cfg, tokens=tokens, angles=angles, statistics=statistics
+    )
     if isinstance(self.layers, nnx.List):
+      said = []
       for i, layer in enumerate(self.layers):
         graph, state = nnx.split(layer)
-        x = run(graph, x, state, i % len(cfg.windows), _at(keys, i))
+        x, aux = run(graph, x, state, i % len(cfg.windows), _at(keys, i))
+        said.append(aux)
+      aux = _stacked(said)
     else:
-      x = _scan(run, self.layers, x, keys, cfg)
+      x, aux = _scan(run, self.layers, x, keys, cfg)
+    return self._finish(x), aux
+
+  @jax.named_scope("final_norm")
+  def _finish(self, x):
     return self.final_norm(x)
 
   def read(
@@ -151,11 +191,11 @@ class Decoder(nnx.Module):
       if cache is not None:
         pair = cache.keys[i], cache.values[i]
         extend = functools.partial(cache_lib.extend, pair, cache.lengths)
-      x, new = layer(
+      x, new, _ = layer(
         x, tokens, angles[which], cfg.windows[which], extend=extend
       )
       kept.append(new)
-    return self.final_norm(x), kept
+    return self._finish(x), kept
 
   def head_weight(self) -> Float[Array, "V D"]:
     """Weight of the output head; the embedding table if tied."""
@@ -167,6 +207,7 @@ class Decoder(nnx.Module):
     cap = self.cfg.logit_softcap
     return out if cap is None else cap * jnp.tanh(out / cap)
 
+  @jax.named_scope("embed")
   def _embed(self, inputs, tokens, keys):
     cfg = self.cfg
     dtype = jnp.dtype(cfg.dtype)
@@ -201,12 +242,17 @@ def _angles(cfg, tokens):
   return [made[kind] for kind in windowed]
 
 
-def _run_layer(graph, x, state, which, keys, *, cfg, tokens, angles):
-  """Runs a layer under cfg.remat, with window cfg.windows[which]."""
+def _run_layer(
+  graph, x, state, which, keys, *, cfg, tokens, angles, statistics
+):
+  """(residual, aux) of a layer under cfg.remat, with window
+  cfg.windows[which].
+  """
 
   def layer(x, state, keys, tokens, angles):
-    y, _ = nnx.merge(graph, state)(x, tokens, angles, cfg.windows[which], keys)
-    return y
+    window, block = cfg.windows[which], nnx.merge(graph, state)
+    y, _, aux = block(x, tokens, angles, window, keys, statistics=statistics)
+    return y, aux
 
   if cfg.remat == "full":
     layer = jax.checkpoint(layer)
@@ -219,7 +265,8 @@ def _run_layer(graph, x, state, which, keys, *, cfg, tokens, angles):
 def _scan(run, stacked, x, keys, cfg):
   """Scans over groups of len(cfg.windows) layers, then runs leftover layers.
 
-  Grouping makes each layer's window a compile-time constant.
+  Grouping makes each layer's window a compile-time constant. Returns (residual,
+  aux with a leading axis L).
   """
   graph, state = nnx.split(stacked)
   period = min(len(cfg.windows), cfg.n_layers)
@@ -227,10 +274,12 @@ def _scan(run, stacked, x, keys, cfg):
 
   def group(x, group_and_states):
     first, states = group_and_states
+    said = []
     for which in range(period):
       layer = jax.tree.map(lambda s, w=which: s[w], states)
-      x = run(graph, x, layer, which, _at(keys, first + which))
-    return x, None
+      x, aux = run(graph, x, layer, which, _at(keys, first + which))
+      said.append(aux)
+    return x, _stacked(said)
 
   if period == 1:
     states = jax.tree.map(lambda s: s[:, None], state)
@@ -238,11 +287,18 @@ def _scan(run, stacked, x, keys, cfg):
     states = jax.tree.map(
       lambda s: s[:whole].reshape(whole // period, period, *s.shape[1:]), state
     )
-  x, _ = jax.lax.scan(group, x, (jnp.arange(0, whole, period), states))
+  x, scanned = jax.lax.scan(group, x, (jnp.arange(0, whole, period), states))
+  said = [jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), scanned)]
   for i in range(whole, cfg.n_layers):
     layer = jax.tree.map(lambda s, i=i: s[i], state)
-    x = run(graph, x, layer, i - whole, _at(keys, i))
-  return x
+    x, aux = run(graph, x, layer, i - whole, _at(keys, i))
+    said.append(_stacked([aux]))
+  return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *said)
+
+
+def _stacked(said):
+  """Aux of layers, stacked along a leading axis."""
+  return jax.tree.map(lambda *parts: jnp.stack(parts), *said)
 
 
 # --- functions of (config, params) -------------------------------------------
@@ -294,13 +350,16 @@ def forward(
   batch: batch_lib.Batch,
   *,
   keys: Key[Array, "B"] | None = None,
-) -> Float[Array, "B T D"]:
-  """Hidden states after the final norm, the input of the head.
+  statistics: bool = False,
+) -> tuple[Float[Array, "B T D"], Aux]:
+  """Hidden states after the final norm, the input of the head, and aux.
 
-  PRNG `keys`, one per row, enable dropout.
+  PRNG `keys`, one per row, enable dropout. `statistics` adds the mean squares
+  of `Block` to aux, which is empty otherwise.
   """
   tokens = attention.Tokens(batch.positions, batch.segments, batch.prefix)
-  return bind(cfg, params)(batch.inputs, tokens, keys)
+  model = bind(cfg, params)
+  return model(batch.inputs, tokens, keys, statistics=statistics)
 
 
 def logits(

@@ -29,13 +29,15 @@ class Weight:
 
   `axes` are logical names (sharding.RULES). A product sums over the first
   `n_inputs` axes; vectors (bias, norm scale) and look-up tables have none. With
-  `stacked` the array has a leading layer axis, not counted in either field.
+  `stacked` the array has a leading layer axis, not counted in either field. A
+  `frozen` weight is never trained: no gradient, no optimizer state, no average.
   """
 
   axes: tuple[str | None, ...]
   role: Role
   n_inputs: int = 0
   stacked: bool = False
+  frozen: bool = False
 
   @property
   def input_axes(self) -> tuple[int, ...]:
@@ -92,6 +94,35 @@ def declared(param: nnx.Variable) -> Weight:
 def of(weights: Any, path: tuple[Any, ...]) -> Weight:
   """The `Weight` at a tree path of the parameters."""
   return functools.reduce(lambda node, key: node[key.key], path, weights)
+
+
+def split(params: Any, weights: Any) -> tuple[Any, Any]:
+  """(trainable, frozen) parameters, each a tree without the other's leaves.
+
+  `weights` is `decoder.declared`'s tree; `join` is the inverse.
+  """
+
+  def part(params, weights, frozen):
+    found = {}
+    for name, weight in weights.items():
+      if isinstance(weight, dict):
+        if inner := part(params[name], weight, frozen):
+          found[name] = inner
+      elif weight.frozen == frozen:
+        found[name] = params[name]
+    return found
+
+  return part(params, weights, False), part(params, weights, True)
+
+
+def join(trainable: Any, frozen: Any) -> Any:
+  """All parameters, from the two trees of `split`."""
+  found = dict(trainable)
+  for name, value in frozen.items():
+    found[name] = (
+      join(found.get(name, {}), value) if isinstance(value, dict) else value
+    )
+  return found
 
 
 # --- products -----------------------------------------------------------------

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 from typing import Any
 
 import jax
@@ -116,10 +117,12 @@ class _Run:
     # Mode pmap has no mesh in context: the result sharding must be given.
     whole = NamedSharding(mesh, P()) if config.mesh.mode == "pmap" else None
     self.eval_step = perplexity.eval_step(config.model, whole)
-    # (step, metrics) of the last step: `pending` still on the devices,
-    # `unreported` on the host.
+    # The last step: `pending` is (step, metrics still on the devices),
+    # `unreported` is (step, numbers, values of each layer) on the host.
     self.pending: tuple[int, dict[str, Any]] | None = None
-    self.unreported: tuple[int, dict[str, float]] | None = None
+    self.unreported: (
+      tuple[int, dict[str, float], dict[str, list[float]]] | None
+    ) = None
     # Steps skipped so far, and consecutive skips up to the last step.
     self.n_skipped, self.n_in_a_row = None, 0
 
@@ -221,6 +224,7 @@ class _Run:
     found = jax.device_get(on_device)
     batch = found.pop("batch")
     self.meta.batch_hash = _chained(self.meta.batch_hash, batch)
+    layers = {k: v.tolist() for k, v in found.pop("layers").items()}
     numbers = {k: float(v) for k, v in found.items()}
     finite = np.isfinite([numbers["loss"], numbers["grad_norm"]]).all()
     skip = self.config.optimizer.skip
@@ -231,7 +235,11 @@ class _Run:
       )
     if skip is not None:
       self._count_skipped(step, int(numbers["skipped"]), skip.window)
-    self.unreported = step, numbers
+    if finite:
+      nats, tokens = self.meta.unreported
+      weight = numbers["weight"]
+      self.meta.unreported = nats + numbers["loss"] * weight, tokens + weight
+    self.unreported = step, numbers, layers
 
   def _count_skipped(self, step: int, n_skipped: int, most: int) -> None:
     """Raises Diverged after `most` consecutive skipped steps."""
@@ -271,8 +279,10 @@ class _Run:
     )
 
   def _report_if_due(self) -> None:
-    if (
-      self.unreported and self.unreported[0] % self.config.train.log_every == 0
+    t = self.config.train
+    if self.unreported and any(
+      every is not None and self.unreported[0] % every == 0
+      for every in (t.log_every, t.statistics_every)
     ):
       self._report()
 
@@ -286,7 +296,7 @@ class _Run:
         self.writer.amend(evaluation)
         self.progress.show(self.writer.last)
       return
-    (step, numbers), self.unreported = self.unreported, None
+    (step, numbers, layers), self.unreported = self.unreported, None
     if self.lock is not None and self.lock.lost:
       raise schema.RunError(
         f"--workdir={self.workdir}: another process has taken over this run, "
@@ -294,16 +304,24 @@ class _Run:
       )
     self.ledger.book()
     spent = self.ledger.seconds
+    nats, tokens = self.meta.unreported
+    self.meta.unreported = (0.0, 0.0)
+    loss = nats / tokens if tokens else numbers["loss"]
+    every = self.config.train.statistics_every
+    if every is None or step % every:
+      layers = {}
     self.writer.write(
       {
         "step": step,
         "tokens": step * self.config.tokens_per_step,
-        "train/loss": numbers["loss"],
-        "train/perplexity": metrics_lib.exponential(numbers["loss"]),
+        "train/loss": loss,
+        "train/last_loss": numbers["loss"],
+        "train/perplexity": metrics_lib.exponential(loss),
         "grad_norm": numbers["grad_norm"],
         "lr": numbers["lr"],
         "batch_hash": self.meta.batch_hash,
         **({"skipped": numbers["skipped"]} if "skipped" in numbers else {}),
+        **{f"layers/{name}": values for name, values in layers.items()},
         **self.meter.read(step, spent["step"], spent["data_wait"]),
         **(evaluation or {}),
       }
@@ -311,33 +329,40 @@ class _Run:
     self.progress.show(self.writer.last)
 
   def _evaluate(self, step, state) -> float | None:
-    """Reports the validation loss over all sources, and returns the loss; None
-    if a stop cut the evaluation short.
+    """Reports the validation loss over all sources, and of each source if there
+    are several; returns the first. None if a stop cut the evaluation short.
     """
     jax.block_until_ready(state.params)
     self.watchdog.pause()
     self._read_pending()  # reported together with the evaluation
-    params = state.params if state.ema is None else state.ema
     first_last = sharding.local_rows(self.rows, self.config.train.batch_size)
     batches = pipeline.validation_batches(
       self.config, self.prepared, rows=first_last
     )
+    params, found, totals = state.model, {}, perplexity.Totals()
     with self.ledger.within("evaluate"), self._mesh():
-      totals = perplexity.evaluate_batches(
-        self.eval_step,
-        params,
-        (self._place(batch) for _, batch in batches),
-        self.prepared.tokenizer.byte_lengths,
-        should_stop=self.stop.agreed,
-      )
-    if totals is None:
-      return None
-    found = {
-      "eval/loss": totals.loss,
-      "eval/perplexity": totals.perplexity,
-      "eval/bits_per_byte": totals.bits_per_byte,
-    }
-    self._report(found)
+      for s, pairs in itertools.groupby(batches, key=lambda pair: pair[0]):
+        part = perplexity.evaluate_batches(
+          self.eval_step,
+          params,
+          (self._place(batch) for _, batch in pairs),
+          self.prepared.tokenizer.byte_lengths,
+          should_stop=self.stop.agreed,
+        )
+        if part is None:
+          return None
+        found[f"eval/{self.prepared.validation[s].spec}/loss"] = part.loss
+        totals += part
+    if len(self.prepared.validation) == 1:
+      found = {}  # the same as over all sources
+    self._report(
+      {
+        "eval/loss": totals.loss,
+        "eval/perplexity": totals.perplexity,
+        "eval/bits_per_byte": totals.bits_per_byte,
+        **found,
+      }
+    )
     return totals.loss
 
   def _save(self, step, state, loss) -> None:
@@ -387,6 +412,7 @@ class _Run:
         )
         if meta is not None:
           self.meta.batch_hash = meta.batch_hash
+          self.meta.unreported = meta.unreported
         self.start = 0 if meta is None else meta.step
       with self.ledger.within("compile"):
         return step_lib.compile_step(self.config, self.mesh), state

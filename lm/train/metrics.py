@@ -1,8 +1,11 @@
 """Reports of a run: metrics.jsonl, TensorBoard, progress line, curves.png.
 
-metrics.jsonl has a JSON object per report. After a restart, reports later than
-the checkpoint are dropped, since no step may appear twice. Only process 0
-writes.
+metrics.jsonl has a JSON object per report. `train/loss` is the mean over all
+tokens scored since the last report, without steps of nonfinite loss;
+`train/last_loss` is the last step's. A list has a number per layer, and is a
+curve per layer in TensorBoard (`layers/residual_rms/0`). After a restart,
+reports later than the checkpoint are dropped, since no step may appear twice.
+Only process 0 writes.
 """
 
 import contextlib
@@ -70,7 +73,9 @@ class Writer:
         file.write(line)
     else:  # object stores cannot append
       self._path.write_text(self._path.read_text() + line)
-    self._events.add(report, report["step"])
+    self._events.add(
+      {k: v for k, v in report.items() if k != "step"}, report["step"]
+    )
 
   def amend(self, found: dict[str, Any]) -> None:
     """Adds the fields `found` to the last report."""
@@ -110,9 +115,12 @@ class _Events:
 
   def add(self, values: dict[str, Any], step: int) -> None:
     for name, value in values.items():
-      number = isinstance(value, int | float) and math.isfinite(value)
-      if name != "step" and number:
-        self._write(step, summary=self._scalar(name, value))
+      numbers = {name: value}
+      if isinstance(value, list):
+        numbers = {f"{name}/{i}": v for i, v in enumerate(value)}
+      for curve, number in numbers.items():
+        if isinstance(number, int | float) and math.isfinite(number):
+          self._write(step, summary=self._scalar(curve, number))
     self._writer.flush()
 
   def _write(self, step: int, **content: Any) -> None:
@@ -130,14 +138,19 @@ def _line(report: dict[str, Any]) -> str:
   """A report as a line of JSON. JSON has no NaN and no infinity: such values
   are null, and `nonfinite` lists their names.
   """
-  nonfinite = [
-    name
-    for name, value in report.items()
-    if isinstance(value, float) and not math.isfinite(value)
-  ]
+  finite = {name: _finite(value) for name, value in report.items()}
+  nonfinite = [name for name, value in report.items() if finite[name] != value]
   if nonfinite:
-    report = report | dict.fromkeys(nonfinite) | {"nonfinite": nonfinite}
-  return json.dumps(report, allow_nan=False) + "\n"
+    finite["nonfinite"] = nonfinite
+  return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+  """`value`, or a list of values, with None in place of nonfinite floats."""
+  if isinstance(value, list):
+    return [_finite(x) for x in value]
+  nonfinite = isinstance(value, float) and not math.isfinite(value)
+  return None if nonfinite else value
 
 
 def _parse(workdir: str) -> tuple[list[dict[str, Any]], bytes]:
@@ -287,7 +300,9 @@ def plot(workdir: str) -> None:
   axes = figure.subplots(2, 2, sharex=True)
   thin = {"linewidth": 0.8, "color": "tab:blue"}
   bold = {"linewidth": 1.5, "color": "tab:orange", "marker": "o", "ms": 3}
-  axes[0, 0].plot(*series("train/loss"), label="train (one batch)", **thin)
+  axes[0, 0].plot(
+    *series("train/loss"), label="train (mean since the last report)", **thin
+  )
   axes[0, 0].plot(*series("eval/loss"), label="validation", **bold)
   axes[0, 0].set_ylabel("loss, nats per token")
   axes[0, 0].legend()

@@ -37,6 +37,7 @@ _FREE = (
   "config.train.steps",
   "config.train.microbatches",
   "config.train.log_every",
+  "config.train.statistics_every",
   "config.train.eval_every",
   "config.train.eval_batches",
   "config.train.slow_step_factor",
@@ -276,7 +277,8 @@ def _restored(config, mesh, workdir, checkpoints, meta, like, say):
     return step_lib.from_trees(checkpoints.restore(meta, like))
   where = f"checkpoint {meta.step} of {workdir}"
   said = checkpoint.describe(different)
-  if "params" in different:
+  model = {name: like[name] for name in ("params", "frozen") if name in like}
+  if model.keys() & different.keys():
     raise schema.ConfigError(
       f"{where}: holds another model than the config says: {said}. Restore the "
       "config or the code that wrote it, or name another workdir"
@@ -290,11 +292,10 @@ def _restored(config, mesh, workdir, checkpoints, meta, like, say):
     )
   say(f"{where}: afresh from step {meta.step} on: {said}")
   fresh = step_lib.create_state(config, mesh)
-  params = checkpoints.restore(meta, {"params": like["params"]})["params"]
-  state = dataclasses.replace(fresh, params=params)
+  state = dataclasses.replace(fresh, **checkpoints.restore(meta, model))
   ema = like.get("ema")
   if ema is not None:
-    average = jax.tree.map(jnp.copy, params)
+    average = jax.tree.map(jnp.copy, state.params)
     if "ema" not in different:
       average = checkpoints.restore(meta, {"ema": ema})["ema"]
     state = dataclasses.replace(state, ema=average)

@@ -16,15 +16,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from lm import batch as batch_lib
 from lm import config as config_lib
 from lm import digest, sharding
-from lm.model import decoder, layers, loss
+from lm.model import decoder, layers, loss, weights
 from lm.train import optimizer
 
-Metrics = dict[str, Array]  # scalars, and the batch's digest
+# Scalars, the batch's digest, and `layers`: arrays [L] by name.
+Metrics = dict[str, Any]
 
 # Name of the device axis in mode pmap.
 _PMAP_AXIS = "rows"
@@ -49,36 +50,63 @@ class History:
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=["step", "params", "ema", "opt_state", "history"],
+  data_fields=["step", "params", "frozen", "ema", "opt_state", "history"],
   meta_fields=[],
 )
 @dataclasses.dataclass
 class State:
-  """Training state passed from step to step; `step` counts the steps done."""
+  """Training state passed from step to step; `step` counts the steps done.
+
+  `params` are the trainable parameters, and `frozen` the others
+  (weights.split): they have no gradient, optimizer state or average.
+  """
 
   step: Any  # int32
   params: decoder.Params
+  frozen: decoder.Params
   ema: decoder.Params | None
   opt_state: Any
   history: History | None
 
+  @property
+  def model(self) -> decoder.Params:
+    """All parameters, as evaluation and sampling read them: the averages, if
+    the state has them, in place of `params`.
+    """
+    trained = self.params if self.ema is None else self.ema
+    return weights.join(trained, self.frozen)
+
 
 def to_trees(state: State) -> dict[str, Any]:
-  """The state as items of a checkpoint; `ema` only if the state has an EMA."""
+  """The state as items of a checkpoint; `frozen` and `ema` only if the state
+  has some.
+  """
   rest = (state.step, state.opt_state, state.history)
   trees = {"params": state.params, "rest": rest}
+  if state.frozen:
+    trees["frozen"] = state.frozen
   return trees if state.ema is None else {**trees, "ema": state.ema}
 
 
 def from_trees(trees: dict[str, Any]) -> State:
   """Inverse of `to_trees`."""
   step, opt_state, history = trees["rest"]
-  return State(step, trees["params"], trees.get("ema"), opt_state, history)
+  return State(
+    step=step,
+    params=trees["params"],
+    frozen=trees.get("frozen", {}),
+    ema=trees.get("ema"),
+    opt_state=opt_state,
+    history=history,
+  )
 
 
 def init_state(config: config_lib.Config) -> State:
   """Fresh state from config.seed; under jit on a mesh, created sharded."""
-  params = decoder.init_params(config.model, jax.random.key(config.seed))
+  params, frozen = weights.split(
+    decoder.init_params(config.model, jax.random.key(config.seed)),
+    decoder.declared(config.model),
+  )
   opt_state = _transform(config).init(params)
   if sharding.has_mesh():
     types = jax.tree.map(jax.typeof, params)
@@ -90,6 +118,7 @@ def init_state(config: config_lib.Config) -> State:
   return State(
     step=zero,
     params=params,
+    frozen=frozen,
     ema=jax.tree.map(jnp.copy, params) if average else None,
     opt_state=opt_state,
     history=None
@@ -110,8 +139,14 @@ def train_step(
 
   Metrics describe the batch before the update: `loss` (mean nats per scored
   token), `grad_norm` (before the clip), `lr`, `weight` (tokens scored), `batch`
-  (`digest.of_tree` of the batch), and with SkipConfig `skipped` (steps skipped
-  until now, this step included).
+  (`digest.of_tree` of the batch), `layers`, and with SkipConfig `skipped`
+  (steps skipped until now, this step included).
+
+  `layers` has arrays [L]: means over tokens of what layers report
+  (decoder.Aux), and with `train.statistics_every` the root mean squares of the
+  residual after each layer, of attention and of MLP (`residual_rms`,
+  `attention_rms`, `mlp_rms`), and the norms of each layer's gradient before the
+  clip and of its update (`grad_norm`, `update_norm`).
   """
   o = config.optimizer
   transform = _transform(config)
@@ -119,11 +154,11 @@ def train_step(
 
   def step(state: State, batch: batch_lib.Batch) -> tuple[State, Metrics]:
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    sums = _over_microbatches(config, state.params, batch, key)
+    sums = _over_microbatches(config, state, batch, key)
     bits = digest.of_tree(batch.present(), _rows(config, batch)[0])
     if config.mesh.mode == "pmap":
       sums, bits = jax.lax.psum((sums, bits), _PMAP_AXIS)
-    gradients, nll, weight = sums
+    gradients, nll, weight, aux = sums
     weight = jnp.maximum(weight, 1.0)  # for a batch of only padding
     gradients = jax.tree.map(lambda g: g / weight, gradients)
     mean = nll / weight
@@ -134,11 +169,16 @@ def train_step(
       "lr": rate(state.step),
       "weight": weight,
       "batch": bits,
+      "layers": _means(aux),
     }
+    if config.train.statistics_every is not None:
+      metrics["layers"]["grad_norm"] = _layer_norms(gradients)
     if o.clip_norm is not None:
       shrink = jnp.minimum(1.0, o.clip_norm / jnp.maximum(norm, 1e-30))
       gradients = jax.tree.map(lambda g: g * shrink, gradients)
-    new = _update(config, transform, state, gradients)
+    new, changes = _update(config, transform, state, gradients)
+    if config.train.statistics_every is not None:
+      metrics["layers"]["update_norm"] = _layer_norms(changes)
     if o.skip is not None and state.history is not None:
       keep, history = _judge(o.skip, state.history, mean, norm)
       metrics["skipped"] = history.skipped
@@ -152,22 +192,49 @@ def train_step(
   return step
 
 
-def _over_microbatches(config, params, batch, key):
-  """(gradients, nll, weight): sums over the batch, microbatch by microbatch."""
+def _means(aux: decoder.Aux) -> dict[str, Array]:
+  """Means over tokens of the sums `aux`; root mean squares for its squares."""
+  if not aux:
+    return {}
+  sums = dict(aux)
+  tokens = jnp.maximum(sums.pop("tokens"), 1.0)
+  means = jax.tree.map(lambda total: total / tokens, sums)
+  squares = means.pop("square", {})
+  return means | {f"{k}_rms": jnp.sqrt(v) for k, v in squares.items()}
+
+
+@jax.named_scope("statistics")
+def _layer_norms(tree) -> Float[Array, "L"]:
+  """Norm of each layer of a tree like the trainable parameters."""
+  return jnp.sqrt(
+    sum(
+      jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim)))
+      for x in jax.tree.leaves(tree["layers"])
+    )
+  )
+
+
+def _over_microbatches(config, state, batch, key):
+  """(gradients, nll, weight, aux): sums over the batch, microbatch by
+  microbatch.
+  """
   n = config.train.microbatches
   total = functools.partial(_loss_sums, config)
   differentiate = jax.value_and_grad(total, has_aux=True)
 
   def sums(batch, rows):
-    (_, nll), gradients = differentiate(params, batch, key, rows)
-    return gradients, nll, jnp.sum(batch.weights)
+    (_, (nll, aux)), gradients = differentiate(
+      state.params, state.frozen, batch, key, rows
+    )
+    return (gradients, nll, jnp.sum(batch.weights)), aux
 
   first, n_rows = _rows(config, batch)
   rows = first + jnp.arange(n_rows)
   if sharding.has_mesh():
     rows = jax.sharding.reshard(rows, sharding.partition("batch"))
   if n == 1:
-    return sums(batch, rows)
+    total, aux = sums(batch, rows)
+    return *total, aux
 
   # Row r goes to microbatch r mod n: each device splits its own rows, and no
   # row moves.
@@ -178,12 +245,14 @@ def _over_microbatches(config, params, batch, key):
     return jnp.moveaxis(a, 1, 0)
 
   def add(carry, part):
-    return jax.tree.map(jnp.add, carry, sums(*part)), None
+    total, aux = sums(*part)
+    return jax.tree.map(jnp.add, carry, total), aux
 
   zero = jnp.zeros((), jnp.float32)
-  start = (jax.tree.map(jnp.zeros_like, params), zero, zero)
+  start = (jax.tree.map(jnp.zeros_like, state.params), zero, zero)
   parts = jax.tree.map(split, (batch, rows))
-  return jax.lax.scan(add, start, parts)[0]
+  total, aux = jax.lax.scan(add, start, parts)
+  return *total, jax.tree.map(lambda a: jnp.sum(a, axis=0), aux)
 
 
 def _rows(config, batch):
@@ -194,13 +263,17 @@ def _rows(config, batch):
   return jax.lax.axis_index(_PMAP_AXIS) * n_rows, n_rows
 
 
-def _loss_sums(config, params, batch, key, rows):
-  """(loss to differentiate, sum of weight * nll), sums over all tokens."""
+def _loss_sums(config, params, frozen, batch, key, rows):
+  """(loss to differentiate, (sum of weight * nll, aux)), sums over tokens."""
   m = config.model
   drops = m.embedding_dropout > 0 or m.residual_dropout > 0
   keys = layers.row_keys(key, rows) if drops else None
-  hidden = decoder.forward(m, params, batch, keys=keys)
-  return loss.cross_entropy(
+  params = weights.join(params, frozen)
+  statistics = config.train.statistics_every is not None
+  hidden, aux = decoder.forward(
+    m, params, batch, keys=keys, statistics=statistics
+  )
+  total, nll = loss.cross_entropy(
     hidden,
     decoder.bind(m, params).head_weight(),
     batch.targets,
@@ -209,10 +282,14 @@ def _loss_sums(config, params, batch, key, rows):
     softcap=m.logit_softcap,
     z_loss=config.train.z_loss,
   )
+  if aux:
+    aux["tokens"] = jnp.sum((batch.segments > 0).astype(jnp.float32))
+  return total, (nll, aux)
 
 
-def _update(config, transform, state, gradients) -> State:
-  """The state after an optimizer step with `gradients`."""
+@jax.named_scope("optimizer")
+def _update(config, transform, state, gradients) -> tuple[State, Any]:
+  """(the state after an optimizer step with `gradients`, change of params)."""
 
   update: Callable[..., Any] = transform.update
   if sharding.has_mesh():
@@ -227,7 +304,10 @@ def _update(config, transform, state, gradients) -> State:
   ema, decay = state.ema, config.optimizer.ema_decay
   if ema is not None:
     ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
-  return State(state.step + 1, params, ema, opt_state, state.history)
+  new = dataclasses.replace(
+    state, step=state.step + 1, params=params, ema=ema, opt_state=opt_state
+  )
+  return new, changes
 
 
 def _judge(skip, old: History, mean, norm) -> tuple[Array, History]:

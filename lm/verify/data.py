@@ -139,13 +139,15 @@ def checkpoints(config: config_lib.Config) -> Iterator[Result]:
     )
     if not x.sharding.is_equivalent_to(to.sharding, x.ndim)
   ]
-  read = wanted.params if wanted.ema is None else wanted.ema
   fields = ("step", "config", "tokenizer", "fingerprint")
   others = sum(getattr(told, name) != getattr(meta, name) for name in fields)
   for what, error in (
     (f"{where}: elements that differ", trial.unequal(found, everything)),
     (f"{where}: arrays that lie otherwise than promised", len(moved)),
-    ("parameters read alone: elements that differ", trial.unequal(alone, read)),
+    (
+      "parameters read alone: elements that differ",
+      trial.unequal(alone, wanted.model),
+    ),
     ("step, config, tokenizer and fingerprint: those that differ", others),
   ):
     yield result.judge("checkpoint", what, error, 0)

@@ -77,7 +77,7 @@ def _influence(model, params, row) -> np.ndarray:
   def at(t, params):
     def project(embed):
       everything = {**params, "embed": embed}
-      hidden = decoder.forward(model, everything, row)
+      hidden, _ = decoder.forward(model, everything, row)
       return hidden[0, t].astype(jnp.float32) @ direction
 
     slope = jax.grad(project)(params["embed"])

@@ -136,13 +136,13 @@ def shardings(config: config_lib.Config) -> Iterator[Result]:
   vectors = model.n_layers * longest
   for what, make in (("fresh", fresh), ("after a step", after)):
     state = make()
-    weights = {"params": state.params, "ema": state.ema}
+    weights = {"params": state.params, "frozen": state.frozen, "ema": state.ema}
     slots = {"opt_state": state.opt_state}
     for kind, tree in (
       ("weights and averages not", weights),
       ("optimizer slots not as their weights", slots),
     ):
-      wrong = _misplaced(tree, state.params)
+      wrong = _misplaced(tree, state.model)
       yield result.judge(
         "shardings",
         f"{where}, {what}: {kind} where the table of axes says",

@@ -163,7 +163,7 @@ def logits(
 
   @jax.jit
   def run(params, batch):
-    hidden = decoder.forward(model, params, batch)
+    hidden, _ = decoder.forward(model, params, batch)
     return decoder.logits(model, params, hidden)
 
   return np.asarray(run(params, jax.tree.map(jnp.asarray, batch)))
@@ -208,7 +208,8 @@ def steps(
 def _state(config, mesh) -> step_lib.State:
   like = step_lib.abstract_state(config, mesh)
   state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
-  state.params = params(config.model)
+  declared = decoder.declared(config.model)
+  state.params, state.frozen = weights.split(params(config.model), declared)
   if state.ema is not None:
     state.ema = state.params
   return place(state, like)
