@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
   """Does what the command line says; returns the exit code."""
   cut = arguments.index("--") if "--" in arguments else len(arguments)
   own, command = arguments[:cut], arguments[cut + 1 :]
-  overrides = [a for a in own if a.startswith("--spec.")]
+  overrides, own = schema.split_arguments(own, "spec")
   parser = _Parser(
     "launch",
     description=__doc__,
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
   what = parser.add_mutually_exclusive_group()
   what.add_argument("--dry_run", action="store_true", help="print, run nothing")
   what.add_argument("--delete", action="store_true", help="end the run")
-  flags = parser.parse_args([a for a in own if a not in overrides])
+  flags = parser.parse_args(own)
   if flags.to not in PLACES:
     known = schema.unknown(flags.to or "", PLACES)
     raise schema.ConfigError(f"--to={flags.to or ''}: {known}")

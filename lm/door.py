@@ -1,7 +1,8 @@
 """The CLI shared by every `python -m lm.VERB`: flags, config, errors.
 
 `--config=FILE` names a Python file with `get_config()`, and each
-`--config.FIELD=VALUE` then overrides a field. The field's annotation decides
+`--config.FIELD=VALUE` (or `--config.FIELD VALUE`) then overrides a field;
+`--help` lists every field with its default. The field's annotation decides
 how VALUE is parsed: `None`, numbers and tuples as Python literals, strings
 verbatim. A mistake ends in a line on stderr and exit code 2, before any
 compilation or write.
@@ -24,6 +25,9 @@ from absl import app, flags, logging
 from lm import config as config_lib
 from lm import files, schema
 
+# Flags defined here belong to the CLI that defines them: its --help lists them.
+flags.disclaim_key_flags()
+
 
 def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
   """Parses the command line, calls `main`, exits with the result of `main`.
@@ -41,12 +45,18 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
   _hush_libraries()
   for name, about in _PROCESSES.items():
     flags.DEFINE_string(name, None, about)
-  overrides = []
+  overrides, arguments = [], sys.argv
   if takes_config:
     define_path("config", "Config file; --config.FIELD=VALUE changes a field.")
-    overrides = [a for a in sys.argv if a.startswith("--config.")]
+    overrides, arguments = schema.split_arguments(sys.argv, "config")
 
   def parse(argv: list[str]) -> list[str]:
+    if "--help" in argv:
+      app.usage(shorthelp=True, writeto_stdout=True)
+      if takes_config:
+        print("\nFields of the config, with their defaults:\n")
+        print("\n".join(schema.described(config_lib.Config, "config")))
+      sys.exit(0)
     # By default absl prints every line that libraries log.
     flags.FLAGS.verbosity = logging.ERROR
     try:
@@ -83,8 +93,7 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
       traceback.print_exc()
       return _leave(1)
 
-  argv = [a for a in sys.argv if a not in overrides]
-  app.run(guarded, argv=argv, flags_parser=parse)
+  app.run(guarded, argv=arguments, flags_parser=parse)
 
 
 def _hush_libraries() -> None:

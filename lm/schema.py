@@ -9,11 +9,12 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import math
 import struct
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 
@@ -240,6 +241,56 @@ def from_dict(kind: Any, value: Any, path: str) -> Any:
     kinds = [a for a in args if a is not type(None)]
     return from_dict(kinds[0], value, path)
   return value
+
+
+def split_arguments(
+  arguments: Sequence[str], root: str
+) -> tuple[list[str], list[str]]:
+  """(overrides `--ROOT.FIELD=VALUE`, the other arguments), both in order.
+
+  VALUE may be the argument after `--ROOT.FIELD`, unless it starts with `--`.
+  """
+  overrides, rest, queue = [], [], list(arguments)
+  while queue:
+    argument = queue.pop(0)
+    if not argument.startswith(f"--{root}."):
+      rest.append(argument)
+      continue
+    if "=" not in argument and queue and not queue[0].startswith("--"):
+      argument += f"={queue.pop(0)}"
+    overrides.append(argument)
+  return overrides, rest
+
+
+def described(kind: Any, path: str) -> Iterator[str]:
+  """Lines of help: each field of the dataclass `kind` as `--PATH=DEFAULT`, its
+  choices, and the comment above the field in the source.
+  """
+  lines = inspect.getsource(kind).splitlines()
+  (tree,) = ast.parse("\n".join(lines)).body
+  starts = {
+    node.target.id: node.lineno - 1
+    for node in ast.walk(tree)
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+  }
+  default = kind()
+  for name, hint in hints(kind).items():
+    inner, optional = bare(hint)
+    nested = dataclasses.is_dataclass(inner)
+    if not nested or optional:
+      value = getattr(default, name)
+      text = value if isinstance(value, str) else repr(value)
+      choices = ""
+      if typing.get_origin(inner) is Literal:
+        choices = f"  ({' | '.join(map(str, typing.get_args(inner)))})"
+      yield f"  --{path}.{name}={text}{choices}"
+      first = starts[name]
+      while lines[first - 1].strip().startswith("#"):
+        first -= 1
+      for line in lines[first : starts[name]]:
+        yield f"      {line.strip().removeprefix('# ')}"
+    if nested:
+      yield from described(inner, f"{path}.{name}")
 
 
 def override(node: Any, path: str, names: list[str], text: str) -> None:

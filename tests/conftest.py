@@ -56,6 +56,15 @@ def pytest_report_header():
   return f"shape annotations: {state}"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _programs_are_freed():
+  """A CPU program has memory maps of its own, of which a process may have
+  65,530: all tests together need more, and XLA then crashes.
+  """
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture
 def compiled_anew():
   """Nothing comes out of the compilation cache."""

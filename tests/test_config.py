@@ -1,6 +1,7 @@
 """Config tree, JSON, mesh rules, command line, and the shipped configs."""
 
 import dataclasses
+import functools
 import gzip
 import json
 import math
@@ -729,11 +730,11 @@ def test_door_hands_the_changed_config_to_main(call, tmp_path):
       "config.sead=1: unknown; did you mean 'seed'? Known:",
     ),
     (["--config.seed=x"], "config.seed='x': must be of type int, not str"),
-    (
-      ["--config.seed", "1"],
-      "--config.seed: no value; write --config.seed=VAL",
-    ),
+    (["--config.seed"], "--config.seed: no value; write --config.seed=VAL"),
     (["--config.seed=13"], "config.seed=13: is unlucky"),
+    (["--config.seed", "13"], "config.seed=13: is unlucky"),
+    (["--config.seed", "-1"], "config.seed=-1: must not be negative"),
+    (["--config.seed", "--v=0"], "--config.seed: no value; write --con"),
     (["stray"], "'stray': not a flag; write --FLAG=VALUE"),
     (["--workdr=a"], "Unknown command line flag 'workdr'. Did you mean:"),
     (["--config=plane.py"], "--config=plane.py: no such file"),
@@ -744,6 +745,35 @@ def test_door_refuses_in_one_line_and_writes_nothing(call, arguments, expected):
   assert done.stderr.startswith(f"error: {expected}")
   assert done.stderr.count("\n") == 1
   assert (done.returncode, done.stdout, written) == (2, "", [])
+
+
+def test_help_lists_every_field_with_what_sets_it(call):
+  """Each line, given as an argument, gives the field its default."""
+  done, written = call("--help", config=None)
+  assert (done.returncode, done.stderr, written) == (0, "", [])
+  assert "--workdir: " in done.stdout and "--logtostderr" not in done.stdout
+  lines = done.stdout.splitlines()
+  whole = config_lib.Config()
+  whole.model.rope_scaling = config_lib.RopeScaling()
+  whole.optimizer.skip = config_lib.SkipConfig()
+  found = []
+  for line in lines:
+    if not line.startswith("  --config."):
+      continue
+    path, _, text = line.split()[0].removeprefix("--").partition("=")
+    names = path.split(".")[1:]
+    config = config_lib.Config()
+    schema.override(config, "config", names, text)
+    got, default = (
+      functools.reduce(getattr, names, c) for c in (config, whole)
+    )
+    assert got == (None if dataclasses.is_dataclass(default) else default), line
+    found.append(path)
+  want = [path for path, _ in schema.leaves(config_lib.Config(), "config")]
+  assert set(want) < set(found) and len(set(found)) == len(found)
+  assert "config.optimizer.skip.sigma" in found
+  at = lines.index("  --config.model.norm_unit_offset=False")
+  assert "Norms multiply by 1 + scale" in lines[at + 1]
 
 
 def test_door_names_what_is_missing(call):

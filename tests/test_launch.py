@@ -343,6 +343,7 @@ def test_help_says_which_to_pick():
     (["--to=slurm", "--spec=no.yaml"], "--spec=no.yaml: No such file"),
     (["--to=slurm", "--spec.slces=2"], "did you mean 'slices'?"),
     (["--to=slurm", "--spec.slices"], "no value"),
+    (["--to=slurm", "--spec.slices", "two"], "spec.slices='two': must be of"),
     (["--to=slurm", "--dry_run", "--delete"], "not allowed with"),
     (["--to=local", "--delete"], "ctrl-C"),
     (["--to=slurm", "--spec=/"], "--spec=/: Is a directory"),

@@ -25,6 +25,7 @@ from lm.sample import beam, chat, heat, loading, show
 from lm.sample import request as request_lib
 from lm.sample import sampler as sampler_lib
 
+flags.adopt_module_key_flags(loading)  # for --help
 _PROMPT = flags.DEFINE_multi_string(
   "prompt", [], "Text to continue; repeat it for several. Default: none."
 )

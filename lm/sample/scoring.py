@@ -119,7 +119,7 @@ def score(
   tokens = attention.Tokens(
     jnp.where(real, places, 0), real.astype(jnp.int32), None
   )
-  hidden = model(inputs, tokens)
+  hidden, _ = model(inputs, tokens)
 
   def chunk(i):
     part = jax.lax.dynamic_slice_in_dim(hidden, i, CHUNK, axis=1)

@@ -22,6 +22,7 @@ from lm import door, schema
 from lm.sample import loading
 from lm.sample.serve import listen
 
+flags.adopt_module_key_flags(loading)  # for --help
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
 _PORT = flags.DEFINE_integer("port", 8000, "0: any that is free.")
 _SLOTS = flags.DEFINE_integer("slots", 8, "Samples that run at once.")
