@@ -23,7 +23,7 @@ import transformers
 
 from lm import batch as batch_lib
 from lm import config as config_lib
-from lm import sharding
+from lm import sharding, validation
 from lm.train import step as step_lib
 
 L, D, N, V, T, B = 4, 256, 4, 8192, 256, 8
@@ -52,7 +52,7 @@ def ours(dtype: str):
   )
   config.optimizer = config_lib.OptimizerConfig(name="adamw", peak_lr=1e-4)
   config.train.batch_size, config.train.sequence_length = B, T
-  mesh = sharding.make_mesh(config_lib.validate(config))
+  mesh = sharding.make_mesh(validation.validate(config))
   state = step_lib.create_state(config, mesh)
   compiled = step_lib.compile_step(config, mesh)
   rows = dataclasses.replace(

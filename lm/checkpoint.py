@@ -29,7 +29,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
 
 from lm import config as config_lib
-from lm import digest, files, schema, sharding
+from lm import digest, files, schema, sharding, validation
 from lm.model import decoder, weights
 
 Trees = dict[str, Any]
@@ -223,7 +223,7 @@ def load_meta(workdir: str, step: int | None = None) -> Meta:
     fields = {f.name for f in dataclasses.fields(Meta)} & content.keys()
     kept = {name: content[name] for name in fields - {"config"}}
     return Meta(
-      step=step, config=config_lib.from_json(content["config"]), **kept
+      step=step, config=validation.from_json(content["config"]), **kept
     )
   except (KeyError, TypeError, AttributeError) as error:
     raise files.Damaged(

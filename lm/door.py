@@ -23,7 +23,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from lm import config as config_lib
-from lm import files, schema
+from lm import files, schema, validation
 
 # Flags defined here belong to the CLI that defines them: its --help lists them.
 flags.disclaim_key_flags()
@@ -218,7 +218,7 @@ def load(path: str | None, overrides: Sequence[str] = ()) -> config_lib.Config:
     if not equals:
       raise schema.ConfigError(f"{argument}: no value; write {argument}=VALUE")
     schema.override(config, "config", field.split(".")[1:], text)
-  return config_lib.validate(config)
+  return validation.validate(config)
 
 
 def _from_file(path: str) -> config_lib.Config:

@@ -89,6 +89,7 @@ def make(tmp_path_factory):
   its fields changed by keyword: make(train__steps=3).
   """
   from lm import config as config_lib
+  from lm import validation
 
   corpus = tmp_path_factory.mktemp("corpus")
   for path in pathlib.Path(lm.__path__[0]).glob("*.py"):
@@ -127,6 +128,6 @@ def make(tmp_path_factory):
     for path, value in fields.items():
       room, field = path.split("__")
       setattr(getattr(c, room), field, value)
-    return config_lib.validate(c)
+    return validation.validate(c)
 
   return config

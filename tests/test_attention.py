@@ -12,7 +12,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 
 from lm import config as config_lib
 from lm import schema
-from lm.model import attention
+from lm.model import attention, kernels
 
 
 def _config(**fields):
@@ -37,7 +37,7 @@ def test_auto_takes_what_the_platform_and_the_model_allow(
   platform, fields, length, prefix, kernel, monkeypatch
 ):
   monkeypatch.setattr(attention.sharding, "platform", lambda: platform)
-  got = attention.choose_kernel(_config(**fields), length=length, prefix=prefix)
+  got = kernels.choose(_config(**fields), length=length, prefix=prefix)
   assert got == kernel
 
 
@@ -57,7 +57,7 @@ def test_auto_takes_what_the_platform_and_the_model_allow(
 )
 def test_a_named_kernel_that_cannot_is_refused(fields, length, prefix, message):
   with pytest.raises(schema.ConfigError, match=message):
-    attention.choose_kernel(_config(**fields), length=length, prefix=prefix)
+    kernels.choose(_config(**fields), length=length, prefix=prefix)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import jax
 import pytest
 
 from lm import config as config_lib
-from lm import door, schema, sharding
+from lm import door, schema, sharding, validation
 from lm.data import sources
 from lm.model import counts, decoder
 
@@ -28,7 +28,7 @@ def full_config() -> config_lib.Config:
   config = config_lib.Config()
   config.model.rope_scaling = config_lib.RopeScaling()
   config.optimizer.skip = config_lib.SkipConfig()
-  return config_lib.validate(config)
+  return validation.validate(config)
 
 
 def nodes(node, path="config"):
@@ -59,7 +59,7 @@ def with_value(path: str, name: str, value) -> config_lib.Config:
 
 def message(config: config_lib.Config) -> str:
   with pytest.raises(schema.ConfigError) as info:
-    config_lib.validate(config)
+    validation.validate(config)
   return str(info.value)
 
 
@@ -82,7 +82,7 @@ def test_none_is_accepted_where_the_annotation_says_so_and_only_there(case):
     # The one rule between None fields: one mesh axis at most takes the rest.
     if path == "config.mesh":
       config.mesh.data = config.mesh.data if name == "data" else 1
-    config_lib.validate(config)
+    validation.validate(config)
   else:
     assert message(config).startswith(f"{path}.{name}=None: ")
 
@@ -289,13 +289,13 @@ def test_size_beyond_reason_is_refused_in_stored_configs_too(
 ):
   config = changed({field: value})
   if expected is None:
-    config_lib.validate(config)
+    validation.validate(config)
     return
   got = message(config)
   assert got.startswith(f"config.{field}") and expected in got
   assert len(got) < 500
   with pytest.raises(schema.ConfigError) as info:
-    config_lib.from_json(config_lib.to_json(config))
+    validation.from_json(config_lib.to_json(config))
   assert str(info.value) == got
 
 
@@ -352,7 +352,7 @@ UNREAD = [
 
 @pytest.mark.parametrize("also, field, value, reader", UNREAD, ids=str)
 def test_field_that_nothing_reads_is_refused(also, field, value, reader):
-  plain = config_lib.validate(changed(also))
+  plain = validation.validate(changed(also))
   room, name = field.split(".")
   default = getattr(getattr(config_lib.Config(), room), name)
   config = changed({**also, field: value})
@@ -361,9 +361,9 @@ def test_field_that_nothing_reads_is_refused(also, field, value, reader):
     f" it at {default!r}"
   )
   # A run that was stored with it loads, and goes on without it.
-  stored = config_lib.from_json(config_lib.to_json(config))
+  stored = validation.from_json(config_lib.to_json(config))
   assert stored == config
-  assert config_lib.differences(stored, plain) == {}
+  assert validation.differences(stored, plain) == {}
 
 
 @pytest.mark.parametrize("changes, expected", RULES, ids=str)
@@ -405,7 +405,7 @@ def test_rule(changes, expected):
   ids=str,
 )
 def test_edge_of_a_rule_is_allowed(changes):
-  config_lib.validate(changed(changes))
+  validation.validate(changed(changes))
 
 
 # --- mesh --------------------------------------------------------------------
@@ -485,9 +485,9 @@ def test_json_round_trip_keeps_every_field():
   config.data.train = ("text:a", "jsonl:b#c")
   config.data.train_weights = (0.3, 0.7)
   config.optimizer.ema_decay = 0.1
-  back = config_lib.from_json(config_lib.to_json(config))
+  back = validation.from_json(config_lib.to_json(config))
   assert back == config
-  assert config_lib.differences(back, config) == {}
+  assert validation.differences(back, config) == {}
 
 
 @pytest.mark.parametrize(
@@ -523,7 +523,7 @@ def test_json_round_trip_keeps_every_field():
 )
 def test_from_json_refuses_what_is_not_a_config(text, expected):
   with pytest.raises(schema.ConfigError) as info:
-    config_lib.from_json(text)
+    validation.from_json(text)
   assert str(info.value).startswith(expected)
 
 
@@ -531,7 +531,7 @@ def test_differences_names_changed_and_added_fields():
   a, b = config_lib.Config(), config_lib.Config()
   b.train.steps = 7
   b.optimizer.skip = config_lib.SkipConfig()
-  assert config_lib.differences(a, b) == {
+  assert validation.differences(a, b) == {
     "config.train.steps": (1000, 7),
     "config.optimizer.skip.window": (None, 128),
     "config.optimizer.skip.sigma": (None, 6.0),
@@ -796,7 +796,7 @@ def test_missing_config_file_names_the_nearest(plain):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_config_loads_and_round_trips(path):
   config = door.load(str(path))
-  assert config_lib.from_json(config_lib.to_json(config)) == config
+  assert validation.from_json(config_lib.to_json(config)) == config
   header = path.read_text().split('"""')[1]
   assert f"--config=configs/{path.name}" in header or "quickstart.sh" in header
   assert "\nHardware: " in header and "\nEvidence: " in header

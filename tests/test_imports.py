@@ -18,6 +18,7 @@ LM = pathlib.Path(__file__).parent.parent / "lm"
 ORDER = (
   ("schema",),
   ("config",),
+  ("validation",),
   ("files",),
   ("locks",),
   ("batch", "digest", "door", "processes", "sharding"),

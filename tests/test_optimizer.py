@@ -11,7 +11,7 @@ import pytest
 
 from lm import batch as batch_lib
 from lm import config as config_lib
-from lm import schema
+from lm import schema, validation
 from lm.model import weights
 from lm.train import optimizer
 from lm.train import step as step_lib
@@ -249,7 +249,7 @@ def _program(o):
     d_head=2,
     d_mlp=F,
   )
-  config_lib.validate(config)
+  validation.validate(config)
   state = jax.eval_shape(lambda: step_lib.init_state(config))
   batch = batch_lib.empty(2, 3)
   return str(jax.make_jaxpr(step_lib.train_step(config))(state, batch))

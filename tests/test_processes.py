@@ -20,10 +20,10 @@ CHILD = """
 import sys
 import jax
 jax.config.update("jax_num_cpu_devices", int(sys.argv[3]))
-from lm import config, processes
+from lm import processes, validation
 processes.join(heartbeat_seconds=10)
 from lm.train import loop
-c = config.from_json(sys.argv[1])
+c = validation.from_json(sys.argv[1])
 sys.exit(loop.train(c, sys.argv[2]))
 """
 

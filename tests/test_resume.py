@@ -20,7 +20,7 @@ import numpy as np
 import optax
 import pytest
 
-from lm import checkpoint, files, locks, schema, sharding
+from lm import checkpoint, files, locks, schema, sharding, validation
 from lm import config as config_lib
 from lm.train import loop, optimizer, resume
 from lm.train import metrics as metrics_lib
@@ -46,7 +46,7 @@ def old(tmp_path_factory):
   folder = tmp_path_factory.mktemp("old")
   with tarfile.open(GOLDENS / "run_format1.tar.gz") as packed:
     packed.extractall(folder, filter="data")
-  config = config_lib.from_json((folder / "run" / "config.json").read_text())
+  config = validation.from_json((folder / "run" / "config.json").read_text())
   config.data.train = (f"text:{folder}/corpus/*.txt",)
   config.data.validation = (f"text:{folder}/corpus/0.txt",)
   config.data.cache_dir = str(folder / "cache")
@@ -114,7 +114,7 @@ def test_a_run_of_format_1_goes_on_as_it_would_have(old, resumed):
   meta = checkpoint.load_meta(str(workdir))
   assert meta.step == 12 and meta.config == config and meta.trees
   saved = (workdir / "config.json").read_text()
-  assert config_lib.from_json(saved) == config
+  assert validation.from_json(saved) == config
   (line,) = (workdir / "config_history.jsonl").read_text().splitlines()
   entry = json.loads(line)
   assert entry["until_step"] == 6
@@ -233,7 +233,7 @@ def test_a_config_json_that_is_none_is_written_again(
   if content != b"{}":
     assert "config.json is damaged: moved to" in said
   saved = (workdir / "config.json").read_text()
-  assert config_lib.from_json(saved) == config
+  assert validation.from_json(saved) == config
 
 
 # --- the world fails, or the files are damaged --------------------------------

@@ -13,7 +13,7 @@ import pytest
 import reference
 
 from lm import batch as batch_lib
-from lm import checkpoint, door, sharding
+from lm import checkpoint, door, sharding, validation
 from lm import config as config_lib
 from lm.model import decoder, weights
 from lm.train import step as step_lib
@@ -46,7 +46,7 @@ def _config(name="adamw", mesh=(1, 1, 1), mode="jit", **fields):
   for path, value in fields.items():
     room, field = path.split("__")
     setattr(getattr(c, room), field, value)
-  return config_lib.validate(c)
+  return validation.validate(c)
 
 
 def _batch(seed, prefix=False):

@@ -264,9 +264,9 @@ def test_a_disk_that_is_full_leaves_nothing_half_written(tmp_path):
   config = make_config(tmp_path)
   path = tmp_path / "config.py"
   path.write_text(
-    "from lm import config\n"
+    "from lm import validation\n"
     f"def get_config():\n"
-    f"  return config.from_json({config_lib.to_json(config)!r})\n"
+    f"  return validation.from_json({config_lib.to_json(config)!r})\n"
   )
   command = f"ulimit -f 8; {sys.executable} -m lm.data --config={path} | cat"
   done = subprocess.run(
@@ -468,7 +468,7 @@ def test_the_home_folder(tmp_path, monkeypatch):
 # as long as it is told to.
 WORKER = """
 import sys, time
-from lm import config
+from lm import validation
 from lm.data import store
 append = store._append
 def slow(*arguments):
@@ -477,7 +477,7 @@ def slow(*arguments):
   time.sleep(float(sys.argv[2]))
   return written
 store._append = slow
-store.prepare(config.from_json(open(sys.argv[1]).read()))
+store.prepare(validation.from_json(open(sys.argv[1]).read()))
 print("done", flush=True)
 """
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm import checkpoint, files, schema
+from lm import checkpoint, files, schema, validation
 from lm import config as config_lib
 from lm.data import objectives, pipeline, store
 from lm.evaluate import perplexity
@@ -91,7 +91,7 @@ def test_a_run_leaves_what_it_promises(unbroken):
   np.testing.assert_allclose(last["eval/perplexity"], np.exp(last["eval/loss"]))
   assert last["train/loss"] < reports[0]["train/loss"]
   saved = json.loads((workdir / "config.json").read_text())
-  assert config_lib.from_json(json.dumps(saved)) == config
+  assert validation.from_json(json.dumps(saved)) == config
   assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
   assert list((workdir / "tensorboard").iterdir())
   meta = checkpoint.load_meta(str(workdir))
@@ -438,7 +438,7 @@ def test_a_longer_run_says_what_becomes_of_the_learning_rate(
   assert f"the learning rate goes from {old:.3g} to {new:.3g}" in said
   assert "from step 12 on the validation set is another one" in said
   saved = (tmp_path / "run" / "config.json").read_text()
-  assert config_lib.from_json(saved) == longer
+  assert validation.from_json(saved) == longer
   history = (tmp_path / "run" / "config_history.jsonl").read_text()
   assert json.loads(history)["config"]["train"]["steps"] == 12
 
@@ -511,8 +511,8 @@ def _start(config, workdir, tmp_path):
   """`python -m lm.train` in a child, its config as a file."""
   path = tmp_path / "config.py"
   path.write_text(
-    "from lm import config\n\n\ndef get_config():\n"
-    f"  return config.from_json({config_lib.to_json(config)!r})\n"
+    "from lm import validation\n\n\ndef get_config():\n"
+    f"  return validation.from_json({config_lib.to_json(config)!r})\n"
   )
   code = (
     "import jax; jax.config.update('jax_num_cpu_devices', 2); import runpy;"

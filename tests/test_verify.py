@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lm import checkpoint, door, schema, sharding
+from lm import checkpoint, door, schema, sharding, validation
 from lm import config as config_lib
 from lm.data import objectives, pipeline
 from lm.model import attention, counts, decoder, layers, loss, weights
@@ -72,7 +72,7 @@ def config(**fields):
   for path, value in fields.items():
     room, field = path.split("__")
     setattr(getattr(c, room), field, value)
-  return config_lib.validate(c)
+  return validation.validate(c)
 
 
 def failures(name, c):
@@ -449,7 +449,7 @@ def test_shrinking_keeps_every_switch(path):
     " context_length original_length rope_scaling steps batch_size"
     " sequence_length microbatches".split()
   )
-  changed = config_lib.differences(c, small)
+  changed = validation.differences(c, small)
   assert {name.rsplit(".", 1)[1] for name in changed} <= reduced
   a, b = c.model, small.model
   for field in ("vocab_size", "d_model", "d_mlp", "n_kv_heads"):

@@ -499,8 +499,8 @@ def given(tmp_path_factory, make) -> pathlib.Path:
   config.mesh.fsdp = 1
   text = json.dumps(config_lib.to_json(config))
   (path / "config.py").write_text(
-    "from lm import config\n"
-    f"def get_config():\n  return config.from_json({text})\n"
+    "from lm import validation\n"
+    f"def get_config():\n  return validation.from_json({text})\n"
   )
   (path / "text.txt").write_text("some text\n" * 99)
   (path / "empty.txt").touch()

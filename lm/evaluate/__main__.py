@@ -10,7 +10,7 @@ from absl import flags
 from etils import epath
 
 from lm import config as config_lib
-from lm import door, processes, schema
+from lm import door, processes, schema, validation
 from lm.evaluate import corpora
 
 _WORKDIR = door.define_path("workdir", "Run to evaluate.")
@@ -72,7 +72,7 @@ def _heartbeat_seconds(workdir: str) -> int:
   """
   try:
     text = (epath.Path(workdir) / "config.json").read_text()
-    return config_lib.from_json(text).mesh.heartbeat_seconds
+    return validation.from_json(text).mesh.heartbeat_seconds
   except (OSError, ValueError, schema.ConfigError):
     return config_lib.MeshConfig().heartbeat_seconds
 

@@ -1,4 +1,4 @@
-"""Attention: the mask, the reference implementation, and the kernels.
+"""Attention: the mask, the plain implementation, queries, keys and values.
 
 B batch, T query length, S key length, D model, N query heads, K kv heads,
 G = N / K, H head.
@@ -15,8 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lm import config as config_lib
-from lm import schema, sharding
-from lm.model import layers, weights
+from lm import sharding
+from lm.model import kernels, layers, weights
 
 # Score of a masked key: low enough for exp() to give 0, high enough for sums
 # to stay finite.
@@ -78,9 +78,9 @@ def attend(
   # A query may attend to keys of the whole row: all-gather along the length.
   k, v, keys = sharding.gather((k, v, keys), None, "length")
   if kernel == "splash":
-    return _splash(q * scale, k, v, queries, window, softcap)
+    return kernels.splash(q * scale, k, v, queries.segments, window, softcap)
   if kernel == "cudnn":
-    return _cudnn(q, k, v, visible(queries, keys, window), scale)
+    return kernels.cudnn(q, k, v, visible(queries, keys, window), scale)
   return _reference(q * scale, k, v, visible(queries, keys, window), softcap)
 
 
@@ -146,119 +146,6 @@ _contract = jax.custom_vjp(_product, nondiff_argnums=(0, 1))
 _contract.defvjp(_product_forward, _product_backward)
 
 
-# TPU lane count: splash attention needs rows of a multiple of 128 tokens.
-_LANES = 128
-
-
-def choose_kernel(
-  cfg: config_lib.ModelConfig, *, length: int, prefix: bool
-) -> str:
-  """Resolves `auto` to a kernel for the platform being compiled for.
-
-  Raises ConfigError if a named kernel does not support the model, the row
-  length or prefixes.
-  """
-  kernel = cfg.attention
-  if kernel == "auto":
-    kernel = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(
-      sharding.platform(), "reference"
-    )
-    if kernel == "cudnn" and (
-      cfg.attention_softcap is not None or cfg.dtype == "float32"
-    ):
-      kernel = "reference"  # cuDNN supports neither soft-caps nor float32
-    if kernel == "splash" and (prefix or length % _LANES):
-      kernel = "reference"  # splash has static masks and whole tiles
-  if kernel == "cudnn" and cfg.attention_softcap is not None:
-    raise schema.ConfigError(
-      "config.model.attention='cudnn': cuDNN has no attention_softcap; set "
-      "attention='reference'"
-    )
-  if kernel == "cudnn" and cfg.dtype == "float32":
-    raise schema.ConfigError(
-      "config.model.attention='cudnn': cuDNN attention is bfloat16 only; set "
-      "dtype='bfloat16' or attention='reference'"
-    )
-  if kernel == "splash" and prefix:
-    raise schema.ConfigError(
-      "config.model.attention='splash': its mask is fixed when it is compiled, "
-      "so it has no prefixes; set attention='reference'"
-    )
-  if kernel == "splash" and length % _LANES:
-    raise schema.ConfigError(
-      f"config.model.attention='splash': rows of {length} tokens are no "
-      f"multiple of {_LANES}; change the length or set attention='reference'"
-    )
-  return kernel
-
-
-def _cudnn(q, k, v, seen, scale):
-  def local(q, k, v, seen):
-    return jax.nn.dot_product_attention(
-      q, k, v, mask=seen[:, None], scale=scale, implementation="cudnn"
-    )
-
-  heads = ("batch", None, "heads", None)
-  kv = ("batch", None, "kv_heads", None)
-  run = sharding.per_shard(
-    local, heads, kv, kv, ("batch", None, None), out_axes=heads
-  )
-  return run(q, k, v, seen)
-
-
-def _splash(q, k, v, tokens, window, softcap):
-  """Splash attention, JAX's TPU kernel; skips fully masked tiles.
-
-  The kernel measures the window in row indices, not positions; within a
-  document both distances are equal.
-  """
-  from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel as splash,
-  )
-  from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_mask as masks,
-  )
-
-  def local(q, k, v, segments):
-    _, T, N, _ = q.shape
-    mask = (
-      masks.CausalMask((T, T))
-      if window is None
-      else masks.LocalMask((T, T), (window - 1, 0), 0)
-    )
-    # 512 fits the vector memory of every TPU.
-    block = next(b for b in (512, 256, _LANES) if T % b == 0)
-    sizes = splash.BlockSizes(
-      block_q=block,
-      block_kv=block,
-      block_kv_compute=block,
-      block_q_dkv=block,
-      block_kv_dkv=block,
-      block_kv_dkv_compute=block,
-      block_q_dq=block,
-      block_kv_dq=block,
-    )
-    kernel = splash.make_splash_mha(
-      masks.MultiHeadMask([mask] * N),
-      block_sizes=sizes,
-      head_shards=1,
-      q_seq_shards=1,
-      attn_logits_soft_cap=softcap,
-    )
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    ids = splash.SegmentIds(segments, segments)
-    out = jax.vmap(kernel)(q, k, v, ids)
-    assert isinstance(out, jax.Array)  # no residuals requested
-    return jnp.swapaxes(out, 1, 2)
-
-  heads = ("batch", None, "heads", None)
-  kv = ("batch", None, "kv_heads", None)
-  run = sharding.per_shard(
-    local, heads, kv, kv, ("batch", None), out_axes=heads
-  )
-  return run(q, k, v, tokens.segments)
-
-
 class Attention(nnx.Module):
   """Grouped-query attention (arXiv:2305.13245), with optional rotary positions,
   biases, and RMSNorm of queries and keys.
@@ -322,7 +209,7 @@ class Attention(nnx.Module):
       out, kept = extend(q, k, v, **how)
     else:
       has_prefix = tokens.prefix is not None
-      kernel = choose_kernel(cfg, length=x.shape[1], prefix=has_prefix)
+      kernel = kernels.choose(cfg, length=x.shape[1], prefix=has_prefix)
       out, kept = attend(q, k, v, tokens, tokens, **how, kernel=kernel), (k, v)
     y = weights.dot("BTNH,NHD->BTD", out, self.o, "batch", "length", None)
     return layers.add_bias(y, self.o_bias), kept

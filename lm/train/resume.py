@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from lm import checkpoint, files, processes, schema
+from lm import checkpoint, files, processes, schema, validation
 from lm import config as config_lib
 from lm.data import pipeline, store
 from lm.data import tokenizer as tokenizer_lib
@@ -63,7 +63,7 @@ def earlier_config(workdir: str) -> config_lib.Config | None:
   if not path.exists():
     return None
   try:
-    return config_lib.from_json(files.attempt(path, path.read_bytes))
+    return validation.from_json(files.attempt(path, path.read_bytes))
   except schema.ConfigError:
     return None
 
@@ -81,7 +81,7 @@ def refuse_other_config(
     free += ("config.optimizer.",)
   changed = [
     f"{name} was {old!r} and is {new!r}"
-    for name, (old, new) in config_lib.differences(before, config).items()
+    for name, (old, new) in validation.differences(before, config).items()
     # Only names with a final dot are prefixes: `config.data.train` must not
     # free `config.data.train_weights`.
     if not any(name == f or (f[-1] == "." and name.startswith(f)) for f in free)
@@ -252,7 +252,7 @@ def _changes(before: checkpoint.Meta, now: checkpoint.Meta) -> list[str]:
       f"{before.validation}, now {now.validation}): losses before and after do "
       "not compare"
     )
-  for name, (was, now_is) in config_lib.differences(old, new).items():
+  for name, (was, now_is) in validation.differences(old, new).items():
     if name.startswith("config.optimizer."):
       lines.append(f"from step {step} on {name} is {now_is!r}; was {was!r}")
   rates = [

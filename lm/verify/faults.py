@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 
-from lm import checkpoint
+from lm import checkpoint, validation
 from lm import config as config_lib
 from lm.train import ledger, stop
 from lm.verify import bombs, data, shrink
@@ -104,7 +104,7 @@ def _small(config: config_lib.Config, folder: str) -> config_lib.Config:
   config.data.validation = config.data.train[:1]
   config.data.epochs = None
   config.checkpoint = config_lib.CheckpointConfig(save_every=3, keep_last=3)
-  return config_lib.validate(config)
+  return validation.validate(config)
 
 
 # --- the faults ---------------------------------------------------------------

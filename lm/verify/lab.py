@@ -74,8 +74,8 @@ class Lab:
     if first.exists() and not fresh_corpus:
       shutil.copytree(first, home / "cache")
     (home / "config.py").write_text(
-      "from lm import config\n\n\ndef get_config():\n"
-      f"  return config.from_json({config_lib.to_json(config)!r})\n"
+      "from lm import validation\n\n\ndef get_config():\n"
+      f"  return validation.from_json({config_lib.to_json(config)!r})\n"
     )
     return home / "run"
 

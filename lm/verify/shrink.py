@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from lm import config as config_lib
-from lm import sharding
+from lm import sharding, validation
 from lm.model import counts
 
 # A training step of 2M parameters on 16k tokens takes about a second on a CPU
@@ -74,7 +74,7 @@ def shrink(config: config_lib.Config) -> config_lib.Config:
   if small.optimizer.skip is not None:
     window = min(small.optimizer.skip.window, 8)
     small.optimizer.skip.window = window
-  return config_lib.validate(small)
+  return validation.validate(small)
 
 
 def subject(
@@ -96,7 +96,7 @@ def subject(
 
 def sizes(config: config_lib.Config, small: config_lib.Config) -> str:
   """Fields changed by shrinking: `model.d_model 4096 -> 64, ...`."""
-  changed = config_lib.differences(config, small).items()
+  changed = validation.differences(config, small).items()
   return ", ".join(
     f"{path.removeprefix('config.')} {_brief(a)} -> {_brief(b)}"
     for path, (a, b) in changed

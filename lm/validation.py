@@ -1,0 +1,263 @@
+"""Valid configs: rules between fields, fields without effect, stored configs.
+
+A broken rule raises ConfigError with the field, the value, the rule and the
+remedy. Rules of one field alone are its annotation in lm/config.py. This module
+does not import JAX.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lm import config as config_lib
+from lm import schema
+
+
+def validate(config: config_lib.Config) -> config_lib.Config:
+  """Returns `config` if a run may start with `config`. Raises ConfigError with
+  the first broken rule, or the first changed field that has no effect.
+  """
+  check(config)
+  o, steps = config.optimizer, config.train.steps
+  flat = (1 - o.decay_fraction) * steps
+  schema.require(
+    o.schedule != "wsd" or o.warmup_steps <= flat + 1e-6,  # rounding of flat
+    "config.optimizer.warmup_steps",
+    o.warmup_steps,
+    f"must be at most {flat:.0f}: schedule='wsd' decays from that step on, "
+    f"the last decay_fraction={o.decay_fraction} of train.steps={steps}",
+  )
+  for path, value, default, reader in _without_effect(config):
+    schema.require(
+      value == default,
+      path,
+      value,
+      f"has no effect: only {reader} reads it; leave it at {default!r}",
+    )
+  return config
+
+
+def check(config: config_lib.Config) -> config_lib.Config:
+  """Returns `config` if valid as a stored config; raises ConfigError with the
+  first broken rule. A stored config may have fields without effect, and more
+  warm-up than `wsd` allows.
+  """
+  schema.check_types(config, config_lib.Config, "config")
+  _validate_model(config.model)
+  _validate_run(config)
+  return config
+
+
+def _validate_model(m: config_lib.ModelConfig) -> None:
+  for others, size in (
+    ("vocab_size", m.vocab_size),
+    ("context_length", m.context_length if m.positions == "learned" else 0),
+    ("n_layers * n_heads * d_head", m.n_layers * m.n_heads * m.d_head),
+    ("n_layers * d_mlp", m.n_layers * m.d_mlp),
+  ):
+    schema.require(
+      m.d_model * size <= _MOST_WEIGHTS,
+      "config.model.d_model",
+      m.d_model,
+      f"times {others} must be at most {_MOST_WEIGHTS:.0e}, more than any "
+      "machine holds; make one of them smaller",
+    )
+  schema.require(
+    m.n_heads % m.n_kv_heads == 0,
+    "config.model.n_heads",
+    m.n_heads,
+    f"must be a multiple of n_kv_heads={m.n_kv_heads}",
+  )
+  schema.require(
+    m.positions != "rope" or m.d_head % 2 == 0,
+    "config.model.d_head",
+    m.d_head,
+    "must be even, since rotary positions turn pairs",
+  )
+  r = m.rope_scaling
+  schema.require(
+    r is None or r.low_frequency_factor < r.high_frequency_factor,
+    "config.model.rope_scaling",
+    r,
+    "low_frequency_factor must be below high_frequency_factor",
+  )
+  schema.require(
+    len(m.windows) > 0 and all(w is None or w >= 1 for w in m.windows),
+    "config.model.windows",
+    m.windows,
+    "needs at least one entry, each None or at least 1",
+  )
+
+
+def _validate_run(config: config_lib.Config) -> None:
+  m, t, o, d = config.model, config.train, config.optimizer, config.data
+  schema.require(
+    t.sequence_length <= m.context_length,
+    "config.train.sequence_length",
+    t.sequence_length,
+    f"must be at most model.context_length={m.context_length}",
+  )
+  schema.require(
+    t.batch_size % t.microbatches == 0,
+    "config.train.batch_size",
+    t.batch_size,
+    f"must be a multiple of train.microbatches={t.microbatches}",
+  )
+  schema.require(
+    config.tokens_per_step <= 2**31 - 1,
+    "config.train.batch_size",
+    t.batch_size,
+    f"times sequence_length={t.sequence_length} must be at most {2**31 - 1}, "
+    "the largest int32: it counts the tokens of a step",
+  )
+  schema.require(
+    len(d.train) > 0, "config.data.train", d.train, "names no source"
+  )
+  schema.require(
+    len(d.train_weights) in (0, len(d.train))
+    and all(w > 0 for w in d.train_weights),
+    "config.data.train_weights",
+    d.train_weights,
+    f"must be () or {len(d.train)} positive numbers, one per training source",
+  )
+  schema.require(
+    0 < o.decay_fraction <= 1,
+    "config.optimizer.decay_fraction",
+    o.decay_fraction,
+    "must be in (0, 1]",
+  )
+  schema.require(
+    0 <= o.final_lr_fraction <= 1,
+    "config.optimizer.final_lr_fraction",
+    o.final_lr_fraction,
+    "must be in [0, 1]",
+  )
+  axes = config.mesh.sizes()
+  schema.require(
+    sum(a is None for a in axes.values()) <= 1,
+    "config.mesh",
+    axes,
+    "at most one axis may be None",
+  )
+  others = [name for name in axes if name != "data"]
+  remedy = " and ".join(f"{name}=1" for name in others)
+  schema.require(
+    config.mesh.mode == "jit" or all(axes[name] == 1 for name in others),
+    "config.mesh",
+    axes,
+    f"mode pmap is pure data parallel: set {remedy}",
+  )
+
+
+# Most elements of a weight, over all layers.
+_MOST_WEIGHTS = 10**12
+
+# (fields, predicate, reader): fields that only some configs read. The predicate
+# says whether a config reads the fields; the reader is named in the error.
+_READERS: tuple[tuple[str, Callable[[config_lib.Config], bool], str], ...] = (
+  (
+    "model.rope_theta model.rope_scaling",
+    lambda c: c.model.positions == "rope",
+    "model.positions='rope'",
+  ),
+  (
+    "model.rope_theta_windowed",
+    lambda c: c.model.positions == "rope" and any(c.model.windows),
+    "model.positions='rope' in a layer with one of model.windows",
+  ),
+  (
+    "tokenizer.path",
+    lambda c: c.tokenizer.kind == "sentencepiece",
+    "tokenizer.kind='sentencepiece'",
+  ),
+  (
+    "tokenizer.train_bytes",
+    lambda c: c.tokenizer.kind == "sentencepiece" and c.tokenizer.path is None,
+    "tokenizer.kind='sentencepiece' without tokenizer.path",
+  ),
+  (
+    "data.text_unit",
+    lambda c: any(
+      source.startswith("text:") for source in c.data.train + c.data.validation
+    ),
+    "a source text:GLOB",
+  ),
+  (
+    "optimizer.adam_peak_lr optimizer.momentum",
+    lambda c: c.optimizer.name == "muon",
+    "optimizer.name='muon'",
+  ),
+  (
+    "optimizer.b1 optimizer.b2",
+    lambda c: c.optimizer.name != "adafactor",
+    "optimizer.name='adamw', 'lion' or 'muon'",
+  ),
+  (
+    "optimizer.epsilon",
+    lambda c: c.optimizer.name in ("adamw", "muon"),
+    "optimizer.name='adamw' or 'muon'",
+  ),
+  (
+    "optimizer.decay_fraction",
+    lambda c: c.optimizer.schedule == "wsd",
+    "optimizer.schedule='wsd'",
+  ),
+  (
+    "optimizer.final_lr_fraction",
+    lambda c: c.optimizer.schedule in ("linear", "cosine", "wsd"),
+    "optimizer.schedule='linear', 'cosine' or 'wsd'",
+  ),
+)
+
+
+def _without_effect(
+  config: config_lib.Config,
+) -> Iterator[tuple[str, Any, Any, str]]:
+  """Yields (path, value, default, reader) of fields without effect in `config`;
+  `reader` names the setting under which the field would have an effect.
+  """
+  for paths, has_effect, reader in _READERS:
+    if has_effect(config):
+      continue
+    for room, field in (path.split(".") for path in paths.split()):
+      nodes = (getattr(tree, room) for tree in (config, config_lib.Config()))
+      value, default = (getattr(node, field) for node in nodes)
+      yield f"config.{room}.{field}", value, default, reader
+
+
+# --- stored configs ----------------------------------------------------------
+
+
+def from_json(text: str | bytes) -> config_lib.Config:
+  """Inverse of `config.to_json`. A stored config may set fields without effect.
+  Raises ConfigError if `text` is not a valid config.
+  """
+  try:
+    tree = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise schema.ConfigError(
+      f"config={text[:40]!r}...: not JSON: {error}"
+    ) from error
+  return check(schema.from_dict(config_lib.Config, tree, "config"))
+
+
+def differences(
+  a: config_lib.Config, b: config_lib.Config
+) -> dict[str, tuple[Any, Any]]:
+  """Fields with different values: path -> (value in a, value in b). Leaves out
+  fields without effect in both configs.
+  """
+  left, right = (
+    dict(schema.leaves(a, "config")),
+    dict(schema.leaves(b, "config")),
+  )
+  dead = [{path for path, *_ in _without_effect(tree)} for tree in (a, b)]
+
+  def has_effect(path: str) -> bool:
+    return not any(f"{path}.".startswith(f"{x}.") for x in dead[0] & dead[1])
+
+  return {
+    path: (left.get(path), right.get(path))
+    for path in sorted(left.keys() | right.keys())
+    if left.get(path) != right.get(path) and has_effect(path)
+  }
