@@ -12,7 +12,8 @@ from lm import config as config_lib
 from lm import door
 
 
-def main(config: config_lib.Config) -> None:
+def bits_per_byte(config: config_lib.Config) -> dict[str, float]:
+  """Compressor -> bits per byte over the config's validation documents."""
   from lm.data import sources
 
   n_bytes, compressed = 0, {"xz -9e": 0, "gzip -9": 0}
@@ -27,8 +28,12 @@ def main(config: config_lib.Config) -> None:
       strongest = 9 | lzma.PRESET_EXTREME
       compressed["xz -9e"] += len(lzma.compress(raw, preset=strongest))
       compressed["gzip -9"] += len(gzip.compress(raw, compresslevel=9))
-  for name, size in compressed.items():
-    print(f"{name:8} {8 * size / n_bytes:.4f} bits per byte")
+  return {name: 8 * size / n_bytes for name, size in compressed.items()}
+
+
+def main(config: config_lib.Config) -> None:
+  for name, bits in bits_per_byte(config).items():
+    print(f"{name:8} {bits:.4f} bits per byte")
 
 
 if __name__ == "__main__":

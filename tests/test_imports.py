@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -102,3 +103,14 @@ def test_shape_annotations_are_executed():
   positions = jnp.zeros((2, 3, 5), jnp.int32)
   with pytest.raises(jaxtyping.TypeCheckError, match="positions"):
     layers.rotary_angles(positions, d_head=4, theta=10_000.0, scaling=None)
+
+
+def test_the_readme_counts_lines_as_they_are():
+  """To 10 lines: the files that it says to read."""
+  rows = re.findall(
+    r"^\| `(lm/.*?)` \| (\d+) \|", (LM.parent / "README.md").read_text(), re.M
+  )
+  assert len(rows) == 14
+  for name, stated in rows:
+    n = (LM.parent / name).read_text().count("\n")
+    assert abs(n - int(stated)) <= 10, f"{name} has {n} lines"
