@@ -244,6 +244,8 @@ class TrainConfig:
   # residual and of what attention and MLP add to it, and the norms of gradient
   # and update. Every step then computes them; None: no step does.
   statistics_every: Count | None = None
+  # (first step, number of steps) traced into WORKDIR/profile; None: none.
+  profile: tuple[Count, ...] | None = None
   # Watchdog: reports a step that lasts this many times the median step, with
   # the stacks of all threads; None: never.
   slow_step_factor: Positive | None = 20.0

@@ -111,6 +111,12 @@ def _validate_run(config: config_lib.Config) -> None:
     "the largest int32: it counts the tokens of a step",
   )
   schema.require(
+    t.profile is None or len(t.profile) == 2,
+    "config.train.profile",
+    t.profile,
+    "must be (first step, number of steps)",
+  )
+  schema.require(
     len(d.train) > 0, "config.data.train", d.train, "names no source"
   )
   schema.require(

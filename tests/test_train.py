@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -115,6 +116,7 @@ def test_reports_are_means_over_tokens(make, tmp_path, monkeypatch):
     config.train.statistics_every = 5 if every == 1 else None
     first = config.data.validation[0]
     config.data.validation = (first, first.replace("door", "locks"))
+    config.train.profile = (3, 2) if every == 1 else None
     workdir = tmp_path / str(every)
     assert loop.train(config, str(workdir)) == 0
     runs.append(metrics_lib.read(str(workdir)))
@@ -123,7 +125,7 @@ def test_reports_are_means_over_tokens(make, tmp_path, monkeypatch):
   batches = pipeline.train_batches(config, prepared)
   weights = [next(batches).weights.sum() for _ in single]
   losses = [r["train/last_loss"] for r in single]
-  assert len(set(weights)) == len(losses) == 6
+  assert len(set(weights)) > 1 and len(losses) == 6
   np.testing.assert_allclose([r["train/loss"] for r in single], losses)
   assert [r["step"] for r in few] == [4, 6]
   for report, steps in zip(few, (slice(4), slice(4, 6)), strict=True):
@@ -142,6 +144,11 @@ def test_reports_are_means_over_tokens(make, tmp_path, monkeypatch):
     assert all(len(v) == 2 and min(v) > 0 for v in layers.values())
   (events,) = (tmp_path / "1" / "tensorboard").iterdir()
   assert b"layers/residual_rms/1" in events.read_bytes()
+  (trace,) = (tmp_path / "1" / "profile").rglob("*.xplane.pb")
+  for scope in "embed attention mlp final_norm loss optimizer".split():
+    assert re.search(
+      rb"jit\(step\)/[^\n]*\b%b\b" % scope.encode(), trace.read_bytes()
+    )
 
 
 def test_a_layer_that_is_not_finite_is_null(tmp_path):

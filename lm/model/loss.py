@@ -17,6 +17,7 @@ from lm import sharding
 from lm.model import weights as weights_lib
 
 
+@jax.named_scope("loss")
 def cross_entropy(
   x: Float[Array, "B T D"],
   head: Float[Array, "V D"],
@@ -37,6 +38,7 @@ def cross_entropy(
   return _cross_entropy((chunk, softcap, z_loss), x, head, targets, weights)
 
 
+@jax.named_scope("loss")
 def token_nll(
   x: Float[Array, "B T D"],
   head: Float[Array, "V D"],

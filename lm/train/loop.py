@@ -24,6 +24,7 @@ from lm.data import pipeline, store
 from lm.evaluate import perplexity
 from lm.train import ledger as ledger_lib
 from lm.train import metrics as metrics_lib
+from lm.train import profile as profile_lib
 from lm.train import resume
 from lm.train import step as step_lib
 from lm.train import stop as stop_lib
@@ -146,7 +147,9 @@ class _Run:
     if self._lacks_evaluation():
       evaluated = self._evaluate(step, state)
     for step, batch in self._numbered_batches():
-      state, numbers = train_step(state, batch)
+      with self.profile.step(step):
+        state, numbers = train_step(state, batch)
+      self.profile.dispatched(step, numbers)
       self._read_pending()
       self._report_if_due()
       self.pending = step, numbers
@@ -427,6 +430,8 @@ class _Run:
     self.meter = metrics_lib.Meter(self.config, self.start)
     self.watchdog = watchdog_lib.Watchdog(self.config.train.slow_step_factor)
     self.closing.callback(self.watchdog.close)
+    self.profile = profile_lib.Profile(self.workdir, self.config.train.profile)
+    self.closing.callback(self.profile.close)
     self.ledger.starts_from(self.start)
     if self.start:
       self.progress.say(self.ledger.describe())

@@ -38,6 +38,7 @@ _FREE = (
   "config.train.microbatches",
   "config.train.log_every",
   "config.train.statistics_every",
+  "config.train.profile",
   "config.train.eval_every",
   "config.train.eval_batches",
   "config.train.slow_step_factor",

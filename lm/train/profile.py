@@ -1,0 +1,48 @@
+"""A trace of a few steps, in the run directory.
+
+The trace names operations by the scopes of the program (embed, attention, mlp,
+final_norm, loss, optimizer), forward and backward. xprof or TensorBoard's
+profile plugin reads WORKDIR/profile; Perfetto reads its `*.trace.json.gz`.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+
+class Profile:
+  """Traces steps first .. first + n - 1 of `steps` = (first, n), if a start
+  reaches them.
+  """
+
+  def __init__(self, workdir: str, steps: tuple[int, ...] | None):
+    self._where = os.path.join(workdir, "profile")
+    first, n = steps or (0, 0)
+    self._first, self._last = first, first + n - 1
+    self._active = False
+
+  @contextlib.contextmanager
+  def step(self, step: int) -> Iterator[None]:
+    """Within: the dispatch of a step."""
+    if step == self._first:
+      jax.profiler.start_trace(self._where)
+      self._active = True
+    if not self._active:
+      yield
+      return
+    with jax.profiler.StepTraceAnnotation("train", step_num=step):
+      yield
+
+  def dispatched(self, step: int, result: Any) -> None:
+    """After the dispatch of a step; the last waits for `result`."""
+    if self._active and step >= self._last:
+      jax.block_until_ready(result)
+      self.close()
+
+  def close(self) -> None:
+    if self._active:
+      self._active = False
+      jax.profiler.stop_trace()
