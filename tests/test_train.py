@@ -25,6 +25,7 @@ from lm.data import objectives, pipeline, store
 from lm.evaluate import perplexity
 from lm.train import ledger, loop, optimizer
 from lm.train import metrics as metrics_lib
+from lm.train import report as report_lib
 from lm.train import stop as stop_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -368,7 +369,7 @@ def diverging(make, tmp_path_factory):
   )
   assert loop.train(config, str(workdir)) == 0
   config.optimizer.peak_lr, config.train.steps = 1e30, 12
-  with pytest.raises(loop.Diverged) as error:
+  with pytest.raises(report_lib.Diverged) as error:
     loop.train(config, str(workdir))
   return config, workdir, str(error.value)
 
@@ -376,7 +377,7 @@ def diverging(make, tmp_path_factory):
 def test_a_loss_that_is_not_finite_stops_the_run(diverging):
   """With the exit code that launchers do not try again."""
   config, workdir, said = diverging
-  assert loop.Diverged.exit_code == 2
+  assert report_lib.Diverged.exit_code == 2
   step = int(said.split("step ")[1].split(":")[0])
   assert f"last checkpoint: step {step - 1}" in said
   params = _params(workdir, config)
@@ -388,7 +389,7 @@ def test_a_diverged_run_tells_how_to_go_on_and_can(diverging, make, tmp_path):
   """The last checkpoint is the exploded one; that of step 3 is not."""
   config, workdir, _ = diverging
   workdir = shutil.copytree(workdir, tmp_path / "run")
-  with pytest.raises(loop.Diverged, match="--from_step=STEP") as error:
+  with pytest.raises(report_lib.Diverged, match="--from_step=STEP") as error:
     loop.train(config, str(workdir))
   losses = {r["step"]: r["train/loss"] for r in metrics_lib.read(str(workdir))}
   assert checkpoint.steps(str(workdir))[:4] == [1, 2, 3, 4]
@@ -416,7 +417,7 @@ def test_a_run_that_leaves_out_every_step_stops(make, tmp_path):
     train__steps=40,
     train__log_every=1,
   )
-  with pytest.raises(loop.Diverged, match="the last 5 steps .* left out"):
+  with pytest.raises(report_lib.Diverged, match="the last 5 steps .* left out"):
     loop.train(config, str(tmp_path))
 
   def no_constant(name):

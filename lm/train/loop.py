@@ -8,33 +8,24 @@ evaluation, in saving and at the end.
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
-from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lm import checkpoint, locks, schema, sharding
+from lm import checkpoint, locks, sharding
 from lm import config as config_lib
 from lm.data import pipeline, store
 from lm.evaluate import perplexity
 from lm.train import ledger as ledger_lib
 from lm.train import metrics as metrics_lib
 from lm.train import profile as profile_lib
-from lm.train import resume
+from lm.train import report, resume
 from lm.train import step as step_lib
 from lm.train import stop as stop_lib
 from lm.train import watchdog as watchdog_lib
-
-
-class Diverged(schema.ConfigError, FloatingPointError):
-  """The loss diverged. A restart with the same config would diverge again: the
-  exit code is that of ConfigError, and launchers do not retry.
-  """
 
 
 def train(
@@ -118,14 +109,6 @@ class _Run:
     # Mode pmap has no mesh in context: the result sharding must be given.
     whole = NamedSharding(mesh, P()) if config.mesh.mode == "pmap" else None
     self.eval_step = perplexity.eval_step(config.model, whole)
-    # The last step: `pending` is (step, metrics still on the devices),
-    # `unreported` is (step, numbers, values of each layer) on the host.
-    self.pending: tuple[int, dict[str, Any]] | None = None
-    self.unreported: (
-      tuple[int, dict[str, float], dict[str, list[float]]] | None
-    ) = None
-    # Steps skipped so far, and consecutive skips up to the last step.
-    self.n_skipped, self.n_in_a_row = None, 0
 
   def go(self, from_step: int | None = None) -> int:
     """Runs all steps after the last checkpoint, or after `from_step`; returns
@@ -150,9 +133,7 @@ class _Run:
       with self.profile.step(step):
         state, numbers = train_step(state, batch)
       self.profile.dispatched(step, numbers)
-      self._read_pending()
-      self._report_if_due()
-      self.pending = step, numbers
+      self.reporter.dispatched(step, numbers)
       self.watchdog.step_done(step)
       if self.stop.agreed():
         break
@@ -172,10 +153,10 @@ class _Run:
     exit code.
     """
     stopping = self.stop.stopping
-    self._read_pending()
+    self.reporter.read()
     # A restart adds to the report an evaluation that a stop cut short.
     if not stopping or self._evaluates_at(step):
-      self._report()
+      self.reporter.report()
     if step > (self.checkpoints.latest_step() or 0):
       self._save(step, state, evaluated)
     with self.ledger.within("save"):
@@ -216,128 +197,13 @@ class _Run:
     due = step % every == 0 or step == self.last_step
     return due and bool(self.prepared.validation)
 
-  def _read_pending(self) -> None:
-    """Fetches the last step's metrics. Raises Diverged on a nonfinite loss or
-    gradient norm without SkipConfig, or on too many skipped steps.
-    """
-    if self.pending is None:
-      return
-    step, on_device = self.pending
-    self.pending = None
-    found = jax.device_get(on_device)
-    batch = found.pop("batch")
-    self.meta.batch_hash = _chained(self.meta.batch_hash, batch)
-    layers = {k: v.tolist() for k, v in found.pop("layers").items()}
-    numbers = {k: float(v) for k, v in found.items()}
-    finite = np.isfinite([numbers["loss"], numbers["grad_norm"]]).all()
-    skip = self.config.optimizer.skip
-    if not finite and skip is None:
-      raise Diverged(
-        f"step {step}: loss {numbers['loss']}, gradient norm "
-        f"{numbers['grad_norm']}; {self._ways_back()}"
-      )
-    if skip is not None:
-      self._count_skipped(step, int(numbers["skipped"]), skip.window)
-    if finite:
-      nats, tokens = self.meta.unreported
-      weight = numbers["weight"]
-      self.meta.unreported = nats + numbers["loss"] * weight, tokens + weight
-    self.unreported = step, numbers, layers
-
-  def _count_skipped(self, step: int, n_skipped: int, most: int) -> None:
-    """Raises Diverged after `most` consecutive skipped steps."""
-    before = self.n_skipped
-    self.n_skipped = n_skipped
-    if before is None:  # the first step of this start
-      return
-    self.n_in_a_row = self.n_in_a_row + 1 if n_skipped > before else 0
-    if self.n_in_a_row >= most:
-      raise Diverged(
-        f"step {step}: the last {most} steps (optimizer.skip.window) were all "
-        f"left out; {self._ways_back()}"
-      )
-
-  def _ways_back(self) -> str:
-    """For messages: the checkpoints kept, and how to resume from them."""
-    found = self.checkpoints.steps()
-    if not found:
-      return (
-        "there is no checkpoint. Lower optimizer.peak_lr, or set "
-        "optimizer.skip to leave such steps out"
-      )
-    losses = {
-      r["step"]: r.get("train/loss") for r in metrics_lib.read(self.workdir)
-    }
-    known = [
-      f"{step} (training loss {losses[step]:.4g})"
-      if losses.get(step) is not None
-      else str(step)
-      for step in found
-    ]
-    return (
-      f"last checkpoint: step {found[-1]}; all that are kept: "
-      f"{', '.join(known)}. Go on from one by --from_step=STEP "
-      "--config.checkpoint.on_mismatch=fresh_optimizer with a lower "
-      "optimizer.peak_lr, or with optimizer.skip to leave such steps out"
-    )
-
-  def _report_if_due(self) -> None:
-    t = self.config.train
-    if self.unreported and any(
-      every is not None and self.unreported[0] % every == 0
-      for every in (t.log_every, t.statistics_every)
-    ):
-      self._report()
-
-  def _report(self, evaluation: dict[str, float] | None = None) -> None:
-    """Reports the last step fetched, together with `evaluation`. If the step
-    was reported already, adds `evaluation` to the report. Raises RunError if
-    another process has taken over the run.
-    """
-    if self.unreported is None:
-      if evaluation:
-        self.writer.amend(evaluation)
-        self.progress.show(self.writer.last)
-      return
-    (step, numbers, layers), self.unreported = self.unreported, None
-    if self.lock is not None and self.lock.lost:
-      raise schema.RunError(
-        f"--workdir={self.workdir}: another process has taken over this run, "
-        "since this one gave no sign of life; see lock.json there"
-      )
-    self.ledger.book()
-    spent = self.ledger.seconds
-    nats, tokens = self.meta.unreported
-    self.meta.unreported = (0.0, 0.0)
-    loss = nats / tokens if tokens else numbers["loss"]
-    every = self.config.train.statistics_every
-    if every is None or step % every:
-      layers = {}
-    self.writer.write(
-      {
-        "step": step,
-        "tokens": step * self.config.tokens_per_step,
-        "train/loss": loss,
-        "train/last_loss": numbers["loss"],
-        "train/perplexity": metrics_lib.exponential(loss),
-        "grad_norm": numbers["grad_norm"],
-        "lr": numbers["lr"],
-        "batch_hash": self.meta.batch_hash,
-        **({"skipped": numbers["skipped"]} if "skipped" in numbers else {}),
-        **{f"layers/{name}": values for name, values in layers.items()},
-        **self.meter.read(step, spent["step"], spent["data_wait"]),
-        **(evaluation or {}),
-      }
-    )
-    self.progress.show(self.writer.last)
-
   def _evaluate(self, step, state) -> float | None:
     """Reports the validation loss over all sources, and of each source if there
     are several; returns the first. None if a stop cut the evaluation short.
     """
     jax.block_until_ready(state.params)
     self.watchdog.pause()
-    self._read_pending()  # reported together with the evaluation
+    self.reporter.read()  # reported together with the evaluation
     first_last = sharding.local_rows(self.rows, self.config.train.batch_size)
     batches = pipeline.validation_batches(
       self.config, self.prepared, rows=first_last
@@ -358,7 +224,7 @@ class _Run:
         totals += part
     if len(self.prepared.validation) == 1:
       found = {}  # the same as over all sources
-    self._report(
+    self.reporter.report(
       {
         "eval/loss": totals.loss,
         "eval/perplexity": totals.perplexity,
@@ -369,8 +235,8 @@ class _Run:
     return totals.loss
 
   def _save(self, step, state, loss) -> None:
-    self._read_pending()  # raises Diverged before a NaN is saved
-    self._report_if_due()
+    self.reporter.read()  # raises Diverged before a NaN is saved
+    self.reporter.report_if_due()
     self.watchdog.pause()
     with self.ledger.within("save"):
       meta = dataclasses.replace(self.meta, step=step, loss=loss)
@@ -425,9 +291,17 @@ class _Run:
       said = resume.write_config(self.workdir, self.config, self.start)
       if said is not None:
         self.progress.say(said)
-    self.writer = metrics_lib.Writer(self.workdir, self.start)
-    self.closing.callback(self.writer.close)
-    self.meter = metrics_lib.Meter(self.config, self.start)
+    self.reporter = report.Reporter(
+      self.config,
+      self.workdir,
+      self.meta,
+      self.checkpoints,
+      self.ledger,
+      self.progress,
+      self.lock,
+      self.start,
+    )
+    self.closing.callback(self.reporter.close)
     self.watchdog = watchdog_lib.Watchdog(self.config.train.slow_step_factor)
     self.closing.callback(self.watchdog.close)
     self.profile = profile_lib.Profile(self.workdir, self.config.train.profile)
@@ -452,9 +326,3 @@ class _Run:
     """Context manager: sets the mesh; mode pmap has no mesh in context."""
     jitted = self.config.mesh.mode == "jit"
     return jax.set_mesh(self.mesh) if jitted else contextlib.nullcontext()
-
-
-def _chained(before: str, words: np.ndarray) -> str:
-  """Chained batch hash: hex digest of the hash `before` and new words."""
-  text = bytes.fromhex(before) + words.astype("<u4").tobytes()
-  return hashlib.blake2b(text, digest_size=8).hexdigest()
