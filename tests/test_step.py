@@ -1,10 +1,12 @@
 """The step: any mesh, pmap and any microbatch split give the same numbers."""
 
+import copy
 import dataclasses
 import functools
 import json
 import math
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import pytest
 import reference
 
 from lm import batch as batch_lib
-from lm import checkpoint, door, sharding, validation
+from lm import checkpoint, door, schema, sharding, validation
 from lm import config as config_lib
 from lm.model import decoder, weights
 from lm.train import step as step_lib
@@ -414,6 +416,108 @@ def test_layers_add_nothing_to_the_program():
       )
 
   assert lowered(48) == lowered(4)
+
+
+# Another value of each field that changes the program of a step or of the
+# first state.
+OTHER = {
+  "seed": 5,
+  "model.vocab_size": 49,
+  "model.n_layers": 4,
+  "model.d_model": 18,
+  "model.n_heads": 8,
+  "model.n_kv_heads": 4,
+  "model.d_head": 8,
+  "model.d_mlp": 25,
+  "model.context_length": 13,
+  "model.norm": "layernorm",
+  "model.norm_epsilon": 1e-3,
+  "model.norm_unit_offset": True,
+  "model.post_norm": True,
+  "model.qk_norm": False,
+  "model.mlp": "geglu",
+  "model.bias": True,
+  "model.positions": "learned",
+  "model.rope_theta": 500.0,
+  "model.rope_scaling": config_lib.RopeScaling(),
+  "model.rope_scaling.factor": 7.0,
+  "model.rope_scaling.low_frequency_factor": 2.0,
+  "model.rope_scaling.high_frequency_factor": 7.0,
+  "model.rope_scaling.original_length": 7,
+  "model.rope_theta_windowed": 500.0,
+  "model.windows": (3, None),
+  "model.query_scale_dim": 7,
+  "model.attention_softcap": 30.0,
+  "model.logit_softcap": 30.0,
+  "model.tied_embedding": False,
+  "model.scale_embedding": True,
+  "model.init_scale": 0.5,
+  "model.embedding_dropout": 0.1,
+  "model.residual_dropout": 0.1,
+  "model.dtype": "bfloat16",
+  "model.remat": "full",
+  "model.scan_layers": False,
+  "model.loss_chunk": 33,
+  "train.steps": 11,
+  "train.batch_size": 32,
+  "train.sequence_length": 6,
+  "train.microbatches": 2,
+  "train.z_loss": 0.1,
+  "train.statistics_every": 7,
+}
+# Settings under which a field is read.
+UNDER = {
+  "model.context_length": {"model.positions": "learned"},
+  "model.rope_theta_windowed": {"model.windows": (3,)},
+} | {
+  f"model.rope_scaling.{field.name}": {
+    "model.rope_scaling": config_lib.RopeScaling()
+  }
+  for field in dataclasses.fields(config_lib.RopeScaling)
+}
+# Readers of fields that the program of a step does not show, or that
+# tests/test_optimizer.py changes one by one.
+READERS = {
+  "tokenizer": "data/store.py data/tokenizer.py",
+  "data": "data/pipeline.py data/sources.py data/store.py",
+  "optimizer": "train/optimizer.py train/step.py",
+  "mesh": "config.py sharding.py train/__main__.py train/step.py",
+  "train": "data/pipeline.py train/loop.py train/report.py",
+  "checkpoint": "checkpoint.py train/loop.py train/resume.py",
+  "model": "model/kernels.py",
+}
+
+
+def _program(settings) -> str:
+  config = _config()
+  for path, value in settings.items():
+    *rooms, field = path.split(".")
+    node = functools.reduce(getattr, rooms, config)
+    setattr(node, field, copy.deepcopy(value))
+  validation.validate(config)
+
+  def first():
+    return step_lib.init_state(config)
+
+  batch = batch_lib.empty(config.train.batch_size, config.train.sequence_length)
+  step = jax.make_jaxpr(step_lib.train_step(config))
+  return f"{jax.make_jaxpr(first)()}{step(jax.eval_shape(first), batch)}"
+
+
+@pytest.mark.slow
+def test_no_field_of_the_config_is_dead():
+  """Each changes the program, or is read where its part of the config is."""
+  program = functools.lru_cache(lambda *items: _program(dict(items)))
+  for path, value in OTHER.items():
+    under = UNDER.get(path, {})
+    changed = _program(under | {path: value})
+    assert changed != program(*under.items()), path
+  lm = pathlib.Path(step_lib.__file__).parent.parent
+  for path, _ in schema.leaves(config_lib.Config(), "config"):
+    room, field = path.removeprefix("config.").rpartition(".")[::2]
+    if f"{room}.{field}".removeprefix(".") not in OTHER:
+      texts = [(lm / name).read_text() for name in READERS[room].split()]
+      assert any(re.search(rf"\b{field}\b", text) for text in texts), path
 
 
 GOLDEN = pathlib.Path(__file__).parent / "goldens" / "shardings.json"
