@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -59,7 +59,7 @@ class Meta:
   validation: str | None = None
   batch_hash: str = ""
   loss: float | None = None
-  unreported: Sequence[float] = (0.0, 0.0)
+  unreported: tuple[float, float] = (0.0, 0.0)
   digests: dict[str, str] = dataclasses.field(default_factory=dict)
   trees: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
 
@@ -222,6 +222,7 @@ def load_meta(workdir: str, step: int | None = None) -> Meta:
       )
     fields = {f.name for f in dataclasses.fields(Meta)} & content.keys()
     kept = {name: content[name] for name in fields - {"config"}}
+    kept["unreported"] = tuple(kept.get("unreported", (0.0, 0.0)))
     return Meta(
       step=step, config=validation.from_json(content["config"]), **kept
     )

@@ -72,14 +72,17 @@ def type_prompt(page, text):
     page.get_by_label("Prompt").fill(text)
 
 
-def slide(page, name, value):
+def slide(page, name, *values):
+  """Moves a slider from value to value, without a pause."""
   page.evaluate(
-    """([id, value]) => {
+    """([id, values]) => {
       const slider = document.getElementById(id);
-      slider.value = value;
-      slider.dispatchEvent(new Event("input"));
+      for (const value of values) {
+        slider.value = value;
+        slider.dispatchEvent(new Event("input"));
+      }
     }""",
-    [name, value],
+    [name, values],
   )
 
 
@@ -178,8 +181,7 @@ def test_many_moves_are_one_request_and_late_answers_are_dropped(page, sampler):
   page.route("**/v1/next_token", wait)
   slide(page, "temperature", 1.5)
   page.wait_for_timeout(150)
-  for hundredths in range(50, 100, 5):
-    slide(page, "temperature", hundredths / 100)
+  slide(page, "temperature", *(h / 100 for h in range(50, 100, 5)))
   check_bars(page, sampler, "def main(", temperature=0.95)
   page.wait_for_timeout(800)
   check_bars(page, sampler, "def main(", temperature=0.95)

@@ -218,10 +218,10 @@ def test_prefill_is_a_position_late(plant):
 
 
 def test_accumulation_divides_by_microbatch(plant):
-  def mistake(real, c, params, batch, key, rows):
+  def mistake(real, c, params, frozen, batch, key, rows):
     scale = batch.weights.size / jnp.maximum(jnp.sum(batch.weights), 1)
-    total, nll = real(c, params, batch, key, rows)
-    return total * scale, nll * scale
+    total, (nll, aux) = real(c, params, frozen, batch, key, rows)
+    return total * scale, (nll * scale, aux)
 
   plant(step_lib, "_loss_sums", mistake)
   caught("accumulation", config())
@@ -276,11 +276,10 @@ def test_layers_scanned_with_the_first_window(plant):
 
 
 def test_layers_recomputed_under_another_mask(plant):
-  def mistake(real, graph, x, state, which, keys, *, cfg, tokens, angles):
+  def mistake(real, graph, x, state, which, keys, *, cfg, **named):
     if cfg.remat == "dots":
       keys = layers.fold_rows(keys, 1)
-    named = {"cfg": cfg, "tokens": tokens, "angles": angles}
-    return real(graph, x, state, which, keys, **named)
+    return real(graph, x, state, which, keys, cfg=cfg, **named)
 
   plant(decoder, "_run_layer", mistake)
   found = caught("layers", config(model__residual_dropout=0.2))

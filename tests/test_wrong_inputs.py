@@ -279,7 +279,7 @@ def texts(door: str) -> Iterator[Case]:
       (["--logit_bias=-1:1"], "logit_bias"),
       ([f"--logit_bias={HUGE}:1"], "logit_bias"),
       (["--forbidden=384"], "forbidden"),
-      (5 * ["--stop_ids=3"], "stop_ids"),
+      (8 * ["--stop_ids=3"], "stop_ids"),
       (["--temperature=1e39"], "temperature"),
       (["--top_p=0"], "top_p"),
       (["--min_p=1.5"], "min_p"),
