@@ -51,7 +51,7 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
     overrides, arguments = schema.split_arguments(sys.argv, "config")
 
   def parse(argv: list[str]) -> list[str]:
-    if "--help" in argv:
+    if {"--help", "-help", "-?"} & {*argv}:
       app.usage(shorthelp=True, writeto_stdout=True)
       if takes_config:
         print("\nFields of the config, with their defaults:\n")

@@ -111,10 +111,11 @@ def _validate_run(config: config_lib.Config) -> None:
     "the largest int32: it counts the tokens of a step",
   )
   schema.require(
-    t.profile is None or len(t.profile) == 2,
+    t.profile is None
+    or (len(t.profile) == 2 and sum(t.profile) - 1 <= t.steps),
     "config.train.profile",
     t.profile,
-    "must be (first step, number of steps)",
+    f"must be (first step, number of steps), within train.steps={t.steps}",
   )
   schema.require(
     len(d.train) > 0, "config.data.train", d.train, "names no source"

@@ -213,6 +213,16 @@ RULES = [
     " model.context_length=256",
   ),
   (
+    {"train.steps": 9, "train.profile": (8, 3)},
+    "config.train.profile=(8, 3): must be (first step, number of steps),"
+    " within train.steps=9",
+  ),
+  (
+    {"train.profile": (8,)},
+    "config.train.profile=(8,): must be (first step, number of steps),"
+    " within train.steps=1000",
+  ),
+  (
     {"train.batch_size": 7, "train.microbatches": 2},
     "config.train.batch_size=7: must be a multiple of train.microbatches=2",
   ),

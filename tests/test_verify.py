@@ -75,6 +75,17 @@ def config(**fields):
   return validation.validate(c)
 
 
+@pytest.fixture
+def freeze(monkeypatch):
+  """freeze(c): one weight of each layer is not trained."""
+
+  def one(c):
+    weight = decoder.declared(c.model)["layers"]["mlp"]["down"]
+    monkeypatch.setitem(weight.__dict__, "frozen", True)
+
+  return one
+
+
 def failures(name, c):
   return (r for r in checks.CHECKS[name](c) if not r.passed)
 
@@ -85,6 +96,15 @@ def caught(name, c):
   assert found is not None, "not caught"
   assert found.check == name and found.error > found.limit
   return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["accumulation", "shardings", "checkpoint"])
+def test_a_frozen_weight_passes(freeze, name):
+  c = config()
+  freeze(c)
+  found = list(checks.CHECKS[name](c))
+  assert found and not [r for r in found if not r.passed]
 
 
 # --- nothing planted ----------------------------------------------------------
@@ -465,6 +485,11 @@ def test_shrinking_keeps_the_decay_after_the_warmup():
   c.optimizer.schedule, c.optimizer.warmup_steps = "wsd", 800
   small = shrink.shrink(c)
   assert (small.train.steps, small.optimizer.warmup_steps) == (100, 80)
+
+
+def test_shrinking_leaves_no_trace_beyond_the_last_step():
+  c = config(train__steps=900, train__profile=(800, 3))
+  assert shrink.shrink(c).train.profile is None
 
 
 def test_shrinking_keeps_groups_remainder_and_bend():

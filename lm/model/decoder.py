@@ -21,9 +21,10 @@ from lm.model import attention, layers, weights
 from lm.model import cache as cache_lib
 
 Params = Any  # nested dict of arrays; `layers` arrays have a leading axis L
-# What layers report beside their output: a nested dict of float32 arrays, [] of
-# a layer and [L] of the model. Each is a sum over the batch's tokens (not
-# padding), so that microbatches and devices add up.
+# What layers report beside their output: name -> float32 array, [] of a layer
+# and [L] of the model; under "square", a dict of such arrays to report by their
+# roots. Each is a sum over the batch's tokens (not padding), so that
+# microbatches and devices add up.
 Aux = dict[str, Any]
 
 

@@ -233,14 +233,14 @@ def _answer(
   request = dataclasses.replace(
     request, prompt=prompt, stop_ids=sorted(ends), n_samples=1
   )
-  text, reason = "", "cancelled"
+  text, reason = "", None
   try:
     for piece in sampler.stream([request]):
       text += piece.text
       show.write(piece.text)
       reason = piece.result.finish_reason if piece.result else reason
   except KeyboardInterrupt:
-    pass
+    reason = "cancelled"
   show.write("\n")
   if reason == "error":
     raise schema.RunError("NaN logits: the answer means nothing")

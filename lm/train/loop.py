@@ -208,7 +208,7 @@ class _Run:
     batches = pipeline.validation_batches(
       self.config, self.prepared, rows=first_last
     )
-    params, found, totals = state.model, {}, perplexity.Totals()
+    params, losses, totals = state.model, {}, perplexity.Totals()
     with self.ledger.within("evaluate"), self._mesh():
       for s, pairs in itertools.groupby(batches, key=lambda pair: pair[0]):
         part = perplexity.evaluate_batches(
@@ -220,16 +220,14 @@ class _Run:
         )
         if part is None:
           return None
-        found[f"eval/{self.prepared.validation[s].spec}/loss"] = part.loss
+        losses[f"eval/{self.prepared.validation[s].spec}/loss"] = part.loss
         totals += part
-    if len(self.prepared.validation) == 1:
-      found = {}  # the same as over all sources
     self.reporter.report(
       {
         "eval/loss": totals.loss,
         "eval/perplexity": totals.perplexity,
         "eval/bits_per_byte": totals.bits_per_byte,
-        **found,
+        **(losses if len(losses) > 1 else {}),
       }
     )
     return totals.loss

@@ -1,8 +1,9 @@
 """A trace of a few steps, in the run directory.
 
-The trace names operations by the scopes of the program (embed, attention, mlp,
-final_norm, loss, optimizer), forward and backward. xprof or TensorBoard's
-profile plugin reads WORKDIR/profile; Perfetto reads its `*.trace.json.gz`.
+The program within the trace has the stage of each operation (embed, attention,
+mlp, final_norm, loss, optimizer), forward and backward. xprof reads
+WORKDIR/profile, and Perfetto its `*.trace.json.gz`. On CPUs both show only
+operations, without stages.
 """
 
 import contextlib

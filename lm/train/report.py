@@ -47,9 +47,9 @@ class Reporter:
     # (step, metrics still on the devices) of the last step.
     self._pending: tuple[int, dict[str, Any]] | None = None
     # (step, numbers, values of each layer) of the last step read.
-    self._read: tuple[int, dict[str, float], dict[str, list[float]]] | None = (
-      None
-    )
+    self._unreported: (
+      tuple[int, dict[str, float], dict[str, list[float]]] | None
+    ) = None
     # Steps skipped so far, and consecutive skips up to the last step.
     self._n_skipped: int | None = None
     self._n_in_a_row = 0
@@ -88,12 +88,12 @@ class Reporter:
       nats, tokens = self._meta.unreported
       weight = numbers["weight"]
       self._meta.unreported = nats + numbers["loss"] * weight, tokens + weight
-    self._read = step, numbers, layers
+    self._unreported = step, numbers, layers
 
   def report_if_due(self) -> None:
     t = self._config.train
-    if self._read and any(
-      every is not None and self._read[0] % every == 0
+    if self._unreported and any(
+      every is not None and self._unreported[0] % every == 0
       for every in (t.log_every, t.statistics_every)
     ):
       self.report()
@@ -103,12 +103,12 @@ class Reporter:
     reported already, adds `evaluation` to the report. Raises RunError if
     another process has taken over the run.
     """
-    if self._read is None:
+    if self._unreported is None:
       if evaluation:
         self._writer.amend(evaluation)
         self._progress.show(self._writer.last)
       return
-    (step, numbers, layers), self._read = self._read, None
+    (step, numbers, layers), self._unreported = self._unreported, None
     if self._lock is not None and self._lock.lost:
       raise schema.RunError(
         f"--workdir={self._workdir}: another process has taken over this run, "

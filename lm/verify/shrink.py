@@ -71,6 +71,7 @@ def shrink(config: config_lib.Config) -> config_lib.Config:
   if m.loss_chunk < config.tokens_per_step:
     m.loss_chunk = 50  # several chunks on any mesh, the last one not full
   shorten(small, min(t.steps, 100))
+  small.train.profile = None  # its steps may be beyond the last one
   if small.optimizer.skip is not None:
     window = min(small.optimizer.skip.window, 8)
     small.optimizer.skip.window = window
