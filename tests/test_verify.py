@@ -487,9 +487,11 @@ def test_shrinking_keeps_the_decay_after_the_warmup():
   assert (small.train.steps, small.optimizer.warmup_steps) == (100, 80)
 
 
-def test_shrinking_leaves_no_trace_beyond_the_last_step():
+def test_a_shortened_run_traces_no_step_beyond_its_last():
   c = config(train__steps=900, train__profile=(800, 3))
   assert shrink.shrink(c).train.profile is None
+  shrink.shorten(c, 12)
+  validation.validate(c)
 
 
 def test_shrinking_keeps_groups_remainder_and_bend():

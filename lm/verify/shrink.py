@@ -25,12 +25,13 @@ def is_large(config: config_lib.Config) -> bool:
 
 def shorten(config: config_lib.Config, steps: int) -> None:
   """Sets train.steps to `steps`, in place. A `wsd` schedule's warm-up is scaled
-  to still end before the decay begins.
+  to still end before the decay begins, and no step is traced: the steps to
+  trace may be beyond the last.
   """
   o, t = config.optimizer, config.train
   if o.schedule == "wsd":
     o.warmup_steps = o.warmup_steps * steps // t.steps
-  t.steps = steps
+  t.steps, t.profile = steps, None
 
 
 def shrink(config: config_lib.Config) -> config_lib.Config:
@@ -71,7 +72,6 @@ def shrink(config: config_lib.Config) -> config_lib.Config:
   if m.loss_chunk < config.tokens_per_step:
     m.loss_chunk = 50  # several chunks on any mesh, the last one not full
   shorten(small, min(t.steps, 100))
-  small.train.profile = None  # its steps may be beyond the last one
   if small.optimizer.skip is not None:
     window = min(small.optimizer.skip.window, 8)
     small.optimizer.skip.window = window
