@@ -10,8 +10,8 @@ import os
 
 from absl import flags
 
+from lm import cli
 from lm import config as config_lib
-from lm import door
 
 _TOPOLOGY = flags.DEFINE_string(
   "topology", "v5p:4x4x4", "Chips to compile for, of one slice."
@@ -55,4 +55,4 @@ def main(config: config_lib.Config) -> None:
 
 
 if __name__ == "__main__":
-  door.run(main)
+  cli.run(main)

@@ -8,8 +8,8 @@ What a language model must beat: both predict a document from itself alone.
 import gzip
 import lzma
 
+from lm import cli
 from lm import config as config_lib
-from lm import door
 
 
 def bits_per_byte(config: config_lib.Config) -> dict[str, float]:
@@ -37,4 +37,4 @@ def main(config: config_lib.Config) -> None:
 
 
 if __name__ == "__main__":
-  door.run(main)
+  cli.run(main)

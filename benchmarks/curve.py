@@ -8,11 +8,11 @@ import compressors
 import matplotlib.figure
 from absl import flags
 
-from lm import checkpoint, door
+from lm import checkpoint, cli
 from lm.train import metrics
 
-_WORKDIR = door.define_path("workdir", "Run directory of lm.train.")
-_OUTPUT = door.define_path("output", "Picture; default: docs/quickstart.png.")
+_WORKDIR = cli.define_path("workdir", "Run directory of lm.train.")
+_OUTPUT = cli.define_path("output", "Picture; default: docs/quickstart.png.")
 
 
 def main() -> None:
@@ -55,4 +55,4 @@ def main() -> None:
 
 if __name__ == "__main__":
   flags.mark_flag_as_required("workdir")
-  door.run(main, takes_config=False)
+  cli.run(main, takes_config=False)

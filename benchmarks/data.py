@@ -6,8 +6,8 @@ python benchmarks/data.py --config=configs/quickstart.py
 import itertools
 import time
 
+from lm import cli
 from lm import config as config_lib
-from lm import door
 from lm.data import pipeline, store
 
 _SECONDS = 5
@@ -31,4 +31,4 @@ def main(config: config_lib.Config) -> None:
 
 
 if __name__ == "__main__":
-  door.run(main)
+  cli.run(main)

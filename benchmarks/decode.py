@@ -29,8 +29,8 @@ from rich import table as table_lib
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from lm import cli
 from lm import config as config_lib
-from lm import door
 from lm.data import tokenizer as tokenizer_lib
 from lm.model import decoder
 from lm.sample import request as request_lib
@@ -208,7 +208,7 @@ def main(_) -> None:
     return compare_queue()
   cfg, n_new = GPT2, _N_NEW.value
   if _CONFIG.value is not None:
-    cfg = door.load(_CONFIG.value).model
+    cfg = cli.load(_CONFIG.value).model
     cfg = dataclasses.replace(cfg, dtype="float32")
   ours, ceiling = make_ours(cfg), make_ceiling(cfg)
   ceiling(1)  # compiles

@@ -26,7 +26,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from lm import checkpoint
 from lm.data import sources
 from lm.data import tokenizer as tokenizer_lib
-from lm.model import cache as cache_lib
+from lm.model import kv_cache
 from lm.sample import sampler as sampler_lib
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of lm.train.")
@@ -61,7 +61,7 @@ def score(graph, state, texts, int8):
     cache = dataclasses.replace(cache, lengths=cache.lengths + 1)
     return cache, jnp.take_along_axis(logs, following[:, None], axis=1)
 
-  cache = cache_lib.empty(model.cfg, B, T, int8=int8)
+  cache = kv_cache.empty(model.cfg, B, T, int8=int8)
   _, logs = jax.lax.scan(step, cache, (texts[:, :-1].T, texts[:, 1:].T))
   return jnp.sum(logs)
 

@@ -50,7 +50,7 @@ import types
 from collections.abc import Sequence
 
 from launch import gke, local, sky, slurm, specs, tpu_vm
-from lm import door, schema
+from lm import cli, schema
 
 PLACES: dict[str, types.ModuleType] = {
   "local": local,
@@ -108,7 +108,7 @@ if __name__ == "__main__":
   except KeyboardInterrupt:
     sys.exit(130)
   except Exception as error:
-    told = door.explain(error)
+    told = cli.explain(error)
     if told is None:
       raise
-    sys.exit(door.refuse(told))
+    sys.exit(cli.refuse(told))

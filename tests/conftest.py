@@ -100,7 +100,7 @@ def make(tmp_path_factory):
     c = config_lib.Config()
     c.tokenizer.kind = "bytes"
     c.data.train = (f"text:{corpus}/*.py",)
-    c.data.validation = (f"text:{corpus}/door.py",)
+    c.data.validation = (f"text:{corpus}/cli.py",)
     c.data.cache_dir = str(corpus / "cache")
     c.model = config_lib.ModelConfig(
       vocab_size=384,

@@ -14,8 +14,8 @@ import typing
 import jax
 import pytest
 
+from lm import cli, schema, sharding, validation
 from lm import config as config_lib
-from lm import door, schema, sharding, validation
 from lm.data import sources
 from lm.model import counts, decoder
 
@@ -585,7 +585,7 @@ def plain(tmp_path) -> str:
   ],
 )
 def test_override_is_read_by_the_annotation(plain, override, expected):
-  config = door.load(plain, [f"--config.{override}"])
+  config = cli.load(plain, [f"--config.{override}"])
   value = config
   for name in override.partition("=")[0].split("."):
     value = getattr(value, name)
@@ -595,9 +595,9 @@ def test_override_is_read_by_the_annotation(plain, override, expected):
 
 def test_overrides_apply_in_order(plain):
   skip = "--config.optimizer.skip"
-  config = door.load(plain, [f"{skip}.sigma=3", f"{skip}.window=5"])
+  config = cli.load(plain, [f"{skip}.sigma=3", f"{skip}.window=5"])
   assert config.optimizer.skip == config_lib.SkipConfig(window=5, sigma=3.0)
-  config = door.load(plain, [f"{skip}.sigma=3", f"{skip}=None"])
+  config = cli.load(plain, [f"{skip}.sigma=3", f"{skip}=None"])
   assert config.optimizer.skip is None
 
 
@@ -638,7 +638,7 @@ def test_overrides_apply_in_order(plain):
 )
 def test_bad_override_is_refused(plain, override, expected):
   with pytest.raises(schema.ConfigError) as info:
-    door.load(plain, [f"--config.{override}"])
+    cli.load(plain, [f"--config.{override}"])
   assert str(info.value).startswith(expected)
 
 
@@ -659,7 +659,7 @@ def test_bad_config_file_is_refused_with_its_line(tmp_path, source, expected):
   path = tmp_path / "bad.py"
   path.write_text(source)
   with pytest.raises(schema.ConfigError) as info:
-    door.load(str(path))
+    cli.load(str(path))
   assert str(info.value).startswith(f"--config={path}{expected}")
 
 
@@ -670,7 +670,7 @@ def test_override_of_a_tree_that_the_file_broke_is_refused(tmp_path):
     "  c = config.Config()\n  c.optimizer = 'adamw'\n  return c\n"
   )
   with pytest.raises(schema.ConfigError) as info:
-    door.load(str(path), ["--config.optimizer.b1=0.5"])
+    cli.load(str(path), ["--config.optimizer.b1=0.5"])
   assert str(info.value) == (
     "config.optimizer='adamw': must be a OptimizerConfig"
   )
@@ -683,13 +683,13 @@ def test_unknown_field_set_in_a_config_file_is_refused(tmp_path):
     "  c = config.Config()\n  c.model.n_layer = 3\n  return c\n"
   )
   with pytest.raises(schema.ConfigError, match="did you mean 'n_layers'"):
-    door.load(str(path))
+    cli.load(str(path))
 
 
 DOOR = """
 import sys
 from absl import flags
-from lm import config, door, schema
+from lm import config, cli, schema
 WORKDIR = flags.DEFINE_string("workdir", None, "Where.", required=True)
 def main(c):
   if c.seed == 13:
@@ -697,7 +697,7 @@ def main(c):
   open(WORKDIR.value, "w").write(config.to_json(c))
   print("ran")
   return 5 if c.seed == 5 else None
-door.run(main)
+cli.run(main)
 """
 
 
@@ -796,7 +796,7 @@ def test_door_names_what_is_missing(call):
 
 def test_missing_config_file_names_the_nearest(plain):
   with pytest.raises(schema.ConfigError) as info:
-    door.load(plain.replace("plain", "plane"))
+    cli.load(plain.replace("plain", "plane"))
   assert str(info.value).endswith(f"no such file; did you mean {plain!r}?")
 
 
@@ -805,7 +805,7 @@ def test_missing_config_file_names_the_nearest(plain):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_config_loads_and_round_trips(path):
-  config = door.load(str(path))
+  config = cli.load(str(path))
   assert validation.from_json(config_lib.to_json(config)) == config
   header = path.read_text().split('"""')[1]
   assert f"--config=configs/{path.name}" in header or "quickstart.sh" in header
@@ -824,7 +824,7 @@ def test_shipped_config_reads_what_its_header_names(
     with gzip.open(folder / f"c4-{name}.json.gz", "wt") as file:
       file.write(json.dumps(row) + "\n")
   monkeypatch.chdir(tmp_path)
-  data = door.load(str(path)).data
+  data = cli.load(str(path)).data
   for source in (*data.train, *data.validation):
     if source.startswith("tfds:python_stdlib:"):
       continue  # this interpreter's own, as every test run has it
@@ -851,14 +851,14 @@ def test_every_shipped_config_has_its_count():
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_parameter_counts_equal_the_published(path):
-  cfg = door.load(str(path)).model
+  cfg = cli.load(str(path)).model
   assert counts.parameter_count(cfg) == PARAMETERS[path.stem]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_initialised_parameters_equal_the_count(path):
   """Of real sizes, without memory."""
-  cfg = door.load(str(path)).model
+  cfg = cli.load(str(path)).model
   key = jax.random.key(0)
   shapes = jax.eval_shape(lambda: decoder.init_params(cfg, key))
   sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)]

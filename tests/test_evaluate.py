@@ -583,8 +583,8 @@ def test_processes_join_with_the_heartbeat_of_the_run(tmp_path):
     (tmp_path / name).mkdir()
     (tmp_path / name / "config.json").write_bytes(content)
   ask = (
-    "import sys; from lm.evaluate import __main__ as door\n"
-    "print(*map(door._heartbeat_seconds, sys.argv[1:]))"
+    "import sys; from lm.evaluate import __main__ as cli\n"
+    "print(*map(cli._heartbeat_seconds, sys.argv[1:]))"
   )
   names = ("said", "binary", "cut", "absent")
   found = subprocess.run(

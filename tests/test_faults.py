@@ -7,7 +7,7 @@ import shutil
 import doors
 import pytest
 
-from lm import door
+from lm import cli
 from lm.train import loop
 from lm.verify import bombs, faults, lab, shrink
 
@@ -69,7 +69,7 @@ def test_bombs_strike_where_they_are_planted():
 @pytest.mark.slow
 def test_every_fault_is_survived():
   doors.start_server()  # of which these runs are forks too
-  config = shrink.shrink(door.load(str(ROOT / "configs" / "tiny.py")))
+  config = shrink.shrink(cli.load(str(ROOT / "configs" / "tiny.py")))
   results = list(faults.run(config))
   assert len(results) >= 40
   unchecked = [r for r in results if r.note.startswith("not checked")]

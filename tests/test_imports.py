@@ -22,7 +22,7 @@ ORDER = (
   ("validation",),
   ("files",),
   ("locks",),
-  ("batch", "digest", "door", "processes", "sharding"),
+  ("batch", "digest", "cli", "processes", "sharding"),
   ("model", "data"),
   ("checkpoint",),
   ("sample", "convert"),
@@ -79,7 +79,7 @@ def function():
 
 
 @pytest.mark.parametrize(
-  "module", ["lm", "lm.schema", "lm.config", "lm.files", "lm.door"]
+  "module", ["lm", "lm.schema", "lm.config", "lm.files", "lm.cli"]
 )
 def test_light_modules_import_neither_jax_nor_numpy(module):
   """So a mistake on the command line is reported in a blink."""

@@ -502,7 +502,7 @@ def test_local_trains(tmp_path):
     "--workdir={workdir}",
     f"--config.data.cache_dir={tmp_path}/cache",
     "--config.data.train=text:lm/*.py",
-    "--config.data.validation=text:lm/door.py",
+    "--config.data.validation=text:lm/cli.py",
   )
   assert done.returncode == 0, done.stdout
   assert "[0] 30,880 parameters on 4 cpu device(s)" in done.stdout

@@ -19,8 +19,7 @@ from lm import batch as batch_lib
 from lm import checkpoint, schema
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
-from lm.model import cache as cache_lib
-from lm.model import decoder, inference
+from lm.model import decoder, inference, kv_cache
 from lm.sample import loop
 from lm.sample import sampler as sampler_lib
 
@@ -382,7 +381,7 @@ def test_weights_in_the_compute_dtype_change_no_bit():
   def logits(state):
     model = nnx.merge(graph, state)
     places = jnp.arange(7)[None]
-    cache = cache_lib.empty(cfg, 1, 7)
+    cache = kv_cache.empty(cfg, 1, 7)
     return model.logits(model.extend(places, cache)[0])
 
   @jax.jit

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from lm import cli, digest, processes, schema, sharding
 from lm import config as config_lib
-from lm import digest, door, processes, schema, sharding
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -147,7 +147,7 @@ def test_hosts_that_jax_calls_slices_are_not_slices(platform, monkeypatch):
     return real(np.array(jax.devices()), "data")
 
   monkeypatch.setattr(jax.sharding, "Mesh", mesh)
-  config = door.load(str(ROOT / "configs/llama3_8b.py"))
+  config = cli.load(str(ROOT / "configs/llama3_8b.py"))
   sharding.make_mesh(config, _in_slices(8, 64, platform))
   assert made[0].shape == (1, 64, 1)
   assert [device.id for device in made[0].flat] == list(range(64))

@@ -479,7 +479,7 @@ import contextlib, io, json, sys
 from absl import flags
 from absl.testing import flagsaver
 from lm import schema
-from lm.sample import __main__ as door
+from lm.sample import __main__ as cli
 flags.FLAGS(["lm.sample"])
 found = []
 for arguments, lines in json.loads(sys.argv[1]):
@@ -487,7 +487,7 @@ for arguments, lines in json.loads(sys.argv[1]):
   with flagsaver.flagsaver(), contextlib.redirect_stdout(out):
     try:
       flags.FLAGS(["lm.sample", *arguments])
-      code = door.main()
+      code = cli.main()
     except (schema.ConfigError, flags.Error) as error:
       code = str(error)
   found.append([code, out.getvalue()])

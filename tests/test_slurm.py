@@ -166,7 +166,7 @@ class Cluster:
       f"--config.train.steps={steps}",
       f"--config.data.cache_dir={self.folder}/cache",
       f"--config.data.train=text:{self.folder}/corpus/*.py",
-      f"--config.data.validation=text:{self.folder}/corpus/door.py",
+      f"--config.data.validation=text:{self.folder}/corpus/cli.py",
     )
     return said.split("Submitted batch job ")[1].split()[0]
 

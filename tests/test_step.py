@@ -15,7 +15,7 @@ import pytest
 import reference
 
 from lm import batch as batch_lib
-from lm import checkpoint, door, schema, sharding, validation
+from lm import checkpoint, cli, schema, sharding, validation
 from lm import config as config_lib
 from lm.model import decoder, weights
 from lm.train import step as step_lib
@@ -531,7 +531,7 @@ def shardings() -> dict[str, dict[str, str]]:
   """
   found = {}
   for path in sorted(CONFIGS.glob("*.py")):
-    config = door.load(str(path))
+    config = cli.load(str(path))
     config.train.batch_size = 8
     config.train.microbatches = 1
     odd = config.model.vocab_size % 2 or config.model.n_heads % 2

@@ -116,7 +116,7 @@ def test_reports_are_means_over_tokens(make, tmp_path, monkeypatch):
     config = make(train__steps=6, train__log_every=every)
     config.train.statistics_every = 5 if every == 1 else None
     first = config.data.validation[0]
-    config.data.validation = (first, first.replace("door", "locks"))
+    config.data.validation = (first, first.replace("cli", "locks"))
     config.train.profile = (3, 2) if every == 1 else None
     workdir = tmp_path / str(every)
     assert loop.train(config, str(workdir)) == 0

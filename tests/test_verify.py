@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lm import checkpoint, door, schema, sharding, validation
+from lm import checkpoint, cli, schema, sharding, validation
 from lm import config as config_lib
 from lm.data import objectives, pipeline
 from lm.model import attention, counts, decoder, layers, loss, weights
@@ -460,7 +460,7 @@ def test_relative_error():
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.py")), ids=str)
 def test_shrinking_keeps_every_switch(path):
-  c = door.load(str(path))
+  c = cli.load(str(path))
   small = shrink.shrink(c)
   assert not shrink.is_large(small)
   reduced = set(

@@ -567,7 +567,7 @@ def cases(door: str) -> list[Case]:
   return found
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("cli", DOORS)
 def test_wrong_input_is_one_line_and_writes_nothing(door, given, tmp_path):
   before, todo = listing(given), cases(door)
   with concurrent.futures.ThreadPoolExecutor(3) as pool:

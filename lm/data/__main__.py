@@ -4,8 +4,8 @@ import rich.console
 import rich.markup
 import rich.table
 
+from lm import cli
 from lm import config as config_lib
-from lm import door
 from lm.data import store
 
 
@@ -31,4 +31,4 @@ def main(config: config_lib.Config) -> None:
 
 
 if __name__ == "__main__":
-  door.run(main)
+  cli.run(main)

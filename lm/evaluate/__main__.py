@@ -9,11 +9,11 @@ import rich.console
 from absl import flags
 from etils import epath
 
+from lm import cli, processes, schema, validation
 from lm import config as config_lib
-from lm import door, processes, schema, validation
 from lm.evaluate import corpora
 
-_WORKDIR = door.define_path("workdir", "Run to evaluate.")
+_WORKDIR = cli.define_path("workdir", "Run to evaluate.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default: the last.")
 _SOURCE = flags.DEFINE_multi_string(
   "source", [], "Source spec, repeatable; default: the run's validation."
@@ -40,7 +40,7 @@ _INVALID_UTF8 = flags.DEFINE_enum(
   ["error", "replace", "skip"],
   "What to do with bytes that are not UTF-8; default: the run's.",
 )
-_OUTPUT = door.define_path("output", "JSON file to write.")
+_OUTPUT = cli.define_path("output", "JSON file to write.")
 _DOCUMENTS = flags.DEFINE_bool(
   "documents", False, "Show and write every document."
 )
@@ -78,4 +78,4 @@ def _heartbeat_seconds(workdir: str) -> int:
 
 
 if __name__ == "__main__":
-  door.run(main, takes_config=False)
+  cli.run(main, takes_config=False)

@@ -185,7 +185,7 @@ class Attention(nnx.Module):
     """Returns the update to the residual, and the pair (keys, values).
 
     `extend`, if given, replaces `attend` by attention over the KV cache
-    (lm/model/cache.py); the pair is then the layer's updated cache.
+    (lm/model/kv_cache.py); the pair is then the layer's updated cache.
     """
     cfg = self.cfg
     heads = ("batch", "length", "heads", None)

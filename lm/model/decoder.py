@@ -17,8 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from lm import batch as batch_lib
 from lm import config as config_lib
-from lm.model import attention, layers, weights
-from lm.model import cache as cache_lib
+from lm.model import attention, kv_cache, layers, weights
 
 Params = Any  # nested dict of arrays; `layers` arrays have a leading axis L
 # What layers report beside their output: name -> float32 array, [] of a layer
@@ -164,8 +163,8 @@ class Decoder(nnx.Module):
     return self._layer_by_layer(inputs, tokens, None)[1]
 
   def extend(
-    self, inputs: Int[Array, "B T"], cache: cache_lib.Cache
-  ) -> tuple[Float[Array, "B T D"], cache_lib.Cache]:
+    self, inputs: Int[Array, "B T"], cache: kv_cache.Cache
+  ) -> tuple[Float[Array, "B T D"], kv_cache.Cache]:
     """Decoding step: T more tokens of each row; the model must be unrolled.
 
     The caller must advance the cache's `lengths`: by T, or by less if some
@@ -181,7 +180,7 @@ class Decoder(nnx.Module):
     )
     x, pairs = self._layer_by_layer(inputs, tokens, cache)
     keys, values = zip(*pairs, strict=True)
-    return x, cache_lib.Cache(keys, values, cache.lengths)
+    return x, kv_cache.Cache(keys, values, cache.lengths)
 
   def _layer_by_layer(self, inputs, tokens, cache):
     cfg = self.cfg
@@ -191,7 +190,7 @@ class Decoder(nnx.Module):
       which = i % len(cfg.windows)
       if cache is not None:
         pair = cache.keys[i], cache.values[i]
-        extend = functools.partial(cache_lib.extend, pair, cache.lengths)
+        extend = functools.partial(kv_cache.extend, pair, cache.lengths)
       x, new, _ = layer(
         x, tokens, angles[which], cfg.windows[which], extend=extend
       )

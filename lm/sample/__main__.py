@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import flags
 
-from lm import door, files, schema
+from lm import cli, files, schema
 from lm.data import tokenizer as tokenizer_lib
 from lm.sample import beam, chat, heat, loading, show
 from lm.sample import request as request_lib
@@ -29,7 +29,7 @@ flags.adopt_module_key_flags(loading)  # for --help
 _PROMPT = flags.DEFINE_multi_string(
   "prompt", [], "Text to continue; repeat it for several. Default: none."
 )
-_PROMPT_FILE = door.define_paths(
+_PROMPT_FILE = cli.define_paths(
   "prompt_file", "File whose whole text is one more prompt."
 )
 _SUFFIX = flags.DEFINE_string(
@@ -49,10 +49,10 @@ _CANDIDATES = flags.DEFINE_integer(
   lower_bound=1,
 )
 _TRACE = flags.DEFINE_bool("trace", False, "Show how each token is drawn.")
-_SCORE = door.define_path(
+_SCORE = cli.define_path(
   "score", "File: how likely is its text, and that it ends there?"
 )
-_HTML = door.define_path("html", "Page to write, with --score.")
+_HTML = cli.define_path("html", "Page to write, with --score.")
 _CHAT = flags.DEFINE_bool("chat", False, "Answer the lines of stdin.")
 _SYSTEM = flags.DEFINE_string("system", None, "System message of --chat.")
 _BEAMS = flags.DEFINE_integer(
@@ -368,4 +368,4 @@ def _refuse_nan(where: str) -> int:
 
 
 if __name__ == "__main__":
-  door.run(main, takes_config=False)
+  cli.run(main, takes_config=False)

@@ -41,7 +41,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lm import schema, sharding
-from lm.model import cache as cache_lib
+from lm.model import kv_cache
 from lm.sample import engine as engine_lib
 from lm.sample import loop, rules, text
 from lm.sample.request import Request, Result
@@ -181,7 +181,7 @@ def _result(tokenizer, request, ids, logs, ends) -> Result:
 def _search(
   graph: Any,
   state: Any,
-  cache: cache_lib.Cache,
+  cache: kv_cache.Cache,
   slots: loop.Slots,
   length_penalty: Float[Array, "B"],
   early_stopping: Int[Array, "B"],
@@ -288,4 +288,4 @@ def _follow(cache, parents, lengths):
     out_axes=heads,
   )
   keys, values = take((cache.keys, cache.values), parents)
-  return cache_lib.Cache(keys, values, lengths)
+  return kv_cache.Cache(keys, values, lengths)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm.model import cache as cache_lib
+from lm.model import kv_cache
 from lm.sample import loop, rules, text
 from lm.sample import request as request_lib
 from lm.sample.request import Alternative, Piece, Request, Result
@@ -177,7 +177,7 @@ class Engine:
     seeds, new = place(seeds), place(new)
     self.state = loop.admit(caches, slots, self._prompt[2], row, seeds, new)
 
-  def _empty(self) -> tuple[list[cache_lib.Cache], loop.Slots]:
+  def _empty(self) -> tuple[list[kv_cache.Cache], loop.Slots]:
     """Empty KV caches and idle slots."""
     s = self.sampler
     filler = _Job(0, Request(), 0, [0], 0, text.Stream(s.tokenizer, ()))
@@ -190,7 +190,7 @@ class Engine:
       int8=s.int8_cache,
     )
 
-  def _read(self, prompt: list[int], both_ways: bool) -> list[cache_lib.Cache]:
+  def _read(self, prompt: list[int], both_ways: bool) -> list[kv_cache.Cache]:
     n_read = len(prompt) - 1
     inputs = np.full(
       (self.sampler.ways, min(bucket(n_read, MIN_PROMPT), self._longest)),

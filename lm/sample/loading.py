@@ -5,10 +5,10 @@ import math
 import jax
 from absl import flags
 
-from lm import checkpoint, door, schema, sharding
+from lm import checkpoint, cli, schema, sharding
 from lm.sample import sampler as sampler_lib
 
-_WORKDIR = door.define_path("workdir", "Run directory of lm.train.")
+_WORKDIR = cli.define_path("workdir", "Run directory of lm.train.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default: the last.")
 _MESH = flags.DEFINE_list(
   "mesh",
@@ -32,7 +32,7 @@ _AHEAD = flags.DEFINE_integer(
   lower_bound=0,
   upper_bound=sampler_lib.MAX_AHEAD,
 )
-_DRAFT = door.define_path(
+_DRAFT = cli.define_path(
   "draft", "Run directory of a smaller model that proposes tokens."
 )
 

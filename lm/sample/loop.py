@@ -23,8 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lm import config as config_lib
 from lm import sharding
-from lm.model import attention
-from lm.model import cache as cache_lib
+from lm.model import attention, kv_cache
 from lm.sample import request, rules
 
 
@@ -87,7 +86,7 @@ def empty(
   longest: int,
   n_new: int,
   int8: bool,
-) -> tuple[list[cache_lib.Cache], Slots]:
+) -> tuple[list[kv_cache.Cache], Slots]:
   """An empty KV cache per model, and idle slots with the shapes of `row`."""
   where = sharding.spec("batch")
 
@@ -96,7 +95,7 @@ def empty(
 
   done = jnp.ones(n_slots, bool, out_sharding=where)
   caches = [
-    cache_lib.empty(cfg, n_slots, longest, n_new=n_new, int8=int8)
+    kv_cache.empty(cfg, n_slots, longest, n_new=n_new, int8=int8)
     for cfg in configs
   ]
   return caches, dataclasses.replace(jax.tree.map(zeros, row), done=done)
@@ -116,7 +115,7 @@ def read(
   n_new: int = 1,
   int8: bool = False,
   bidirectional: bool = False,
-) -> cache_lib.Cache:
+) -> kv_cache.Cache:
   """Prefill: the KV cache of a prompt, without the last token.
 
   The first step of `decode` reads the last token: the same program draws every
@@ -133,20 +132,20 @@ def read(
     prefix=real if bidirectional else None,
   )
   pairs = model.read(inputs, tokens)
-  return cache_lib.of_prompts(
+  return kv_cache.of_prompts(
     model.cfg, pairs, lengths, longest, n_new=n_new, int8=int8
   )
 
 
 @functools.partial(jax.jit, donate_argnames=("caches", "slots"))
 def admit(
-  caches: list[cache_lib.Cache],
+  caches: list[kv_cache.Cache],
   slots: Slots,
-  prompts: list[cache_lib.Cache],
+  prompts: list[kv_cache.Cache],
   row: Slots,
   seeds: Array,
   new: Bool[Array, "B"],
-) -> tuple[list[cache_lib.Cache], Slots]:
+) -> tuple[list[kv_cache.Cache], Slots]:
   """Puts a prefilled prompt and the request's settings into each `new` slot.
 
   `prompts` (a KV cache per model) and `row` have P rows, as in `read`; `seeds`
@@ -166,7 +165,7 @@ def admit(
     return dataclasses.replace(merged, rows=rows)
 
   filled = [
-    cache_lib.insert(cache, prompt, new)
+    kv_cache.insert(cache, prompt, new)
     for cache, prompt in zip(caches, prompts, strict=True)
   ]
   return filled, sharding.by_row(choose, new, seeds, slots, row)
@@ -180,7 +179,7 @@ def admit(
 def decode(
   graph: Any,
   state: Any,
-  caches: list[cache_lib.Cache],
+  caches: list[kv_cache.Cache],
   slots: Slots,
   called_off: Bool[Array, "B"],
   n_steps: Int[Array, ""],
@@ -191,7 +190,7 @@ def decode(
   ahead: int = 0,
   draft_graph: Any = None,
   draft_state: Any = None,
-) -> tuple[list[cache_lib.Cache], Slots, Drawn]:
+) -> tuple[list[kv_cache.Cache], Slots, Drawn]:
   """Decodes up to `n_steps` steps: at least a token per step and live row, from
   the first `n_ids` ids. Stops once all rows are done or, if `until_free`, once
   a row becomes done. `called_off` rows (slots without a job) count as done.
@@ -240,7 +239,7 @@ def decode(
 def look(
   graph: Any,
   state: Any,
-  cache: cache_lib.Cache,
+  cache: kv_cache.Cache,
   slots: Slots,
   *,
   n_ids: int,

@@ -15,11 +15,11 @@ for _signal, _code in (
 
 from absl import flags  # noqa: E402
 
+from lm import cli, files, processes, schema  # noqa: E402
 from lm import config as config_lib  # noqa: E402
-from lm import door, files, processes, schema  # noqa: E402
 from lm.train import stop as stop_lib  # noqa: E402
 
-_WORKDIR = door.define_path(
+_WORKDIR = cli.define_path(
   "workdir", "Directory of the run; an unfinished one goes on."
 )
 _FROM_STEP = flags.DEFINE_integer(
@@ -49,4 +49,4 @@ def main(config: config_lib.Config) -> int:
 
 
 if __name__ == "__main__":
-  door.run(main)
+  cli.run(main)

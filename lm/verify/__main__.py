@@ -10,8 +10,8 @@ import os
 import rich.console
 from absl import flags
 
+from lm import cli, files, schema
 from lm import config as config_lib
-from lm import door, files, schema
 
 _ONLY = flags.DEFINE_list("only", None, "Checks to make; default: all.")
 _SHRINK = flags.DEFINE_bool(
@@ -27,7 +27,7 @@ _DEVICES = flags.DEFINE_integer(
   lower_bound=1,
   upper_bound=256,  # each device has its own threads
 )
-_OUTPUT = door.define_path("output", "JSON file to write.")
+_OUTPUT = cli.define_path("output", "JSON file to write.")
 _FAULTS = flags.DEFINE_bool(
   "faults",
   False,
@@ -79,4 +79,4 @@ def main(config: config_lib.Config) -> int:
 
 
 if __name__ == "__main__":
-  door.run(main)
+  cli.run(main)

@@ -18,7 +18,7 @@ import sys
 
 from absl import flags
 
-from lm import door, schema
+from lm import cli, schema
 from lm.sample import loading
 from lm.sample.serve import listen
 
@@ -193,4 +193,4 @@ def _token() -> str | None:
 
 
 if __name__ == "__main__":
-  door.run(main, takes_config=False)
+  cli.run(main, takes_config=False)

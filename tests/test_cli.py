@@ -8,7 +8,7 @@ import sys
 import jax
 import pytest
 
-from lm import door, schema
+from lm import cli, schema
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -40,7 +40,7 @@ def noted(error, note):
   ],
 )
 def test_what_is_no_bug_is_explained(error, code, said):
-  told = door.explain(error)
+  told = cli.explain(error)
   assert told is not None
   assert told.exit_code == code and said in str(told)
 
@@ -50,12 +50,12 @@ def test_what_is_no_bug_is_explained(error, code, said):
   [KeyError("x"), TypeError("x"), jax.errors.JaxRuntimeError("INTERNAL: x")],
 )
 def test_a_bug_is_not_explained(error):
-  assert door.explain(error) is None
+  assert cli.explain(error) is None
 
 
 PROGRAM = """
 import os
-from lm import door
+from lm import cli
 def main():
   if os.environ["WHAT"] == "write":
     for _ in range(10**6):
@@ -63,7 +63,7 @@ def main():
     return 0
   raised = {"bug": KeyError("lost"), "stop": KeyboardInterrupt()}
   raise raised[os.environ["WHAT"]]
-door.run(main, takes_config=False)
+cli.run(main, takes_config=False)
 """
 
 
