@@ -13,7 +13,7 @@ setuptools.setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["lm", "lm.*"]),
-  package_data={"lm.sample": ["*.html"], "lm.sample.serve": ["page.*"]},
+  package_data={"lm.explain": ["*.html"], "lm.serve": ["page.*"]},
   install_requires=[
     "absl-py>=2.5",
     "array-record>=0.8.6",
@@ -46,7 +46,7 @@ setuptools.setup(
     # Run directories in Google Cloud Storage (gs://) and in S3 (s3://).
     "gcs": ["gcsfs"],
     "s3": ["s3fs"],
-    # python -m lm.sample.serve
+    # python -m lm.serve
     "serve": ["starlette>=1.10", "uvicorn>=0.54"],
     # What benchmarks/ compares with.
     "bench": ["torch>=2.13", "transformers>=5.23"],

@@ -30,7 +30,7 @@ def main(config: config_lib.Config) -> None:
 
   from lm import sharding
   from lm.model import counts
-  from lm.train import step as step_lib
+  from lm.train import programs
 
   topology = topologies.get_topology_desc(
     platform="tpu",
@@ -39,7 +39,7 @@ def main(config: config_lib.Config) -> None:
   )
   mesh = sharding.make_mesh(config, topology.devices)
   started = time.perf_counter()
-  memory = step_lib.compile_step(config, mesh).memory_analysis()
+  memory = programs.compile_step(config, mesh).memory_analysis()
   seconds = time.perf_counter() - started
   print(
     f"{counts.parameter_count(config.model):,} parameters on {mesh.size} chips "

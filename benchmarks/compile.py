@@ -11,7 +11,7 @@ import jax
 
 from lm import config as config_lib
 from lm import sharding
-from lm.train import step as step_lib
+from lm.train import programs
 
 DEPTHS = (4, 48)
 ROUNDS = 3
@@ -23,7 +23,7 @@ def seconds(n_layers: int) -> float:
   mesh = sharding.make_mesh(config)
   jax.clear_caches()
   started = time.perf_counter()
-  step_lib.compile_step(config, mesh)
+  programs.compile_step(config, mesh)
   return time.perf_counter() - started
 
 

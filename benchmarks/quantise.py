@@ -26,7 +26,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from lm import checkpoint
 from lm.data import sources
 from lm.data import tokenizer as tokenizer_lib
-from lm.model import kv_cache
+from lm.model import inference, kv_cache
 from lm.sample import sampler as sampler_lib
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of lm.train.")
@@ -56,7 +56,7 @@ def score(graph, state, texts, int8):
 
   def step(cache, ids):
     now, following = ids
-    hidden, cache = model.extend(now[:, None], cache)
+    hidden, cache = inference.extend(model, now[:, None], cache)
     logs = jax.nn.log_softmax(model.logits(hidden)[:, 0])
     cache = dataclasses.replace(cache, lengths=cache.lengths + 1)
     return cache, jnp.take_along_axis(logs, following[:, None], axis=1)

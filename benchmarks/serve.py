@@ -21,7 +21,7 @@ from absl import app, flags
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory.")
 _N = flags.DEFINE_integer("n", 30, "Completions measured, idle and loaded.")
-_FLAGS = flags.DEFINE_string("serve", "", "More flags of lm.sample.serve.")
+_FLAGS = flags.DEFINE_string("serve", "", "More flags of lm.serve.")
 
 
 def train(workdir: str) -> None:
@@ -36,7 +36,7 @@ def train(workdir: str) -> None:
 @contextlib.contextmanager
 def served(workdir: str):
   """Yields the address of a server of this run."""
-  command = ["-m", "lm.sample.serve", f"--workdir={workdir}", "--port=0"]
+  command = ["-m", "lm.serve", f"--workdir={workdir}", "--port=0"]
   with subprocess.Popen(
     [sys.executable, *command, *_FLAGS.value.split()],
     stdout=subprocess.PIPE,

@@ -24,7 +24,7 @@ import transformers
 from lm import batch as batch_lib
 from lm import config as config_lib
 from lm import sharding, validation
-from lm.train import step as step_lib
+from lm.train import programs
 
 L, D, N, V, T, B = 4, 256, 4, 8192, 256, 8
 ROUNDS, STEPS = 4, 4
@@ -53,14 +53,14 @@ def ours(dtype: str):
   config.optimizer = config_lib.OptimizerConfig(name="adamw", peak_lr=1e-4)
   config.train.batch_size, config.train.sequence_length = B, T
   mesh = sharding.make_mesh(validation.validate(config))
-  state = step_lib.create_state(config, mesh)
-  compiled = step_lib.compile_step(config, mesh)
+  state = programs.create_state(config, mesh)
+  compiled = programs.compile_step(config, mesh)
   rows = dataclasses.replace(
     batch_lib.unscored(TOKENS[:, :-1]),
     targets=TOKENS[:, 1:],
     weights=np.ones((B, T), np.float32),
   )
-  batch = sharding.place(rows, step_lib.batch_sharding(config, mesh), B)
+  batch = sharding.place(rows, programs.batch_sharding(config, mesh), B)
   held = [state]
 
   def step() -> float:

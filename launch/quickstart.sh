@@ -17,7 +17,7 @@ python -m lm.evaluate --workdir="$workdir"
 say "What compressors make of the same files, each alone"
 PYTHONPATH=. python benchmarks/compressors.py --config=configs/quickstart.py
 say "What may follow '$prompt'"
-python -m lm.sample --workdir="$workdir" --prompt="$prompt" --candidates=5
+python -m lm.explain --workdir="$workdir" --prompt="$prompt"
 say "Greedy continuation of '$prompt'"
 python -m lm.sample --workdir="$workdir" --prompt="$prompt" \
   --temperature=0 --max_new_tokens=120

@@ -71,6 +71,28 @@ class AtMost:
 
 
 @dataclasses.dataclass(frozen=True)
+class Within:
+  """Interval [least, most], or (least, most] if `open_below`; `why` says what
+  the neutral value does.
+  """
+
+  least: float
+  most: float
+  why: str
+  open_below: bool = False
+
+  def check(self, path: str, value: Any) -> None:
+    above = value > self.least if self.open_below else value >= self.least
+    interval = f"{'(' if self.open_below else '['}{self.least}, {self.most}]"
+    require(
+      above and value <= self.most,
+      path,
+      value,
+      f"must be in {interval}; {self.why}",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class IsPositive:
   def check(self, path: str, value: Any) -> None:
     require(value > 0, path, value, "must be positive")
@@ -262,18 +284,27 @@ def split_arguments(
   return overrides, rest
 
 
-def described(kind: Any, path: str) -> Iterator[str]:
-  """Lines of help: each field of the dataclass `kind` as `--PATH=DEFAULT`, its
-  choices, and the comment above the field in the source.
-  """
+def comments(kind: type) -> dict[str, list[str]]:
+  """Field name -> lines of the comment above the field in the source."""
   lines = inspect.getsource(kind).splitlines()
   (tree,) = ast.parse("\n".join(lines)).body
-  starts = {
-    node.target.id: node.lineno - 1
-    for node in ast.walk(tree)
-    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-  }
-  default = kind()
+  found = {}
+  for node in ast.walk(tree):
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+      first = last = node.lineno - 1
+      while lines[first - 1].strip().startswith("#"):
+        first -= 1
+      found[node.target.id] = [
+        line.strip().removeprefix("# ") for line in lines[first:last]
+      ]
+  return found
+
+
+def described(kind: Any, path: str) -> Iterator[str]:
+  """Lines of help: each field of the dataclass `kind` as `--PATH=DEFAULT`, its
+  choices, and the field's comment.
+  """
+  about, default = comments(kind), kind()
   for name, hint in hints(kind).items():
     inner, optional = bare(hint)
     nested = dataclasses.is_dataclass(inner)
@@ -284,11 +315,8 @@ def described(kind: Any, path: str) -> Iterator[str]:
       if typing.get_origin(inner) is Literal:
         choices = f"  ({' | '.join(map(str, typing.get_args(inner)))})"
       yield f"  --{path}.{name}={text}{choices}"
-      first = starts[name]
-      while lines[first - 1].strip().startswith("#"):
-        first -= 1
-      for line in lines[first : starts[name]]:
-        yield f"      {line.strip().removeprefix('# ')}"
+      for line in about[name]:
+        yield f"      {line}"
     if nested:
       yield from described(inner, f"{path}.{name}")
 

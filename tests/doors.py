@@ -5,9 +5,11 @@ has the exit code, the streams and the files of a process of its own, and
 starts in milliseconds.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import importlib
+import io
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -22,7 +24,7 @@ ROOT = str(pathlib.Path(__file__).parent.parent)
 _PRELOADED = """
 jax.numpy flax.nnx optax orbax.checkpoint grain tensorstore sentencepiece rich
 tensorflow_datasets lm.train.loop lm.evaluate.corpora lm.sample.sampler
-lm.sample.chat lm.sample.show lm.sample.serve.app lm.verify.checks uvicorn
+lm.data.chat lm.explain.heat lm.serve.app lm.verify.checks uvicorn
 launch.specs jinja2
 """.split()
 
@@ -108,6 +110,46 @@ def _be_nobody() -> None:
   none = (ctypes.c_uint32 * 6)()
   if ctypes.CDLL(None, use_errno=True).capset(header, none):
     raise OSError(ctypes.get_errno(), "capset")
+
+
+def many(
+  module: str, calls: list[list[str]], lines: str = ""
+) -> list[tuple[int | str, str]]:
+  """(exit code or error message, stdout) of `python -m module` for each list
+  of arguments, in one process: the calls share what they compile. Each call
+  reads `lines` from stdin.
+  """
+  here, there = multiprocessing.Pipe()
+  process = _start(_many, module, calls, lines, there)
+  there.close()
+  found = here.recv()
+  process.join()
+  return found
+
+
+def _many(module, calls, lines, there):
+  sys.path.insert(0, ROOT)
+  import jax
+
+  jax.config.update("jax_platforms", "cpu")
+  program = importlib.import_module(f"{module}.__main__")
+  from absl import flags
+  from absl.testing import flagsaver
+
+  from lm import schema
+
+  flags.FLAGS([module])
+  found = []
+  for arguments in calls:
+    out, sys.stdin = io.StringIO(), io.StringIO(lines)
+    with flagsaver.flagsaver(), contextlib.redirect_stdout(out):
+      try:
+        flags.FLAGS([module, *arguments])
+        code = program.main()
+      except (schema.ConfigError, flags.Error) as error:
+        code = str(error)
+    found.append((code, out.getvalue()))
+  there.send(found)
 
 
 def flags_of(module: str) -> dict[str, str]:

@@ -14,9 +14,9 @@ import uvicorn
 from lm.data import tokenizer as tokenizer_lib
 from lm.model import decoder
 from lm.sample import sampler as sampler_lib
-from lm.sample.serve import app as app_lib
-from lm.sample.serve import connections, guard
-from lm.sample.serve import worker as worker_lib
+from lm.serve import app as app_lib
+from lm.serve import connections, guard
+from lm.serve import worker as worker_lib
 
 TEMPLATE = """{{ bos_token }}{% for message in messages %}
 {%- if message.role == 'user' %}<user>{{ message.content }}<end_of_turn>

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from lm import config as config_lib
 from lm import schema
+from lm.chat import talk as talk_lib
+from lm.data import chat, fim
 from lm.data import template as template_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.model import decoder
-from lm.sample import chat
 from lm.sample import sampler as sampler_lib
 from lm.sample.request import Request
 
@@ -234,14 +235,14 @@ def test_gaps(tokenizer):
   t = tokenizer
   before, after = t.encode("def <fim_middle>("), t.encode("):\n")
   psm = [t.bos, t.fim_prefix, *before, t.fim_suffix, *after, t.fim_middle]
-  assert chat.fim_ids(t, "def <fim_middle>(", "):\n") == psm
+  assert fim.fim_ids(t, "def <fim_middle>(", "):\n") == psm
   spm = [t.bos, t.fim_prefix, t.fim_suffix, *after, t.fim_middle, *before]
-  assert chat.fim_ids(t, "def <fim_middle>(", "):\n", "spm") == spm
+  assert fim.fim_ids(t, "def <fim_middle>(", "):\n", "spm") == spm
   with pytest.raises(schema.ConfigError, match="order='mps': must be"):
-    chat.fim_ids(t, "", "", "mps")
+    fim.fim_ids(t, "", "", "mps")
   # Without a prefix the two are one.
   empty = [t.bos, t.fim_prefix, t.fim_suffix, t.fim_middle]
-  assert chat.fim_ids(t, "", "") == chat.fim_ids(t, "", "", "spm") == empty
+  assert fim.fim_ids(t, "", "") == fim.fim_ids(t, "", "", "spm") == empty
 
 
 # --- in the terminal ---------------------------------------------------------
@@ -261,7 +262,7 @@ def talk(monkeypatch, capsys):
 
   def run(lines, request, system=None):
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    code = chat.talk(sampler(), request, system)
+    code = talk_lib.talk(sampler(), request, system)
     return code, *capsys.readouterr()
 
   return run

@@ -21,7 +21,7 @@ from lm import batch as batch_lib
 from lm import schema
 from lm.data import tokenizer as tokenizer_lib
 from lm.model import decoder
-from lm.sample import loop
+from lm.sample import decoding
 from lm.sample import sampler as sampler_lib
 from lm.sample.request import Request
 
@@ -84,13 +84,13 @@ def test_a_slot_is_refilled_while_others_go_on():
 
 
 def test_samples_of_a_request_share_one_reading(monkeypatch):
-  calls, read = [], loop.read
+  calls, read = [], decoding.read
 
   def spy(*args, **options):
     calls.append(1)
     return read(*args, **options)
 
-  monkeypatch.setattr(loop, "read", spy)
+  monkeypatch.setattr(decoding, "read", spy)
   results = sampler_of(LLAMA).generate(
     [Request("abc", max_new_tokens=4, n_samples=6)], n_slots=4
   )
@@ -164,14 +164,14 @@ def test_tokens_proposed_ahead_change_none(helper, monkeypatch):
   )
   wanted = [*requests(6), Request("abc" * 20, 0.0, max_new_tokens=40)]
   assert token_ids(ahead.generate(wanted)) == token_ids(plain.generate(wanted))
-  n_steps, decode = [], loop.decode
+  n_steps, decode = [], decoding.decode
 
   def spy(*args, **options):
     *state, drawn = decode(*args, **options)
     n_steps.append(int(drawn.n[0]))
     return *state, drawn
 
-  monkeypatch.setattr(loop, "decode", spy)
+  monkeypatch.setattr(decoding, "decode", spy)
   engine = ahead.engine(1)
   engine.submit(Request("a", max_new_tokens=16, min_tokens=16, seed=3))
   engine.step(4)
@@ -241,7 +241,7 @@ def test_a_prompt_that_sees_itself_both_ways():
   )
   forward = jax.jit(functools.partial(decoder.forward, cfg))
   hidden, _ = forward(params_of(cfg), batch)
-  logits = np.asarray(decoder.logits(cfg, params_of(cfg), hidden))[0, n:-1]
+  logits = np.asarray(decoder.bind(cfg, params_of(cfg)).logits(hidden))[0, n:-1]
   found = np.argmax(logits[:, : sampler.tokenizer.size], axis=1).tolist()
   assert both.token_ids == found
   assert one.log_probabilities != both.log_probabilities

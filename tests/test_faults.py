@@ -1,4 +1,6 @@
-"""Faults: the comparison sees what it must, and every fault is survived."""
+"""Fault injection: the comparison of runs sees every difference, and a run
+recovers from every fault.
+"""
 
 import json
 import pathlib
@@ -9,7 +11,8 @@ import pytest
 
 from lm import cli
 from lm.train import loop
-from lm.verify import bombs, faults, lab, shrink
+from lm.verify import shrink
+from lm.verify.faults import cases, inject, runner
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -30,7 +33,7 @@ def _change(workdir, name, change):
 
 
 @pytest.mark.parametrize(
-  ("break_it", "seen"),
+  ("edit", "differs"),
   [
     (lambda run: None, False),
     (lambda run: _change(run, "tokens_per_second", lambda x: x + 1), False),
@@ -40,10 +43,10 @@ def _change(workdir, name, change):
     (lambda run: shutil.rmtree(run / "checkpoints" / "6"), True),
   ],
 )
-def test_differences_are_seen(break_it, seen, finished, tmp_path):
+def test_differences_are_seen(edit, differs, finished, tmp_path):
   shutil.copytree(finished, tmp_path / "run")
-  break_it(tmp_path / "run")
-  assert (lab.differences(tmp_path / "run", finished) > 0) == seen
+  edit(tmp_path / "run")
+  assert (runner.differences(tmp_path / "run", finished) > 0) == differs
 
 
 def _repeat_a_step(workdir):
@@ -52,25 +55,25 @@ def _repeat_a_step(workdir):
   path.write_text("\n".join([*lines, lines[-1]]) + "\n")
 
 
-def test_bombs_strike_where_they_are_planted():
+def test_wrappers_call_the_action_at_the_injection_point():
   calls = []
 
   class Owner:
     def work(self):
       calls.append("work")
 
-  bombs.before(Owner, "work", lambda: calls.append("before"), at=2)
-  bombs.after(Owner, "work", lambda: calls.append("after"), at=1)
+  inject.before(Owner, "work", lambda: calls.append("before"), at=2)
+  inject.after(Owner, "work", lambda: calls.append("after"), at=1)
   Owner().work()
   Owner().work()
   assert calls == ["work", "after", "before", "work"]
 
 
 @pytest.mark.slow
-def test_every_fault_is_survived():
-  doors.start_server()  # of which these runs are forks too
+def test_runs_recover_from_every_fault():
+  doors.start_server()  # training processes are forks of the server too
   config = shrink.shrink(cli.load(str(ROOT / "configs" / "tiny.py")))
-  results = list(faults.run(config))
+  results = list(cases.run(config))
   assert len(results) >= 40
   unchecked = [r for r in results if r.note.startswith("not checked")]
   failed = [r for r in results if not r.passed and r not in unchecked]

@@ -25,11 +25,13 @@ ORDER = (
   ("batch", "digest", "cli", "processes", "sharding"),
   ("model", "data"),
   ("checkpoint",),
-  ("sample", "convert"),
+  ("sample",),
   ("evaluate",),
   ("train",),
-  ("plan", "verify", "report"),
 )
+# Tools, `python -m lm.TOOL`: each imports the library, and no other tool.
+TOOLS = ("chat", "convert", "explain", "plan", "report", "serve", "verify")
+ORDER = (*ORDER, TOOLS)
 ROW = {room: row for row, rooms in enumerate(ORDER) for room in rooms}
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lm import sharding
-from lm.model import loss
+from lm.model import loss, scoring
 
 B, T, D, V = 2, 11, 7, 37
 
@@ -45,7 +45,7 @@ def test_sums_equal_numpy(chunk, z_loss, softcap):
     x, head, targets, weights, chunk=chunk, softcap=softcap, z_loss=z_loss
   )
   np.testing.assert_allclose(got, (total, plain), rtol=1e-5)
-  tokens = loss.token_nll(x, head, targets, chunk=chunk, softcap=softcap)
+  tokens = scoring.token_nll(x, head, targets, chunk=chunk, softcap=softcap)
   np.testing.assert_allclose(tokens, nll, rtol=1e-4, atol=1e-5)
 
 

@@ -23,7 +23,7 @@ LENGTHS = [[7, 5, 4], [19], [1, 17], [], [2, 3, 11, 1]]
 def run(cfg, params, batch):
   """Logits [B, T, V]."""
   hidden, _ = decoder.forward(cfg, params, batch)
-  return decoder.logits(cfg, params, hidden)
+  return decoder.bind(cfg, params).logits(hidden)
 
 
 @pytest.mark.parametrize("name", families.ALL)

@@ -214,7 +214,7 @@ def loss_of(cfg):
   def loss(params):
     keys = layers.row_keys(jax.random.key(11), jnp.arange(3))
     hidden = forward(cfg, params, batch, keys)
-    logits = decoder.logits(cfg, params, hidden)
+    logits = decoder.bind(cfg, params).logits(hidden)
     return jnp.sum(jnp.sin(logits) @ direction.astype(np.float32)) / 100
 
   return loss

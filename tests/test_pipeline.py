@@ -13,7 +13,7 @@ import tensorstore
 from lm import batch as batch_lib
 from lm import config as config_lib
 from lm import schema
-from lm.data import arrays, objectives, pipeline
+from lm.data import arrays, objectives, pipeline, prefetch
 from lm.data import store as store_lib
 from lm.data import tokenizer as tokenizer_lib
 
@@ -276,7 +276,6 @@ def test_validation_scores_every_token_once(make, n_processes):
     )
     for p in range(n_processes)
   ]
-  assert len(parts[0]) == pipeline.n_validation_batches(config, prepared)
   scored: list[list[int]] = [[], []]
   for batches in zip(*parts, strict=True):
     for s, batch in batches:
@@ -294,7 +293,6 @@ def test_eval_batches_limits_each_source(make):
   config.train.eval_batches = 3
   some = list(pipeline.validation_batches(config, prepared))
   assert [s for s, _ in some] == [0, 0, 0, 1]
-  assert pipeline.n_validation_batches(config, prepared) == 4
   for (_, a), (_, b) in zip(some[:3], everything[:3], strict=True):
     assert_same(a, b)
 
@@ -310,7 +308,7 @@ def test_batches_are_placed_ahead_and_in_order():
     return placed[-1]
 
   source = iter([{"i": np.array(i)} for i in range(5)])
-  batches = pipeline.to_device(source, place)
+  batches = prefetch.DevicePrefetch(source, place)
   seen = []
   for i, batch in enumerate(batches):
     seen.append(batch)
@@ -329,7 +327,7 @@ def test_what_is_made_while_the_caller_is_busy_is_not_waited_for():
       time.sleep(0.1)
       yield {"i": np.zeros(1)}
 
-  batches = pipeline.to_device(slow(), lambda batch: batch)
+  batches = prefetch.DevicePrefetch(slow(), lambda batch: batch)
   next(batches)
   time.sleep(1.0)
   started = time.perf_counter()
@@ -342,7 +340,7 @@ def test_an_error_of_the_source_reaches_the_caller():
     yield {"i": np.zeros(1)}
     raise OSError("unreadable chunk")
 
-  batches = pipeline.to_device(broken(), lambda batch: batch)
+  batches = prefetch.DevicePrefetch(broken(), lambda batch: batch)
   next(batches)
   with pytest.raises(OSError, match="unreadable chunk"):
     next(batches)
@@ -351,7 +349,6 @@ def test_an_error_of_the_source_reaches_the_caller():
 def test_no_validation_has_no_batches(make):
   config, prepared = make(documents(17, 0))
   assert prepared.validation == []
-  assert pipeline.n_validation_batches(config, prepared) == 0
   assert list(pipeline.validation_batches(config, prepared)) == []
 
 
@@ -386,7 +383,7 @@ def test_threads_stop_with_the_consumer(make):
 
   before = threads()
   batches = pipeline.train_batches(config, prepared)
-  device = pipeline.to_device(batches, lambda batch: batch)
+  device = prefetch.DevicePrefetch(batches, lambda batch: batch)
   next(device)
   assert threads() > before
   del device, batches

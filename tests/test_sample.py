@@ -20,7 +20,7 @@ from lm import checkpoint, schema
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.model import decoder, inference, kv_cache
-from lm.sample import loop
+from lm.sample import decoding
 from lm.sample import sampler as sampler_lib
 
 Request = sampler_lib.Request
@@ -59,7 +59,7 @@ def full_logits(cfg, params, inputs):
 @functools.partial(jax.jit, static_argnames="cfg")
 def _full_logits(cfg, params, batch):
   hidden, _ = decoder.forward(cfg, params, batch)
-  return decoder.logits(cfg, params, hidden)
+  return decoder.bind(cfg, params).logits(hidden)
 
 
 def reforward(cfg, prompt, token_ids):
@@ -82,14 +82,14 @@ def token_ids(results):
 @pytest.fixture
 def steps(monkeypatch):
   """Tokens that the slowest row drew, a number per program that ran."""
-  seen, decode = [], loop.decode
+  seen, decode = [], decoding.decode
 
   def spy(*args, **options):
     *state, drawn = decode(*args, **options)
     seen.append(int(drawn.n.max()))
     return *state, drawn
 
-  monkeypatch.setattr(loop, "decode", spy)
+  monkeypatch.setattr(decoding, "decode", spy)
   return seen
 
 
@@ -109,7 +109,7 @@ def test_cached_logits_equal_the_full_forward_at_every_step(name, n_new):
   prompt = np.where(
     np.arange(n_prompt) < lengths[:, None], ids[:, :n_prompt], 36
   )
-  cache = loop.read(
+  cache = decoding.read(
     graph,
     state,
     jnp.asarray(prompt),
@@ -121,7 +121,7 @@ def test_cached_logits_equal_the_full_forward_at_every_step(name, n_new):
   @jax.jit
   def extend(inputs, cache):
     model = nnx.merge(graph, state)
-    hidden, cache = model.extend(inputs, cache)
+    hidden, cache = inference.extend(model, inputs, cache)
     return model.logits(hidden), cache
 
   rows = np.arange(2)[:, None]
@@ -288,9 +288,9 @@ def test_programs_are_compiled_once_per_bucket():
   sampler = sampler_of(cfg)
 
   def compiled(*requests):
-    before = loop.read._cache_size(), loop.decode._cache_size()
+    before = decoding.read._cache_size(), decoding.decode._cache_size()
     sampler.generate(requests)
-    after = loop.read._cache_size(), loop.decode._cache_size()
+    after = decoding.read._cache_size(), decoding.decode._cache_size()
     return after[0] - before[0], after[1] - before[1]
 
   # One row, 16 prompt tokens before the last, 64 places.
@@ -317,13 +317,13 @@ def test_programs_are_compiled_once_per_bucket():
     ({"prompt": "abc", "max_new_tokens": 98}, "max_new_tokens=98.*at most 97"),
     ({"prompt": [384]}, r"id 384 is not in \[0, 384\)"),
     ({"prompt": [5, -1]}, "id -1 is not in"),
-    ({"temperature": -0.5}, "temperature=-0.5: must be at least 0"),
+    ({"temperature": -0.5}, "temperature=-0.5: must not be negative"),
     ({"temperature": float("nan")}, "temperature=nan: must be finite"),
     ({"temperature": 1e39}, "temperature=1e.39: must be finite, also in"),
     ({"top_p": 0.0}, r"top_p=0.0: must be in \(0, 1\]"),
     ({"top_p": 1.5}, r"top_p=1.5: must be in \(0, 1\]"),
-    ({"top_k": -1}, "top_k=-1: must be at least 0; 0 keeps"),
-    ({"max_new_tokens": -1}, "max_new_tokens=-1: must be at least 0"),
+    ({"top_k": -1}, "top_k=-1: must not be negative"),
+    ({"max_new_tokens": -1}, "max_new_tokens=-1: must not be negative"),
     ({"n_samples": 0}, "n_samples=0: must be at least 1"),
     ({"n_samples": 10**9}, "n_samples=1000000000: .* at most 65536"),
     (
@@ -338,7 +338,7 @@ def test_programs_are_compiled_once_per_bucket():
 )
 def test_requests_that_cannot_be_met_are_refused(changes, message, monkeypatch):
   """Before anything runs: the programs are taken away."""
-  monkeypatch.setattr(loop, "read", None)
+  monkeypatch.setattr(decoding, "read", None)
   good = Request("ok", max_new_tokens=1)
   bad = dataclasses.replace(Request(), **changes)
   with pytest.raises(schema.ConfigError, match=message):
@@ -382,7 +382,7 @@ def test_weights_in_the_compute_dtype_change_no_bit():
     model = nnx.merge(graph, state)
     places = jnp.arange(7)[None]
     cache = kv_cache.empty(cfg, 1, 7)
-    return model.logits(model.extend(places, cache)[0])
+    return model.logits(inference.extend(model, places, cache)[0])
 
   @jax.jit
   def unroll(params):

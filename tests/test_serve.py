@@ -10,9 +10,9 @@ import pytest
 import serving
 from hypothesis import strategies as st
 
-from lm.sample import chat as chat_lib
+from lm.data import chat as chat_lib
 from lm.sample import request as request_lib
-from lm.sample.serve import answers, protocol
+from lm.serve import answers, protocol
 
 Request = request_lib.Request
 post = serving.post
@@ -546,10 +546,15 @@ REFUSED = [
     "completions",
     {"prompt": "a", "max_tokens": -1},
     "max_tokens",
-    "at least 0",
+    "negative",
   ),
   ("completions", {"prompt": "a", "max_tokens": "9"}, "max_tokens", "type int"),
-  ("completions", {"prompt": "a", "temperature": -1}, "temperature", "greedy"),
+  (
+    "completions",
+    {"prompt": "a", "temperature": -1},
+    "temperature",
+    "negative",
+  ),
   ("completions", {"prompt": "a", "temperature": "1"}, "temperature", "float"),
   ("completions", {"prompt": "a", "top_p": 0}, "top_p", "must be in"),
   ("completions", {"prompt": "a", "top_k": 1.5}, "top_k", "type int"),
@@ -557,7 +562,12 @@ REFUSED = [
   ("completions", {"prompt": "a", "n": 0}, "n", "at least 1"),
   ("completions", {"prompt": "a", "n": True}, "n", "type int"),
   ("completions", {"prompt": "a", "seed": -1}, "seed", "not be negative"),
-  ("completions", {"prompt": "a", "logprobs": 21}, "logprobs", "must be in"),
+  (
+    "completions",
+    {"prompt": "a", "logprobs": 21},
+    "logprobs",
+    "must be at most",
+  ),
   ("completions", {"prompt": "a", "logprobs": True}, "logprobs", "type int"),
   ("completions", {"prompt": "a", "stop": [""]}, "stop", "one character"),
   ("completions", {"prompt": "a", "stop": 5}, "stop", "must be texts"),

@@ -28,14 +28,14 @@ import serving
 
 from lm import checkpoint, schema
 from lm import config as config_lib
+from lm.data import chat as chat_lib
 from lm.data import tokenizer as tokenizer_lib
-from lm.model import decoder
-from lm.sample import chat as chat_lib
-from lm.sample import loop, scoring
+from lm.model import decoder, scoring
+from lm.sample import decoding
 from lm.sample import request as request_lib
 from lm.sample import sampler as sampler_lib
-from lm.sample.serve import listen
-from lm.sample.serve import worker as worker_lib
+from lm.serve import listen
+from lm.serve import worker as worker_lib
 
 Request = request_lib.Request
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -604,7 +604,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def door(*arguments, code=None, **environment):
-  command = ["-m", "lm.sample.serve"] if code is None else ["-c", code]
+  command = ["-m", "lm.serve"] if code is None else ["-c", code]
   return subprocess.Popen(
     [sys.executable, *command, *arguments],
     cwd=ROOT,
@@ -680,7 +680,13 @@ def test_after_the_warm_up_nothing_compiles():
   worker = worker_lib.Worker(sampler, 3, 1)
   worker.warm_up(told.append)
   assert told == [f"{n} tokens" for n in (16, 32, 64, 128)]
-  programs = (loop.read, loop.admit, loop.decode, loop.look, scoring.score)
+  programs = (
+    decoding.read,
+    decoding.admit,
+    decoding.decode,
+    decoding.look,
+    scoring.score,
+  )
   before = [program._cache_size() for program in programs]
   for n in (1, 16, 17, 40, 66):
     engine, prompt = worker._engine, [5] * n
@@ -696,7 +702,7 @@ def test_a_missing_extra_is_named():
   code = (
     "import runpy, sys\n"
     "sys.modules['uvicorn'] = None\n"
-    "runpy.run_module('lm.sample.serve', run_name='__main__')"
+    "runpy.run_module('lm.serve', run_name='__main__')"
   )
   with door("--workdir=x", code=code) as process:
     _, error = process.communicate(timeout=60)

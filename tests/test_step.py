@@ -18,6 +18,7 @@ from lm import batch as batch_lib
 from lm import checkpoint, cli, schema, sharding, validation
 from lm import config as config_lib
 from lm.model import decoder, weights
+from lm.train import programs
 from lm.train import step as step_lib
 
 B, T, V = 16, 12, 48
@@ -74,9 +75,9 @@ def _run(config, n=2, prefix=False):
   if config.mesh.mode == "jit":
     devices = devices[: math.prod(config.mesh.sizes().values())]
   mesh = sharding.make_mesh(config, devices)
-  state = step_lib.create_state(config, mesh)
-  step = step_lib.compile_step(config, mesh, prefix=prefix)
-  where = step_lib.batch_sharding(config, mesh)
+  state = programs.create_state(config, mesh)
+  step = programs.compile_step(config, mesh, prefix=prefix)
+  where = programs.batch_sharding(config, mesh)
   numbers, first = [], None
   for i in range(n):
     batch = sharding.place(_batch(i, prefix), where, B)
@@ -153,15 +154,15 @@ def test_statistics_of_layers_against_numpy():
   """In a batch with padding, which counts nowhere."""
   config = _config(**STATISTICS, optimizer__clip_norm=0.01)
   mesh = sharding.make_mesh(config, jax.devices()[:1])
-  state = step_lib.create_state(config, mesh)
+  state = programs.create_state(config, mesh)
   params = jax.tree.map(np.array, state.params)
   batch = _batch(0)
   real = np.arange(T) < np.arange(B)[:, None]
   batch = dataclasses.replace(
     batch, segments=batch.segments * real, weights=batch.weights * real
   )
-  where = step_lib.batch_sharding(config, mesh)
-  step = step_lib.compile_step(config, mesh)
+  where = programs.batch_sharding(config, mesh)
+  step = programs.compile_step(config, mesh)
   state, metrics = step(state, sharding.place(batch, where, B))
   got = metrics["layers"]
   seen: list[dict[str, np.ndarray]] = []
@@ -198,9 +199,9 @@ def test_a_layer_reports_through_aux(monkeypatch):
 
   def reported(config):
     mesh = sharding.make_mesh(config)
-    step = step_lib.compile_step(config, mesh)
-    where = step_lib.batch_sharding(config, mesh)
-    state = step_lib.create_state(config, mesh)
+    step = programs.compile_step(config, mesh)
+    where = programs.batch_sharding(config, mesh)
+    state = programs.create_state(config, mesh)
     return step(state, sharding.place(_batch(0), where, B))[1]["layers"]
 
   assert reported(_config(mesh=(8, 1, 1))) == {}
@@ -278,7 +279,7 @@ def test_a_weight_of_a_new_role(monkeypatch):
   config = _changed(monkeypatch, ("layers", "mlp", "down"), role="router")
   config.optimizer = config_lib.OptimizerConfig(name="muon", weight_decay=0.1)
   mesh = sharding.make_mesh(config, jax.devices()[:1])
-  state = step_lib.abstract_state(config, mesh)
+  state = programs.abstract_state(config, mesh)
   slots = [
     jax.tree_util.keystr(path)
     for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)
@@ -292,7 +293,7 @@ def test_a_weight_of_a_new_role(monkeypatch):
 def test_layout_is_kept_by_the_step():
   config = _config(mesh=(2, 2, 2), optimizer__ema_decay=0.9)
   mesh = sharding.make_mesh(config)
-  promised = step_lib.abstract_state(config, mesh)
+  promised = programs.abstract_state(config, mesh)
   _, state, _ = _run(config, n=1)
   for (path, want), got in zip(
     jax.tree_util.tree_leaves_with_path(promised),
@@ -348,9 +349,9 @@ def test_clip_bounds_the_gradient_that_the_optimizer_sees():
 def test_moving_average_closed_form():
   config = _config(optimizer__ema_decay=0.75)
   mesh = sharding.make_mesh(config, jax.devices()[:1])
-  state = step_lib.create_state(config, mesh)
-  step = step_lib.compile_step(config, mesh)
-  where = step_lib.batch_sharding(config, mesh)
+  state = programs.create_state(config, mesh)
+  step = programs.compile_step(config, mesh)
+  where = programs.batch_sharding(config, mesh)
   want = jax.tree.map(np.array, state.params)
   for i in range(2):
     state, _ = step(state, sharding.place(_batch(i), where, B))
@@ -367,9 +368,9 @@ def test_steps_that_are_outliers_or_not_finite_are_left_out_and_counted():
   skip = config_lib.SkipConfig(window=4, sigma=6.0)
   config = _config(optimizer__skip=skip)
   mesh = sharding.make_mesh(config, jax.devices()[:1])
-  state = step_lib.create_state(config, mesh)
-  step = step_lib.compile_step(config, mesh)
-  where = step_lib.batch_sharding(config, mesh)
+  state = programs.create_state(config, mesh)
+  step = programs.compile_step(config, mesh)
+  where = programs.batch_sharding(config, mesh)
 
   def go(state, weights_factor=1.0):
     batch = _batch(0)
@@ -407,8 +408,8 @@ def test_layers_add_nothing_to_the_program():
       return (
         jax.jit(step_lib.train_step(config))
         .lower(
-          step_lib.abstract_state(config, mesh),
-          batch_lib.abstract(config, step_lib.batch_sharding(config, mesh)),
+          programs.abstract_state(config, mesh),
+          batch_lib.abstract(config, programs.batch_sharding(config, mesh)),
         )
         .as_text()
         .count("\n")
@@ -539,7 +540,7 @@ def shardings() -> dict[str, dict[str, str]]:
       data=2, fsdp=4 if odd else 2, tensor=2 - odd
     )
     mesh = sharding.make_mesh(config)
-    state = step_lib.abstract_state(config, mesh)
+    state = programs.abstract_state(config, mesh)
     found[path.stem] = {
       jax.tree_util.keystr(
         where

@@ -21,7 +21,7 @@ import pytest
 
 from lm import checkpoint, files, schema, validation
 from lm import config as config_lib
-from lm.data import objectives, pipeline, store
+from lm.data import objectives, pipeline, prefetch, store
 from lm.evaluate import perplexity
 from lm.train import ledger, loop, optimizer
 from lm.train import metrics as metrics_lib
@@ -264,7 +264,9 @@ def test_a_stop_where_an_evaluation_is_due_loses_nothing(
   with monkeypatch.context() as patch:
     if at == "step":
       patch.setattr(
-        pipeline.DevicePrefetch, "__next__", ask(pipeline.to_device.__next__)
+        prefetch.DevicePrefetch,
+        "__next__",
+        ask(prefetch.DevicePrefetch.__next__),
       )
     else:
       patch.setattr(perplexity, "totals", ask(perplexity.totals))

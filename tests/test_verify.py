@@ -1,7 +1,7 @@
-"""`lm.verify`: each check passes what is right and catches what was planted.
+"""`lm.verify`: each check passes correct code and fails on mutants.
 
-A plant is a plausible mistake in the code that the check runs. Checks yield as
-they go, so that a plant costs what leads up to the first failure.
+A mutant is the code that the check runs, with a plausible bug injected. Checks
+yield each result at once, so that a mutant costs the time to the first failure.
 """
 
 import copy
@@ -22,39 +22,40 @@ from lm import checkpoint, cli, schema, sharding, validation
 from lm import config as config_lib
 from lm.data import objectives, pipeline
 from lm.model import attention, counts, decoder, layers, loss, weights
-from lm.sample import loop
+from lm.sample import decoding
 from lm.train import optimizer
 from lm.train import step as step_lib
-from lm.verify import checks, result, shrink, trial
+from lm.verify import checks, result, shrink
+from lm.verify.checks import harness
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture
-def plant(monkeypatch):
-  """plant(module, "name", mistake): mistake(real, *args) is called instead.
-
-  Compiled programs are forgotten before and after, and so are models' graphs.
+def mutate(monkeypatch):
+  """mutate(module, "name", mutant): calls of module.name become calls of
+  mutant(original, *args). Caches of compiled programs and of models' graphs are
+  cleared before and after.
   """
 
-  def forget():
+  def clear():
     jax.clear_caches()
     decoder._graph.cache_clear()
 
-  def put(module, name, mistake):
-    forget()
-    real = getattr(module, name)
+  def replace(module, name, mutant):
+    clear()
+    original = getattr(module, name)
     monkeypatch.setattr(
-      module, name, lambda *args, **named: mistake(real, *args, **named)
+      module, name, lambda *args, **named: mutant(original, *args, **named)
     )
 
-  yield put
+  yield replace
   monkeypatch.undo()
-  forget()
+  clear()
 
 
 def config(**fields):
-  """A run of the smallest model that can show the mistakes below."""
+  """A run of the smallest model that can show the bugs of the mutants below."""
   c = config_lib.Config()
   c.model = config_lib.ModelConfig(
     vocab_size=40,
@@ -70,14 +71,14 @@ def config(**fields):
   c.optimizer = config_lib.OptimizerConfig(name="adamw", ema_decay=0.9)
   c.train = config_lib.TrainConfig(steps=9, batch_size=8, sequence_length=24)
   for path, value in fields.items():
-    room, field = path.split("__")
-    setattr(getattr(c, room), field, value)
+    section, field = path.split("__")
+    setattr(getattr(c, section), field, value)
   return validation.validate(c)
 
 
 @pytest.fixture
 def freeze(monkeypatch):
-  """freeze(c): one weight of each layer is not trained."""
+  """freeze(c): stops the training of one weight of each layer."""
 
   def one(c):
     weight = decoder.declared(c.model)["layers"]["mlp"]["down"]
@@ -107,7 +108,7 @@ def test_a_frozen_weight_passes(freeze, name):
   assert found and not [r for r in found if not r.passed]
 
 
-# --- nothing planted ----------------------------------------------------------
+# --- correct code -------------------------------------------------------------
 
 BFLOAT16 = {"model__dtype": "bfloat16"}
 WINDOWED = {"model__windows": (5, None), "model__n_layers": 3}
@@ -136,326 +137,332 @@ def test_clean_config_passes(name, fields):
 
 @pytest.mark.slow
 def test_clean_config_passes_on_meshes(monkeypatch):
-  monkeypatch.setattr(trial, "shapes", lambda n: [(8, 1, 1), (2, 2, 2)])
+  monkeypatch.setattr(harness, "mesh_shapes", lambda n: [(8, 1, 1), (2, 2, 2)])
   found = list(checks.CHECKS["meshes"](config(model__embedding_dropout=0.1)))
   assert len(found) == 6 and all(r.passed for r in found), found
 
 
-# --- what a position sees -----------------------------------------------------
+# --- attention mask, packing, padding, decoding -------------------------------
 
 
-def off_by_one(real, queries, keys, window):
-  return real(
+def off_by_one(original, queries, keys, window):
+  return original(
     dataclasses.replace(queries, positions=queries.positions + 1), keys, window
   )
 
 
-def wide_window(real, queries, keys, window):
-  return real(queries, keys, window and window + 1)
+def wide_window(original, queries, keys, window):
+  return original(queries, keys, window and window + 1)
 
 
-def narrow_window(real, queries, keys, window):
-  return real(queries, keys, window and window - 1)
+def narrow_window(original, queries, keys, window):
+  return original(queries, keys, window and window - 1)
 
 
-def no_segments(real, queries, keys, window):
-  def one(tokens):
+def no_segments(original, queries, keys, window):
+  def one_segment(tokens):
     return dataclasses.replace(tokens, segments=jnp.minimum(tokens.segments, 1))
 
-  return real(one(queries), one(keys), window)
+  return original(one_segment(queries), one_segment(keys), window)
 
 
-def sees_padding(real, queries, keys, window):
-  seen = real(queries, keys, window)
-  return seen | (keys.segments == 0)[:, None]
+def sees_padding(original, queries, keys, window):
+  visible = original(queries, keys, window)
+  return visible | (keys.segments == 0)[:, None]
 
 
 @pytest.mark.parametrize(
-  "mistake", [off_by_one, wide_window, narrow_window, no_segments]
+  "mutant", [off_by_one, wide_window, narrow_window, no_segments]
 )
-def test_causality(plant, mistake):
-  plant(attention, "visible", mistake)
+def test_causality(mutate, mutant):
+  mutate(attention, "visible", mutant)
   caught("causality", config(model__windows=(5,)))
 
 
-def test_packing_segments(plant):
-  plant(attention, "visible", no_segments)
+def test_packing_segments(mutate):
+  mutate(attention, "visible", no_segments)
   caught("packing", config())
 
 
-def test_packing_positions_go_on(plant):
-  def mistake(real, tokens, documents):
-    row = real(tokens, documents)
-    places = np.arange(len(tokens) - 1, dtype=np.int32)
-    return dataclasses.replace(row, positions=places)
+def test_packing_positions_go_on(mutate):
+  def mutant(original, tokens, documents):
+    row = original(tokens, documents)
+    positions = np.arange(len(tokens) - 1, dtype=np.int32)
+    return dataclasses.replace(row, positions=positions)
 
-  plant(objectives, "causal", mistake)
+  mutate(objectives, "causal", mutant)
   caught("packing", config(model__positions="learned"))
 
 
-def test_packing_scores_the_first_token_of_the_next_document(plant):
-  def mistake(real, tokens, documents):
-    row = real(tokens, documents)
+def test_packing_scores_the_first_token_of_the_next_document(mutate):
+  def mutant(original, tokens, documents):
+    row = original(tokens, documents)
     return dataclasses.replace(
       row, weights=(row.segments > 0).astype(np.float32)
     )
 
-  plant(objectives, "causal", mistake)
+  mutate(objectives, "causal", mutant)
   assert "loss" in caught("packing", config()).compared
 
 
-def test_padding_is_attended_to(plant):
-  plant(attention, "visible", sees_padding)
+def test_padding_is_attended_to(mutate):
+  mutate(attention, "visible", sees_padding)
   caught("padding", config())
 
 
-def test_padding_is_scored(plant):
-  def mistake(real, sums, nll, log_z, weights, z_loss):
-    return real(sums, nll, log_z, jnp.ones_like(weights), z_loss)
+def test_padding_is_scored(mutate):
+  def mutant(original, sums, nll, log_z, weights, z_loss):
+    return original(sums, nll, log_z, jnp.ones_like(weights), z_loss)
 
-  plant(loss, "_add", mistake)
+  mutate(loss, "_add", mutant)
   assert "loss" in caught("padding", config()).compared
 
 
-def test_decode_is_a_position_late(plant):
-  def mistake(real, logits, proposed, slots, drawn, **options):
-    slots, drawn = real(logits, proposed, slots, drawn, **options)
+def test_decode_is_a_position_late(mutate):
+  def mutant(original, logits, proposed, slots, drawn, **options):
+    slots, drawn = original(logits, proposed, slots, drawn, **options)
     return dataclasses.replace(slots, lengths=slots.lengths + 1), drawn
 
-  plant(loop, "_accept", mistake)
+  mutate(decoding, "_accept", mutant)
   caught("decode", config())
 
 
-def test_prefill_is_a_position_late(plant):
-  def mistake(real, graph, state, inputs, lengths, **options):
-    return real(graph, state, inputs, lengths + 1, **options)
+def test_prefill_is_a_position_late(mutate):
+  def mutant(original, graph, state, inputs, lengths, **options):
+    return original(graph, state, inputs, lengths + 1, **options)
 
-  plant(loop, "read", mistake)
+  mutate(decoding, "read", mutant)
   caught("decode", config())
 
 
-# --- how it is computed -------------------------------------------------------
+# --- accumulation, meshes, scan and remat -------------------------------------
 
 
-def test_accumulation_divides_by_microbatch(plant):
-  def mistake(real, c, params, frozen, batch, key, rows):
+def test_accumulation_divides_by_microbatch(mutate):
+  def mutant(original, c, params, frozen, batch, key, rows):
     scale = batch.weights.size / jnp.maximum(jnp.sum(batch.weights), 1)
-    total, (nll, aux) = real(c, params, frozen, batch, key, rows)
+    total, (nll, aux) = original(c, params, frozen, batch, key, rows)
     return total * scale, (nll * scale, aux)
 
-  plant(step_lib, "_loss_sums", mistake)
+  mutate(step_lib, "_loss_sums", mutant)
   caught("accumulation", config())
 
 
-def test_accumulation_repeats_dropout(plant):
-  def mistake(real, key, rows):
-    return real(key, rows - rows[0])
+def test_accumulation_repeats_dropout(mutate):
+  def mutant(original, key, rows):
+    return original(key, rows - rows[0])
 
-  plant(layers, "row_keys", mistake)
+  mutate(layers, "row_keys", mutant)
   caught("accumulation", config(model__residual_dropout=0.2))
 
 
 @pytest.mark.parametrize("axis", ["fsdp", "tensor"])
-def test_meshes_without_a_psum(plant, monkeypatch, axis):
-  def mistake(real, x, *axes):
+def test_meshes_without_a_psum(mutate, monkeypatch, axis):
+  def mutant(original, x, *axes):
     names = sharding.mesh_axes(*axes)
     return jax.lax.psum(x, tuple(name for name in names if name != axis))
 
-  monkeypatch.setattr(trial, "shapes", lambda n: [(1, 2, 2)])
-  plant(loss, "_psum", mistake)
+  monkeypatch.setattr(harness, "mesh_shapes", lambda n: [(1, 2, 2)])
+  mutate(loss, "_psum", mutant)
   monkeypatch.setattr(jax, "device_count", lambda: 4)
   caught("meshes", config())
 
 
 @pytest.mark.slow
-def test_meshes_without_the_psum_of_pmap(plant, monkeypatch):
-  def mistake(real, x, axes):
-    return x if axes == step_lib._PMAP_AXIS else real(x, axes)
+def test_meshes_without_the_psum_of_pmap(mutate, monkeypatch):
+  def mutant(original, x, axes):
+    return x if axes == step_lib.PMAP_AXIS else original(x, axes)
 
-  monkeypatch.setattr(trial, "shapes", lambda n: [(8, 1, 1)])
-  plant(jax.lax, "psum", mistake)
+  monkeypatch.setattr(harness, "mesh_shapes", lambda n: [(8, 1, 1)])
+  mutate(jax.lax, "psum", mutant)
   assert "pmap" in caught("meshes", config()).compared
 
 
 def test_meshes_that_cannot_cut_the_config_are_named():
-  fit, left_out = trial.fitting(config(model__n_kv_heads=1))
+  fit, rejected = harness.fitting_shapes(config(model__n_kv_heads=1))
   assert set(fit) == {(8, 1, 1), (4, 2, 1), (2, 4, 1), (1, 8, 1)}
-  assert len(left_out) == 6 and "4x1x2 (model.n_kv_heads=1)" in left_out
+  assert len(rejected) == 6 and "4x1x2 (model.n_kv_heads=1)" in rejected
 
 
-def test_layers_scanned_with_the_first_window(plant):
-  def mistake(real, run, stacked, x, keys, cfg):
+def test_layers_scanned_with_the_first_window(mutate):
+  def mutant(original, run, stacked, x, keys, cfg):
     def first(graph, x, layer, which, keys):
       return run(graph, x, layer, 0, keys)
 
-    return real(first, stacked, x, keys, cfg)
+    return original(first, stacked, x, keys, cfg)
 
-  plant(decoder, "_scan", mistake)
+  mutate(decoder, "_scan", mutant)
   c = config(model__windows=(2, None), model__n_layers=2)
   assert "scan" in caught("layers", c).compared
 
 
-def test_layers_recomputed_under_another_mask(plant):
-  def mistake(real, graph, x, state, which, keys, *, cfg, **named):
+def test_layers_recomputed_under_another_mask(mutate):
+  def mutant(original, graph, x, state, which, keys, *, cfg, **named):
     if cfg.remat == "dots":
       keys = layers.fold_rows(keys, 1)
-    return real(graph, x, state, which, keys, cfg=cfg, **named)
+    return original(graph, x, state, which, keys, cfg=cfg, **named)
 
-  plant(decoder, "_run_layer", mistake)
+  mutate(decoder, "_run_layer", mutant)
   found = caught("layers", config(model__residual_dropout=0.2))
   assert "remat dots" in found.compared
 
 
-# --- values, dtypes, layouts --------------------------------------------------
+# --- initial loss, dtypes, parameters, shardings ------------------------------
 
 
-def test_initial_loss_of_large_weights(plant):
-  def mistake(real, rngs, shape, axes, scale, **given):
-    return real(rngs, shape, axes, 20 * scale, **given)
+def test_initial_loss_of_large_weights(mutate):
+  def mutant(original, rngs, shape, axes, scale, **given):
+    return original(rngs, shape, axes, 20 * scale, **given)
 
-  plant(weights, "matrix", mistake)
+  mutate(weights, "matrix", mutant)
   caught("initial_loss", config(model__tied_embedding=False))
 
 
-def places(c):
-  """Notes of what fails in `dtypes`."""
+def dtype_notes(c):
+  """Notes of the failed results of `dtypes`."""
   return " ".join(r.note for r in failures("dtypes", c))
 
 
-def test_dtypes_of_a_projection(plant):
-  def mistake(real, equation, x, matrix, *axes):
-    return real(equation, x.astype(jnp.float32), matrix, *axes).astype(x.dtype)
+def test_dtypes_of_a_projection(mutate):
+  def mutant(original, equation, x, matrix, *axes):
+    return original(equation, x.astype(jnp.float32), matrix, *axes).astype(
+      x.dtype
+    )
 
   c = config(**BFLOAT16)
-  assert "weights.py" not in places(c)
-  plant(weights, "dot", mistake)
-  assert "weights.py" in places(c) and "dot" in places(c)
+  assert "weights.py" not in dtype_notes(c)
+  mutate(weights, "dot", mutant)
+  assert "weights.py" in dtype_notes(c) and "dot" in dtype_notes(c)
 
 
-def test_dtypes_of_the_softmax(plant):
-  def mistake(real, q, k, v, seen, softcap):
-    del real, softcap
+def test_dtypes_of_the_softmax(mutate):
+  def mutant(original, q, k, v, seen, softcap):
+    del original, softcap
     scores = jnp.einsum("BTNH,BSNH->BNTS", q, k)
     scores = jnp.where(seen[:, None], scores, jnp.bfloat16(-1e30))
     return jnp.einsum("BNTS,BSNH->BTNH", jax.nn.softmax(scores), v)
 
-  plant(attention, "_reference", mistake)
-  assert "exp in " in places(config(**BFLOAT16, model__n_kv_heads=4))
+  mutate(attention, "_reference", mutant)
+  assert "exp in " in dtype_notes(config(**BFLOAT16, model__n_kv_heads=4))
 
 
-def test_dtypes_of_the_loss(plant):
-  def mistake(real, x, head, softcap):
-    scores, slope = real(x, head, softcap)
+def test_dtypes_of_the_loss(mutate):
+  def mutant(original, x, head, softcap):
+    scores, slope = original(x, head, softcap)
     return scores.astype(jnp.bfloat16), slope
 
-  plant(loss, "_scores", mistake)
-  assert "log in loss.py" in places(config(**BFLOAT16))
+  mutate(loss, "_scores", mutant)
+  assert "log in loss.py" in dtype_notes(config(**BFLOAT16))
 
 
-def test_dtypes_of_a_norm(plant):
-  def mistake(real, self, x):
-    del real
+def test_dtypes_of_a_norm(mutate):
+  def mutant(original, self, x):
+    del original
     mean = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(mean + jnp.bfloat16(self.epsilon))
 
-  plant(layers.Norm, "__call__", mistake)
-  assert "rsqrt in " in places(config(**BFLOAT16))
+  mutate(layers.Norm, "__call__", mutant)
+  assert "rsqrt in " in dtype_notes(config(**BFLOAT16))
 
 
-def test_dtypes_of_the_state(plant):
-  def mistake(real, c):
-    state = real(c)
+def test_dtypes_of_the_state(mutate):
+  def mutant(original, c):
+    state = original(c)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params)
     return dataclasses.replace(state, ema=half)
 
-  plant(step_lib, "init_state", mistake)
-  assert ".ema" in places(config())
+  mutate(step_lib, "init_state", mutant)
+  assert ".ema" in dtype_notes(config())
 
 
 @pytest.mark.parametrize("term", ["_layer_biases", "_layer_matrices"])
-def test_parameters_of_a_formula_that_forgets(plant, term):
-  plant(counts, term, lambda real, cfg: real(cfg) - cfg.d_mlp)
+def test_parameters_of_a_formula_that_forgets(mutate, term):
+  mutate(counts, term, lambda original, cfg: original(cfg) - cfg.d_mlp)
   caught("parameters", config(model__bias=True))
 
 
-def test_shardings_of_a_weight_that_lost_its_axes(plant):
-  def mistake(real, rngs, shape, axes, scale, **given):
+def test_shardings_of_a_weight_that_lost_its_axes(mutate):
+  def mutant(original, rngs, shape, axes, scale, **given):
     cut = axes == ("mlp", "embed")
-    return real(rngs, shape, (None, None) if cut else axes, scale, **given)
+    return original(rngs, shape, (None, None) if cut else axes, scale, **given)
 
-  plant(weights, "matrix", mistake)
+  mutate(weights, "matrix", mutant)
   found = list(itertools.islice(failures("shardings", config()), 3))
   assert found[0].note == "ema.layers.mlp.down, params.layers.mlp.down"
   assert "whole on every device" in found[-1].compared
 
 
-def test_shardings_of_slots_that_are_whole(plant):
-  def mistake(real, params, opt_state):
-    return jax.tree.map(lambda _: P(), real(params, opt_state))
+def test_shardings_of_slots_that_are_whole(mutate):
+  def mutant(original, params, opt_state):
+    return jax.tree.map(lambda _: P(), original(params, opt_state))
 
-  plant(optimizer, "state_specs", mistake)
+  mutate(optimizer, "state_specs", mutant)
   found = caught("shardings", config())
   assert "slots" in found.compared and "nu.embed" in found.note
 
 
-# --- what is read and kept ----------------------------------------------------
+# --- batches and checkpoints --------------------------------------------------
 
 
-def test_batches_that_depend_on_the_processes(plant):
-  def mistake(real, c, prepared, *, start_step=0, rows=None):
+def test_batches_that_depend_on_the_processes(mutate):
+  def mutant(original, c, prepared, *, start_step=0, rows=None):
     if rows is not None:
       c = copy.deepcopy(c)
       c.seed += rows[0]  # "so that processes read different rows"
-    return real(c, prepared, start_step=start_step, rows=rows)
+    return original(c, prepared, start_step=start_step, rows=rows)
 
-  plant(pipeline, "train_batches", mistake)
+  mutate(pipeline, "train_batches", mutant)
   assert "2 process" in caught("batches", config()).compared
 
 
-def test_batches_that_start_again(plant):
-  def mistake(real, c, prepared, *, start_step=0, rows=None):
+def test_batches_that_start_again(mutate):
+  def mutant(original, c, prepared, *, start_step=0, rows=None):
     del start_step
-    return real(c, prepared, rows=rows)
+    return original(c, prepared, rows=rows)
 
-  plant(pipeline, "train_batches", mistake)
+  mutate(pipeline, "train_batches", mutant)
   assert "1 process" in caught("batches", config()).compared
 
 
-def test_checkpoint_that_is_rounded(plant):
-  def mistake(real, self, trees, meta):
+def test_checkpoint_that_is_rounded(mutate):
+  def mutant(original, self, trees, meta):
     params = jax.tree.map(
       lambda x: x.astype(jnp.bfloat16) * 1.0, trees["params"]
     )
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    return real(self, {**trees, "params": params}, meta)
+    return original(self, {**trees, "params": params}, meta)
 
-  plant(checkpoint.Checkpoints, "save", mistake)
+  mutate(checkpoint.Checkpoints, "save", mutant)
   caught("checkpoint", config())
 
 
-def test_checkpoint_whose_average_is_lost(plant):
-  def mistake(real, self, meta, like):
-    found = real(self, meta, like)
+def test_checkpoint_whose_average_is_lost(mutate):
+  def mutant(original, self, meta, like):
+    found = original(self, meta, like)
     return {**found, "ema": found["params"]}
 
-  plant(checkpoint.Checkpoints, "restore", mistake)
+  mutate(checkpoint.Checkpoints, "restore", mutant)
   caught("checkpoint", config())
 
 
-# --- the measure, the small copy, the door ------------------------------------
+# --- errors, shrinking, the command -------------------------------------------
 
 
 def test_relative_error():
   wanted = {"a": np.array([3.0, -4.0]), "b": np.array([0.5])}
   found = {"a": np.array([3.0, -4.2]), "b": np.array([0.6])}
-  assert trial.relative(found, wanted) == pytest.approx(0.2)
+  assert harness.relative_error(found, wanted) == pytest.approx(0.2)
   found["a"][0] = np.nan
-  assert np.isnan(trial.relative(found, wanted))
+  assert np.isnan(harness.relative_error(found, wanted))
   assert not result.judge("x", "y", float("nan"), 1.0).passed
   assert (
-    trial.unequal({"a": np.float32([1, 2])}, {"a": np.float32([1, 3])}) == 1
+    harness.count_unequal({"a": np.float32([1, 2])}, {"a": np.float32([1, 3])})
+    == 1
   )
-  assert trial.unequal({"a": np.int32([1, 2])}, {"a": np.float32([1, 2])}) == 2
+  assert (
+    harness.count_unequal({"a": np.int32([1, 2])}, {"a": np.float32([1, 2])})
+    == 2
+  )
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.py")), ids=str)
@@ -494,7 +501,7 @@ def test_a_shortened_run_traces_no_step_beyond_its_last():
   validation.validate(c)
 
 
-def test_shrinking_keeps_groups_remainder_and_bend():
+def test_shrinking_keeps_groups_remainder_and_rope_scaling():
   c = config(
     model__windows=(512, 512, None),
     model__n_layers=26,
@@ -511,8 +518,8 @@ def test_shrinking_keeps_groups_remainder_and_bend():
 
 def test_kernels_of_other_platforms_are_replaced():
   c = config(model__attention="splash")
-  checked, said = shrink.subject(c, False)
-  assert checked.model.attention == "reference" and "splash" in said
+  checked, changes = shrink.config_to_check(c, False)
+  assert checked.model.attention == "reference" and "splash" in changes
   assert c.model.attention == "splash"
 
 
@@ -542,8 +549,8 @@ def run(*arguments):
   )
 
 
-def test_the_door_on_a_large_config(tmp_path):
-  """Shrunk by itself, and still traced at its full size."""
+def test_the_command_on_a_large_config(tmp_path):
+  """A large config is shrunk by default, and still traced at full size."""
   output = tmp_path / "verify.json"
   done = run(
     "--config=configs/llama3_70b.py", "--only=parameters", f"--output={output}"
@@ -555,7 +562,7 @@ def test_the_door_on_a_large_config(tmp_path):
   assert "model.d_model 8192 -> 64" in found["title"]
 
 
-def test_the_door_ends_with_1_where_a_check_fails():
+def test_the_command_exits_with_1_where_a_check_fails():
   done = run(
     "--config=configs/tiny.py",
     "--only=initial_loss",
@@ -564,7 +571,7 @@ def test_the_door_ends_with_1_where_a_check_fails():
   assert done.returncode == 1 and "FAIL" in done.stdout, done.stderr
 
 
-def test_the_door_refuses_an_unknown_check():
+def test_the_command_refuses_an_unknown_check():
   done = run("--config=configs/tiny.py", "--only=meshs")
   assert done.returncode == 2 and done.stdout == ""
   assert "did you mean 'meshes'" in done.stderr

@@ -33,7 +33,8 @@ from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
 
 TAKES_CONFIG = ("lm.data", "lm.train", "lm.verify")
-READS_RUN = ("lm.evaluate", "lm.sample", "lm.sample.serve")
+SAMPLES = ("lm.sample", "lm.explain", "lm.chat", "lm.serve")
+READS_RUN = ("lm.evaluate", *SAMPLES)
 DOORS = (*TAKES_CONFIG, *READS_RUN, "launch")
 # Below, GIVEN stands for the directory with what is right.
 RUN, CONFIG = "--workdir=GIVEN/run", "--config=GIVEN/config.py"
@@ -44,7 +45,9 @@ RIGHT = {
   "lm.verify": [CONFIG, "--only=parameters"],
   "lm.evaluate": [RUN],
   "lm.sample": [RUN],
-  "lm.sample.serve": [RUN, "--port=0"],
+  "lm.explain": [RUN],
+  "lm.chat": [RUN],
+  "lm.serve": [RUN, "--port=0"],
   "launch": [SPEC, "--to=slurm", "--dry_run"],
 }
 
@@ -230,7 +233,7 @@ def paths(door: str) -> Iterator[Case]:
       yield case(f"--workdir={value}", says="workdir")
     for step in ("8", "-7", HUGE):
       yield case(f"--step={step}", says="step")
-  if door in ("lm.sample", "lm.sample.serve"):
+  if door in SAMPLES:
     for value in ("absent", "file", "empty"):
       yield case("--ahead=1", f"--draft={value}", says=value)
   if door in ("lm.evaluate", "lm.verify"):
@@ -238,10 +241,14 @@ def paths(door: str) -> Iterator[Case]:
   if door == "lm.evaluate":
     for value in ("", "text:absent*", "text:.", "nonesuch", "text:\udce9"):
       yield case(f"--source={value}", says="source")
-  if door == "lm.sample":
+  if door == "lm.explain":
     score = "--score=GIVEN/text.txt"
     yield from outputs(functools.partial(case, score), "--html")
-    for flag in ("--score", "--prompt_file"):
+  for where, flag in (
+    ("lm.explain", "--score"),
+    ("lm.sample", "--prompt_file"),
+  ):
+    if door == where:
       for value in ("absent", ".", "file/below", LONG, "~nouser/x"):
         yield case(f"{flag}={value}", says=flag)
   if door == "launch":
@@ -271,7 +278,6 @@ def texts(door: str) -> Iterator[Case]:
       (["--prompt=fine", f"--prompt={LATIN}"], "prompt"),
       ([f"--stop={LATIN}"], "stop"),
       ([f"--infill_suffix={LATIN}"], "infill_suffix"),
-      (["--chat", f"--system={LATIN}"], "system"),
       ([f"--logit_bias={LATIN}:1"], "logit_bias"),
       (["--stop="], "stop"),
       (["--logit_bias=3:nan"], "logit_bias"),
@@ -295,17 +301,30 @@ def texts(door: str) -> Iterator[Case]:
       (["--beams=100000"], "beams"),
       (["--beams=2", "--temperature=2"], "temperature"),
       (["--beams=2", "--stop=x"], "stop"),
-      (["--candidates=385"], "candidates"),
-      (["--trace", "--candidates=21"], "candidates"),
       (["--ahead=17"], "ahead"),
       (["--draft=GIVEN/run"], "draft"),
-      (["--html=x"], "html"),
-      (["--chat", "--json"], "json"),
       (["--stream", "--json"], "stream"),
       (["--prompt=a", "--prompt=b", "--infill_suffix=c"], "infill_suffix"),
     ):
       yield Case(door, right_but(door, *arguments), says)
-  if door in ("lm.sample", "lm.sample.serve"):
+  if door == "lm.explain":
+    for arguments, says in (
+      ([f"--prompt={LATIN}"], "prompt"),
+      (["--candidates=385"], "candidates"),
+      (["--trace", "--candidates=21"], "candidates"),
+      (["--score=GIVEN/text.txt", "--candidates=21"], "candidates"),
+      (["--score=GIVEN/text.txt", "--top_k=3"], "top_k"),
+      (["--max_new_tokens=3"], "max_new_tokens"),
+      (["--html=x"], "html"),
+    ):
+      yield Case(door, right_but(door, *arguments), says)
+  if door == "lm.chat":
+    for arguments, says in (
+      ([f"--system={LATIN}"], "system"),
+      (["--min_p=1.5"], "min_p"),
+    ):
+      yield Case(door, right_but(door, *arguments), says)
+  if door in SAMPLES:
     for mesh in (
       *("", "x", "1", "1,1", "1,1,1,1", "0,1,1", "-1,1,-1", "1,1,2", "1,7,1"),
       *("1000000000,1,1", f"{HUGE},1,1", "1,1,3", "1.0,1,1", "1,1,"),
@@ -324,7 +343,7 @@ def texts(door: str) -> Iterator[Case]:
     ):
       yield Case(door, right_but(door, *arguments), says)
     yield Case(door, [], "workdir")
-  if door == "lm.sample.serve":
+  if door == "lm.serve":
     for arguments, says in (
       (["--port=65536"], "port"),
       (["--slots=0"], "slots"),
@@ -567,7 +586,7 @@ def cases(door: str) -> list[Case]:
   return found
 
 
-@pytest.mark.parametrize("cli", DOORS)
+@pytest.mark.parametrize("door", DOORS)
 def test_wrong_input_is_one_line_and_writes_nothing(door, given, tmp_path):
   before, todo = listing(given), cases(door)
   with concurrent.futures.ThreadPoolExecutor(3) as pool:
@@ -594,9 +613,9 @@ SHOWN = [
   ("lm.data", ["--config.data.train=text:é.txt"], "\\xe9.txt"),
   ("lm.evaluate", ["--source=text:é.txt", "--output=é.json"], "\\xe9.txt"),
   ("lm.sample", ["--prompt=é", "--max_new_tokens=2"], "\\xe9"),
-  ("lm.sample", ["--prompt=é", "--candidates=2"], "after <bos>"),
-  ("lm.sample", ["--prompt=é", "--max_new_tokens=2", "--trace"], "draws"),
-  ("lm.sample", ["--score=\udce9.txt", "--html=\udce9.html"], "log P(text)"),
+  ("lm.explain", ["--prompt=é", "--candidates=2"], "after <bos>"),
+  ("lm.explain", ["--prompt=é", "--max_new_tokens=2", "--trace"], "draws"),
+  ("lm.explain", ["--score=\udce9.txt", "--html=\udce9.html"], "log P(text)"),
   ("lm.verify", [], "pass"),
   ("launch", ["--", "echo", "é"], "é"),  # a script: bytes, not for the eye
 ]

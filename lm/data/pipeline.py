@@ -6,10 +6,7 @@ bijection, new for each epoch; validation keeps the order of the store. grain
 runs both as pure functions without state and reaches any step in O(1).
 """
 
-import collections
-import concurrent.futures
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import grain
 import jax
@@ -95,13 +92,6 @@ def training_order(
   return mixed if epochs is None else mixed[: epochs * n]
 
 
-def n_validation_batches(
-  config: config_lib.Config, prepared: store_lib.Prepared
-) -> int:
-  """Number of batches in one evaluation, over all validation sources."""
-  return sum(_n_batches(config, store) for store in prepared.validation)
-
-
 def _n_batches(config: config_lib.Config, store: store_lib.TokenStore) -> int:
   t = config.train
   n = _ceil(n_windows(store, t.sequence_length), t.batch_size)
@@ -178,42 +168,3 @@ def _prefetched(
   options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=ahead)
   # Closing this generator closes grain's iterator and stops grain's threads.
   yield from iter(batches.to_iter_dataset(options))
-
-
-class DevicePrefetch:
-  """Prefetches batches to the devices, two batches ahead of the caller.
-
-  A worker thread takes host batches and calls `place` on each batch; the caller
-  waits only if reading and placing together are too slow.
-  """
-
-  def __init__(
-    self,
-    batches: Iterator[batch_lib.Batch],
-    place: Callable[[batch_lib.Batch], Any],
-  ):
-    self._batches = batches
-    self._place = place
-    self._worker = concurrent.futures.ThreadPoolExecutor(1)
-    self._placed: collections.deque[concurrent.futures.Future] = (
-      collections.deque()
-    )
-
-  def __iter__(self) -> "DevicePrefetch":
-    return self
-
-  def __next__(self) -> Any:
-    while len(self._placed) < 3:
-      self._placed.append(self._worker.submit(self._next))
-    batch = self._placed.popleft().result()
-    if batch is None:
-      raise StopIteration
-    return batch
-
-  def _next(self) -> Any:
-    host = next(self._batches, None)
-    return None if host is None else self._place(host)
-
-
-# Alias, to call as a verb: `for batch in to_device(batches, place)`.
-to_device = DevicePrefetch

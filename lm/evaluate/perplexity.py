@@ -24,7 +24,7 @@ from lm import config as config_lib
 from lm import sharding
 from lm.data import sources, windows
 from lm.data import tokenizer as tokenizer_lib
-from lm.model import decoder, loss
+from lm.model import decoder, scoring
 
 # Batches dispatched to the device while the host reads an earlier batch.
 _AHEAD = 2
@@ -52,7 +52,7 @@ def score(
   A target with a weight above 0 counts once, whatever the weight.
   """
   hidden, _ = decoder.forward(cfg, params, batch)
-  nll = loss.token_nll(
+  nll = scoring.token_nll(
     hidden,
     decoder.bind(cfg, params).head_weight(),
     batch.targets,

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from lm import batch as batch_lib
 from lm import config as config_lib
-from lm.model import attention, kv_cache, layers, weights
+from lm.model import attention, layers, weights
 
 Params = Any  # nested dict of arrays; `layers` arrays have a leading axis L
 # What layers report beside their output: name -> float32 array, [] of a layer
@@ -134,8 +134,8 @@ class Decoder(nnx.Module):
     PRNG `keys`, one per row, enable dropout.
     """
     cfg = self.cfg
-    x = self._embed(inputs, tokens, keys)
-    angles = _angles(cfg, tokens)
+    x = self.embedded(inputs, tokens, keys)
+    angles = rotary_angles(cfg, tokens)
     if not cfg.scan_layers and not isinstance(self.layers, nnx.List):
       self.unroll()
     run = functools.partial(
@@ -150,52 +150,11 @@ class Decoder(nnx.Module):
       aux = _stacked(said)
     else:
       x, aux = _scan(run, self.layers, x, keys, cfg)
-    return self._finish(x), aux
+    return self.finish(x), aux
 
   @jax.named_scope("final_norm")
-  def _finish(self, x):
+  def finish(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     return self.final_norm(x)
-
-  def read(
-    self, inputs: Int[Array, "B T"], tokens: attention.Tokens
-  ) -> list[tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
-    """Prefill: keys and values of each layer; the model must be unrolled."""
-    return self._layer_by_layer(inputs, tokens, None)[1]
-
-  def extend(
-    self, inputs: Int[Array, "B T"], cache: kv_cache.Cache
-  ) -> tuple[Float[Array, "B T D"], kv_cache.Cache]:
-    """Decoding step: T more tokens of each row; the model must be unrolled.
-
-    The caller must advance the cache's `lengths`: by T, or by less if some
-    tokens are rejected (speculative decoding).
-    """
-    new = jnp.arange(inputs.shape[1])[None]
-    # Draft tokens to be rejected may lie beyond the learned position table.
-    last = self.cfg.context_length - 1
-    tokens = attention.Tokens(
-      jnp.minimum(cache.lengths[:, None] + new, last),
-      jnp.ones_like(inputs),
-      None,
-    )
-    x, pairs = self._layer_by_layer(inputs, tokens, cache)
-    keys, values = zip(*pairs, strict=True)
-    return x, kv_cache.Cache(keys, values, cache.lengths)
-
-  def _layer_by_layer(self, inputs, tokens, cache):
-    cfg = self.cfg
-    x = self._embed(inputs, tokens, None)
-    angles, kept, extend = _angles(cfg, tokens), [], None
-    for i, layer in enumerate(self.layers):  # type: ignore[arg-type]
-      which = i % len(cfg.windows)
-      if cache is not None:
-        pair = cache.keys[i], cache.values[i]
-        extend = functools.partial(kv_cache.extend, pair, cache.lengths)
-      x, new, _ = layer(
-        x, tokens, angles[which], cfg.windows[which], extend=extend
-      )
-      kept.append(new)
-    return self._finish(x), kept
 
   def head_weight(self) -> Float[Array, "V D"]:
     """Weight of the output head; the embedding table if tied."""
@@ -208,7 +167,7 @@ class Decoder(nnx.Module):
     return out if cap is None else cap * jnp.tanh(out / cap)
 
   @jax.named_scope("embed")
-  def _embed(self, inputs, tokens, keys):
+  def embedded(self, inputs, tokens, keys=None) -> Float[Array, "B T D"]:
     cfg = self.cfg
     dtype = jnp.dtype(cfg.dtype)
     x = layers.look_up(self.embed[...], inputs, "vocab", dtype)
@@ -224,7 +183,9 @@ def _at(keys, i):
   return None if keys is None else layers.fold_rows(keys, i)
 
 
-def _angles(cfg, tokens):
+def rotary_angles(
+  cfg: config_lib.ModelConfig, tokens: attention.Tokens
+) -> list[tuple[Array, Array] | None]:
   """Rotary angles for each entry of cfg.windows; None without rope."""
   if cfg.positions != "rope":
     return [None] * len(cfg.windows)
@@ -360,9 +321,3 @@ def forward(
   tokens = attention.Tokens(batch.positions, batch.segments, batch.prefix)
   model = bind(cfg, params)
   return model(batch.inputs, tokens, keys, statistics=statistics)
-
-
-def logits(
-  cfg: config_lib.ModelConfig, params: Params, hidden: Float[Array, "B T D"]
-) -> Float[Array, "B T V"]:
-  return bind(cfg, params).logits(hidden)

@@ -1,4 +1,10 @@
-"""Weights for decoding: unrolled, gathered, and cast or quantised."""
+"""The decoder in inference: weights in inference formats, prefill, decoding.
+
+Training needs none of this: the model of lm/model/decoder.py is unrolled, the
+weights are gathered and cast or quantised, and each layer has a KV cache.
+
+B rows, T new tokens, D model, K kv heads, H head.
+"""
 
 import dataclasses
 import functools
@@ -7,11 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lm import config as config_lib
 from lm import schema, sharding
-from lm.model import decoder, weights
+from lm.model import attention, decoder, kv_cache, weights
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "int8"))
@@ -63,3 +69,45 @@ def _round(x: Float[Array, "..."], n_inputs: int) -> Any:
     ) from error
   outputs = range(n_inputs, x.ndim)
   return qwix.quantize(x, jnp.int8, channelwise_axes=outputs)
+
+
+def prefill(
+  model: decoder.Decoder, inputs: Int[Array, "B T"], tokens: attention.Tokens
+) -> list[tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
+  """Keys and values of each layer of an unrolled model."""
+  return _layer_by_layer(model, inputs, tokens, None)[1]
+
+
+def extend(
+  model: decoder.Decoder, inputs: Int[Array, "B T"], cache: kv_cache.Cache
+) -> tuple[Float[Array, "B T D"], kv_cache.Cache]:
+  """Decoding step of an unrolled model: T more tokens of each row.
+
+  The caller must advance the cache's `lengths`: by T, or by less if some tokens
+  are rejected (speculative decoding).
+  """
+  new = jnp.arange(inputs.shape[1])[None]
+  # Draft tokens to be rejected may lie beyond the learned position table.
+  last = model.cfg.context_length - 1
+  tokens = attention.Tokens(
+    jnp.minimum(cache.lengths[:, None] + new, last), jnp.ones_like(inputs), None
+  )
+  x, pairs = _layer_by_layer(model, inputs, tokens, cache)
+  keys, values = zip(*pairs, strict=True)
+  return x, kv_cache.Cache(keys, values, cache.lengths)
+
+
+def _layer_by_layer(model, inputs, tokens, cache):
+  cfg = model.cfg
+  x = model.embedded(inputs, tokens)
+  angles, kept, attend = decoder.rotary_angles(cfg, tokens), [], None
+  for i, layer in enumerate(model.layers):
+    which = i % len(cfg.windows)
+    if cache is not None:
+      pair = cache.keys[i], cache.values[i]
+      attend = functools.partial(kv_cache.extend, pair, cache.lengths)
+    x, new, _ = layer(
+      x, tokens, angles[which], cfg.windows[which], extend=attend
+    )
+    kept.append(new)
+  return model.finish(x), kept

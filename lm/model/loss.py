@@ -38,35 +38,6 @@ def cross_entropy(
   return _cross_entropy((chunk, softcap, z_loss), x, head, targets, weights)
 
 
-@jax.named_scope("loss")
-def token_nll(
-  x: Float[Array, "B T D"],
-  head: Float[Array, "V D"],
-  targets: Int[Array, "B T"],
-  *,
-  chunk: int,
-  softcap: float | None = None,
-) -> Float[Array, "B T"]:
-  """Negative log-likelihood of each target, in nats."""
-  rows = ("batch", "length")
-
-  def local(x, head, targets):
-    head = _whole(head, x.dtype)
-
-    def one(_, piece):
-      scores, _ = _scores(piece[0], head, softcap)
-      nll, _, _ = _nll(scores, piece[1])
-      return None, nll
-
-    _, nll = _over_chunks(one, None, chunk, x, targets)
-    return nll
-
-  run = sharding.per_shard(
-    local, (*rows, None), ("vocab", "embed"), rows, out_axes=rows
-  )
-  return run(x, head, targets)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(options, x, head, targets, weights):
   rows = ("batch", "length")
@@ -110,28 +81,28 @@ _cross_entropy.defvjp(_forward, _backward)
 
 def _local_sums(options, x, head, targets, weights):
   chunk, softcap, z_loss = options
-  head = _whole(head, x.dtype)
+  head = whole_head(head, x.dtype)
 
   def one(sums, piece):
     x, targets, weights = piece
-    scores, _ = _scores(x, head, softcap)
-    nll, log_z, _ = _nll(scores, targets)
+    scores, _ = chunk_logits(x, head, softcap)
+    nll, log_z, _ = chunk_nll(scores, targets)
     return _add(sums, nll, log_z, weights, z_loss), None
 
   zero = jnp.zeros((), jnp.float32)
-  sums, _ = _over_chunks(one, (zero, zero), chunk, x, targets, weights)
+  sums, _ = over_chunks(one, (zero, zero), chunk, x, targets, weights)
   return tuple(_psum(s, "batch", "length") for s in sums)
 
 
 def _local_sums_and_gradients(options, x, head, targets, weights):
   chunk, softcap, z_loss = options
-  whole = _whole(head, x.dtype)
+  whole = whole_head(head, x.dtype)
 
   def one(carry, piece):
     *sums, dhead = carry
     x, targets, weights = piece
-    scores, slope = _scores(x, whole, softcap)
-    nll, log_z, hit = _nll(scores, targets)
+    scores, slope = chunk_logits(x, whole, softcap)
+    nll, log_z, hit = chunk_nll(scores, targets)
     share = jnp.exp(scores - log_z[..., None])
     share *= (1 + 2 * z_loss * log_z)[..., None]
     d = (share - hit) * slope * weights[..., None]
@@ -145,7 +116,7 @@ def _local_sums_and_gradients(options, x, head, targets, weights):
 
   zero = jnp.zeros((), jnp.float32)
   dhead = jnp.zeros(whole.shape, jnp.float32)
-  carry, dx = _over_chunks(one, (zero, zero, dhead), chunk, x, targets, weights)
+  carry, dx = over_chunks(one, (zero, zero, dhead), chunk, x, targets, weights)
   loss, nll = (_psum(s, "batch", "length") for s in carry[:2])
   dhead = carry[2]
   if sharding.has_mesh():
@@ -157,7 +128,7 @@ def _local_sums_and_gradients(options, x, head, targets, weights):
   return loss, nll, dx, dhead.astype(head.dtype)
 
 
-def _scores(x, head, softcap):
+def chunk_logits(x, head, softcap):
   """Float32 logits [B, C, V] of a chunk, and d(logits) / d(x head)."""
   scores = weights_lib.scores(x, head)
   if softcap is None:
@@ -166,7 +137,7 @@ def _scores(x, head, softcap):
   return scores, 1 - jnp.square(scores / softcap)
 
 
-def _nll(scores, targets):
+def chunk_nll(scores, targets):
   """Negative log-likelihood in nats, log Z, and one-hot targets, per token."""
   top = _pmax(jnp.max(scores, axis=-1))
   total = jnp.sum(jnp.exp(scores - top[..., None]), axis=-1)
@@ -188,7 +159,7 @@ def _add(sums, nll, log_z, weights, z_loss):
   return loss + nll_sum + z_sum, plain + nll_sum
 
 
-def _over_chunks(step, carry, chunk, *arrays):
+def over_chunks(step, carry, chunk, *arrays):
   """Scans `step` over chunks [B, C, ...] of the arrays, of at most `chunk`
   tokens (but C >= 1); joins the second results [B, C, ...] along T.
 
@@ -215,7 +186,7 @@ def _over_chunks(step, carry, chunk, *arrays):
 # --- collectives; without a mesh, no-ops --------------------------------------
 
 
-def _whole(head, dtype):
+def whole_head(head, dtype):
   """All-gathers the local vocabulary rows to the full width, in `dtype`."""
   head = head.astype(dtype)
   if not sharding.has_mesh():

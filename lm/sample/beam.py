@@ -41,9 +41,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lm import schema, sharding
-from lm.model import kv_cache
+from lm.model import inference, kv_cache
+from lm.sample import decoding, loaded_model, rules, stream
 from lm.sample import engine as engine_lib
-from lm.sample import loop, rules, text
 from lm.sample.request import Request, Result
 
 # Each beam is a row of the KV cache; each step ranks n * V extensions.
@@ -52,14 +52,11 @@ _EARLY = (False, True, "never")
 # Request fields about random draws, or without support in beam search.
 _MEANINGLESS = (
   "temperature",
-  "top_k",
-  "top_p",
-  "min_p",
-  "typical_p",
   "temperature_last",
   "stop",
   "n_samples",
   "alternatives",
+  *(cut.field for cut in rules.CUTS),
 )
 
 
@@ -84,7 +81,7 @@ class Beams:
   beams, -inf in unused slots; `logs` are the log-probabilities to report.
   """
 
-  slots: loop.Slots
+  slots: decoding.Slots
   logs: Float[Array, "B R"]
   sums: Float[Array, "B"]
   length_penalty: Float[Array, "B"]
@@ -94,7 +91,7 @@ class Beams:
 
 
 def search(
-  sampler: Any,
+  model: loaded_model.LoadedModel,
   request: Request,
   n_beams: int,
   length_penalty: float = 1.0,
@@ -107,39 +104,45 @@ def search(
   with `processed`, the log-probabilities summed by the search. A single beam is
   greedy decoding, except with "never" and a length penalty.
   """
-  _check(request, n_beams, length_penalty, early_stopping)
-  prompt, limit = sampler.resolve(request)
+  check(request, n_beams, length_penalty, early_stopping)
+  prompt, limit = model.resolve(request)
   if limit == 0:
     return [Result(request, request.seed, "", [], [], "length")]
-  n_rows = n_beams * sampler.ways
+  n_rows = n_beams * model.ways
   n_places = engine_lib.bucket(len(prompt) + limit, engine_lib.MIN_PLACES)
-  engine = engine_lib.Engine(sampler, n_rows, n_places)
+  engine = engine_lib.Engine(model, n_rows, n_places)
   engine.submit(dataclasses.replace(request, n_samples=n_rows, seed=0))
-  ends = {sampler.tokenizer.eos, *request.stop_ids}
-  with sampler.in_mesh():
+  ends = {model.tokenizer.eos, *request.stop_ids}
+  with model.in_mesh():
     engine.fill()
     caches, slots = engine.state
     found = _search(
-      sampler.graph,
-      sampler.state,
+      model.graph,
+      model.state,
       caches[0],
       slots,
-      sampler.place(np.full(n_rows, length_penalty, np.float32)),
-      sampler.place(np.full(n_rows, _EARLY.index(early_stopping), np.int32)),
-      n_ids=sampler.tokenizer.size,
+      model.place(np.full(n_rows, length_penalty, np.float32)),
+      model.place(np.full(n_rows, _EARLY.index(early_stopping), np.int32)),
+      n_ids=model.tokenizer.size,
     )
-    found = sampler.fetch(vars(found))
+    found = model.fetch(vars(found))
   results = []
   for row in range(n_beams):
     if found["scores"][row] == -math.inf:
       break
     drawn = slice(len(prompt), int(found["lengths"][row]))
     ids, logs = (found[name][row, drawn].tolist() for name in ("ids", "logs"))
-    results.append(_result(sampler.tokenizer, request, ids, logs, ends))
+    results.append(_result(model.tokenizer, request, ids, logs, ends))
   return results
 
 
-def _check(request, n_beams, length_penalty, early_stopping) -> None:
+def check(
+  request: Request,
+  n_beams: int,
+  length_penalty: float = 1.0,
+  early_stopping: bool | str = False,
+) -> None:
+  """Raises ConfigError on an option, or a field that beam search ignores."""
   neutral = Request()
   for name in _MEANINGLESS:
     value = getattr(request, name)
@@ -170,11 +173,11 @@ def _result(tokenizer, request, ids, logs, ends) -> Result:
   reason = "eos" if ids[-1] in ends else "length"
   if any(math.isnan(log) for log in logs):
     reason = "error"
-  stream = text.Stream(tokenizer, ())
+  text = stream.Stream(tokenizer, ())
   for i in ids[:-1] if reason == "eos" else ids:
-    stream.add(i)
-  stream.end()
-  return Result(request, request.seed, stream.text, ids, logs, reason)
+    text.add(i)
+  text.end()
+  return Result(request, request.seed, text.text, ids, logs, reason)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "n_ids"))
@@ -182,7 +185,7 @@ def _search(
   graph: Any,
   state: Any,
   cache: kv_cache.Cache,
-  slots: loop.Slots,
+  slots: decoding.Slots,
   length_penalty: Float[Array, "B"],
   early_stopping: Int[Array, "B"],
   *,
@@ -194,7 +197,7 @@ def _search(
 
   def step(carry):
     cache, beams = carry
-    hidden, cache = model.extend(beams.slots.last[:, None], cache)
+    hidden, cache = inference.extend(model, beams.slots.last[:, None], cache)
     logits = model.logits(hidden)[:, 0]
     parents, beams = sharding.by_row(choose, logits, beams)
     return _follow(cache, parents, beams.slots.lengths), beams
@@ -220,7 +223,7 @@ def _choose(logits, beams, *, n_ids):
   """A search step on a device: the parent of each new beam, and the beams."""
   slots, (n, V) = beams.slots, logits.shape
   processed = rules.process(
-    logits, loop.parameters_of(slots, V), slots.past, n_ids
+    logits, decoding.parameters_of(slots, V), slots.past, n_ids
   )
   own = jax.nn.log_softmax(processed)
   shown = jnp.where(

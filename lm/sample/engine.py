@@ -14,9 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from lm import schema
 from lm.model import kv_cache
-from lm.sample import loop, rules, text
+from lm.sample import decoding, loaded_model, rules
 from lm.sample import request as request_lib
+from lm.sample import stream as stream_lib
 from lm.sample.request import Alternative, Piece, Request, Result
 
 # Smallest buckets of the prompt and of `n_places`, in tokens.
@@ -35,7 +37,7 @@ class _Job:
   seed: int
   prompt: list[int]
   limit: int
-  text: text.Stream
+  text: stream_lib.Stream
   token_ids: list[int] = dataclasses.field(default_factory=list)
   logs: list[float] = dataclasses.field(default_factory=list)
   others: list[list[Alternative]] = dataclasses.field(default_factory=list)
@@ -44,14 +46,16 @@ class _Job:
 
 
 class Engine:
-  """Slots of a sampler. Not thread-safe: a single thread owns an Engine.
+  """Slots of a model. Not thread-safe: a single thread owns an Engine.
 
-  `n_places` bounds prompt and continuation together, in tokens.
-  `state` is the list of KV caches (model, then draft model) and `loop.Slots`.
+  `n_places` bounds prompt and continuation together, in tokens. `state` is the
+  list of KV caches (model, then draft model) and `decoding.Slots`.
   """
 
-  def __init__(self, sampler: Any, n_slots: int, n_places: int):
-    self.sampler, self.n_slots, self.n_places = sampler, n_slots, n_places
+  def __init__(
+    self, model: loaded_model.LoadedModel, n_slots: int, n_places: int
+  ):
+    self.model, self.n_slots, self.n_places = model, n_slots, n_places
     self._queue: collections.deque[_Job] = collections.deque()
     self._slots: list[_Job | None] = [None] * n_slots
     self._ended: list[_Job] = []
@@ -59,8 +63,8 @@ class Engine:
     # Last prefill (ids, bidirectional, KV caches), reused for equal prompts.
     self._prompt: tuple[list[int], bool, Any] | None = None
     # Rejected proposals of speculative decoding may lie beyond n_places.
-    self._longest = n_places + sampler.ahead
-    with sampler.in_mesh():
+    self._longest = n_places + model.ahead
+    with model.in_mesh():
       self.state = self._empty()
 
   @property
@@ -76,10 +80,10 @@ class Engine:
 
   def submit(self, request: Request) -> list[int]:
     """Queues each sample and returns the job numbers. Raises ConfigError."""
-    prompt, limit = self.sampler.resolve(request, self.n_places)
+    prompt, limit = self.model.resolve(request, self.n_places)
     jobs = []
     for i in range(request.n_samples):
-      stream = text.Stream(self.sampler.tokenizer, request.stop)
+      stream = stream_lib.Stream(self.model.tokenizer, request.stop)
       seed = request.seed + i
       job = _Job(self._n_jobs, request, seed, prompt, limit, stream)
       self._n_jobs += 1
@@ -111,7 +115,7 @@ class Engine:
     `max_prefills` bounds the requests admitted before decoding: many new
     prompts must not delay the running samples.
     """
-    with self.sampler.in_mesh():
+    with self.model.in_mesh():
       self.fill(max_prefills)
       if any(self._slots):
         self._decode(min(n_steps, MAX_STEPS))
@@ -134,11 +138,11 @@ class Engine:
       request, n_samples=1, max_new_tokens=1, min_tokens=early
     )
     (job,) = self.submit(one)
-    s = self.sampler
+    s = self.model
     with s.in_mesh():
       self.fill()
       caches, slots = self.state
-      found = loop.look(
+      found = decoding.look(
         s.graph, s.state, caches[0], slots, n_ids=s.tokenizer.size
       )
       slot = [j.number if j else None for j in self._slots].index(job)
@@ -172,16 +176,17 @@ class Engine:
     both_ways = job.request.bidirectional_prompt
     if self._prompt is None or self._prompt[:2] != (job.prompt, both_ways):
       self._prompt = (job.prompt, both_ways, self._read(job.prompt, both_ways))
-    place, (caches, slots) = self.sampler.place, self.state
+    place, (caches, slots) = self.model.place, self.state
     row = self._row(job)
-    seeds, new = place(seeds), place(new)
-    self.state = loop.admit(caches, slots, self._prompt[2], row, seeds, new)
+    self.state = decoding.admit(
+      caches, slots, self._prompt[2], row, place(seeds), place(new)
+    )
 
-  def _empty(self) -> tuple[list[kv_cache.Cache], loop.Slots]:
+  def _empty(self) -> tuple[list[kv_cache.Cache], decoding.Slots]:
     """Empty KV caches and idle slots."""
-    s = self.sampler
-    filler = _Job(0, Request(), 0, [0], 0, text.Stream(s.tokenizer, ()))
-    return loop.empty(
+    s = self.model
+    filler = _Job(0, Request(), 0, [0], 0, stream_lib.Stream(s.tokenizer, ()))
+    return decoding.empty(
       self._row(filler),
       configs=tuple(each.cfg for each in s.models()),
       n_slots=self.n_slots,
@@ -193,31 +198,31 @@ class Engine:
   def _read(self, prompt: list[int], both_ways: bool) -> list[kv_cache.Cache]:
     n_read = len(prompt) - 1
     inputs = np.full(
-      (self.sampler.ways, min(bucket(n_read, MIN_PROMPT), self._longest)),
-      self.sampler.tokenizer.pad,
+      (self.model.ways, min(bucket(n_read, MIN_PROMPT), self._longest)),
+      self.model.tokenizer.pad,
       np.int32,
     )
     inputs[:, :n_read] = prompt[:-1]
-    lengths = np.full(self.sampler.ways, n_read, np.int32)
-    place = self.sampler.place
+    lengths = np.full(self.model.ways, n_read, np.int32)
+    place = self.model.place
     return [
-      loop.read(
+      decoding.read(
         each.graph,
         each.state,
         place(inputs),
         place(lengths),
         longest=self._longest,
-        n_new=self.sampler.ahead + 1,
-        int8=self.sampler.int8_cache,
+        n_new=self.model.ahead + 1,
+        int8=self.model.int8_cache,
         bidirectional=both_ways,
       )
-      for each in self.sampler.models()
+      for each in self.model.models()
     ]
 
-  def _row(self, job: _Job) -> loop.Slots:
+  def _row(self, job: _Job) -> decoding.Slots:
     """Initial slot content of a job, a row per device along the batch."""
-    r, V = job.request, self.sampler.cfg.vocab_size
-    ways, place = self.sampler.ways, self.sampler.place
+    r, V = job.request, self.model.cfg.vocab_size
+    ways, place = self.model.ways, self.model.place
 
     def column(value, dtype):
       return place(np.full(ways, value, dtype))
@@ -226,36 +231,23 @@ class Engine:
       return place(np.broadcast_to(row, (ways, len(row))))
 
     ends = np.full(request_lib.MAX_ENDS, V, np.int32)
-    ids = [self.sampler.tokenizer.eos, *r.stop_ids]
+    ids = [self.model.tokenizer.eos, *r.stop_ids]
     ends[: len(ids)] = ids
-    bias = np.zeros(V, np.float32)
-    for i, value in r.logit_bias.items():
-      bias[i] = value
-    bias[list(r.forbidden)] = -np.inf
     in_prompt = np.zeros(V, bool)
     in_prompt[job.prompt] = True
     history = np.zeros(self._longest, np.int32)
     history[: len(job.prompt)] = job.prompt
-    return loop.Slots(
-      rows=loop.Rows(
+    return decoding.Slots(
+      rows=decoding.Rows(
         limits=column(job.limit, np.int32),
         min_tokens=column(r.min_tokens, np.int32),
         ends=rows(ends),
         alternatives=column(r.alternatives > 0, bool),
         processed=column(r.processed, bool),
         parameters=rules.Parameters(
-          temperature=column(r.temperature, np.float32),
-          # Any k >= V keeps all ids; a larger k might overflow int32.
-          top_k=column(min(r.top_k, V), np.int32),
-          top_p=column(r.top_p, np.float32),
-          min_p=column(r.min_p, np.float32),
-          typical_p=column(r.typical_p, np.float32),
-          repetition_penalty=column(r.repetition_penalty, np.float32),
-          frequency_penalty=column(r.frequency_penalty, np.float32),
-          presence_penalty=column(r.presence_penalty, np.float32),
-          temperature_last=column(r.temperature_last, bool),
           seed=column(0, np.uint32),
-          bias=rows(bias),
+          bias=rows(_bias(r, V)),
+          **{name: column(*pair) for name, pair in _scalars(r).items()},
         ),
       ),
       past=rules.Past(
@@ -270,9 +262,9 @@ class Engine:
 
   def _decode(self, n_steps: int) -> None:
     """Decodes on the device and gives each job the tokens of the job's slot."""
-    s, (caches, slots) = self.sampler, self.state
+    s, (caches, slots) = self.model, self.state
     called_off = np.array([job is None for job in self._slots])
-    *self.state, drawn = loop.decode(
+    *self.state, drawn = decoding.decode(
       s.graph,
       s.state,
       caches,
@@ -294,7 +286,7 @@ class Engine:
   def _take(self, job: _Job, drawn: dict[str, np.ndarray], slot: int) -> None:
     """Adds the tokens drawn in a slot to the job, up to the end of the job."""
     n_others = job.request.alternatives
-    ends = {self.sampler.tokenizer.eos, *job.request.stop_ids}
+    ends = {self.model.tokenizer.eos, *job.request.stop_ids}
     for column in range(int(drawn["n"][slot])):
       at = slot, column
       token, log = int(drawn["ids"][at]), float(drawn["logs"][at])
@@ -341,6 +333,24 @@ class Engine:
       finish_reason=job.reason,
       alternatives=job.others,
     )
+
+
+def _scalars(request: Request) -> dict[str, tuple[Any, Any]]:
+  """(value, dtype) of each field that Request and rules.Parameters share."""
+  dtypes = {bool: bool, int: np.int32, float: np.float32}
+  return {
+    name: (getattr(request, name), dtypes[schema.bare(hint)[0]])
+    for name, hint in schema.hints(Request).items()
+    if name in rules.Parameters.__dataclass_fields__ and name != "seed"
+  }
+
+
+def _bias(request: Request, n_vocab: int) -> np.ndarray:
+  bias = np.zeros(n_vocab, np.float32)
+  for i, value in request.logit_bias.items():
+    bias[i] = value
+  bias[list(request.forbidden)] = -np.inf
+  return bias
 
 
 def bucket(n: int, least: int) -> int:

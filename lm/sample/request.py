@@ -4,44 +4,53 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
 from lm import schema
 from lm.data import tokenizer as tokenizer_lib
+from lm.model import scoring
 
 DEFAULT_NEW_TOKENS = 256
 # Most alternatives per token; sizes the buffers of the decode loop.
-MAX_ALTERNATIVES = 20
+MAX_ALTERNATIVES = scoring.MAX_ALTERNATIVES
 # Most stop ids of a row, eos included.
 MAX_ENDS = 8
 # All samples of a request are held in memory until its last one ends.
 MAX_SAMPLES = 1 << 16
 
 
+_KEEPS_ALL = "1 keeps all ids"
+_Share = Annotated[float, schema.Within(0, 1, _KEEPS_ALL, open_below=True)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
   """A prompt and the sampling parameters (lm/sample/rules.py).
 
-  The defaults draw from the model's own distribution.
+  The defaults draw from the model's own distribution. Each field but `prompt`
+  is also a flag, with the comment above the field as help, and a field of the
+  server's JSON.
   """
 
   # Text, to which the tokenizer prepends bos; or ids, used unchanged.
   prompt: str | Sequence[int] = ""
-  # 0 is greedy.
-  temperature: float = 1.0
-  # 0 keeps every id.
-  top_k: int = 0
-  top_p: float = 1.0
-  # Removes ids less likely than min_p times the likeliest id.
-  min_p: float = 0.0
-  # Locally typical sampling (arXiv:2202.00666); 1 keeps every id.
-  typical_p: float = 1.0
-  # On ids of prompt and output (arXiv:1909.05858); 1 changes nothing.
-  repetition_penalty: float = 1.0
-  # On drawn ids: frequency penalty per occurrence, presence penalty once.
+  # Divides the logits; 0 is greedy: the likeliest token is drawn.
+  temperature: schema.NotNegative = 1.0
+  # Draws from the k likeliest tokens; 0: from all.
+  top_k: schema.Natural = 0
+  # Draws from the likeliest tokens of this total probability.
+  top_p: _Share = 1.0
+  # Removes tokens less likely than this share of the likeliest.
+  min_p: Annotated[float, schema.Within(0, 1, "0 keeps all ids")] = 0.0
+  # Locally typical sampling (arXiv:2202.00666): the probability to keep.
+  typical_p: _Share = 1.0
+  # On tokens of prompt and output (arXiv:1909.05858); 1 changes nothing.
+  repetition_penalty: schema.Positive = 1.0
+  # Subtracted from a logit for each time that the token was drawn.
   frequency_penalty: float = 0.0
+  # Subtracted once from the logit of each token drawn.
   presence_penalty: float = 0.0
   # Added to the logits of these ids.
   logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
@@ -50,22 +59,27 @@ class Request:
   # Cuts (min-p to typical) before the temperature, as llama.cpp does.
   temperature_last: bool = False
   # None: 256, or the rest of the context if shorter.
-  max_new_tokens: int | None = None
+  max_new_tokens: schema.Natural | None = None
   # No stop id or eos is drawn before this many tokens.
-  min_tokens: int = 0
+  min_tokens: schema.Natural = 0
   # Stop strings: the text ends before the first one completed.
   stop: Sequence[str] = ()
   # Stop ids besides eos.
   stop_ids: Sequence[int] = ()
+  # Sample i of the request has the noise of `seed` + i.
   seed: schema.Seed = 0
-  # Sample i equals the sample of a single-sample request with `seed + i`.
-  n_samples: int = 1
+  # Continuations of the prompt.
+  n_samples: schema.Count = 1
   # Number of likeliest ids to report for each token drawn.
-  alternatives: int = 0
+  alternatives: schema.Natural = 0
   # Reports log-probabilities after the rules, not the model's own.
   processed: bool = False
   # Prompt tokens attend in both directions, as in a prefix LM.
   bidirectional_prompt: bool = False
+
+
+# Fields without a single number; checked by `_check_sequences`.
+_SEQUENCES = ("prompt", "logit_bias", "forbidden", "stop", "stop_ids")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +136,8 @@ class Candidate:
   """A possible next token.
 
   `rank` counts from 1 by the model's own logits; `cumulative` is the model's
-  probability of all ids up to this rank. `stages` maps each stage of the rules,
-  in order ("raw", "penalties", "temperature", "min_p", "top_k", "top_p",
-  "typical_p"), to the id's probability after the stage, 0 once removed.
+  probability of all ids up to this rank. `stages` maps each of `rules.STAGES`,
+  in order, to the id's probability after the stage, 0 once removed.
   """
 
   id: int
@@ -173,58 +186,31 @@ class Score:
 def check(request: Request, n_ids: int) -> None:
   """Validates a request; raises ConfigError on the first invalid field."""
   r = request
-  hints = schema.hints(Request)
-  for name in ("prompt", "logit_bias", "forbidden", "stop", "stop_ids"):
-    hints.pop(name)
-  for name, hint in hints.items():
-    schema.check_types(getattr(request, name), hint, f"request.{name}")
-  _check_sequences(request, n_ids)
-  share = "must be in (0, 1]; 1 keeps all ids"
+  for name, hint in schema.hints(Request).items():
+    if name not in _SEQUENCES:
+      schema.check_types(getattr(r, name), hint, name)
+  _check_sequences(r, n_ids)
+  most = min(MAX_ALTERNATIVES, n_ids)
   for name, holds, rule in (
     (
-      "temperature",
-      r.temperature >= 0,
-      "must be at least 0; 0 is greedy",
-    ),
-    ("top_k", r.top_k >= 0, "must be at least 0; 0 keeps all ids"),
-    ("top_p", 0 < r.top_p <= 1, share),
-    ("min_p", 0 <= r.min_p <= 1, "must be in [0, 1]; 0 keeps all ids"),
-    ("typical_p", 0 < r.typical_p <= 1, share),
-    (
-      "repetition_penalty",
-      r.repetition_penalty > 0,
-      "must be above 0; 1 changes nothing",
-    ),
-    (
-      "max_new_tokens",
-      r.max_new_tokens is None or r.max_new_tokens >= 0,
-      "must be at least 0, or None for what the context leaves",
-    ),
-    (
       "min_tokens",
-      0 <= r.min_tokens
-      and (r.max_new_tokens is None or r.min_tokens <= r.max_new_tokens),
-      "must be at least 0 and at most max_new_tokens",
+      r.max_new_tokens is None or r.min_tokens <= r.max_new_tokens,
+      "must be at most max_new_tokens",
     ),
     (
       "n_samples",
-      1 <= r.n_samples <= MAX_SAMPLES,
-      f"must be at least 1 and at most {MAX_SAMPLES}, since all are held in "
-      "memory; ask again from a later seed for more",
+      r.n_samples <= MAX_SAMPLES,
+      f"must be at most {MAX_SAMPLES}, since all are held in memory; ask again "
+      "from a later seed for more",
     ),
     (
       "seed",
-      0 <= r.seed <= 2**32 - max(r.n_samples, 1),
-      "must be at least 0, and seed + n_samples at most 2**32",
+      r.seed + r.n_samples <= 2**32,
+      "seed + n_samples must be at most 2**32",
     ),
-    (
-      "alternatives",
-      0 <= r.alternatives <= min(MAX_ALTERNATIVES, n_ids),
-      f"must be in [0, {min(MAX_ALTERNATIVES, n_ids)}]",
-    ),
+    ("alternatives", r.alternatives <= most, f"must be at most {most}"),
   ):
-    if not holds:
-      raise schema.ConfigError(f"{name}={getattr(r, name)!r}: {rule}")
+    schema.require(holds, name, getattr(r, name), rule)
 
 
 def _check_sequences(request: Request, n_ids: int) -> None:

@@ -44,47 +44,24 @@ B batch, V vocabulary.
 """
 
 import dataclasses
-import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-# Keys of `stages`, in order; `temperature_last` rows apply temperature last.
-STAGES = (
-  "raw",
-  "penalties",
-  "temperature",
-  "min_p",
-  "top_k",
-  "top_p",
-  "typical_p",
-)
-_CUTS = STAGES[3:]
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 _LEAST = float(jnp.finfo(jnp.float32).tiny)
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=[
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "temperature_last",
-    "seed",
-    "bias",
-  ],
-  meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-  """Sampling parameters per row, as arrays: no recompilation per request."""
+  """Sampling parameters per row, as arrays: no recompilation per request.
+
+  All fields but `seed` and `bias` are fields of lm/sample/request.py.
+  """
 
   temperature: Float[Array, "B"]
   top_k: Int[Array, "B"]
@@ -99,11 +76,7 @@ class Parameters:
   bias: Float[Array, "B V"]
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=["prompt", "counts"],
-  meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Past:
   """Input of the penalties: ids of the prompt, and a count of draws per id.
@@ -178,8 +151,10 @@ def stages(
     "penalties": scores,
     "temperature": jnp.where(greedy | last, final, early),
   }
-  for name, kept in zip(_CUTS, cuts, strict=True):
-    found[name] = jnp.where(greedy, final, jnp.where(kept, early, -jnp.inf))
+  for cut, kept in zip(CUTS, cuts, strict=True):
+    found[cut.field] = jnp.where(
+      greedy, final, jnp.where(kept, early, -jnp.inf)
+    )
   return {name: jax.nn.softmax(found[name], axis=-1) for name in STAGES}
 
 
@@ -216,55 +191,71 @@ def _penalise(logits, parameters, past, n_ids):
 
 def _cut(scores, parameters):
   """Rules 6 to 9: a mask per rule, of the ids left after the rule."""
-  temperature = _cutting_temperature(parameters)
-  hot = _hot(parameters)
-  n_ids = scores.shape[1]
+  temperature, hot = _cutting_temperature(parameters), _hot(parameters)
 
-  def asked(name, where):
-    value = getattr(parameters, name)[:, None]
-    return value, hot & where(value)
+  def apply(cut, before):
+    value = getattr(parameters, cut.field)[:, None]
+    rows = hot & cut.acts(value, scores.shape[1])
 
-  def tempered():
-    return _temper(scores, temperature)
+    def keep():
+      kept = cut.keep(scores, _temper(scores, temperature), before, value)
+      return before & (kept | ~rows)
+
+    return jax.lax.cond(jnp.any(rows), keep, lambda: before)
 
   kept = [jnp.ones_like(scores, bool)]
-
-  def rule(rows, keep):
-    before = kept[-1]
-    kept.append(
-      jax.lax.cond(
-        jnp.any(rows),
-        lambda: before & (keep(before) | ~rows),
-        lambda: before,
-      )
-    )
-
-  min_p, rows = asked("min_p", lambda value: value > 0)
-  # `tempered` has a largest weight of exp(0) = 1.
-  rule(rows, lambda _: jnp.exp(tempered()) >= min_p)
-
-  top_k, rows = asked("top_k", lambda value: (value > 0) & (value < n_ids))
-  k = jnp.where(rows, top_k, n_ids)
-  rule(rows, lambda _: _prefix(_sortable(scores), jnp.ones_like(k), k))
-
-  top_p, rows = asked("top_p", lambda value: value < 1)
-  rule(
-    rows,
-    lambda before: _nucleus(_sortable(scores), tempered(), before, top_p),
-  )
-
-  def typical(before):
-    # Surprisal is a constant minus the score: |surprisal - entropy| equals
-    # |score - mean score|.
-    x = tempered()
-    weights = jnp.where(before, jnp.exp(x), 0)
-    moment = jnp.sum(jnp.where(weights > 0, weights * x, 0), -1, keepdims=True)
-    mean = moment / jnp.sum(weights, axis=-1, keepdims=True)
-    return _nucleus(_sortable(-jnp.abs(x - mean)), x, before, typical_p)
-
-  typical_p, rows = asked("typical_p", lambda value: value < 1)
-  rule(rows, typical)
+  for cut in CUTS:
+    kept.append(apply(cut, kept[-1]))
   return kept[1:]
+
+
+# --- cuts: (scores, scores over the temperature, mask of the ids left, value of
+# the rule [B, 1]) -> mask of the ids that the rule keeps ----------------------
+
+
+def _min_p(scores, tempered, before, p):
+  # The largest weight is exp(0) = 1.
+  return jnp.exp(tempered) >= p
+
+
+def _top_k(scores, tempered, before, k):
+  k = jnp.where(k > 0, k, scores.shape[1])
+  return _prefix(_sortable(scores), jnp.ones_like(k), k)
+
+
+def _top_p(scores, tempered, before, p):
+  return _nucleus(_sortable(scores), tempered, before, p)
+
+
+def _typical(scores, tempered, before, p):
+  # Surprisal is a constant minus the score: |surprisal - entropy| equals
+  # |score - mean score|.
+  x = tempered
+  weights = jnp.where(before, jnp.exp(x), 0)
+  moment = jnp.sum(jnp.where(weights > 0, weights * x, 0), -1, keepdims=True)
+  mean = moment / jnp.sum(weights, axis=-1, keepdims=True)
+  return _nucleus(_sortable(-jnp.abs(x - mean)), x, before, p)
+
+
+class Cut(NamedTuple):
+  """A rule that removes ids: the field of Parameters, whether a value of the
+  field can remove any of `n_ids` ids, and the function above.
+  """
+
+  field: str
+  acts: Callable[[Any, int], Any]
+  keep: Callable[..., Bool[Array, "B V"]]
+
+
+# In order of application.
+CUTS = (
+  Cut("min_p", lambda p, n_ids: p > 0, _min_p),
+  Cut("top_k", lambda k, n_ids: (k > 0) & (k < n_ids), _top_k),
+  Cut("top_p", lambda p, n_ids: p < 1, _top_p),
+  Cut("typical_p", lambda p, n_ids: p < 1, _typical),
+)
+# Keys of `stages`, in order; `temperature_last` rows apply temperature last.
+STAGES = ("raw", "penalties", "temperature", *(cut.field for cut in CUTS))
 
 
 def _nucleus(order, tempered, before, p):

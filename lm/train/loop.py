@@ -17,12 +17,12 @@ from jax.sharding import PartitionSpec as P
 
 from lm import checkpoint, locks, sharding
 from lm import config as config_lib
-from lm.data import pipeline, store
+from lm.data import pipeline, prefetch, store
 from lm.evaluate import perplexity
 from lm.train import ledger as ledger_lib
 from lm.train import metrics as metrics_lib
 from lm.train import profile as profile_lib
-from lm.train import report, resume
+from lm.train import programs, report, resume
 from lm.train import step as step_lib
 from lm.train import stop as stop_lib
 from lm.train import watchdog as watchdog_lib
@@ -105,7 +105,7 @@ class _Run:
     self.last_step = min(
       config.train.steps, pipeline.n_train_batches(config, prepared)
     )
-    self.rows = step_lib.batch_sharding(config, mesh)
+    self.rows = programs.batch_sharding(config, mesh)
     # Mode pmap has no mesh in context: the result sharding must be given.
     whole = NamedSharding(mesh, P()) if config.mesh.mode == "pmap" else None
     self.eval_step = perplexity.eval_step(config.model, whole)
@@ -124,7 +124,8 @@ class _Run:
         metrics_lib.plot_if_missing(self.workdir)
       self.progress.say(f"{self.workdir} is at step {self.start}: complete")
       return 0
-    self._say_what_runs()
+    now = self.config, self.mesh, self.prepared, self.start, self.last_step
+    report.say_what_runs(*now, self.progress.say)
     train_step, state = self._set_up()
     step, evaluated = self.start, None
     if self._lacks_evaluation():
@@ -178,7 +179,7 @@ class _Run:
   def _numbered_batches(self):
     """Yields (step, batch on the devices) for each remaining step."""
     t = self.config.train
-    batches = pipeline.to_device(
+    batches = prefetch.DevicePrefetch(
       pipeline.train_batches(
         self.config,
         self.prepared,
@@ -243,24 +244,6 @@ class _Run:
 
   # --- start ---
 
-  def _say_what_runs(self) -> None:
-    from lm.model import counts
-
-    c = self.config
-    shape = " x ".join(f"{k} {v}" for k, v in self.mesh.shape.items())
-    tokens = sum(s.n_tokens for s in self.prepared.train)
-    self.progress.say(
-      f"{counts.parameter_count(c.model):,} parameters on {self.mesh.size} "
-      f"{jax.devices()[0].device_kind} device(s), {c.mesh.mode} {shape}; "
-      f"{tokens:,} training tokens, {c.tokens_per_step:,} a step; "
-      f"from step {self.start} to {self.last_step}"
-    )
-    if self.last_step < c.train.steps:
-      self.progress.say(
-        f"the data end at step {self.last_step}, before "
-        f"train.steps={c.train.steps}: data.epochs={c.data.epochs}"
-      )
-
   def _set_up(self):
     """(compiled step, state), restored or fresh. Also opens ledger, metrics and
     watchdog.
@@ -282,7 +265,7 @@ class _Run:
           self.meta.unreported = meta.unreported
         self.start = 0 if meta is None else meta.step
       with self.ledger.within("compile"):
-        return step_lib.compile_step(self.config, self.mesh), state
+        return programs.compile_step(self.config, self.mesh), state
 
     train_step, state = self.stop.start("restoring or compiling", make)
     if jax.process_index() == 0:

@@ -5,6 +5,7 @@ gradient norm that is not finite is found here, before anything is saved.
 """
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ import numpy as np
 
 from lm import checkpoint, locks, schema
 from lm import config as config_lib
+from lm.data import store
+from lm.model import counts
 from lm.train import ledger as ledger_lib
 from lm.train import metrics as metrics_lib
 
@@ -185,3 +188,27 @@ def _chained(before: str, words: np.ndarray) -> str:
   """Chained batch hash: hex digest of the hash `before` and new words."""
   text = bytes.fromhex(before) + words.astype("<u4").tobytes()
   return hashlib.blake2b(text, digest_size=8).hexdigest()
+
+
+def say_what_runs(
+  config: config_lib.Config,
+  mesh: jax.sharding.Mesh,
+  prepared: store.Prepared,
+  start: int,
+  last_step: int,
+  say: Callable[[str], None],
+) -> None:
+  """Prints the size of the model, the mesh, and the steps of this start."""
+  shape = " x ".join(f"{k} {v}" for k, v in mesh.shape.items())
+  tokens = sum(s.n_tokens for s in prepared.train)
+  say(
+    f"{counts.parameter_count(config.model):,} parameters on {mesh.size} "
+    f"{jax.devices()[0].device_kind} device(s), {config.mesh.mode} {shape}; "
+    f"{tokens:,} training tokens, {config.tokens_per_step:,} a step; "
+    f"from step {start} to {last_step}"
+  )
+  if last_step < config.train.steps:
+    say(
+      f"the data end at step {last_step}, before "
+      f"train.steps={config.train.steps}: data.epochs={config.data.epochs}"
+    )

@@ -19,7 +19,7 @@ from lm import checkpoint, files, processes, schema, validation
 from lm import config as config_lib
 from lm.data import pipeline, store
 from lm.data import tokenizer as tokenizer_lib
-from lm.train import metrics, optimizer
+from lm.train import metrics, optimizer, programs
 from lm.train import step as step_lib
 
 # Fields that a restart may change: how a run is computed, watched and stored,
@@ -203,7 +203,7 @@ def first_state(
   with several processes every move does. Raises ConfigError if the checkpoint
   does not fit the config or the data.
   """
-  like = step_lib.to_trees(step_lib.abstract_state(config, mesh))
+  like = step_lib.to_trees(programs.abstract_state(config, mesh))
   n_damaged = 0
   while step := checkpoints.latest_step():
     try:
@@ -229,7 +229,7 @@ def first_state(
       if jax.process_count() > 1:  # other processes may see no damage
         raise files.Damaged(f"{said}: start the run again") from error
       say(said)
-  return step_lib.create_state(config, mesh), None
+  return programs.create_state(config, mesh), None
 
 
 def _refuse_other_data(
@@ -292,7 +292,7 @@ def _restored(config, mesh, workdir, checkpoints, meta, like, say):
       "--config.checkpoint.on_mismatch=fresh_optimizer"
     )
   say(f"{where}: afresh from step {meta.step} on: {said}")
-  fresh = step_lib.create_state(config, mesh)
+  fresh = programs.create_state(config, mesh)
   state = dataclasses.replace(fresh, **checkpoints.restore(meta, model))
   ema = like.get("ema")
   if ema is not None:

@@ -1,10 +1,9 @@
 """Training state and the pure train step.
 
 `init_state(config)` and `train_step(config)(state, batch)` are pure functions
-of arrays; `compile_step` runs the same step under `jax.jit` on a mesh or
-under `jax.pmap`. Losses and gradients are sums over tokens until a single
-division by the weights of the whole batch: microbatches with unequal masks add
-up to the big batch.
+of arrays; lm/train/programs.py compiles them for the devices. Losses and
+gradients are sums over tokens until a single division by the weights of the
+whole batch: microbatches with unequal masks add up to the big batch.
 """
 
 import dataclasses
@@ -15,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from lm import batch as batch_lib
@@ -28,7 +26,7 @@ from lm.train import optimizer
 Metrics = dict[str, Any]
 
 # Name of the device axis in mode pmap.
-_PMAP_AXIS = "rows"
+PMAP_AXIS = "rows"
 
 
 @functools.partial(
@@ -157,7 +155,7 @@ def train_step(
     sums = _over_microbatches(config, state, batch, key)
     bits = digest.of_tree(batch.present(), _rows(config, batch)[0])
     if config.mesh.mode == "pmap":
-      sums, bits = jax.lax.psum((sums, bits), _PMAP_AXIS)
+      sums, bits = jax.lax.psum((sums, bits), PMAP_AXIS)
     gradients, nll, weight, aux = sums
     weight = jnp.maximum(weight, 1.0)  # for a batch of only padding
     gradients = jax.tree.map(lambda g: g / weight, gradients)
@@ -260,7 +258,7 @@ def _rows(config, batch):
   n_rows = batch.inputs.shape[0]
   if config.mesh.mode == "jit":
     return 0, n_rows
-  return jax.lax.axis_index(_PMAP_AXIS) * n_rows, n_rows
+  return jax.lax.axis_index(PMAP_AXIS) * n_rows, n_rows
 
 
 def _loss_sums(config, params, frozen, batch, key, rows):
@@ -327,84 +325,3 @@ def _judge(skip, old: History, mean, norm) -> tuple[Array, History]:
     old.count + finite.astype(jnp.int32),
     old.skipped + (~keep).astype(jnp.int32),
   )
-
-
-# --- on devices ---------------------------------------------------------------
-
-
-def batch_sharding(
-  config: config_lib.Config, mesh: jax.sharding.Mesh
-) -> jax.sharding.NamedSharding:
-  """Sharding of the arrays of a batch."""
-  where = sharding.partition("batch", "length")
-  return jax.sharding.NamedSharding(mesh, where)
-
-
-def abstract_state(config: config_lib.Config, mesh: jax.sharding.Mesh) -> State:
-  """Shapes and shardings of the state, for restore and AOT compilation."""
-  make = functools.partial(init_state, config)
-  if config.mesh.mode == "jit":
-    return sharding.abstract(make, mesh=mesh)
-  whole = jax.sharding.NamedSharding(mesh, P())
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
-    jax.eval_shape(make),
-  )
-
-
-def create_state(config: config_lib.Config, mesh: jax.sharding.Mesh) -> State:
-  """Fresh state on the devices, each array created in its shards."""
-  make = functools.partial(init_state, config)
-  if config.mesh.mode == "jit":
-    with jax.set_mesh(mesh):
-      return jax.jit(make)()
-  return jax.jit(make, out_shardings=jax.sharding.NamedSharding(mesh, P()))()
-
-
-def compile_step(
-  config: config_lib.Config,
-  mesh: jax.sharding.Mesh,
-  *,
-  prefix: bool = False,
-) -> Callable[[State, batch_lib.Batch], tuple[State, Metrics]]:
-  """The train step with donation of the state; mode jit uses AOT compilation.
-
-  `prefix` says whether batches have a `prefix` array: without a prefix the mask
-  is static. Mode pmap compiles at the first call; every device holds the whole
-  state and computes its own rows of the batch, and a psum adds the sums.
-  """
-  if config.mesh.mode == "jit":
-    state = abstract_state(config, mesh)
-    rows = batch_sharding(config, mesh)
-    batch = batch_lib.abstract(config, rows, prefix=prefix)
-    with jax.set_mesh(mesh):
-      step = jax.jit(train_step(config), donate_argnums=0)
-      return step.lower(state, batch).compile()
-  n = mesh.size
-  pmapped = jax.pmap(
-    train_step(config),
-    axis_name=_PMAP_AXIS,
-    in_axes=(None, 0),
-    out_axes=None,
-    devices=list(mesh.devices.flat),
-    donate_argnums=0,
-  )
-
-  def split(a):
-    return a.reshape(n, a.shape[0] // n, *a.shape[1:])
-
-  whole = jax.sharding.NamedSharding(mesh, P())
-
-  def joined(x):
-    """Global replicated array from the copies that pmap left on the devices of
-    this process: saving and evaluating expect global arrays.
-    """
-    copies = [shard.data for shard in x.addressable_shards]
-    return jax.make_array_from_single_device_arrays(x.shape, whole, copies)
-
-  def step(state: State, batch: batch_lib.Batch) -> tuple[State, Metrics]:
-    new, metrics = pmapped(state, jax.tree.map(split, batch))
-    several = jax.process_count() > 1
-    return jax.tree.map(joined, new) if several else new, metrics
-
-  return step

@@ -1,4 +1,4 @@
-"""`python -m lm.verify --config=configs/NAME.py`: proves it on this machine.
+"""`python -m lm.verify --config=FILE`: checks a config on this machine.
 
   python -m lm.verify --config=configs/llama3_8b.py --only=meshes,dtypes
 
@@ -53,15 +53,15 @@ def main(config: config_lib.Config) -> int:
   from lm.verify import checks, result, shrink
 
   names = checks.choose(_ONLY.value)
-  subject, changed = shrink.subject(config, _SHRINK.value)
+  checked, changed = shrink.config_to_check(config, _SHRINK.value)
   todo = [
-    (n, checks.CHECKS[n], config if n in checks.TRACED else subject)
+    (n, checks.CHECKS[n], config if n in checks.TRACED else checked)
     for n in names
   ]
   if _FAULTS.value:
-    from lm.verify import faults
+    from lm.verify.faults import cases
 
-    todo = [("faults", faults.run, subject)]
+    todo = [("faults", cases.run, checked)]
   results = []
   with rich.console.Console(stderr=True).status("") as status:
     for name, check, its_config in todo:

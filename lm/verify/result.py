@@ -57,10 +57,10 @@ def show(results: Sequence[Result], title: str) -> None:
   table.add_column("limit", justify="right", no_wrap=True)
   table.add_column("", no_wrap=True)
   for result in results:
-    said = result.compared + (f"\n{result.note}" if result.note else "")
+    compared = result.compared + (f"\n{result.note}" if result.note else "")
     table.add_row(
       result.check,
-      rich.markup.escape(said),
+      rich.markup.escape(compared),
       _number(result.error),
       _number(result.limit),
       "[green]pass[/]" if result.passed else "[bold red]FAIL[/]",

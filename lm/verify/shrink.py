@@ -25,8 +25,8 @@ def is_large(config: config_lib.Config) -> bool:
 
 def shorten(config: config_lib.Config, steps: int) -> None:
   """Sets train.steps to `steps`, in place. A `wsd` schedule's warm-up is scaled
-  to still end before the decay begins, and no step is traced: the steps to
-  trace may be beyond the last.
+  to still end before the decay begins. The profiler is turned off, since the
+  steps to profile may be beyond the last.
   """
   o, t = config.optimizer, config.train
   if o.schedule == "wsd":
@@ -37,8 +37,8 @@ def shorten(config: config_lib.Config, steps: int) -> None:
 def shrink(config: config_lib.Config) -> config_lib.Config:
   """Reduces widths, depth, vocabulary, lengths and batch, and nothing else.
 
-  Sizes keep their divisibility by 2, 4 and 8 devices, both ways; the batch
-  keeps a row for each of 8 devices where the config does.
+  A size divisible by 2, 4 or 8 devices remains so, and one that is not does not
+  become so. The batch has a row for each of 8 devices where the config's has.
   """
   small = copy.deepcopy(config)
   m, t, before = small.model, small.train, config.model
@@ -52,9 +52,9 @@ def shrink(config: config_lib.Config) -> config_lib.Config:
     None if w is None else min(w, max(2, round(w * ratio))) for w in m.windows
   )
   if m.rope_scaling is not None:
-    bent = round(m.rope_scaling.original_length * ratio)
+    original = round(m.rope_scaling.original_length * ratio)
     m.rope_scaling = dataclasses.replace(
-      m.rope_scaling, original_length=max(1, bent)
+      m.rope_scaling, original_length=max(1, original)
     )
   m.n_layers = _layers(m.n_layers, len(m.windows))
   m.vocab_size = _narrow(m.vocab_size, 256)
@@ -62,8 +62,8 @@ def shrink(config: config_lib.Config) -> config_lib.Config:
   m.d_mlp = _narrow(m.d_mlp, 120)
   m.d_head = min(m.d_head, 8 - m.d_head % 2)
   if m.query_scale_dim is not None:
-    part = m.query_scale_dim * m.d_head / before.d_head
-    m.query_scale_dim = max(1, round(part))
+    scaled = m.query_scale_dim * m.d_head / before.d_head
+    m.query_scale_dim = max(1, round(scaled))
   m.n_kv_heads = _narrow(m.n_kv_heads, 0)
   m.n_heads = m.n_kv_heads * min(8, before.n_heads // before.n_kv_heads)
   rows = _narrow(t.batch_size // t.microbatches, 0)
@@ -78,7 +78,7 @@ def shrink(config: config_lib.Config) -> config_lib.Config:
   return validation.validate(small)
 
 
-def subject(
+def config_to_check(
   config: config_lib.Config, small: bool | None
 ) -> tuple[config_lib.Config, str]:
   """The config to check, and a line on the changes; `small` None shrinks only a
@@ -87,16 +87,15 @@ def subject(
   checked = copy.deepcopy(config)
   if is_large(config) if small is None else small:
     checked = shrink(config)
-  kernel, here = config.model.attention, sharding.platform()
-  home = {"splash": "tpu", "cudnn": "gpu"}.get(kernel, here)
-  if home != here:
+  kernel, platform = config.model.attention, sharding.platform()
+  if {"splash": "tpu", "cudnn": "gpu"}.get(kernel, platform) != platform:
     checked.model.attention = "reference"
-  said = sizes(config, checked)
-  return checked, f"changed: {said}" if said else "as it stands"
+  changed = changes(config, checked)
+  return checked, f"changed: {changed}" if changed else "as it stands"
 
 
-def sizes(config: config_lib.Config, small: config_lib.Config) -> str:
-  """Fields changed by shrinking: `model.d_model 4096 -> 64, ...`."""
+def changes(config: config_lib.Config, small: config_lib.Config) -> str:
+  """Fields that differ: `model.d_model 4096 -> 64, ...`."""
   changed = validation.differences(config, small).items()
   return ", ".join(
     f"{path.removeprefix('config.')} {_brief(a)} -> {_brief(b)}"
@@ -119,7 +118,9 @@ def _narrow(size: int, about: int) -> int:
 
 
 def _layers(n: int, period: int) -> int:
-  """At most two window periods, plus a layer where layers are left over."""
+  """At most two periods of windows, and one more layer if `n` layers are not a
+  multiple of the period.
+  """
   if n < period:
     return n
   return min(n // period, 2) * period + min(n % period, 1)

@@ -1,0 +1,43 @@
+"""Holds a conversation with a checkpoint in the terminal.
+
+  python -m lm.chat --workdir=RUN --temperature=0.8
+
+Lines of stdin are the user's messages; the checkpoint's chat template turns the
+conversation into a prompt (lm/data/chat.py).
+"""
+
+import io
+import sys
+
+from absl import flags
+
+from lm import cli
+from lm.chat import talk
+from lm.data import tokenizer as tokenizer_lib
+from lm.sample import flags as sample_flags
+from lm.sample import request as request_lib
+
+_, _request = sample_flags.define_request(
+  "n_samples", "alternatives", "processed", "bidirectional_prompt"
+)
+flags.adopt_module_key_flags(sample_flags)  # for --help
+_SYSTEM = flags.DEFINE_string("system", None, "System message.")
+
+
+def main() -> int:
+  sample_flags.check()
+  request = _request("")
+  tokenizer_lib.check_text("--system", _SYSTEM.value or "")
+  found = sample_flags.meta()
+  tokenizer = tokenizer_lib.Tokenizer.from_json(found.tokenizer)
+  request_lib.check(request, tokenizer.size)
+  talk.opening(tokenizer, _SYSTEM.value)
+  sampler = sample_flags.sampler(found)
+  # A line of invalid UTF-8 is refused, and the conversation goes on.
+  if isinstance(sys.stdin, io.TextIOWrapper):
+    sys.stdin.reconfigure(errors="surrogateescape")
+  return talk.talk(sampler, request, _SYSTEM.value)
+
+
+if __name__ == "__main__":
+  cli.run(main, takes_config=False)

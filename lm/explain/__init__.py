@@ -1,0 +1,1 @@
+"""Shows how a model continues, and how likely a text is."""

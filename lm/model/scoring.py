@@ -1,0 +1,108 @@
+"""Log-probabilities of a given text, from raw logits: token by token.
+
+`token_nll` is what evaluation sums, on any mesh; `score` adds each token's rank
+and the likeliest alternatives, with the weights of inference.
+
+B rows, T length, D model, V vocabulary, A alternatives.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from lm import sharding
+from lm.model import attention, loss
+
+# Positions per block of logits in `score`; T is a multiple.
+CHUNK = 16
+# Most alternatives per token.
+MAX_ALTERNATIVES = 20
+
+
+@jax.named_scope("loss")
+def token_nll(
+  x: Float[Array, "B T D"],
+  head: Float[Array, "V D"],
+  targets: Int[Array, "B T"],
+  *,
+  chunk: int,
+  softcap: float | None = None,
+) -> Float[Array, "B T"]:
+  """Negative log-likelihood of each target, in nats."""
+  rows = ("batch", "length")
+
+  def local(x, head, targets):
+    head = loss.whole_head(head, x.dtype)
+
+    def one(_, piece):
+      scores, _ = loss.chunk_logits(piece[0], head, softcap)
+      nll, _, _ = loss.chunk_nll(scores, piece[1])
+      return None, nll
+
+    _, nll = loss.over_chunks(one, None, chunk, x, targets)
+    return nll
+
+  run = sharding.per_shard(
+    local, (*rows, None), ("vocab", "embed"), rows, out_axes=rows
+  )
+  return run(x, head, targets)
+
+
+@functools.partial(jax.jit, static_argnames=("graph",))
+def score(
+  graph: Any,
+  state: Any,
+  inputs: Int[Array, "B T"],
+  targets: Int[Array, "B T"],
+  lengths: Int[Array, "B"],
+  wanted: Bool[Array, "B"],
+) -> tuple[
+  Float[Array, "B T"],
+  Int[Array, "B T"],
+  Int[Array, "B T A"],
+  Float[Array, "B T A"],
+]:
+  """Log-probability and rank of each target, and the likeliest alternatives,
+  zeros if no row is `wanted`.
+
+  Ranks count from 1; equal logits rank by id. Logits are computed CHUNK
+  positions at a time, to avoid an array of [B, T, V].
+  """
+  model = nnx.merge(graph, state)
+  B, T = inputs.shape
+  places = jnp.arange(T)[None]
+  real = places < lengths[:, None]
+  tokens = attention.Tokens(
+    jnp.where(real, places, 0), real.astype(jnp.int32), None
+  )
+  hidden, _ = model(inputs, tokens)
+
+  def chunk(i):
+    part = jax.lax.dynamic_slice_in_dim(hidden, i, CHUNK, axis=1)
+    ids = jax.lax.dynamic_slice_in_dim(targets, i, CHUNK, axis=1)
+    return sharding.by_row(_judge, model.logits(part), ids, wanted)
+
+  parts = jax.lax.map(chunk, jnp.arange(0, T, CHUNK))
+  return jax.tree.map(
+    lambda x: jnp.moveaxis(x, 0, 1).reshape(B, T, *x.shape[3:]), parts
+  )
+
+
+def _judge(logits, ids, wanted):
+  logs = jax.nn.log_softmax(logits)
+  own = jnp.take_along_axis(logs, ids[..., None], axis=-1)
+  earlier = jnp.arange(logs.shape[-1])[None, None] < ids[..., None]
+  better = (logs > own) | ((logs == own) & earlier)
+  ranks = 1 + jnp.sum(better, axis=-1, dtype=jnp.int32)
+  n = min(MAX_ALTERNATIVES, logs.shape[-1])
+  shape = (*ids.shape, n)
+  other_logs, other_ids = jax.lax.cond(
+    jnp.any(wanted),
+    lambda: tuple(jax.lax.top_k(logs, n)),
+    lambda: (jnp.zeros(shape, logs.dtype), jnp.zeros(shape, jnp.int32)),
+  )
+  return own[..., 0], ranks, other_ids, other_logs

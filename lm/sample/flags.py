@@ -1,0 +1,274 @@
+"""Flags of every command that samples: the model, the prompts, the rules.
+
+Importing defines the flags of the model: checkpoint, mesh, weight format, draft
+model. A command that reads prompts also makes `Prompts`, and one that draws
+tokens calls `define_request`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import flags
+
+from lm import checkpoint, cli, schema, sharding
+from lm.data import fim
+from lm.data import tokenizer as tokenizer_lib
+from lm.sample import loaded_model
+from lm.sample import request as request_lib
+from lm.sample import sampler as sampler_lib
+
+_WORKDIR = cli.define_path("workdir", "Run directory of lm.train.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint; default: the last.")
+_MESH = flags.DEFINE_list(
+  "mesh",
+  None,
+  "Devices along data, fsdp and tensor, such as 1,1,4; default: one device.",
+)
+_WEIGHTS = flags.DEFINE_enum(
+  "weights",
+  None,
+  loaded_model.WEIGHTS,
+  "Keep the weights so; default: the model's own dtype.",
+)
+_INT8_CACHE = flags.DEFINE_bool(
+  "int8_cache", False, "Keep keys and values in 8 bits."
+)
+_AHEAD = flags.DEFINE_integer(
+  "ahead",
+  0,
+  "Tokens proposed at each step, by --draft or what the text repeats; no token "
+  "depends on it.",
+  lower_bound=0,
+  upper_bound=loaded_model.MAX_AHEAD,
+)
+_DRAFT = cli.define_path(
+  "draft", "Run directory of a smaller model that proposes tokens."
+)
+
+
+def check() -> str:
+  """Returns --workdir. Raises ConfigError on invalid flags.
+
+  Does not initialize the devices.
+  """
+  if _WORKDIR.value is None:
+    raise schema.ConfigError("--workdir: missing; write --workdir=RUN")
+  if _MESH.value is not None:
+    _shape(_MESH.value)
+  if _DRAFT.value is not None and _AHEAD.value == 0:
+    raise schema.ConfigError(
+      f"--draft={_DRAFT.value}: proposes --ahead tokens; set that too"
+    )
+  return _WORKDIR.value
+
+
+def meta() -> checkpoint.Meta:
+  """Metadata of the checkpoint selected by the flags.
+
+  Raises ConfigError on invalid flags, and if --mesh cannot shard the model or
+  the draft model.
+  """
+  found = checkpoint.load_meta(check(), _STEP.value)
+  if _MESH.value is not None:
+    flags_said = f"--mesh={','.join(_MESH.value)}"
+    shape = dict(zip(sharding.MESH_AXES, _shape(_MESH.value), strict=True))
+    models = {flags_said: found.config.model}
+    if _DRAFT.value is not None:
+      draft = checkpoint.load_meta(_DRAFT.value)
+      models[f"--draft={_DRAFT.value}, {flags_said}"] = draft.config.model
+    for said, model in models.items():
+      try:
+        sharding.check_model(model, shape)
+      except schema.ConfigError as error:
+        raise schema.ConfigError(f"{said}: {error}") from error
+  return found
+
+
+def sampler(found: checkpoint.Meta | None = None) -> sampler_lib.Sampler:
+  """Loads the model of `found` (default: `meta()`) and any draft model.
+
+  Raises ConfigError, for example if --mesh needs more devices than exist.
+  """
+  mesh = None if _MESH.value is None else _mesh(_MESH.value)
+  step = (found or meta()).step
+  load = sampler_lib.Sampler.from_checkpoint
+  options = {"weights": _WEIGHTS.value, "int8_cache": _INT8_CACHE.value}
+  draft = None
+  if _DRAFT.value is not None:
+    draft = load(_DRAFT.value, None, mesh, **options)
+  return load(check(), step, mesh, ahead=_AHEAD.value, draft=draft, **options)
+
+
+def _mesh(numbers: list[str]) -> jax.sharding.Mesh:
+  shape, found = _shape(numbers), jax.devices()
+  n = math.prod(shape)
+  if n > len(found):
+    raise schema.ConfigError(
+      f"--mesh={','.join(numbers)}: needs {n} devices; there are {len(found)}"
+    )
+  return jax.make_mesh(shape, sharding.MESH_AXES, devices=found[:n])
+
+
+def _shape(numbers: list[str]) -> tuple[int, ...]:
+  try:
+    shape = tuple(map(int, numbers))
+  except ValueError:
+    shape = ()
+  if len(shape) != len(sharding.MESH_AXES) or min(shape) < 1:
+    raise schema.ConfigError(
+      f"--mesh={','.join(numbers)}: must be {len(sharding.MESH_AXES)} numbers "
+      f"of devices, along {', '.join(sharding.MESH_AXES)}, such as 1,1,4"
+    )
+  return shape
+
+
+# --- prompts ------------------------------------------------------------------
+
+
+class Prompts:
+  """Defines the flags of prompts, and reads the flags."""
+
+  names = ("prompt", "prompt_file", "infill_suffix", "infill_order")
+
+  def __init__(self):
+    self._prompt = flags.DEFINE_multi_string(
+      "prompt", [], "Text to continue; repeat it for several. Default: none."
+    )
+    self._file = cli.define_paths(
+      "prompt_file", "File whose whole text is one more prompt."
+    )
+    self._suffix = flags.DEFINE_string(
+      "infill_suffix",
+      None,
+      "Write what belongs between the prompt and this. Only for models that "
+      "were trained to fill gaps.",
+    )
+    self._order = flags.DEFINE_enum(
+      "infill_order",
+      "psm",
+      ["psm", "spm"],
+      "Which comes first: prefix or suffix.",
+    )
+
+  @property
+  def suffix(self) -> str:
+    """Text after the gap to fill; empty without --infill_suffix."""
+    return self._suffix.value or ""
+
+  def texts(self) -> list[str]:
+    """The prompts, at least one. Raises ConfigError on an unreadable file, and
+    on an --infill_suffix beside several prompts.
+    """
+    texts = list(self._prompt.value)
+    texts += [read_text("prompt_file", path) for path in self._file.value]
+    require_beside("infill_order", "infill_suffix")
+    if self._suffix.value is not None:
+      tokenizer_lib.check_text("--infill_suffix", self.suffix)
+      if len(texts) > 1:
+        raise schema.ConfigError(
+          f"--infill_suffix: fills one gap; give one prompt, not {len(texts)}"
+        )
+    return texts or [""]
+
+  def infilled(
+    self,
+    requests: list[request_lib.Request],
+    tokenizer: tokenizer_lib.Tokenizer,
+  ) -> list[request_lib.Request]:
+    """The requests; --infill_suffix turns the prompt into an infilling one."""
+    if self._suffix.value is None:
+      return requests
+    prompt = str(requests[0].prompt)
+    ids = fim.fim_ids(tokenizer, prompt, self.suffix, self._order.value)
+    return [dataclasses.replace(requests[0], prompt=ids)]
+
+
+def read_text(flag: str, path: str) -> str:
+  """Text of the file named by a flag; raises ConfigError unless UTF-8 text."""
+  try:
+    # As in a `text:` source: no byte order mark, newlines unchanged.
+    with open(path, encoding="utf-8-sig", newline="") as file:
+      return file.read()
+  except (OSError, UnicodeDecodeError) as error:
+    raise schema.ConfigError(
+      f"--{flag}={path}: {error}; name a file of UTF-8 text"
+    ) from error
+
+
+# --- the rules of a request ---------------------------------------------------
+
+_DEFINE: dict[Any, Callable] = {
+  float: flags.DEFINE_float,
+  int: flags.DEFINE_integer,
+  bool: flags.DEFINE_bool,
+  Sequence[int]: flags.DEFINE_multi_integer,
+  Sequence[str]: flags.DEFINE_multi_string,
+  Mapping[int, float]: flags.DEFINE_multi_string,
+}
+
+
+def define_request(
+  *left_out: str,
+) -> tuple[tuple[str, ...], Callable[[str], request_lib.Request]]:
+  """Defines a flag for each field of Request but `prompt` and `left_out`.
+
+  Returns the names, and a function from a prompt to the Request of the flags,
+  which raises ConfigError on a malformed --logit_bias.
+  """
+  default = request_lib.Request()
+  about = schema.comments(request_lib.Request)
+  hints = schema.hints(request_lib.Request)
+  names = tuple(name for name in hints if name not in ("prompt", *left_out))
+  for name in names:
+    kind, _ = schema.bare(hints[name])
+    value = getattr(default, name)
+    scalar = value is None or isinstance(value, bool | int | float)
+    _DEFINE[kind](name, value if scalar else [], " ".join(about[name]))
+
+  def request(prompt: str) -> request_lib.Request:
+    fields: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}
+    fields["logit_bias"] = dict(map(_bias, fields["logit_bias"]))
+    return request_lib.Request(prompt=prompt, **fields)
+
+  return names, request
+
+
+def _bias(text: str) -> tuple[int, float]:
+  name, _, value = text.rpartition(":")
+  try:
+    return int(name), float(value)
+  except ValueError as error:
+    raise schema.ConfigError(
+      f"--logit_bias={text}: must be ID:VALUE, such as 7:-1.5"
+    ) from error
+
+
+# --- flags that belong together -----------------------------------------------
+
+
+def given(name: str) -> bool:
+  """Whether the command line sets the flag (to other than False)."""
+  flag = flags.FLAGS[name]
+  return bool(flag.present) and flag.value is not False
+
+
+def require_beside(name: str, other: str) -> None:
+  """Raises ConfigError if flag `name` is given without flag `other`."""
+  if given(name) and not given(other):
+    raise schema.ConfigError(
+      f"--{name}: is for --{other}; add that, or leave it out"
+    )
+
+
+def refuse_beside(mode: str, names: Iterable[str]) -> None:
+  """Raises ConfigError if any of the flags `names` is given: flag `mode`, which
+  is given, would ignore the flag.
+  """
+  for name in names:
+    if given(name):
+      raise schema.ConfigError(
+        f"--{name}: has no part in --{mode}; leave one of them out"
+      )

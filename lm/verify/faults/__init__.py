@@ -1,0 +1,1 @@
+"""Fault injection: training runs are broken on purpose and must recover."""
