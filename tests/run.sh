@@ -14,4 +14,5 @@ python -m ruff check .
 say "Types (pyright)"
 python -m pyright
 say "Tests (pytest $*)"
-JAX_PLATFORMS=cpu python -m pytest "$@"
+# A worker per core, up to four: tests wait for child processes, files and ports.
+JAX_PLATFORMS=cpu python -m pytest -n auto --maxprocesses=4 --dist=loadfile "$@"

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import doors
 import families
 import jax
 import jax.numpy as jnp
@@ -470,23 +471,24 @@ def test_a_checkpoint_needs_its_parameters_only(workdir, tmp_path):
 
 
 def run_door(*arguments):
-  return subprocess.run(
-    [sys.executable, "-m", "lm.sample", *arguments],
-    cwd=pathlib.Path(__file__).parent.parent,
+  return doors.run("lm.sample", [*arguments], doors.ROOT)
+
+
+def test_the_command_needs_a_workdir_and_nothing_else(workdir):
+  """In a process of its own, as users start it."""
+  found = subprocess.run(
+    [sys.executable, "-m", "lm.sample", f"--workdir={workdir}"],
+    cwd=doors.ROOT,
     env=os.environ | {"JAX_PLATFORMS": "cpu"},
     capture_output=True,
     text=True,
   )
-
-
-def test_the_door_needs_a_workdir_and_nothing_else(workdir):
-  found = run_door(f"--workdir={workdir}")
   assert found.returncode == 0, found.stderr
   assert found.stdout.strip() and "tokens/s" in found.stderr
   assert "---" not in found.stdout
 
 
-def test_the_door_shows_every_continuation(workdir, tmp_path):
+def test_the_command_shows_every_continuation(workdir, tmp_path):
   file = tmp_path / "prompt.txt"
   file.write_text("second\nprompt\n")
   found = run_door(
@@ -500,7 +502,7 @@ def test_the_door_shows_every_continuation(workdir, tmp_path):
     "--n_samples=2",
     "--seed=9",
   )
-  assert found.returncode == 0, found.stderr
+  assert found.code == 0, found.err
   expected = sampler_of(LLAMA).generate(
     [
       Request(prompt, 0.5, 3, 0.9, max_new_tokens=4, seed=9, n_samples=2)
@@ -512,19 +514,17 @@ def test_the_door_shows_every_continuation(workdir, tmp_path):
     f"{result.request.prompt}{result.text}\n"
     for i, result in enumerate(expected, 1)
   ]
-  assert found.stdout.splitlines() == "".join(shown).splitlines()
-  assert f"{sum(len(r.token_ids) for r in expected)} tokens in" in found.stderr
+  assert found.out.splitlines() == "".join(shown).splitlines()
+  assert f"{sum(len(r.token_ids) for r in expected)} tokens in" in found.err
 
 
-def test_the_door_refuses_in_one_line(workdir):
+def test_the_command_refuses_in_one_line(workdir):
   found = run_door(f"--workdir={workdir}", "--top_p=0")
-  assert found.returncode == 2 and found.stdout == ""
-  assert (
-    found.stderr == "error: top_p=0.0: must be in (0, 1]; 1 keeps all ids\n"
-  )
+  assert found.code == 2 and found.out == ""
+  assert found.err == "error: top_p=0.0: must be in (0, 1]; 1 keeps all ids\n"
 
 
-def test_the_door_lays_a_model_on_a_mesh_with_help(workdir):
+def test_the_command_lays_a_model_on_a_mesh_with_help(workdir):
   """Four devices, 8 bits of cache, proposals by a draft (the same model)."""
   device_count = os.environ.get("XLA_FLAGS", "")
   found = subprocess.run(
@@ -552,27 +552,29 @@ def test_the_door_lays_a_model_on_a_mesh_with_help(workdir):
   assert found.stdout == f"first{expected.text}\n"
 
 
-def test_the_door_refuses_a_draft_that_the_mesh_cannot_cut(workdir, tmp_path):
+def test_the_command_refuses_a_draft_that_the_mesh_cannot_cut(
+  workdir, tmp_path
+):
   odd = dataclasses.replace(LLAMA, n_layers=1, d_mlp=29)
   save_run(str(tmp_path / "odd"), odd)
   flags = f"--workdir={workdir}", f"--draft={tmp_path}/odd", "--ahead=2"
   found = run_door(*flags, "--mesh=1,1,2")
   said = f"error: --draft={tmp_path}/odd, --mesh=1,1,2: config.model.d_mlp=29:"
-  assert found.returncode == 2 and found.stderr.startswith(said)
+  assert found.code == 2 and found.err.startswith(said)
 
 
 @pytest.mark.parametrize("mesh", ["2,0,1", "1,1,64"])
-def test_the_door_refuses_a_mesh_that_cannot_be(workdir, mesh):
+def test_the_command_refuses_a_mesh_that_cannot_be(workdir, mesh):
   found = run_door(f"--workdir={workdir}", f"--mesh={mesh}")
-  assert found.returncode == 2 and f"error: --mesh={mesh}: " in found.stderr
+  assert found.code == 2 and f"error: --mesh={mesh}: " in found.err
 
 
-def test_the_door_searches_with_beams(workdir):
+def test_the_command_searches_with_beams(workdir):
   found = run_door(
     f"--workdir={workdir}", "--prompt=a", "--beams=2", "--max_new_tokens=4"
   )
-  assert found.returncode == 0, found.stderr
+  assert found.code == 0, found.err
   expected = sampler_of(LLAMA).beam(Request("a", max_new_tokens=4), 2)
   for result in expected:
-    assert f"a{result.text}" in found.stdout
-  assert found.stdout.count("---\n") == len(expected)
+    assert f"a{result.text}" in found.out
+  assert found.out.count("---\n") == len(expected)

@@ -274,6 +274,11 @@ def test_bos_is_put_where_it_is_asked_for(sampler, tiny):
     )
 
 
+def test_no_ids_and_a_bos_are_one_bos(tiny):
+  found = post(tiny, "next_token", {"prompt": [[]], "add_bos": True}).json()
+  assert found["prompt_ids"] == [1]
+
+
 def test_errors_show_what_was_sent(tiny):
   text = "n_samples max_new_tokens and alternatives " * 9
   for path, body in (

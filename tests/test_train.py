@@ -334,6 +334,8 @@ def test_epochs_end_the_run_with_evaluation_and_checkpoint(
     train__eval_every=100,
     checkpoint__save_every=100,
   )
+  small = config.data.validation[0].replace("cli", "digest")
+  config.data.train = (small,)
   assert loop.train(config, str(tmp_path)) == 0
   last = metrics_lib.read(str(tmp_path))[-1]
   step = last["step"]

@@ -52,7 +52,7 @@ class Request:
   frequency_penalty: float = 0.0
   # Subtracted once from the logit of each token drawn.
   presence_penalty: float = 0.0
-  # Added to the logits of these ids.
+  # Added to the logits of these ids; a flag is ID:VALUE.
   logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
   # Ids never drawn.
   forbidden: Sequence[int] = ()

@@ -176,7 +176,7 @@ def _encode(
   ids = _checked(sampler.encode, prompt)
   if is_text and not with_bos:
     return ids[1:] or ids, 0
-  if not is_text and with_bos:
+  if not is_text and with_bos and prompt:  # no ids are bos already
     ids = [sampler.tokenizer.bos, *ids]
   return ids, int(with_bos)
 
