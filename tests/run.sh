@@ -15,4 +15,5 @@ say "Types (pyright)"
 python -m pyright
 say "Tests (pytest $*)"
 # A worker per core, up to four: tests wait for child processes, files and ports.
-JAX_PLATFORMS=cpu python -m pytest -n auto --maxprocesses=4 --dist=loadfile "$@"
+JAX_PLATFORMS=cpu python -m pytest -n auto --maxprocesses=4 --dist=loadfile \
+  --no-loadscope-reorder "$@"

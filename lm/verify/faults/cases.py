@@ -47,6 +47,18 @@ _TRAINING = (
   "saving, committed",
   "end",
 )
+# Injection points at which another process waits for the killed one.
+_WAITING = (
+  "tokenizing",
+  "compiling",
+  "restoring",
+  "step",
+  "evaluating",
+  "saving, copied",
+  "saving, written",
+  "saving, committed",
+  "end",
+)
 # Injection points of signals to two processes: a SIGTERM to one must stop both.
 _COORDINATED = ("step", "evaluating", "saving, copied", "compiling")
 _KILL, _TERM = signal.SIGKILL, signal.SIGTERM
@@ -97,7 +109,7 @@ def _single_process_cases() -> list[Case]:
 def _two_process_cases() -> list[Case]:
   """Cases with several processes for a run, to be run one at a time."""
   return [
-    *_signal_cases((*_STARTUP, *_TRAINING), (_KILL,), n_processes=2),
+    *_signal_cases(_WAITING, (_KILL,), n_processes=2),
     *_signal_cases(
       ("step", "saving, copied"), (_KILL,), n_processes=2, group=True
     ),
