@@ -262,7 +262,8 @@ def talk(monkeypatch, capsys):
 
   def run(lines, request, system=None):
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    code = talk_lib.talk(sampler(), request, system)
+    start = talk_lib.opening(sampler().tokenizer, system)
+    code = talk_lib.talk(sampler(), request, start)
     return code, *capsys.readouterr()
 
   return run

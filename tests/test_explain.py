@@ -460,18 +460,21 @@ def test_json_has_no_number_that_is_none():
 # --- the command line --------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-  path = str(tmp_path_factory.mktemp("run"))
+def save_run(path, weights):
   config = config_lib.Config()
   config.model, config.tokenizer.kind = CFG, "bytes"
   config.train.sequence_length = 60
   checkpoints = checkpoint.Checkpoints(path, config.checkpoint)
   meta = checkpoint.Meta(7, config, TOKENIZER.to_json(), "none", loss=1.0)
   rest = {"step": jnp.asarray(7)}
-  checkpoints.save({"params": params(), "rest": rest}, meta)
+  checkpoints.save({"params": weights, "rest": rest}, meta)
   checkpoints.close()
   return path
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  return save_run(str(tmp_path_factory.mktemp("run")), params())
 
 
 def test_every_field_of_a_request_is_a_flag(workdir, sampler):
@@ -686,14 +689,7 @@ def test_nan_is_said_and_nothing_else(workdir, tmp_path_factory):
   poisoned = dict(params())
   (bad,) = TOKENIZER.encode("Z")
   poisoned["embed"] = poisoned["embed"].at[bad].set(jnp.nan)
-  config = config_lib.Config()
-  config.model, config.tokenizer.kind = CFG, "bytes"
-  config.train.sequence_length = 60
-  checkpoints = checkpoint.Checkpoints(path, config.checkpoint)
-  meta = checkpoint.Meta(7, config, TOKENIZER.to_json(), "none", loss=1.0)
-  rest = {"step": jnp.asarray(7)}
-  checkpoints.save({"params": poisoned, "rest": rest}, meta)
-  checkpoints.close()
+  save_run(path, poisoned)
   text = pathlib.Path(path) / "text"
   text.write_text("aZb")
   run = f"--workdir={path}"

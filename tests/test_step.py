@@ -20,6 +20,7 @@ from lm import config as config_lib
 from lm.model import decoder, weights
 from lm.train import programs
 from lm.train import step as step_lib
+from lm.verify.checks import harness
 
 B, T, V = 16, 12, 48
 
@@ -88,8 +89,7 @@ def _run(config, n=2, prefix=False, created=False):
     state = programs.create_state(config, mesh)
   else:
     alone = dataclasses.replace(config, mesh=config_lib.MeshConfig())
-    state = jax.tree.map(
-      lambda x, like: jax.device_put(x, like.sharding),
+    state = harness.to_devices(
       _first_state(config_lib.to_json(alone)),
       programs.abstract_state(config, mesh),
     )

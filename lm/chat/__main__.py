@@ -15,7 +15,6 @@ from lm import cli
 from lm.chat import talk
 from lm.data import tokenizer as tokenizer_lib
 from lm.sample import flags as sample_flags
-from lm.sample import request as request_lib
 
 _, _request = sample_flags.define_request(
   "n_samples", "alternatives", "processed", "bidirectional_prompt"
@@ -28,15 +27,13 @@ def main() -> int:
   sample_flags.check()
   request = _request("")
   tokenizer_lib.check_text("--system", _SYSTEM.value or "")
-  found = sample_flags.meta()
-  tokenizer = tokenizer_lib.Tokenizer.from_json(found.tokenizer)
-  request_lib.check(request, tokenizer.size)
-  talk.opening(tokenizer, _SYSTEM.value)
+  found, tokenizer = sample_flags.checked([request])
+  start = talk.opening(tokenizer, _SYSTEM.value)
   sampler = sample_flags.sampler(found)
   # A line of invalid UTF-8 is refused, and the conversation goes on.
   if isinstance(sys.stdin, io.TextIOWrapper):
     sys.stdin.reconfigure(errors="surrogateescape")
-  return talk.talk(sampler, request, _SYSTEM.value)
+  return talk.talk(sampler, request, start)
 
 
 if __name__ == "__main__":

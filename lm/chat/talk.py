@@ -26,15 +26,14 @@ def opening(
 def talk(
   sampler: sampler_lib.Sampler,
   request: request_lib.Request,
-  system: str | None = None,
+  start: list[dict[str, str]],
 ) -> int:
   """Chat loop: answers lines of stdin, by the rules of `request`, until EOF.
 
-  Answers go to stdout, notes and errors to stderr. Returns 1 if any line got
-  an error in place of an answer; the history omits failed lines. Raises
-  ConfigError at once if the template would refuse every line.
+  `start` is the `opening`. Answers go to stdout, notes and errors to stderr.
+  Returns 1 if any line got an error in place of an answer; the history omits
+  failed lines.
   """
-  start = opening(sampler.tokenizer, system)
   terminal = sys.stdin.isatty()
   if terminal:
     importlib.import_module("readline")  # Gives input() line editing.

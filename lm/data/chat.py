@@ -64,13 +64,13 @@ def _check(messages: Sequence[Any]) -> None:
   for i, item in enumerate(messages):
     if not isinstance(item, Mapping) or set(item) != {"role", "content"}:
       raise schema.ConfigError(
-        f"messages[{i}]={_short(item)}: must be an object with role and "
+        f"messages[{i}]={schema.shown(item)}: must be an object with role and "
         "content, and nothing else"
       )
     for name, value in item.items():
       if not isinstance(value, str):
         raise schema.ConfigError(
-          f"messages[{i}].{name}={_short(value)}: must be a text"
+          f"messages[{i}].{name}={schema.shown(value)}: must be a text"
         )
       tokenizer_lib.check_text(f"messages[{i}].{name}", value)
 
@@ -100,8 +100,3 @@ def _check_parts(texts: Sequence[str], messages: Sequence[Any]) -> None:
           f"chat template: puts {name} together out of parts, which would be "
           "ordinary text; write the token whole"
         )
-
-
-def _short(value: object) -> str:
-  text = repr(value)
-  return text if len(text) < 60 else f"{text[:57]}..."

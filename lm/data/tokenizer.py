@@ -168,7 +168,11 @@ class Tokenizer:
     return int(self.byte_lengths[np.asarray(ids, np.int64)].sum())
 
   def piece(self, i: int) -> str:
-    """Text of id `i`, escaped to print on one line; partial UTF-8 as <0xNN>."""
+    """Text of id `i`, escaped to print on one line; partial UTF-8 as <0xNN>, an
+    id that only pads a model's vocabulary as <i>.
+    """
+    if i >= self.size:
+      return f"<{i}>"
     if i in self._names:
       return self._names[i]
     try:

@@ -48,11 +48,7 @@ def main() -> int:
   if not _TRACE.value:
     sample_flags.require_beside("max_new_tokens", "trace")
   requests = [_request(text) for text in _PROMPTS.texts()]
-  # Requests first: the parameters of the checkpoint take longer to read.
-  found = sample_flags.meta()
-  tokenizer = tokenizer_lib.Tokenizer.from_json(found.tokenizer)
-  for request in requests:
-    request_lib.check(request, tokenizer.size)
+  found, tokenizer = sample_flags.checked(requests)
   _check_candidates(tokenizer, all_ids=not _TRACE.value)
   requests = _PROMPTS.infilled(requests, tokenizer)
   show = _trace if _TRACE.value else _next_token
@@ -100,8 +96,7 @@ def _score(path: str) -> int:
     raise schema.ConfigError(f"--score={path}: is empty; name a text")
   if _HTML.value is not None:
     files.check_output(_HTML.value, "--html")
-  found = sample_flags.meta()
-  tokenizer = tokenizer_lib.Tokenizer.from_json(found.tokenizer)
+  found, tokenizer = sample_flags.checked([])
   _check_candidates(tokenizer)
   sampler = sample_flags.sampler(found)
   score = sampler.score(text, alternatives=_CANDIDATES.value, eos=True)

@@ -50,6 +50,10 @@ def new_table(*columns: str) -> table_lib.Table:
   return table
 
 
+def _candidate_table(*more: str) -> table_lib.Table:
+  return new_table(" ", "rank", "candidate ", "raw", "cumulative", *more)
+
+
 def percent(probability: float) -> str:
   if probability == 0:
     return _NOTHING
@@ -94,14 +98,7 @@ def candidates(
   """
   used = stages(request, tokenizer.size)
   shown = [name for name in found.chosen.stages if name in used]
-  table = new_table(
-    " ",
-    "rank",
-    "candidate ",
-    "raw",
-    "cumulative",
-    *shown,
-  )
+  table = _candidate_table(*shown)
   rows = list(found.candidates)
   if found.chosen.id not in {row.id for row in rows}:
     rows.append(found.chosen)
@@ -193,14 +190,7 @@ def trace(
 
 def step_table(step: Step) -> rich.console.Group:
   """Table of a step's candidates; a drawn token below all of them is last."""
-  table = new_table(
-    " ",
-    "rank",
-    "candidate ",
-    "raw",
-    "cumulative",
-    "after the rules",
-  )
+  table = _candidate_table("after the rules")
   kept = {choice.id: percent(choice.probability) for choice in step.kept}
   # Upper bound for ids outside `kept`: the smallest probability in `kept`.
   least = percent(step.kept[-1].probability)

@@ -19,8 +19,6 @@ from lm.model import attention, loss
 
 # Positions per block of logits in `score`; T is a multiple.
 CHUNK = 16
-# Most alternatives per token.
-MAX_ALTERNATIVES = 20
 
 
 @jax.named_scope("loss")
@@ -52,7 +50,7 @@ def token_nll(
   return run(x, head, targets)
 
 
-@functools.partial(jax.jit, static_argnames=("graph",))
+@functools.partial(jax.jit, static_argnames=("graph", "n_alternatives"))
 def score(
   graph: Any,
   state: Any,
@@ -60,6 +58,8 @@ def score(
   targets: Int[Array, "B T"],
   lengths: Int[Array, "B"],
   wanted: Bool[Array, "B"],
+  *,
+  n_alternatives: int,
 ) -> tuple[
   Float[Array, "B T"],
   Int[Array, "B T"],
@@ -67,7 +67,7 @@ def score(
   Float[Array, "B T A"],
 ]:
   """Log-probability and rank of each target, and the likeliest alternatives,
-  zeros if no row is `wanted`.
+  at most `n_alternatives`; zeros if no row is `wanted`.
 
   Ranks count from 1; equal logits rank by id. Logits are computed CHUNK
   positions at a time, to avoid an array of [B, T, V].
@@ -84,21 +84,22 @@ def score(
   def chunk(i):
     part = jax.lax.dynamic_slice_in_dim(hidden, i, CHUNK, axis=1)
     ids = jax.lax.dynamic_slice_in_dim(targets, i, CHUNK, axis=1)
-    return sharding.by_row(_judge, model.logits(part), ids, wanted)
+    return sharding.by_row(judge, model.logits(part), ids, wanted)
 
+  judge = functools.partial(_judge, n_alternatives=n_alternatives)
   parts = jax.lax.map(chunk, jnp.arange(0, T, CHUNK))
   return jax.tree.map(
     lambda x: jnp.moveaxis(x, 0, 1).reshape(B, T, *x.shape[3:]), parts
   )
 
 
-def _judge(logits, ids, wanted):
+def _judge(logits, ids, wanted, n_alternatives):
   logs = jax.nn.log_softmax(logits)
   own = jnp.take_along_axis(logs, ids[..., None], axis=-1)
   earlier = jnp.arange(logs.shape[-1])[None, None] < ids[..., None]
   better = (logs > own) | ((logs == own) & earlier)
   ranks = 1 + jnp.sum(better, axis=-1, dtype=jnp.int32)
-  n = min(MAX_ALTERNATIVES, logs.shape[-1])
+  n = min(n_alternatives, logs.shape[-1])
   shape = (*ids.shape, n)
   other_logs, other_ids = jax.lax.cond(
     jnp.any(wanted),

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from absl import flags
 
 from lm import cli, schema
-from lm.data import tokenizer as tokenizer_lib
 from lm.sample import beam, output
 from lm.sample import flags as sample_flags
 from lm.sample import request as request_lib
@@ -47,13 +46,10 @@ def main() -> int:
       "--stream: shows one sample as it is drawn; leave out --json and "
       "--beams, and ask for one prompt and one sample"
     )
-  # Requests first: the parameters of the checkpoint take longer to read.
-  found = sample_flags.meta()
-  tokenizer = tokenizer_lib.Tokenizer.from_json(found.tokenizer)
-  for request in requests:
-    request_lib.check(request, tokenizer.size)
-    if _BEAMS.value is not None:
+  if _BEAMS.value is not None:
+    for request in requests:
       beam.check(request, _BEAMS.value)
+  found, tokenizer = sample_flags.checked(requests)
   requests = _PROMPTS.infilled(requests, tokenizer)
   return _generate(sample_flags.sampler(found), requests, texts)
 

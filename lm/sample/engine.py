@@ -27,6 +27,13 @@ MIN_PLACES = 64
 # Most decode steps in a device call, before the host sees any token.
 MAX_STEPS = 32
 
+# dtype of each field that Request and rules.Parameters share, but the seed.
+_DTYPES = {
+  name: {bool: bool, int: np.int32, float: np.float32}[schema.bare(hint)[0]]
+  for name, hint in schema.hints(Request).items()
+  if name in rules.Parameters.__dataclass_fields__ and name != "seed"
+}
+
 
 @dataclasses.dataclass
 class _Job:
@@ -247,7 +254,7 @@ class Engine:
         parameters=rules.Parameters(
           seed=column(0, np.uint32),
           bias=rows(_bias(r, V)),
-          **{name: column(*pair) for name, pair in _scalars(r).items()},
+          **{name: column(getattr(r, name), t) for name, t in _DTYPES.items()},
         ),
       ),
       past=rules.Past(
@@ -333,16 +340,6 @@ class Engine:
       finish_reason=job.reason,
       alternatives=job.others,
     )
-
-
-def _scalars(request: Request) -> dict[str, tuple[Any, Any]]:
-  """(value, dtype) of each field that Request and rules.Parameters share."""
-  dtypes = {bool: bool, int: np.int32, float: np.float32}
-  return {
-    name: (getattr(request, name), dtypes[schema.bare(hint)[0]])
-    for name, hint in schema.hints(Request).items()
-    if name in rules.Parameters.__dataclass_fields__ and name != "seed"
-  }
 
 
 def _bias(request: Request, n_vocab: int) -> np.ndarray:

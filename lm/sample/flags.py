@@ -87,6 +87,19 @@ def meta() -> checkpoint.Meta:
   return found
 
 
+def checked(
+  requests: Iterable[request_lib.Request],
+) -> tuple[checkpoint.Meta, tokenizer_lib.Tokenizer]:
+  """`meta()` and its tokenizer. Raises ConfigError on an invalid request: the
+  parameters, which take longer to read, are not read yet.
+  """
+  found = meta()
+  tokenizer = tokenizer_lib.Tokenizer.from_json(found.tokenizer)
+  for request in requests:
+    request_lib.check(request, tokenizer.size)
+  return found, tokenizer
+
+
 def sampler(found: checkpoint.Meta | None = None) -> sampler_lib.Sampler:
   """Loads the model of `found` (default: `meta()`) and any draft model.
 

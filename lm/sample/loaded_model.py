@@ -138,10 +138,6 @@ class LoadedModel:
         )
     return ids or [bos]
 
-  def piece(self, i: int) -> str:
-    """Printable form of id `i`; padding ids of the vocabulary become `<i>`."""
-    return self.tokenizer.piece(i) if i < self.tokenizer.size else f"<{i}>"
-
   def in_mesh(self):
     if self.mesh is None:
       return contextlib.nullcontext()

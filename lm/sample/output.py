@@ -63,13 +63,8 @@ def choices(
   tokenizer: tokenizer_lib.Tokenizer,
   alternatives: Iterable[request_lib.Alternative],
 ) -> list[Choice]:
-  # Ids from tokenizer.size on only pad the model's vocabulary.
   return [
-    Choice(
-      a.id,
-      tokenizer.piece(a.id) if a.id < tokenizer.size else f"<{a.id}>",
-      math.exp(a.log_probability),
-    )
+    Choice(a.id, tokenizer.piece(a.id), math.exp(a.log_probability))
     for a in alternatives
   ]
 

@@ -10,11 +10,10 @@ import numpy as np
 
 from lm import schema
 from lm.data import tokenizer as tokenizer_lib
-from lm.model import scoring
 
 DEFAULT_NEW_TOKENS = 256
 # Most alternatives per token; sizes the buffers of the decode loop.
-MAX_ALTERNATIVES = scoring.MAX_ALTERNATIVES
+MAX_ALTERNATIVES = 20
 # Most stop ids of a row, eos included.
 MAX_ENDS = 8
 # All samples of a request are held in memory until its last one ends.

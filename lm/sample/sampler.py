@@ -134,7 +134,7 @@ class Sampler(loaded_model.LoadedModel):
     def candidate(i):
       return Candidate(
         id=int(i),
-        piece=self.piece(int(i)),
+        piece=self.tokenizer.piece(int(i)),
         rank=int(rank[i]),
         probability=float(raw[i]),
         cumulative=float(cumulative[rank[i] - 1]),
@@ -185,7 +185,3 @@ class Sampler(loaded_model.LoadedModel):
     """Scores `ids` window by window; the caller may do work between windows."""
     request_lib.check(Request(alternatives=alternatives), self.tokenizer.size)
     return scoring.parts(self, ids, alternatives, stride)
-
-  def check(self, request: Request, shown: Any = None) -> None:
-    """Raises ConfigError on an invalid request, as `resolve` does."""
-    self.resolve(request, shown=shown)

@@ -55,7 +55,12 @@ def parts(
     wanted = np.full(ways, n_alternatives > 0)
     rows = map(loaded.place, (inputs, targets, lengths, wanted))
     with loaded.in_mesh():
-      found = scoring.score(loaded.graph, loaded.state, *rows)
+      found = scoring.score(
+        loaded.graph,
+        loaded.state,
+        *rows,
+        n_alternatives=request_lib.MAX_ALTERNATIVES,
+      )
       found = loaded.fetch(found if n_alternatives else found[:2])
     logs, ranks, *others = (
       x[0, length - window.n_scored : length] for x in found
@@ -81,7 +86,7 @@ def collect(
   scored = np.asarray(ids, np.int32)[1:].tolist()
   return request_lib.Score(
     token_ids=scored,
-    pieces=[loaded.piece(i) for i in scored],
+    pieces=[loaded.tokenizer.piece(i) for i in scored],
     log_probabilities=logs,
     ranks=ranks,
     alternatives=others,

@@ -37,7 +37,7 @@ def token_bytes(tokenizer: tokenizer_lib.Tokenizer, i: int) -> list[int]:
 def token_name(tokenizer: tokenizer_lib.Tokenizer, i: int) -> str:
   content = bytes(token_bytes(tokenizer, i))
   if not content:
-    return (tokenizer.piece(i) if i < tokenizer.size else "") or f"<{i}>"
+    return tokenizer.piece(i) or f"<{i}>"
   try:
     return content.decode()
   except UnicodeDecodeError:

@@ -138,7 +138,7 @@ def next_token(
     raise fields_lib.Refusal(400, "prompt: one only, as text or ids", "prompt")
   ids, _ = _encode(sampler, fields, prompt)
   request = _request(fields, ids, 1, None)
-  _checked(sampler.check, request, prompt)
+  _checked(sampler.resolve, request, None, prompt)
   return request, min(n, sampler.tokenizer.size)
 
 
@@ -218,7 +218,7 @@ def _plan(
   samples = requests[0].max_new_tokens != 0
   for request, prompt in zip(requests, shown, strict=True):
     if samples:
-      _checked(sampler.check, request, prompt)
+      _checked(sampler.resolve, request, None, prompt)
     else:
       # A prompt that is only scored may exceed the context length.
       _checked(request_lib.check, request, sampler.tokenizer.size)
@@ -233,7 +233,7 @@ def _request(
   limit: int | None,
   logprobs: int | None,
 ) -> request_lib.Request:
-  """Builds a Request: checks types, and leaves bounds to `Sampler.check`.
+  """Builds a Request: checks types, and leaves bounds to `Sampler.resolve`.
 
   Without a seed, a random seed is drawn; the response reports the seed.
   """
