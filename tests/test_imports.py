@@ -22,7 +22,7 @@ ORDER = (
   ("validation",),
   ("files",),
   ("locks",),
-  ("batch", "digest", "cli", "processes", "sharding"),
+  ("batch", "chips", "digest", "cli", "processes", "sharding"),
   ("model", "data"),
   ("checkpoint",),
   ("sample",),

@@ -14,6 +14,7 @@ import tensorstore
 
 from lm import config as config_lib
 from lm import schema
+from lm.data import __main__ as data_command
 from lm.data import arrays
 from lm.data import store as store_lib
 from lm.data import tokenizer as tokenizer_lib
@@ -38,6 +39,10 @@ def make_config(tmp_path, texts=TEXTS, **data) -> config_lib.Config:
 
 def contents(store) -> list[list[int]]:
   return [store.document(i).tolist() for i in range(store.n_documents)]
+
+
+def document_names(store) -> list[str]:
+  return [store.name(i) for i in range(store.n_documents)]
 
 
 @pytest.mark.parametrize("size, dtype", [(384, "uint16"), (65537, "uint32")])
@@ -67,7 +72,7 @@ def test_documents_come_back_exactly(tmp_path, monkeypatch, size, dtype):
   assert store.document_bytes.tolist() == [len(t.encode()) for t in TEXTS]
   assert store.n_bytes == sum(len(t.encode()) for t in TEXTS)
   path = config.data.train[0][len("jsonl:") : -len("#t")]
-  assert store.names == [f"{path}:{i + 1}" for i in range(53)]
+  assert document_names(store) == [f"{path}:{i + 1}" for i in range(53)]
 
   numbers = [i for i, e in enumerate(expected) for _ in e]
   for start, length in ((0, 7), (119, 211), (len(flat) - 3, 11)):
@@ -78,6 +83,21 @@ def test_documents_come_back_exactly(tmp_path, monkeypatch, size, dtype):
     first = numbers[start]
     inside = [n - first + 1 for n in numbers[start : start + length]]
     assert documents.tolist() == inside + padding
+
+
+def test_the_command_names_the_documents_to_look_at(tmp_path, capsys):
+  texts = ["plain text " * 9, "a", "\U0001f600" * 20, "text " * 30, "b", "c"]
+  config = make_config(tmp_path, texts)
+  config.train.sequence_length = 83
+  data_command.main(config)
+  table, _, lines = capsys.readouterr().out.rpartition("┘")
+  assert "33%" in table  # Two of six, bos and eos counted.
+  path = config.data.train[0][len("jsonl:") : -len("#t")]
+  assert lines.splitlines()[2:] == [
+    f"  longest: '{path}:4', 152 tokens, {150 / 152:.3f} bytes/token",
+    # Of the longer half: "a", "b" and "c" have fewer yet.
+    f"  fewest bytes/token: '{path}:3', 82 tokens, {80 / 82:.3f} bytes/token",
+  ]
 
 
 def test_a_second_preparation_only_opens(tmp_path, monkeypatch):
@@ -146,7 +166,7 @@ def uncached(monkeypatch):
 def everything(store) -> tuple:
   return (
     *(store.spec, store.fingerprint, store.n_bytes, store.n_tokens),
-    *(contents(store), store.document_bytes.tolist(), store.names),
+    *(contents(store), store.document_bytes.tolist(), document_names(store)),
     store.window(0, store.n_tokens + 3)[0].tolist(),
   )
 
@@ -305,7 +325,7 @@ def test_names_need_not_be_utf8(tmp_path):
     store_lib.prepare(config)
     (store,) = store_lib.prepare(config).train
     assert store.spec == config.data.train[0]
-    assert store.names == [f"{tmp_path}/caf\udce9[x]/\udcff.txt"]
+    assert document_names(store) == [f"{tmp_path}/caf\udce9[x]/\udcff.txt"]
     assert contents(store)[0][1:-1] == [b + 111 for b in b"text"]
     shutil.rmtree(config.data.cache_dir)
 
@@ -417,7 +437,7 @@ def test_the_door_prints_a_row_per_source(tmp_path):
     env={**os.environ, "COLUMNS": "300"},
   )
   assert done.returncode == 0, done.stderr
-  rows = [line for line in done.stdout.splitlines() if "text:" in line]
+  rows = [line for line in done.stdout.splitlines() if "\u2502 text:" in line]
   cells = [cell.strip() for cell in rows[0].split("\u2502")]
   assert "\\udce9[[]b].txt" in cells[1]
   assert len(rows) == 2 and cells[2:6] == ["1", "5", "7", "0.714"]

@@ -23,7 +23,7 @@ from lm import checkpoint, files, schema, validation
 from lm import config as config_lib
 from lm.data import objectives, pipeline, prefetch, store
 from lm.evaluate import perplexity
-from lm.train import ledger, loop, optimizer
+from lm.train import ledger, loop, optimizer, plot
 from lm.train import metrics as metrics_lib
 from lm.train import report as report_lib
 from lm.train import stop as stop_lib
@@ -432,7 +432,7 @@ def test_a_run_that_leaves_out_every_step_stops(make, tmp_path):
   last = reports[-1]
   assert last["grad_norm"] is None and "grad_norm" in last["nonfinite"]
   assert len(reports) < 40
-  metrics_lib.plot(str(tmp_path))
+  plot.draw(str(tmp_path))
 
 
 def test_a_longer_run_says_what_becomes_of_the_learning_rate(

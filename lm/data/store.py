@@ -85,16 +85,12 @@ class TokenStore:
     """UTF-8 bytes of each document: int64 [n_documents]."""
     return self._column("n_bytes")
 
-  @functools.cached_property
-  def names(self) -> list[str]:
-    """Document names; bytes that are not UTF-8 become surrogates."""
-    ends = self._column("name_ends")
-    letters = self._open("names", int(ends[-1])).read(0, int(ends[-1]))
-    starts = [0, *ends[:-1]]
-    return [
-      os.fsdecode(letters[a:b].tobytes())
-      for a, b in zip(starts, ends, strict=True)
-    ]
+  def name(self, i: int) -> str:
+    """Name of document `i`; bytes that are not UTF-8 become surrogates."""
+    ends = self._open("name_ends", self.n_documents)
+    start = int(ends.read(i - 1, i)[0]) if i else 0
+    stop = int(ends.read(i, i + 1)[0])
+    return os.fsdecode(self._open("names").read(start, stop).tobytes())
 
   def document(self, i: int) -> np.ndarray:
     """Tokens of document `i`, int32, from bos to eos."""

@@ -109,16 +109,18 @@ class Totals:
 
   @property
   def perplexity(self) -> float:
-    return _exp(self.loss)
+    return exponential(self.loss)
 
   @property
   def perplexity_without_eos(self) -> float:
     """Perplexity per token of text, as in tools that do not score eos."""
-    return _exp(_ratio(self.nll - self.nll_eos, self.n_tokens - self.n_eos))
+    return exponential(
+      _ratio(self.nll - self.nll_eos, self.n_tokens - self.n_eos)
+    )
 
   @property
   def word_perplexity(self) -> float:
-    return _exp(_ratio(self.nll, self.n_words))
+    return exponential(_ratio(self.nll, self.n_words))
 
   @property
   def bits_per_byte(self) -> float:
@@ -129,8 +131,10 @@ def _ratio(numerator: float, denominator: int) -> float:
   return numerator / denominator if denominator else math.nan
 
 
-def _exp(nats: float) -> float:
-  # float64 overflow: a long text without spaces is one word of many nats.
+def exponential(nats: float) -> float:
+  """Perplexity exp(nats); infinite where float64 would overflow, as for a long
+  text without spaces, which is one word of many nats.
+  """
   return math.inf if nats > 709 else math.exp(nats)
 
 

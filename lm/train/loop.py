@@ -21,8 +21,8 @@ from lm.data import pipeline, prefetch, store
 from lm.evaluate import perplexity
 from lm.train import ledger as ledger_lib
 from lm.train import metrics as metrics_lib
+from lm.train import plot, programs, report, resume
 from lm.train import profile as profile_lib
-from lm.train import programs, report, resume
 from lm.train import step as step_lib
 from lm.train import stop as stop_lib
 from lm.train import watchdog as watchdog_lib
@@ -121,7 +121,7 @@ class _Run:
     self.closing.callback(self.progress.close)
     if self.start >= self.last_step and not self._lacks_evaluation():
       if jax.process_index() == 0:
-        metrics_lib.plot_if_missing(self.workdir)
+        plot.draw_if_missing(self.workdir)
       self.progress.say(f"{self.workdir} is at step {self.start}: complete")
       return 0
     now = self.config, self.mesh, self.prepared, self.start, self.last_step
@@ -163,7 +163,7 @@ class _Run:
     with self.ledger.within("save"):
       self.checkpoints.wait()
     if jax.process_index() == 0:
-      metrics_lib.plot(self.workdir)
+      plot.draw(self.workdir)
     self.ledger.write()
     self.progress.say(self.ledger.describe())
     if not stopping:

@@ -1,4 +1,4 @@
-"""Reports of a run: metrics.jsonl, TensorBoard, progress line, curves.png.
+"""Reports of a run: metrics.jsonl, TensorBoard and the progress line.
 
 metrics.jsonl has a JSON object per report. `train/loss` is the mean over all
 tokens scored since the last report, without steps of nonfinite loss;
@@ -9,7 +9,6 @@ Only process 0 writes.
 """
 
 import contextlib
-import io
 import json
 import math
 import os
@@ -22,22 +21,7 @@ import rich.console
 import rich.progress
 from etils import epath
 
-from lm import config as config_lib
 from lm import files
-from lm.model import counts
-
-# Peak FLOP/s of a device for dense bfloat16, by a prefix of `device_kind`, from
-# vendors' data sheets. Longer prefixes stand first: the first match counts.
-_PEAK_FLOPS = {
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5": 459e12,
-  "TPU v6 lite": 918e12,
-  "TPU7x": 2307e12,
-  "NVIDIA A100": 312e12,
-  "NVIDIA H100": 989e12,
-  "NVIDIA H200": 989e12,
-}
 
 
 class Writer:
@@ -184,41 +168,6 @@ def set_aside(path: epath.Path, content: bytes) -> epath.Path:
   return where
 
 
-class Meter:
-  """Throughput: tokens per second, step time, MFU, share of data waits."""
-
-  def __init__(self, config: config_lib.Config, start_step: int):
-    self._config = config
-    kind = jax.devices()[0].device_kind
-    known = [v for k, v in _PEAK_FLOPS.items() if kind.startswith(k)]
-    self._peak = known[0] * jax.device_count() if known else None
-    self._before = (start_step, 0.0, 0.0)
-
-  def read(
-    self, step: int, step_seconds: float, wait_seconds: float
-  ) -> dict[str, float | None]:
-    """Rates since the last reading, from seconds of all steps so far (without
-    evaluation and saving) and of all waits for data. `mfu` is the model's
-    FLOP/s (lm/model/counts.py) over the devices' bfloat16 peak, None if the
-    peak is unknown. The `step_seconds` returned includes waits.
-    """
-    now = step, step_seconds, wait_seconds
-    steps, stepped, waited = (
-      a - b for a, b in zip(now, self._before, strict=True)
-    )
-    self._before = now
-    seconds = max(1e-9, stepped + waited)
-    rate = steps * self._config.tokens_per_step / seconds
-    length = self._config.train.sequence_length
-    flops = rate * counts.train_flops(self._config.model, length)
-    return {
-      "tokens_per_second": rate,
-      "step_seconds": seconds / max(1, steps),
-      "mfu": None if self._peak is None else flops / self._peak,
-      "data_wait_fraction": waited / seconds,
-    }
-
-
 class Progress:
   """Live progress line in a terminal; elsewhere a plain line per report."""
 
@@ -265,58 +214,3 @@ def describe(report: dict[str, Any]) -> str:
     if report.get(name) is not None:
       parts.append(f"{label} {report[name]:{form}}")
   return "  ".join(parts)
-
-
-def exponential(nats: float) -> float:
-  """Perplexity exp(nats); infinite where float64 would overflow."""
-  return math.exp(nats) if nats < 709 else math.inf
-
-
-def plot_if_missing(workdir: str) -> None:
-  """Draws curves.png if absent or older than metrics.jsonl, as after a kill
-  between the last report and the picture.
-  """
-  picture, reports = (
-    epath.Path(workdir) / name for name in ("curves.png", "metrics.jsonl")
-  )
-  if not picture.exists() or picture.stat().mtime < reports.stat().mtime:
-    plot(workdir)
-
-
-def plot(workdir: str) -> None:
-  """Draws curves.png: loss, bits per byte, learning rate and gradient norm."""
-  import matplotlib.figure
-
-  reports = read(workdir)
-
-  def series(name):
-    # Nonfinite numbers are null in metrics.jsonl.
-    points = [
-      (r["tokens"], r[name]) for r in reports if r.get(name) is not None
-    ]
-    return tuple(zip(*points, strict=True)) if points else ((), ())
-
-  figure = matplotlib.figure.Figure(figsize=(10, 6), layout="constrained")
-  axes = figure.subplots(2, 2, sharex=True)
-  thin = {"linewidth": 0.8, "color": "tab:blue"}
-  bold = {"linewidth": 1.5, "color": "tab:orange", "marker": "o", "ms": 3}
-  axes[0, 0].plot(
-    *series("train/loss"), label="train (mean since the last report)", **thin
-  )
-  axes[0, 0].plot(*series("eval/loss"), label="validation", **bold)
-  axes[0, 0].set_ylabel("loss, nats per token")
-  axes[0, 0].legend()
-  axes[0, 1].plot(*series("eval/bits_per_byte"), **bold)
-  axes[0, 1].set_ylabel("validation bits per byte")
-  axes[1, 0].plot(*series("lr"), **thin)
-  axes[1, 0].set_ylabel("learning rate")
-  axes[1, 1].plot(*series("grad_norm"), **thin)
-  axes[1, 1].set_ylabel("gradient norm")
-  axes[1, 1].set_yscale("log")
-  for axis in axes[1]:
-    axis.set_xlabel("tokens")
-  for axis in axes.flat:
-    axis.grid(alpha=0.3)
-  content = io.BytesIO()
-  figure.savefig(content, dpi=110, format="png")
-  files.replace(epath.Path(workdir) / "curves.png", content.getvalue())

@@ -14,8 +14,10 @@ import numpy as np
 from lm import checkpoint, locks, schema
 from lm import config as config_lib
 from lm.data import store
+from lm.evaluate import perplexity
 from lm.model import counts
 from lm.train import ledger as ledger_lib
+from lm.train import meter as meter_lib
 from lm.train import metrics as metrics_lib
 
 
@@ -46,7 +48,7 @@ class Reporter:
     self._checkpoints, self._ledger = checkpoints, ledger
     self._progress, self._lock = progress, lock
     self._writer = metrics_lib.Writer(workdir, start)
-    self._meter = metrics_lib.Meter(config, start)
+    self._meter = meter_lib.Meter(config, start)
     # (step, metrics still on the devices) of the last step.
     self._pending: tuple[int, dict[str, Any]] | None = None
     # (step, numbers, values of each layer) of the last step read.
@@ -131,7 +133,7 @@ class Reporter:
         "tokens": step * self._config.tokens_per_step,
         "train/loss": loss,
         "train/last_loss": numbers["loss"],
-        "train/perplexity": metrics_lib.exponential(loss),
+        "train/perplexity": perplexity.exponential(loss),
         "grad_norm": numbers["grad_norm"],
         "lr": numbers["lr"],
         "batch_hash": self._meta.batch_hash,

@@ -152,7 +152,7 @@ def install(fault: Fault, send_signal: Callable[[], None]) -> None:
   from lm import checkpoint
   from lm.data import prefetch, store
   from lm.evaluate import perplexity
-  from lm.train import metrics, programs
+  from lm.train import plot, programs
 
   send, batches = send_signal, prefetch.DevicePrefetch
   killed = fault.signal == signal.SIGKILL
@@ -173,7 +173,7 @@ def install(fault: Fault, send_signal: Callable[[], None]) -> None:
     "dropping later reports": lambda: renaming(
       lambda _, to: os.path.basename(to) == "metrics.jsonl", send, "before"
     ),
-    "end": lambda: before(metrics, "plot", send),
+    "end": lambda: before(plot, "draw", send),
     "slow steps": lambda: after(
       batches, "__next__", lambda: time.sleep(4), at=None
     ),
