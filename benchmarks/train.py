@@ -1,48 +1,81 @@
-"""Training speed beside PyTorch's GPT-2, in one run: python benchmarks/train.py
+"""Training speed beside PyTorch: python benchmarks/train.py [--shape=nanogpt]
 
-Needs the `bench` extra. Both train the same shape with AdamW on the same
-machine, in turns; figures are tokens per second and their ratio, in float32
-and in bfloat16 (autocast in PyTorch). The share of time in matrix products is
-that of our step's operations on the device, from a profile.
+Needs the `bench` extra. Both sides train the same GPT-2 architecture (learned
+positions, LayerNorm, biases, GELU, tied head) with AdamW and a clip of the
+gradient's norm, each in a process of its own that stays idle while the other
+runs, in turns. PyTorch's side is a plain module with one product for queries,
+keys and values, scaled_dot_product_attention, fused AdamW and all cores, eager
+or by torch.compile, whichever is faster. bfloat16 is autocast there. Both
+sides' memory has huge pages (lm/chips.py says why).
+
+Prints a line per shape and dtype: tokens per second of both sides, the median
+ratio of the turns (ours over PyTorch's) and its range. `--json` prints the same
+as JSON, with versions, cores and load. `--profile` prints our step's time by
+operation instead, from XLA's own profile.
 """
 
+import argparse
 import collections
 import dataclasses
 import glob
-import gzip
 import json
+import os
+import platform
 import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from importlib import metadata
 
-import jax
 import numpy as np
-import torch
-import transformers
 
-from lm import batch as batch_lib
-from lm import config as config_lib
-from lm import sharding, validation
-from lm.train import programs
-
-L, D, N, V, T, B = 4, 256, 4, 8192, 256, 8
-ROUNDS, STEPS = 4, 4
-TOKENS = np.random.default_rng(0).integers(0, V, (B, T + 1)).astype(np.int32)
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
-def ours(dtype: str):
-  """(one step, the compiled program) for the GPT-2 shape."""
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """A GPT-2 of L layers, width D, N heads and V ids on B rows of T tokens."""
+
+  L: int
+  D: int
+  N: int
+  V: int
+  T: int
+  B: int
+
+
+SHAPES = {
+  "nanogpt": Shape(4, 128, 4, 65, 64, 12),  # its size for a CPU
+  "quickstart": Shape(4, 192, 3, 2048, 256, 8),
+  "gpt2": Shape(12, 768, 12, 50304, 512, 2),
+}
+IDLE_SECONDS = 0.5
+
+
+def rows(shape: Shape) -> np.ndarray:
+  size = shape.B, shape.T + 1
+  return np.random.default_rng(0).integers(0, shape.V, size).astype(np.int32)
+
+
+# --- our side -----------------------------------------------------------------
+
+
+def our_config(shape: Shape, dtype: str, optimizer: str):
+  from lm import config as config_lib
+  from lm import validation
+
   config = config_lib.Config()
   config.model = config_lib.ModelConfig(
-    vocab_size=V,
-    n_layers=L,
-    d_model=D,
-    n_heads=N,
-    n_kv_heads=N,
-    d_head=D // N,
-    d_mlp=4 * D,
-    context_length=T,
+    vocab_size=shape.V,
+    n_layers=shape.L,
+    d_model=shape.D,
+    n_heads=shape.N,
+    n_kv_heads=shape.N,
+    d_head=shape.D // shape.N,
+    d_mlp=4 * shape.D,
+    context_length=shape.T,
     norm="layernorm",
     mlp="gelu",
     bias=True,
@@ -50,17 +83,30 @@ def ours(dtype: str):
     dtype=dtype,
     scan_layers=False,
   )
-  config.optimizer = config_lib.OptimizerConfig(name="adamw", peak_lr=1e-4)
-  config.train.batch_size, config.train.sequence_length = B, T
-  mesh = sharding.make_mesh(validation.validate(config))
+  config.optimizer = config_lib.OptimizerConfig(name=optimizer, peak_lr=1e-4)
+  config.train.batch_size = shape.B
+  config.train.sequence_length = shape.T
+  return validation.validate(config)
+
+
+def ours(shape: Shape, dtype: str, optimizer: str):
+  """(one step, the compiled program)."""
+  from lm import batch as batch_lib
+  from lm import sharding
+  from lm.train import programs
+
+  config = our_config(shape, dtype, optimizer)
+  mesh = sharding.make_mesh(config)
   state = programs.create_state(config, mesh)
   compiled = programs.compile_step(config, mesh)
-  rows = dataclasses.replace(
-    batch_lib.unscored(TOKENS[:, :-1]),
-    targets=TOKENS[:, 1:],
-    weights=np.ones((B, T), np.float32),
+  tokens = rows(shape)
+  batch = dataclasses.replace(
+    batch_lib.unscored(tokens[:, :-1]),
+    targets=tokens[:, 1:],
+    weights=np.ones((shape.B, shape.T), np.float32),
   )
-  batch = sharding.place(rows, programs.batch_sharding(config, mesh), B)
+  where = programs.batch_sharding(config, mesh)
+  batch = sharding.place(batch, where, shape.B)
   held = [state]
 
   def step() -> float:
@@ -70,29 +116,59 @@ def ours(dtype: str):
   return step, compiled
 
 
-def theirs(dtype: str):
-  config = transformers.GPT2Config(
-    vocab_size=V,
-    n_positions=T,
-    n_embd=D,
-    n_layer=L,
-    n_head=N,
-    resid_pdrop=0.0,
-    embd_pdrop=0.0,
-    attn_pdrop=0.0,
-  )
-  model = transformers.GPT2LMHeadModel(config)
-  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-  ids = torch.from_numpy(TOKENS[:, :-1].astype(np.int64))
-  targets = torch.from_numpy(TOKENS[:, 1:].astype(np.int64))
+# --- PyTorch's side -----------------------------------------------------------
+
+
+def theirs(shape: Shape, dtype: str, compiled: bool):
+  import torch
+  from torch import nn
+  from torch.nn import functional
+
+  torch.set_num_threads(os.cpu_count() or 1)
+  D, N, T = shape.D, shape.N, shape.T
+
+  class Layer(nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
+      self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
+      self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+
+    def forward(self, x):
+      parts = self.qkv(self.norm1(x)).split(D, dim=2)
+      heads = [p.unflatten(2, (N, D // N)).transpose(1, 2) for p in parts]
+      y = functional.scaled_dot_product_attention(*heads, is_causal=True)
+      x = x + self.out(y.transpose(1, 2).flatten(2))
+      y = functional.gelu(self.up(self.norm2(x)), approximate="tanh")
+      return x + self.down(y)
+
+  class Model(nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.embed, self.places = nn.Embedding(shape.V, D), nn.Embedding(T, D)
+      for table in (self.embed, self.places):
+        nn.init.normal_(table.weight, std=0.02)
+      self.layers = nn.ModuleList(Layer() for _ in range(shape.L))
+      self.norm = nn.LayerNorm(D)
+
+    def forward(self, ids, targets):
+      x = self.embed(ids) + self.places.weight[None]
+      for layer in self.layers:
+        x = layer(x)
+      logits = functional.linear(self.norm(x), self.embed.weight).float()
+      return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+  torch.manual_seed(0)
+  model = Model()
+  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+  loss_of = torch.compile(model) if compiled else model
+  tokens = torch.from_numpy(rows(shape).astype(np.int64))
+  ids, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
   def step() -> float:
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-      logits = model(ids).logits
-      loss = torch.nn.functional.cross_entropy(
-        logits.float().view(-1, V), targets.reshape(-1)
-      )
-    optimizer.zero_grad()
+      loss = loss_of(ids, targets)
+    optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -101,46 +177,167 @@ def theirs(dtype: str):
   return step
 
 
-def seconds(step) -> float:
-  started = time.perf_counter()
-  for _ in range(STEPS):
-    step()
-  return (time.perf_counter() - started) / STEPS
+# --- turns --------------------------------------------------------------------
 
 
-def matmul_share(step, compiled) -> float:
-  """Of the time that the program's own operations take, that of dots."""
-  operations = set(re.findall(r"%?([\w.\-]+) = ", compiled.as_text()))
-  spent = collections.Counter()
+def serve(step) -> None:
+  """Reads numbers of steps from stdin; prints their seconds and last loss."""
+  for line in sys.stdin:
+    started = time.perf_counter()
+    for _ in range(int(line)):
+      loss = step()
+    print(json.dumps([time.perf_counter() - started, loss]), flush=True)
+
+
+class Side:
+  """A child process that runs steps of one side on demand."""
+
+  def __init__(self, *arguments: str):
+    self._child = subprocess.Popen(
+      [sys.executable, os.path.abspath(__file__), *arguments],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    self.first_loss = self.run(1)[1]
+    self.run(2)  # warm-up
+    self.seconds = self.run(3)[0] / 3  # a step
+
+  def run(self, steps: int) -> tuple[float, float]:
+    """(seconds, last loss)."""
+    assert self._child.stdin is not None and self._child.stdout is not None
+    time.sleep(IDLE_SECONDS)
+    self._child.stdin.write(f"{steps}\n")
+    self._child.stdin.flush()
+    line = self._child.stdout.readline()
+    if not line:
+      raise SystemExit(f"{self._child.args} ended with {self._child.wait()}")
+    return tuple(json.loads(line))
+
+  def close(self) -> None:
+    assert self._child.stdin is not None
+    self._child.stdin.close()
+    self._child.wait()
+
+
+def compare(name: str, dtype: str, optimizer: str, turns: int) -> dict:
+  about = f"--shape={name}", f"--dtype={dtype}", f"--optimizer={optimizer}"
+  mine = Side(*about, "--side=ours")
+  others = [Side(*about, "--side=torch")]
+  try:
+    others.append(Side(*about, "--side=torch-compiled"))
+  except SystemExit as error:  # no C++ compiler
+    print(f"torch.compile is left out: {error}", file=sys.stderr)
+  other = min(others, key=lambda side: side.seconds)
+  for side in others:
+    if side is not other:
+      side.close()
+  # About three seconds a turn and side.
+  counts = [max(3, round(3 / side.seconds)) for side in (mine, other)]
+  times = [
+    [side.run(n)[0] / n for side, n in zip((mine, other), counts, strict=True)]
+    for _ in range(turns)
+  ]
+  for side in (mine, other):
+    side.close()
+  shape = SHAPES[name]
+  ours_, theirs_ = (statistics.median(t) for t in zip(*times, strict=True))
+  ratios = sorted(b / a for a, b in times)
+  return {
+    "shape": name,
+    "dtype": dtype,
+    "optimizer": optimizer,
+    "ours_tokens_per_second": shape.B * shape.T / ours_,
+    "torch_tokens_per_second": shape.B * shape.T / theirs_,
+    "torch_compiled": other is not others[0],
+    "ratio": statistics.median(ratios),
+    "ratio_range": [ratios[0], ratios[-1]],
+    "first_losses": [mine.first_loss, other.first_loss],
+    "load_before": os.getloadavg()[0],
+  }
+
+
+def profile(step, compiled) -> None:
+  """Prints the step's time by operation, of XLA's own events."""
+  import jax
+
+  step(), step()
+  text = compiled.as_text()
+  kinds = dict(re.findall(r"%?([\w.\-]+) = [^=]*? ([\w\-]+)\(", text))
+  source = dict(re.findall(r"%?([\w.\-]+) = [^\n]*op_name=\"([^\"]*)\"", text))
+  spent: collections.Counter = collections.Counter()
+  n = 3
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
-      step()
-    (path,) = glob.glob(f"{folder}/**/*.trace.json.gz", recursive=True)
-    with gzip.open(path) as file:
-      events = json.load(file)["traceEvents"]
-  for event in events:
-    if event.get("ph") == "X" and event["name"] in operations:
-      is_dot = re.match(r"ynn|dot|onednn|custom-call", event["name"])
-      spent[bool(is_dot)] += event["dur"]
-  return spent[True] / max(1, sum(spent.values()))
+      for _ in range(n):
+        step()
+    (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
+    data = jax.profiler.ProfileData.from_file(path)
+    for plane in data.planes:
+      for line in plane.lines:
+        for event in line.events:
+          if event.name in kinds:
+            spent[event.name] += event.duration_ns
+  whole = sum(spent.values())
+  print(f"{whole / n / 1e6:.2f} ms a step in operations, by time:")
+  for name, t in spent.most_common(40):
+    print(
+      f"{t / n / 1e6:8.3f} ms {t / whole:5.1%}  {kinds[name]:12} {name:32} "
+      f"{source.get(name, '')[-60:]}"
+    )
 
 
 def main() -> None:
-  print(f"{L} layers, width {D}, {N} heads, V {V}, batch {B} x {T} tokens")
-  for dtype in ("float32", "bfloat16"):
-    (mine, compiled), other = ours(dtype), theirs(dtype)
-    first = mine(), other()
-    seconds(mine), seconds(other)  # warm-up
-    times = [(seconds(mine), seconds(other)) for _ in range(ROUNDS)]
-    a, b = (statistics.median(t) for t in zip(*times, strict=True))
-    ratios = [theirs_ / ours_ for ours_, theirs_ in times]
-    print(
-      f"{dtype:8}  ours {B * T / a:,.0f} tokens/s, PyTorch {B * T / b:,.0f}; "
-      f"ratio {statistics.median(ratios):.2f} "
-      f"({min(ratios):.2f} to {max(ratios):.2f}); "
-      f"{matmul_share(mine, compiled):.0%} of our time in matrix products; "
-      f"first losses {first[0]:.3f}, {first[1]:.3f}"
-    )
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--shape", choices=[*SHAPES], action="append")
+  parser.add_argument(
+    "--dtype", choices=["float32", "bfloat16"], action="append"
+  )
+  parser.add_argument("--optimizer", default="adamw")
+  parser.add_argument("--turns", type=int, default=5)
+  parser.add_argument("--json", action="store_true")
+  parser.add_argument("--profile", action="store_true")
+  parser.add_argument("--side", help=argparse.SUPPRESS)
+  options = parser.parse_args()
+  names = options.shape or [*SHAPES]
+  dtypes = options.dtype or ["float32", "bfloat16"]
+  if options.side == "ours":
+    serve(ours(SHAPES[names[0]], dtypes[0], options.optimizer)[0])
+  elif options.side:
+    compiled = options.side == "torch-compiled"
+    serve(theirs(SHAPES[names[0]], dtypes[0], compiled))
+  elif options.profile:
+    for name in names:
+      for dtype in dtypes:
+        print(name, dtype)
+        profile(*ours(SHAPES[name], dtype, options.optimizer))
+  else:
+    results = []
+    for name in names:
+      for dtype in dtypes:
+        found = compare(name, dtype, options.optimizer, options.turns)
+        results.append(found)
+        if not options.json:
+          low, high = found["ratio_range"]
+          print(
+            f"{name:10} {dtype:8}  ours "
+            f"{found['ours_tokens_per_second']:,.0f} tokens/s, PyTorch "
+            f"{found['torch_tokens_per_second']:,.0f}"
+            f"{' (compiled)' if found['torch_compiled'] else ''}; ratio "
+            f"{found['ratio']:.2f} ({low:.2f} to {high:.2f})",
+            flush=True,
+          )
+    if options.json:
+      versions = {
+        p: metadata.version(p) for p in ("jax", "jaxlib", "flax", "torch")
+      }
+      machine = {
+        "cores": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "versions": versions,
+      }
+      print(json.dumps({"machine": machine, "results": results}, indent=2))
 
 
 if __name__ == "__main__":

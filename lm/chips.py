@@ -1,7 +1,9 @@
-"""Peak rates of accelerators, from their vendors' data sheets."""
+"""What is known of chips: peak rates, and options of their compilers."""
 
-# FLOP/s for dense bfloat16 by a prefix of JAX's `device_kind`. Longer prefixes
-# stand first: the first match counts.
+from typing import Any
+
+# FLOP/s for dense bfloat16 by a prefix of JAX's `device_kind`, from vendors'
+# data sheets. Longer prefixes stand first: the first match counts.
 _PEAK_FLOPS = {
   "TPU v4": 275e12,
   "TPU v5 lite": 197e12,
@@ -13,6 +15,14 @@ _PEAK_FLOPS = {
   "NVIDIA H200": 989e12,
 }
 
+# XLA options by platform.
+_OPTIONS = {
+  # Reductions, not products, by YNNPACK. Its products are as fast as Eigen's
+  # for large matrices; for the small ones of attention (256 x 64 x 256) they
+  # have half the speed (benchmarks/products.py).
+  "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
+}
+
 
 def peak_flops(device_kind: str) -> float | None:
   """Dense bfloat16 FLOP/s of one device; None for a CPU or an unknown chip."""
@@ -20,3 +30,8 @@ def peak_flops(device_kind: str) -> float | None:
     if device_kind.startswith(prefix):
       return peak
   return None
+
+
+def compiler_options(platform: str) -> dict[str, Any]:
+  """`compiler_options` of a program for `platform`: cpu, gpu or tpu."""
+  return _OPTIONS.get(platform, {})

@@ -102,3 +102,67 @@ def test_splash_is_the_plain_form(window, softcap, monkeypatch):
   got, want = (differentiate(q, k, v, name) for name in ("splash", "reference"))
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
+
+
+def plain(q, k, v, seen, softcap):
+  """softmax(q k) v by the formula, all scores at once: H heads of q, K of k."""
+  k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+  scores = jnp.einsum("BTNH,BSNH->BNTS", q, k)
+  if softcap is not None:
+    scores = softcap * jnp.tanh(scores / softcap)
+  scores = jnp.where(seen[:, None], scores, -jnp.inf)
+  return jnp.einsum("BNTS,BSNH->BTNH", jax.nn.softmax(scores), v)
+
+
+@pytest.mark.parametrize(
+  ("window", "softcap", "prefixed"),
+  [
+    (None, None, False),
+    (7, None, False),
+    (None, 2.0, False),
+    (None, None, True),
+    (7, 2.0, True),
+  ],
+)
+def test_blocks_of_queries_are_the_plain_form(
+  window, softcap, prefixed, monkeypatch
+):
+  """Values and gradients; the last block is shorter, heads are grouped."""
+  monkeypatch.setattr(kernels, "_BLOCK", 8)
+  B, T, N, K, H = 2, 37, 4, 2, 8
+  rng = np.random.default_rng(0)
+  q, k, v, mix = (
+    jnp.asarray(rng.normal(size=(B, T, n, H)).astype(np.float32))
+    for n in (N, K, K, N)
+  )
+  lengths = (21, 16)
+  positions = np.concatenate([np.arange(n) for n in lengths])
+  segments = np.repeat([1, 2], lengths)
+  prefix = np.broadcast_to(positions < 5, (B, T))
+  tokens = attention.Tokens(
+    jnp.broadcast_to(positions, (B, T)),
+    jnp.broadcast_to(segments, (B, T)),
+    jnp.asarray(prefix) if prefixed else None,
+  )
+  seen = attention.visible(tokens, tokens, window)
+  blocks = list(kernels._blocks(seen, not prefixed, window))
+  assert len(blocks) == 5
+  # Later keys cost nothing if the mask is causal, nor do keys before a window.
+  n_scores = sum(mask.shape[3] * mask.shape[4] for *_, mask in blocks)
+  most = T * T if prefixed else T * (8 + 7) if window else T * T * 0.65
+  assert n_scores <= most
+
+  def by_blocks(q, k, v):
+    out = kernels.blocked(q, k, v, seen, not prefixed, window, softcap)
+    return jnp.sum(out * mix), out
+
+  def by_formula(q, k, v):
+    out = plain(q, k, v, seen, softcap)
+    return jnp.sum(out * mix), out
+
+  got, want = (
+    jax.grad(f, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    for f in (by_blocks, by_formula)
+  )
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()

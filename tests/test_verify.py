@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from lm import checkpoint, cli, schema, sharding, validation
 from lm import config as config_lib
 from lm.data import objectives, pipeline
-from lm.model import attention, counts, decoder, layers, loss, weights
+from lm.model import counts, decoder, kernels, layers, loss, weights
 from lm.sample import decoding
 from lm.train import optimizer
 from lm.train import step as step_lib
@@ -340,13 +340,13 @@ def test_dtypes_of_a_projection(mutate):
 
 
 def test_dtypes_of_the_softmax(mutate):
-  def mutant(original, q, k, v, seen, softcap):
-    del original, softcap
+  def mutant(original, q, k, v, seen, causal, window, softcap):
+    del original, causal, window, softcap
     scores = jnp.einsum("BTNH,BSNH->BNTS", q, k)
     scores = jnp.where(seen[:, None], scores, jnp.bfloat16(-1e30))
     return jnp.einsum("BNTS,BSNH->BTNH", jax.nn.softmax(scores), v)
 
-  mutate(attention, "_reference", mutant)
+  mutate(kernels, "blocked", mutant)
   assert "exp in " in dtype_notes(config(**BFLOAT16, model__n_kv_heads=4))
 
 

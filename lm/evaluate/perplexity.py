@@ -20,8 +20,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from lm import batch as batch_lib
+from lm import chips, sharding
 from lm import config as config_lib
-from lm import sharding
 from lm.data import sources, windows
 from lm.data import tokenizer as tokenizer_lib
 from lm.model import decoder, scoring
@@ -79,7 +79,11 @@ def eval_step(
   `whole` is the sharding of an array replicated on every process, needed where
   no mesh is in context (mode pmap).
   """
-  return jax.jit(functools.partial(score, cfg), out_shardings=whole)
+  return jax.jit(
+    functools.partial(score, cfg),
+    out_shardings=whole,
+    compiler_options=chips.compiler_options(sharding.platform()),
+  )
 
 
 @dataclasses.dataclass(frozen=True)

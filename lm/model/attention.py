@@ -1,4 +1,4 @@
-"""Attention: the mask, the plain implementation, queries, keys and values.
+"""Attention: the mask, queries, keys and values. Kernels are in kernels.py.
 
 B batch, T query length, S key length, D model, N query heads, K kv heads,
 G = N / K, H head.
@@ -17,10 +17,6 @@ from jaxtyping import Array, Bool, Float, Int
 from lm import config as config_lib
 from lm import sharding
 from lm.model import kernels, layers, weights
-
-# Score of a masked key: low enough for exp() to give 0, high enough for sums
-# to stay finite.
-MASKED = -1e30
 
 
 @functools.partial(
@@ -79,71 +75,14 @@ def attend(
   k, v, keys = sharding.gather((k, v, keys), None, "length")
   if kernel == "splash":
     return kernels.splash(q * scale, k, v, queries.segments, window, softcap)
+  seen = visible(queries, keys, window)
   if kernel == "cudnn":
-    return kernels.cudnn(q, k, v, visible(queries, keys, window), scale)
-  return _reference(q * scale, k, v, visible(queries, keys, window), softcap)
-
-
-def _reference(q, k, v, seen, softcap):
-  """Plain attention, with heads moved first: each head is a matrix product.
-
-  Normalises after the value product, on [T, H] instead of [T, S]: S / H times
-  fewer divisions.
-  """
-  B, T, N, H = q.shape
-  K = k.shape[2]
-  heads = ("batch", "kv_heads", None, "length", None)
-  q = jax.lax.reshape(
-    q,
-    (B, T, K, N // K, H),
-    out_sharding=sharding.spec("batch", "length", "kv_heads", None, None),
-  )
-  q, k, v = jnp.moveaxis(q, 1, 3), k.swapaxes(1, 2), v.swapaxes(1, 2)
-  scores = _contract("BKGTH,BKSH->BKGTS", heads, q, k)
-  if softcap is not None:
-    scores = softcap * jnp.tanh(scores / softcap)
-  scores = jnp.where(seen[:, None, None], scores, MASKED)
-  top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-  shares = jnp.exp(scores - top)
-  out = _contract("BKGTS,BKSH->BKGTH", heads, shares.astype(v.dtype), v)
-  out /= jnp.sum(shares, axis=-1, keepdims=True)
-  return jax.lax.reshape(
-    jnp.moveaxis(out.astype(v.dtype), 3, 1),
-    (B, T, N, H),
-    out_sharding=sharding.spec("batch", "length", "heads", None),
-  )
-
-
-def _product(equation, axes, a, b) -> Array:
-  """einsum of operands in the compute dtype, accumulated in float32.
-
-  The custom VJP rounds the float32 cotangent to the compute dtype first: a
-  float32 operand would make both backward products float32.
-  """
-  return jnp.einsum(
-    equation,
-    a,
-    b,
-    preferred_element_type=jnp.float32,
-    out_sharding=sharding.spec(*axes),
-  )
-
-
-def _product_forward(equation, axes, a, b):
-  return _product(equation, axes, a, b), (a, b)
-
-
-def _product_backward(equation, axes, operands, cotangent):
-  def narrow(a, b):
-    where = sharding.spec(*axes)
-    return jnp.einsum(equation, a, b, out_sharding=where)
-
-  _, pull = jax.vjp(narrow, *operands)
-  return pull(cotangent.astype(operands[0].dtype))
-
-
-_contract = jax.custom_vjp(_product, nondiff_argnums=(0, 1))
-_contract.defvjp(_product_forward, _product_backward)
+    return kernels.cudnn(q, k, v, seen, scale)
+  # Within a document, places in a row and positions differ by a constant: if
+  # queries and keys are the same tokens, places tell which keys are later.
+  causal = queries.segments.shape == keys.segments.shape
+  causal &= keys.prefix is None
+  return kernels.blocked(q * scale, k, v, seen, causal, window, softcap)
 
 
 class Attention(nnx.Module):

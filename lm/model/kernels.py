@@ -1,6 +1,8 @@
-"""Fused attention kernels: which one a model can use, and their calls.
+"""Attention kernels: which one a model can use, calls of cuDNN and splash, and
+the blocked form in XLA's own operations.
 
-B batch, T query length, S key length, N query heads, K kv heads, H head.
+B batch, T query length, S key length, C queries of a block, N query heads, K kv
+heads, G = N / K, H head.
 """
 
 import jax
@@ -9,6 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lm import config as config_lib
 from lm import schema, sharding
+
+# Score of a masked key: low enough for exp() to give 0, high enough for sums
+# to stay finite.
+MASKED = -1e30
 
 # TPU lane count: splash attention needs rows of a multiple of 128 tokens.
 _LANES = 128
@@ -134,3 +140,120 @@ def splash(
     local, heads, kv, kv, ("batch", None), out_axes=heads
   )
   return run(q, k, v, segments)
+
+
+# --- attention in blocks of queries, in XLA's own operations ------------------
+
+# Queries of a block, and blocks at most, which are unrolled.
+_BLOCK, _MOST_BLOCKS = 128, 8
+
+
+def blocked(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
+  seen: Bool[Array, "B T S"],
+  causal: bool,
+  window: int | None,
+  softcap: float | None,
+) -> Float[Array, "B T N H"]:
+  """Attention of scaled `q`, a block of queries at a time; each device computes
+  its rows and heads. `seen` [B, T, S] is the mask.
+
+  If `causal`, later keys and keys before the window are left out of a block. As
+  in FlashAttention (arXiv:2205.14135) the backward pass recomputes the
+  probabilities: no float array [T, S] is saved.
+  """
+
+  def local(q, k, v, seen):
+    (B, T, N, H), K = q.shape, k.shape[2]
+    # Each head is a matrix, with G queries of each position.
+    q = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 3)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    out = _attend_blocks((causal, window, softcap), q, k, v, seen)
+    return jnp.moveaxis(out, 3, 1).reshape(B, T, N, H)
+
+  heads = ("batch", "length", "heads", None)
+  whole = ("batch", None, "kv_heads", None)
+  mask = ("batch", "length", None)
+  if sharding.has_mesh():
+    seen = jax.sharding.reshard(seen, sharding.partition(*mask))
+  run = sharding.per_shard(local, heads, whole, whole, mask, out_axes=heads)
+  return run(q, k, v, seen)
+
+
+def _blocks(seen, causal, window):
+  """Yields (slice of queries, slice of keys, mask [B, 1, 1, C, S])."""
+  T, S = seen.shape[1:]
+  C = max(_BLOCK, -(-T // _MOST_BLOCKS))
+  for start in range(0, T, C):
+    stop = min(start + C, T)
+    first = max(0, start - window + 1) if causal and window is not None else 0
+    some, keys = slice(start, stop), slice(first, stop if causal else S)
+    yield some, keys, seen[:, None, None, some, keys]
+
+
+def _multiply(equation: str, a: Array, b: Array) -> Array:
+  """einsum of operands in the compute dtype, accumulated in float32."""
+  return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def _attend_blocks(options, q, k, v, seen):
+  return _attend_forward(options, q, k, v, seen)[0]
+
+
+def _attend_forward(options, q, k, v, seen):
+  *how, softcap = options
+  outs, logs = [], []
+  for some, keys, mask in _blocks(seen, *how):
+    scores = _multiply("BKGTH,BKSH->BKGTS", q[:, :, :, some], k[:, :, keys])
+    if softcap is not None:
+      scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(mask, scores, MASKED)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    shares = jnp.exp(scores - top)
+    total = jnp.sum(shares, axis=-1, keepdims=True)
+    # Normalised after the product: [T, H] has fewer numbers than [T, S].
+    out = _multiply("BKGTS,BKSH->BKGTH", shares.astype(v.dtype), v[:, :, keys])
+    outs.append((out / total).astype(v.dtype))
+    logs.append((top + jnp.log(total))[..., 0])
+  out = jnp.concatenate(outs, axis=3)
+  return out, (q, k, v, seen, out, jnp.concatenate(logs, axis=3))
+
+
+def _attend_backward(options, saved, d_out):
+  """Gradients of q, k and v. Probabilities are transposed, [S, T], so that the
+  products for keys and values need no transposition of a large operand.
+  """
+  (*how, softcap), f32 = options, jnp.float32
+  # Not before the backward pass: XLA would compute the scores in the forward.
+  saved, d_out = jax.lax.optimization_barrier((saved, d_out))
+  q, k, v, seen, out, logs = saved
+  delta = jnp.sum(d_out.astype(f32) * out.astype(f32), axis=-1)
+  d_q, d_k, d_v = [], jnp.zeros(k.shape, f32), jnp.zeros(v.shape, f32)
+  for some, keys, mask in _blocks(seen, *how):
+    q_, d_ = q[:, :, :, some], d_out[:, :, :, some]
+    k_, v_ = k[:, :, keys], v[:, :, keys]
+    scores = _multiply("BKSH,BKGTH->BKSGT", k_, q_)
+    slope = None
+    if softcap is not None:
+      scores = softcap * jnp.tanh(scores / softcap)
+      slope = 1 - jnp.square(scores / softcap)
+    scores = jnp.where(jnp.moveaxis(mask, -1, 2), scores, MASKED)
+    shares = jnp.exp(scores - logs[:, :, None, :, some])
+    d_v = d_v.at[:, :, keys].add(
+      _multiply("BKSGT,BKGTH->BKSH", shares.astype(q.dtype), d_)
+    )
+    d = _multiply("BKSH,BKGTH->BKSGT", v_, d_) - delta[:, :, None, :, some]
+    d *= shares
+    d = (d if slope is None else d * slope).astype(q.dtype)
+    d_k = d_k.at[:, :, keys].add(_multiply("BKSGT,BKGTH->BKSH", d, q_))
+    # XLA's CPU compiler is slow where the large operand is transposed.
+    turned = jax.lax.optimization_barrier(k_.swapaxes(2, 3))
+    d_q.append(_multiply("BKHS,BKSGT->BKHGT", turned, d))
+  d_q = jnp.moveaxis(jnp.concatenate(d_q, axis=4), 2, 4)
+  return *(d.astype(q.dtype) for d in (d_q, d_k, d_v)), None
+
+
+_attend_blocks = jax.custom_vjp(_attend_blocks, nondiff_argnums=(0,))
+_attend_blocks.defvjp(_attend_forward, _attend_backward)

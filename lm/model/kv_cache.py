@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lm import config as config_lib
 from lm import sharding
-from lm.model import attention
+from lm.model import kernels
 
 # Leading logical axes of every array of a layer; other axes are not sharded.
 _HEADS = ("batch", "kv_heads")
@@ -224,7 +224,7 @@ def _attend(q, keys, values, seen: Bool[Array, "B T R"], softcap):
   if softcap is not None:
     scores = softcap * jnp.tanh(scores / softcap)
   seen = jnp.repeat(jnp.tile(seen, (1, G, 1)), K, axis=0)
-  scores = jnp.where(seen, scores, attention.MASKED)
+  scores = jnp.where(seen, scores, kernels.MASKED)
   shares = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
   total = jnp.sum(shares, axis=-1, keepdims=True)
   if values.scales is not None:

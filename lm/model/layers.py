@@ -3,6 +3,8 @@
 B batch, T query length, D model, F mlp, H head, V vocabulary.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -36,6 +38,12 @@ class Norm(nnx.Module):
     self.bias = weights.vector(0.0, (size,), (None,)) if has_bias else None
 
   def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
+    scale = self.scale[...] + self.offset
+    bias = None if self.bias is None else self.bias[...]
+    return self._normalise(x, scale, bias)
+
+  @functools.partial(jax.checkpoint, static_argnums=0)
+  def _normalise(self, x, scale, bias):
     y = x.astype(jnp.float32)
     if self.centred:
       y -= jnp.mean(y, axis=-1, keepdims=True)
@@ -43,8 +51,10 @@ class Norm(nnx.Module):
       jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon
     )
     lead = (None,) * (x.ndim - 1)
-    y *= (self.scale[...] + self.offset)[(*lead, ...)]
-    return add_bias(y, self.bias).astype(x.dtype)
+    y *= scale[(*lead, ...)]
+    if bias is not None:
+      y += bias[(*lead, ...)]
+    return y.astype(x.dtype)
 
 
 class RMSNorm(Norm):
@@ -82,20 +92,24 @@ class MLP(nnx.Module):
   def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     inner = ("batch", "length", "mlp")
     h = add_bias(weights.dot("BTD,DF->BTF", x, self.up, *inner), self.up_bias)
+    gate = None
     if self.gate is not None:
       gate = weights.dot("BTD,DF->BTF", x, self.gate, *inner)
-      h = self._activate(add_bias(gate, self.gate_bias)) * h
-    else:
-      h = self._activate(h)
+      gate = add_bias(gate, self.gate_bias)
+    h = self._activate(h, gate)
     y = weights.dot("BTF,FD->BTD", h, self.down, "batch", "length", None)
     return add_bias(y, self.down_bias)
 
-  def _activate(self, x: Array) -> Array:
+  @functools.partial(jax.checkpoint, static_argnums=0)
+  def _activate(self, up: Array, gate: Array | None) -> Array:
+    x = up if gate is None else gate
     if self.activation == "swiglu":
-      return jax.nn.silu(x)
-    if self.activation == "relu2":
-      return jnp.square(jax.nn.relu(x))
-    return jax.nn.gelu(x, approximate=True)
+      y = jax.nn.silu(x)
+    elif self.activation == "relu2":
+      y = jnp.square(jax.nn.relu(x))
+    else:
+      y = jax.nn.gelu(x, approximate=True)
+    return y if gate is None else y * up
 
 
 def look_up(

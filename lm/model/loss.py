@@ -1,6 +1,6 @@
 """Chunked causal cross-entropy: never holds the logits of a whole batch.
 
-B batch, T length, C positions of a chunk, D model, V vocabulary. Losses are
+B batch, T length, C tokens of a chunk, D model, V vocabulary. Losses are
 returned as sums; the caller divides by the weights once, over the global batch.
 
 tokamax's fused linear_softmax_cross_entropy_loss (0.0.17) is not used: no
@@ -109,8 +109,8 @@ def _local_sums_and_gradients(options, x, head, targets, weights):
     # Compute dtype for both operands: float32 would slow the matmul.
     d = d.astype(x.dtype)
     f32 = jnp.float32
-    dx = jnp.einsum("BCV,VD->BCD", d, whole, preferred_element_type=f32)
-    dhead += jnp.einsum("BCV,BCD->VD", d, x, preferred_element_type=f32)
+    dx = jnp.einsum("CV,VD->CD", d, whole, preferred_element_type=f32)
+    dhead += jnp.einsum("CV,CD->VD", d, x, preferred_element_type=f32)
     dx = _psum(dx, "vocab").astype(x.dtype)
     return (*_add(sums, nll, log_z, weights, z_loss), dhead), dx
 
@@ -129,7 +129,7 @@ def _local_sums_and_gradients(options, x, head, targets, weights):
 
 
 def chunk_logits(x, head, softcap):
-  """Float32 logits [B, C, V] of a chunk, and d(logits) / d(x head)."""
+  """Float32 logits [C, V] of a chunk, and d(logits) / d(x head)."""
   scores = weights_lib.scores(x, head)
   if softcap is None:
     return scores, jnp.float32(1)
@@ -147,7 +147,7 @@ def chunk_nll(scores, targets):
   if sharding.has_mesh():
     first = size * jax.lax.axis_index(sharding.mesh_axes("vocab"))
   # A gather over a sharded vocabulary would communicate; a comparison is local.
-  hit = jnp.arange(size)[None, None, :] + first == targets[..., None]
+  hit = jnp.arange(size)[None] + first == targets[:, None]
   chosen = _psum(jnp.sum(jnp.where(hit, scores, 0), axis=-1), "vocab")
   return log_z - chosen, log_z, hit
 
@@ -160,27 +160,30 @@ def _add(sums, nll, log_z, weights, z_loss):
 
 
 def over_chunks(step, carry, chunk, *arrays):
-  """Scans `step` over chunks [B, C, ...] of the arrays, of at most `chunk`
-  tokens (but C >= 1); joins the second results [B, C, ...] along T.
+  """Scans `step` over chunks of at most `chunk` tokens of the arrays [B, T,
+  ...]: in a chunk, rows and positions are one axis C. Returns the last carry,
+  and the second results [C, ...] as [B, T, ...].
 
   Zeros pad the last chunk: padding has weight 0.
   """
   B, T = arrays[0].shape[:2]
-  C = max(1, chunk // B)
-  if T <= C:
-    return step(carry, arrays)
-  n = -(-T // C)
+  n = -(-B * T // chunk)
+  C = B * T if n == 1 else chunk
 
   def cut(a):
-    pad = [(0, 0), (0, n * C - T)] + [(0, 0)] * (a.ndim - 2)
-    a = jnp.pad(a, pad)
-    return a.reshape(B, n, C, *a.shape[2:]).swapaxes(0, 1)
+    a = a.reshape(B * T, *a.shape[2:])
+    a = jnp.pad(a, [(0, n * C - B * T)] + [(0, 0)] * (a.ndim - 1))
+    return a.reshape(n, C, *a.shape[1:])
 
   def join(a):
-    return a.swapaxes(0, 1).reshape(B, n * C, *a.shape[3:])[:, :T]
+    return a.reshape(n * C, *a.shape[2:])[: B * T].reshape(B, T, *a.shape[2:])
 
-  carry, pieces = jax.lax.scan(step, carry, tuple(cut(a) for a in arrays))
-  return carry, jax.tree.map(join, pieces)
+  pieces = tuple(cut(a) for a in arrays)
+  if n == 1:
+    carry, found = step(carry, tuple(a[0] for a in pieces))
+    return carry, jax.tree.map(lambda a: join(a[None]), found)
+  carry, found = jax.lax.scan(step, carry, pieces)
+  return carry, jax.tree.map(join, found)
 
 
 # --- collectives; without a mesh, no-ops --------------------------------------

@@ -147,9 +147,9 @@ def dot(
 
   `axes` are logical names of the output's axes. The weight may be an array, a
   `Reversed`, or a `qwix.QArray`: int8 values and a float32 scale per output.
-  Two summed axes (heads and head width) are flattened first: XLA's CPU compiler
-  has no fast product over two axes (measured: a tenth of the speed, for 1 token
-  as for 8).
+  Two summed axes (heads and head width) are flattened first, and on CPUs rows
+  and positions, too: XLA's CPU compiler has no fast product over two axes, in
+  forward or backward (benchmarks/products.py).
   """
   values, scales = weight.get_value(), None
   if not isinstance(values, jax.Array | Reversed):
@@ -161,15 +161,37 @@ def dot(
   elif declared(weight).n_inputs == 2:
     x, values = _merge(x, x.ndim - 2), _merge(values, 0)
     inputs, letters = inputs[:-1], letters[0] + letters[2:]
-  y = jnp.einsum(
-    f"{inputs},{letters}->{outputs}",
-    x,
-    values.astype(x.dtype),
-    out_sharding=sharding.spec(*axes),
-  )
+  whole_rows = not sharding.mesh_axes("length")
+  multiply = _flat if whole_rows and sharding.platform() == "cpu" else _einsum
+  y = multiply(inputs, letters, outputs, x, values.astype(x.dtype), axes)
   if scales is None:
     return y
   return (y * scales.reshape(1, 1, *y.shape[2:])).astype(y.dtype)
+
+
+def _einsum(inputs, letters, outputs, x, values, axes):
+  where = sharding.spec(*axes)
+  equation = f"{inputs},{letters}->{outputs}"
+  return jnp.einsum(equation, x, values, out_sharding=where)
+
+
+def _flat(inputs, letters, outputs, x, values, axes):
+  """`_einsum` as a product of two matrices: batch and length are one axis of
+  activations, and heads and head width one axis of the weight.
+  """
+  sizes = dict(zip(inputs + letters, x.shape + values.shape, strict=True))
+  if len(letters) == 3:
+    values, letters = _merge(values, 1), letters[:2]
+  y = _einsum(
+    inputs[1:],
+    letters,
+    outputs[1] + outputs[2],
+    _merge(x, 0),
+    values,
+    (axes[0], axes[2]),
+  )
+  shape = tuple(sizes[letter] for letter in outputs)
+  return jax.lax.reshape(y, shape, out_sharding=sharding.spec(*axes))
 
 
 def _merge(x: Array, axis: int) -> Array:
@@ -185,15 +207,15 @@ def _merge(x: Array, axis: int) -> Array:
 
 
 def scores(
-  x: Float[Array, "B T D"], head: Float[Array, "V D"], *axes: str | None
-) -> Float[Array, "B T V"]:
+  x: Float[Array, "*lead D"], head: Float[Array, "V D"], *axes: str | None
+) -> Float[Array, "*lead V"]:
   """Logits before any soft-cap: product in x's dtype, accumulated in float32.
 
   `axes` are logical names of the output's axes; omit `axes` for a local shard
   (inside `sharding.per_shard`).
   """
   return jnp.einsum(
-    "BTD,VD->BTV",
+    "...D,VD->...V",
     x,
     head.astype(x.dtype),
     preferred_element_type=jnp.float32,

@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lm import batch as batch_lib
+from lm import chips, sharding
 from lm import config as config_lib
-from lm import sharding
 from lm.train import step as step_lib
 
 Step = Callable[
@@ -74,7 +74,8 @@ def compile_step(
     batch = batch_lib.abstract(config, rows, prefix=prefix)
     with jax.set_mesh(mesh):
       step = jax.jit(step_lib.train_step(config), donate_argnums=0)
-      return step.lower(state, batch).compile()
+      options = chips.compiler_options(sharding.platform())
+      return step.lower(state, batch).compile(compiler_options=options)
   n = mesh.size
   pmapped = jax.pmap(
     step_lib.train_step(config),
