@@ -6,7 +6,7 @@ gradient's norm, each in a process of its own that stays idle while the other
 runs, in turns. PyTorch's side is a plain module with one product for queries,
 keys and values, scaled_dot_product_attention, fused AdamW and all cores, eager
 or by torch.compile, whichever is faster. bfloat16 is autocast there. Both
-sides' memory has huge pages (lm/chips.py says why).
+processes get huge pages from malloc, as in launch/quickstart.sh.
 
 Prints a line per shape and dtype: tokens per second of both sides, the median
 ratio of the turns (ours over PyTorch's) and its range. `--json` prints the same
@@ -52,6 +52,8 @@ SHAPES = {
   "gpt2": Shape(12, 768, 12, 50304, 512, 2),
 }
 IDLE_SECONDS = 0.5
+# A step allocates its memory anew, and page faults would take a tenth of it.
+ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def rows(shape: Shape) -> np.ndarray:
@@ -198,6 +200,7 @@ class Side:
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,
+      env={**os.environ, **ENVIRONMENT},
     )
     self.first_loss = self.run(1)[1]
     self.run(2)  # warm-up

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from lm import checkpoint, cli, schema, sharding, validation
 from lm import config as config_lib
 from lm.data import objectives, pipeline
-from lm.model import counts, decoder, kernels, layers, loss, weights
+from lm.model import attention, counts, decoder, kernels, layers, loss, weights
 from lm.sample import decoding
 from lm.train import optimizer
 from lm.train import step as step_lib

@@ -162,27 +162,27 @@ def dot(
     x, values = _merge(x, x.ndim - 2), _merge(values, 0)
     inputs, letters = inputs[:-1], letters[0] + letters[2:]
   whole_rows = not sharding.mesh_axes("length")
-  multiply = _flat if whole_rows and sharding.platform() == "cpu" else _einsum
+  multiply = _flat_dot if whole_rows and sharding.platform() == "cpu" else _dot
   y = multiply(inputs, letters, outputs, x, values.astype(x.dtype), axes)
   if scales is None:
     return y
   return (y * scales.reshape(1, 1, *y.shape[2:])).astype(y.dtype)
 
 
-def _einsum(inputs, letters, outputs, x, values, axes):
+def _dot(inputs, letters, outputs, x, values, axes):
   where = sharding.spec(*axes)
   equation = f"{inputs},{letters}->{outputs}"
   return jnp.einsum(equation, x, values, out_sharding=where)
 
 
-def _flat(inputs, letters, outputs, x, values, axes):
-  """`_einsum` as a product of two matrices: batch and length are one axis of
+def _flat_dot(inputs, letters, outputs, x, values, axes):
+  """`_dot` as a product of two matrices: batch and length are one axis of
   activations, and heads and head width one axis of the weight.
   """
   sizes = dict(zip(inputs + letters, x.shape + values.shape, strict=True))
   if len(letters) == 3:
     values, letters = _merge(values, 1), letters[:2]
-  y = _einsum(
+  y = _dot(
     inputs[1:],
     letters,
     outputs[1] + outputs[2],
