@@ -248,7 +248,8 @@ def _attend_backward(options, saved, d_out):
     d *= shares
     d = (d if slope is None else d * slope).astype(q.dtype)
     d_k = d_k.at[:, :, keys].add(_multiply("BKSGT,BKGTH->BKSH", d, q_))
-    # XLA's CPU compiler is slow where the large operand is transposed.
+    # The small operand is transposed: on CPUs as fast or up to a sixth faster
+    # (benchmarks/products.py).
     turned = jax.lax.optimization_barrier(k_.swapaxes(2, 3))
     d_q.append(_multiply("BKHS,BKSGT->BKHGT", turned, d))
   d_q = jnp.moveaxis(jnp.concatenate(d_q, axis=4), 2, 4)
