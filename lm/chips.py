@@ -19,7 +19,7 @@ _PEAK_FLOPS = {
 _OPTIONS = {
   # Reductions, not products, by YNNPACK. Its products are as fast as Eigen's
   # for large matrices; for the small ones of attention (256 x 64 x 256) they
-  # have half the speed (benchmarks/products.py).
+  # take 1.7 times as long (benchmarks/products.py).
   "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
 }
 

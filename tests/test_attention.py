@@ -104,6 +104,38 @@ def test_splash_is_the_plain_form(window, softcap, monkeypatch):
     assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_keys_are_left_out_only_if_the_queries_are_the_same_tokens(
+  same, monkeypatch
+):
+  """Of other tokens, places in a row tell nothing; positions do."""
+  monkeypatch.setattr(kernels, "_BLOCK", 2)
+  T, rng = 6, np.random.default_rng(0)
+  q, k, v = (
+    jnp.asarray(rng.normal(size=(1, T, 1, 4)).astype(np.float32))
+    for _ in range(3)
+  )
+  ones = jnp.ones((1, T), jnp.int32)
+  queries = attention.Tokens(jnp.arange(T)[None], ones, None)
+  # The same tokens, or the same in reverse order: one sum over the keys.
+  back = slice(None, None, 1 if same else -1)
+  turned = attention.Tokens(queries.positions[:, back], ones, None)
+  keys = queries if same else turned
+  got = attention.attend(
+    q,
+    k[:, back],
+    v[:, back],
+    queries,
+    keys,
+    scale=1.0,
+    window=None,
+    softcap=None,
+    kernel="reference",
+  )
+  want = plain(q, k, v, jnp.tril(jnp.ones((1, T, T), bool)), None)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
 def plain(q, k, v, seen, softcap):
   """softmax(q k) v by the formula, all scores at once: H heads of q, K of k."""
   k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))

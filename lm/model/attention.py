@@ -79,10 +79,9 @@ def attend(
   if kernel == "cudnn":
     return kernels.cudnn(q, k, v, seen, scale)
   # Within a document, places in a row and positions differ by a constant: if
-  # a device has queries and keys of the same tokens, places tell which keys are
-  # later.
-  same = queries.segments.shape == keys.segments.shape
-  causal = same and keys.prefix is None and not sharding.mesh_axes("length")
+  # queries and keys are the same tokens, and not gathered above, places tell
+  # which keys are later.
+  causal = queries is keys and keys.prefix is None
   return kernels.blocked(q * scale, k, v, seen, causal, window, softcap)
 
 
