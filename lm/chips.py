@@ -2,6 +2,10 @@
 
 from typing import Any
 
+import jax
+
+Options = dict[str, Any]
+
 # FLOP/s for dense bfloat16 by a prefix of JAX's `device_kind`, from vendors'
 # data sheets. Longer prefixes stand first: the first match counts.
 _PEAK_FLOPS = {
@@ -16,12 +20,15 @@ _PEAK_FLOPS = {
 }
 
 # XLA options by platform.
-_OPTIONS = {
+_OPTIONS: dict[str, Options] = {
   # Reductions, not products, by YNNPACK. Its products are as fast as Eigen's
   # for large matrices; for the small ones of attention (256 x 64 x 256) they
   # take 1.7 times as long (benchmarks/products.py).
   "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
 }
+# Added to a program that runs once. LLVM's third level takes two to four times
+# as long as the second for the initial state, whose bits and time are the same.
+_ONCE: dict[str, Options] = {"cpu": {"xla_backend_optimization_level": 2}}
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -32,6 +39,10 @@ def peak_flops(device_kind: str) -> float | None:
   return None
 
 
-def compiler_options(platform: str) -> dict[str, Any]:
+def compiler_options(platform: str, *, runs_once: bool = False) -> Options:
   """`compiler_options` of a program for `platform`: cpu, gpu or tpu."""
-  return _OPTIONS.get(platform, {})
+  options = _OPTIONS.get(platform, {})
+  # What the user has asked for goes before.
+  if runs_once and not jax.config.read("jax_disable_most_optimizations"):
+    options = options | _ONCE.get(platform, {})
+  return options

@@ -45,6 +45,11 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
   _hush_libraries()
   for name, about in _PROCESSES.items():
     flags.DEFINE_string(name, None, about)
+  cache = define_path(
+    "compilation_cache",
+    "Directory of compiled programs, for many runs and processes: a start "
+    "compiles nothing that is there.",
+  )
   overrides, arguments = [], sys.argv
   if takes_config:
     define_path("config", "Config file; --config.FIELD=VALUE changes a field.")
@@ -72,6 +77,8 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
       config = [load(flags.FLAGS.config, overrides)] if takes_config else []
       if len(argv) > 1:
         raise schema.ConfigError(f"{argv[1]!r}: not a flag; write --FLAG=VALUE")
+      if cache.value is not None:
+        _reuse_programs(cache.value)
       code = main(*config)
       sys.stdout.flush()
       return code
@@ -94,6 +101,21 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
       return _leave(1)
 
   app.run(guarded, argv=arguments, flags_parser=parse)
+
+
+def _reuse_programs(directory: str) -> None:
+  """Reads compiled programs from JAX's cache in `directory`, and adds to them.
+
+  JAX finds a program by its code, options, library version and hardware, the
+  CPU's features included, and compiles an entry that cannot be read. The
+  directory is a flag, not a field of the config: entries are executed, and a
+  checkpoint from elsewhere shall not name them.
+  """
+  import jax
+
+  files.check_directory(directory, "--compilation_cache")
+  jax.config.update("jax_compilation_cache_dir", directory)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def _hush_libraries() -> None:

@@ -5,10 +5,13 @@ import pathlib
 import subprocess
 import sys
 
+import doors
 import jax
 import pytest
 
 from lm import cli, schema
+from lm import config as config_lib
+from lm.train import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -101,3 +104,35 @@ def test_a_reader_that_leaves_ends_the_program_quietly():
   said = child.stderr.read()
   child.stderr.close()
   assert child.wait() == 141 and said == ""
+
+
+def test_what_one_run_has_compiled_serves_the_next(make, tmp_path):
+  """Entries that cannot be read, as after a kill, are compiled again."""
+  text = config_lib.to_json(make(train__steps=1, mesh__fsdp=1))
+  (tmp_path / "config.py").write_text(
+    "from lm import validation\n\n\n"
+    f"def get_config():\n  return validation.from_json({text!r})\n"
+  )
+  cache, reports = tmp_path / "compiled", []
+
+  def entries():
+    paths = cache.glob("*-cache")
+    return {path.name: path.stat().st_mtime_ns for path in paths}
+
+  def train(workdir):
+    flags = [f"--config={tmp_path / 'config.py'}", f"--workdir={workdir}"]
+    flags.append(f"--compilation_cache={cache}")
+    ended = doors.run("lm.train", flags, str(tmp_path))
+    assert ended.code == 0, ended.err
+    (report,) = metrics.read(str(workdir))
+    reports.append({k: report[k] for k in ("train/loss", "eval/loss")})
+
+  train(tmp_path / "first")
+  filled = entries()
+  assert any(name.startswith("jit_step-") for name in filled)
+  train(tmp_path / "second")
+  assert entries() == filled
+  for path in cache.glob("*-cache"):
+    path.write_bytes(path.read_bytes()[:100])
+  train(tmp_path / "third")
+  assert reports[0] == reports[1] == reports[2]

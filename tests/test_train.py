@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -23,7 +24,7 @@ from lm import checkpoint, files, schema, validation
 from lm import config as config_lib
 from lm.data import objectives, pipeline, prefetch, store
 from lm.evaluate import perplexity
-from lm.train import ledger, loop, optimizer, plot
+from lm.train import ledger, loop, optimizer, plot, programs, resume
 from lm.train import metrics as metrics_lib
 from lm.train import report as report_lib
 from lm.train import stop as stop_lib
@@ -613,6 +614,28 @@ def test_training_in_a_thread_takes_no_handler(unbroken, tmp_path):
     done = pool.submit(loop.train, config, str(tmp_path / "run"))
     assert done.result() == 0
   assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_step_compiles_while_the_state_is_made(make, tmp_path, monkeypatch):
+  """One after the other, each would wait for the other to begin. An error of
+  one leaves no thread behind.
+  """
+  both, compiled = threading.Barrier(2, timeout=60), []
+
+  def compile_step(*_):
+    both.wait()
+    time.sleep(0.2)
+    compiled.append(True)
+
+  def first_state(*_):
+    both.wait()
+    raise schema.RunError("no state")
+
+  monkeypatch.setattr(programs, "compile_step", compile_step)
+  monkeypatch.setattr(resume, "first_state", first_state)
+  with pytest.raises(schema.RunError, match="no state"):
+    loop.train(make(), str(tmp_path / "run"))
+  assert compiled
 
 
 def test_sigterm_while_compiling_exits_0(make, tmp_path):

@@ -5,6 +5,7 @@ the previous step while the device works. The host waits for the device only in
 evaluation, in saving and at the end.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -251,6 +252,12 @@ class _Run:
     self.ledger = ledger_lib.Ledger(self.workdir, self.stop.began)
 
     def make():
+      # While the state is created or restored, another core compiles the step.
+      compiled = stop_lib.background(
+        functools.partial(programs.compile_step, self.config, self.mesh)
+      )
+      # An error of the restore ends the process, but no thread that compiles.
+      self.closing.callback(concurrent.futures.wait, [compiled])
       with self.ledger.within("restore"):
         state, meta = resume.first_state(
           self.config,
@@ -265,7 +272,7 @@ class _Run:
           self.meta.unreported = meta.unreported
         self.start = 0 if meta is None else meta.step
       with self.ledger.within("compile"):
-        return programs.compile_step(self.config, self.mesh), state
+        return compiled.result(), state
 
     train_step, state = self.stop.start("restoring or compiling", make)
     if jax.process_index() == 0:

@@ -48,10 +48,12 @@ def create_state(
 ) -> step_lib.State:
   """Fresh state on the devices, each array created in its shards."""
   make = functools.partial(step_lib.init_state, config)
+  options = chips.compiler_options(sharding.platform(), runs_once=True)
   if config.mesh.mode == "jit":
     with jax.set_mesh(mesh):
-      return jax.jit(make)()
-  return jax.jit(make, out_shardings=NamedSharding(mesh, P()))()
+      return jax.jit(make, compiler_options=options)()
+  whole = NamedSharding(mesh, P())
+  return jax.jit(make, out_shardings=whole, compiler_options=options)()
 
 
 def compile_step(

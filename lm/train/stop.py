@@ -3,6 +3,7 @@
 Light to import: the signal handlers start before anything heavy is loaded.
 """
 
+import concurrent.futures
 import functools
 import os
 import signal
@@ -22,6 +23,22 @@ _LAST_OUT_SECONDS = 2.0
 # Seconds in which a second SIGINT is the same Ctrl-C: the terminal and a
 # launcher may both send it.
 _ONE_PRESS_SECONDS = 0.3
+
+
+def background(make: Callable[[], T]) -> concurrent.futures.Future[T]:
+  """Runs make() in a daemon thread, which unlike a thread of an executor does
+  not keep the process from ending.
+  """
+  made: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+  def work():
+    try:
+      made.set_result(make())
+    except BaseException as error:
+      made.set_exception(error)
+
+  threading.Thread(target=work, daemon=True).start()
+  return made
 
 
 class Stop:
@@ -89,24 +106,12 @@ class Stop:
     processes blocks the thread for minutes and cannot be cancelled, but no step
     can be lost yet, and files are written whole. Reraises errors of make().
     """
-    made: list[T] = []
-    failed: list[BaseException] = []
-
-    def work():
-      try:
-        made.append(make())
-      except BaseException as error:
-        failed.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    while thread.is_alive():
+    made = background(make)
+    while not made.done():
       if self.asked:
         self._leave(what)
-      thread.join(0.05)
-    if failed:
-      raise failed[0]
-    return made[0]
+      concurrent.futures.wait([made], 0.05)
+    return made.result()
 
   def _leave(self, what: str) -> None:
     print(
