@@ -1,0 +1,127 @@
+"""How long a command takes to its first step, and to its first token.
+
+  python benchmarks/start.py [--workdir=RUN] [--checkout=DIR]
+
+Prints the CPU seconds of `import lm.train.loop`; the wall seconds from the
+command to the first report of training, with nothing compiled before and with
+a compilation cache; and, of RUN, those to the first character of a sample.
+With `--checkout`, another checkout takes turns with this one. Medians of the
+turns; the range of each is printed behind it.
+"""
+
+import argparse
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+IMPORT = [sys.executable, "-c", "import lm.train.loop"]
+TRAIN = (
+  "--config=configs/tiny.py --config.train.steps=1 --config.train.log_every=1 "
+  "--config.optimizer.warmup_steps=0 --config.train.eval_every=2"
+).split()
+SAMPLE = ["--prompt=def main(", "--stream", "--max_new_tokens=8"]
+
+
+def environment(checkout: pathlib.Path, cache: str | None) -> dict[str, str]:
+  """That of the commands; a cache that is None holds nothing."""
+  kept = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+  kept |= {"PYTHONPATH": str(checkout), "JAX_PLATFORMS": "cpu"}
+  if cache is not None:
+    kept["JAX_COMPILATION_CACHE_DIR"] = cache
+    kept["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+  return kept
+
+
+def cpu_of_import(checkout: pathlib.Path) -> float:
+  def used():
+    total = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return total.ru_utime + total.ru_stime
+
+  before = used()
+  where = environment(checkout, None)
+  subprocess.run(IMPORT, check=True, env=where, cwd=checkout)
+  return used() - before
+
+
+def first_step(checkout: pathlib.Path, cache: str | None) -> float:
+  with tempfile.TemporaryDirectory() as folder:
+    workdir = pathlib.Path(folder) / "run"
+    command = [sys.executable, "-m", "lm.train", *TRAIN]
+    command += [f"--workdir={workdir}", f"--config.data.cache_dir={ROOT}/data"]
+    began = time.monotonic()
+    child = subprocess.Popen(
+      command,
+      env=environment(checkout, cache),
+      cwd=checkout,
+      stdout=subprocess.DEVNULL,
+    )
+    report = workdir / "metrics.jsonl"
+    while child.poll() is None and not report.exists():
+      time.sleep(0.01)
+    seconds = time.monotonic() - began
+    if child.wait() or not report.exists():
+      sys.exit(f"error: {' '.join(command)}: exit code {child.returncode}")
+  return seconds
+
+
+def first_token(
+  checkout: pathlib.Path, cache: str | None, workdir: str
+) -> float:
+  command = [sys.executable, "-m", "lm.sample", f"--workdir={workdir}", *SAMPLE]
+  began = time.monotonic()
+  with subprocess.Popen(
+    command,
+    env=environment(checkout, cache),
+    cwd=checkout,
+    stdout=subprocess.PIPE,
+  ) as child:
+    assert child.stdout is not None
+    while child.stdout.read(1) == b" ":
+      pass
+    seconds = time.monotonic() - began
+    child.stdout.read()
+  if child.returncode:
+    sys.exit(f"error: {' '.join(command)}: exit code {child.returncode}")
+  return seconds
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--workdir", type=os.path.abspath)
+  parser.add_argument("--checkout", type=pathlib.Path)
+  parser.add_argument("--turns", type=int, default=3)
+  arguments = parser.parse_args()
+  sides = {"this checkout": ROOT}
+  if arguments.checkout:
+    sides["the other"] = arguments.checkout.resolve()
+  with tempfile.TemporaryDirectory() as folder:
+    found = {}
+    for turn in range(arguments.turns + 1):
+      for side, checkout in sides.items():
+        cache = os.path.join(folder, side)
+        now = {
+          "import, CPU s": cpu_of_import(checkout),
+          "first step, cold": first_step(checkout, None),
+          "first step, cached": first_step(checkout, cache),
+        }
+        if arguments.workdir:
+          run = checkout, None, arguments.workdir
+          now["first token, cold"] = first_token(*run)
+          run = checkout, cache, arguments.workdir
+          now["first token, cached"] = first_token(*run)
+        if turn:  # the first fills the caches: data, programs, pages of files
+          for name, seconds in now.items():
+            found.setdefault((name, side), []).append(seconds)
+  for (name, side), s in found.items():
+    low, middle, high = min(s), statistics.median(s), max(s)
+    print(f"{name:20} {side:14} {middle:5.1f} ({low:.1f} to {high:.1f})")
+
+
+if __name__ == "__main__":
+  main()
