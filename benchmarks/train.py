@@ -20,16 +20,13 @@ import dataclasses
 import glob
 import json
 import os
-import platform
 import re
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from importlib import metadata
 
 import numpy as np
+import turns
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -51,7 +48,7 @@ SHAPES = {
   "quickstart": Shape(4, 192, 3, 2048, 256, 8),
   "gpt2": Shape(12, 768, 12, 50304, 512, 2),
 }
-IDLE_SECONDS = 0.5
+SIDES = ("ours", "torch", "torch-compiled")
 # A step allocates its memory anew, and page faults would take a tenth of it.
 ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
@@ -91,9 +88,24 @@ def our_config(shape: Shape, dtype: str, optimizer: str):
   return validation.validate(config)
 
 
+def placed(config, mesh, tokens: np.ndarray):
+  """The batch of rows of tokens, each of which is scored, on the devices."""
+  from lm import batch as batch_lib
+  from lm import sharding
+  from lm.train import programs
+
+  batch = dataclasses.replace(
+    batch_lib.unscored(tokens[:, :-1]),
+    targets=tokens[:, 1:],
+    weights=np.ones_like(tokens[:, 1:], np.float32),
+  )
+  return sharding.place(
+    batch, programs.batch_sharding(config, mesh), len(tokens)
+  )
+
+
 def ours(shape: Shape, dtype: str, optimizer: str):
   """(one step, the compiled program)."""
-  from lm import batch as batch_lib
   from lm import sharding
   from lm.train import programs
 
@@ -101,14 +113,7 @@ def ours(shape: Shape, dtype: str, optimizer: str):
   mesh = sharding.make_mesh(config)
   state = programs.create_state(config, mesh)
   compiled = programs.compile_step(config, mesh)
-  tokens = rows(shape)
-  batch = dataclasses.replace(
-    batch_lib.unscored(tokens[:, :-1]),
-    targets=tokens[:, 1:],
-    weights=np.ones((shape.B, shape.T), np.float32),
-  )
-  where = programs.batch_sharding(config, mesh)
-  batch = sharding.place(batch, where, shape.B)
+  batch = placed(config, mesh, rows(shape))
   held = [state]
 
   def step() -> float:
@@ -182,81 +187,61 @@ def theirs(shape: Shape, dtype: str, compiled: bool):
 # --- turns --------------------------------------------------------------------
 
 
-def serve(step) -> None:
-  """Reads numbers of steps from stdin; prints their seconds and last loss."""
-  for line in sys.stdin:
+def runner(step):
+  """Answers a number of steps by their seconds and last loss."""
+
+  def run(n_steps: int) -> tuple[float, float]:
     started = time.perf_counter()
-    for _ in range(int(line)):
+    for _ in range(n_steps):
       loss = step()
-    print(json.dumps([time.perf_counter() - started, loss]), flush=True)
+    return time.perf_counter() - started, loss
+
+  return run
 
 
-class Side:
-  """A child process that runs steps of one side on demand."""
+class Side(turns.Side):
+  """A side that has warmed up."""
 
   def __init__(self, *arguments: str):
-    self._child = subprocess.Popen(
-      [sys.executable, os.path.abspath(__file__), *arguments],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      text=True,
-      env={**os.environ, **ENVIRONMENT},
-    )
-    self.first_loss = self.run(1)[1]
-    self.run(2)  # warm-up
-    self.seconds = self.run(3)[0] / 3  # a step
-
-  def run(self, steps: int) -> tuple[float, float]:
-    """(seconds, last loss)."""
-    assert self._child.stdin is not None and self._child.stdout is not None
-    time.sleep(IDLE_SECONDS)
-    self._child.stdin.write(f"{steps}\n")
-    self._child.stdin.flush()
-    line = self._child.stdout.readline()
-    if not line:
-      raise SystemExit(f"{self._child.args} ended with {self._child.wait()}")
-    return tuple(json.loads(line))
-
-  def close(self) -> None:
-    assert self._child.stdin is not None
-    self._child.stdin.close()
-    self._child.wait()
+    super().__init__(*arguments, environment=ENVIRONMENT)
+    self.first_loss = self.ask(1)[1]
+    self.ask(2)  # warm-up
+    self.seconds = self.ask(3)[0] / 3  # a step
 
 
-def compare(name: str, dtype: str, optimizer: str, turns: int) -> dict:
+def compare(name: str, dtype: str, optimizer: str, n_turns: int) -> dict:
+  load = os.getloadavg()[0]
   about = f"--shape={name}", f"--dtype={dtype}", f"--optimizer={optimizer}"
   mine = Side(*about, "--side=ours")
   others = [Side(*about, "--side=torch")]
   try:
     others.append(Side(*about, "--side=torch-compiled"))
-  except SystemExit as error:  # no C++ compiler
+  except turns.Ended as error:  # no C++ compiler
     print(f"torch.compile is left out: {error}", file=sys.stderr)
   other = min(others, key=lambda side: side.seconds)
   for side in others:
     if side is not other:
       side.close()
   # About three seconds a turn and side.
-  counts = [max(3, round(3 / side.seconds)) for side in (mine, other)]
-  times = [
-    [side.run(n)[0] / n for side, n in zip((mine, other), counts, strict=True)]
-    for _ in range(turns)
+  shape, sides = SHAPES[name], (mine, other)
+  counts = [max(3, round(3 / side.seconds)) for side in sides]
+  rates = [
+    [
+      shape.B * shape.T * n / side.ask(n)[0]
+      for side, n in zip(sides, counts, strict=True)
+    ]
+    for _ in range(n_turns)
   ]
-  for side in (mine, other):
+  for side in sides:
     side.close()
-  shape = SHAPES[name]
-  ours_, theirs_ = (statistics.median(t) for t in zip(*times, strict=True))
-  ratios = sorted(b / a for a, b in times)
   return {
     "shape": name,
     "dtype": dtype,
     "optimizer": optimizer,
-    "ours_tokens_per_second": shape.B * shape.T / ours_,
-    "torch_tokens_per_second": shape.B * shape.T / theirs_,
+    **turns.compared("tokens_per_second", *zip(*rates, strict=True)),
     "torch_compiled": other is not others[0],
-    "ratio": statistics.median(ratios),
-    "ratio_range": [ratios[0], ratios[-1]],
     "first_losses": [mine.first_loss, other.first_loss],
-    "load_before": os.getloadavg()[0],
+    "load_before": load,
   }
 
 
@@ -300,46 +285,44 @@ def main() -> None:
   parser.add_argument("--turns", type=int, default=5)
   parser.add_argument("--json", action="store_true")
   parser.add_argument("--profile", action="store_true")
-  parser.add_argument("--side", help=argparse.SUPPRESS)
+  parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
   options = parser.parse_args()
   names = options.shape or [*SHAPES]
   dtypes = options.dtype or ["float32", "bfloat16"]
-  if options.side == "ours":
-    serve(ours(SHAPES[names[0]], dtypes[0], options.optimizer)[0])
-  elif options.side:
+  if options.side:
+    about = SHAPES[names[0]], dtypes[0]
     compiled = options.side == "torch-compiled"
-    serve(theirs(SHAPES[names[0]], dtypes[0], compiled))
+    turns.serve(
+      lambda: runner(
+        ours(*about, options.optimizer)[0]
+        if options.side == "ours"
+        else theirs(*about, compiled)
+      )
+    )
   elif options.profile:
     for name in names:
       for dtype in dtypes:
         print(name, dtype)
         profile(*ours(SHAPES[name], dtype, options.optimizer))
   else:
+    if absent := turns.missing("torch"):
+      parser.error(absent)
     results = []
     for name in names:
       for dtype in dtypes:
         found = compare(name, dtype, options.optimizer, options.turns)
         results.append(found)
         if not options.json:
-          low, high = found["ratio_range"]
           print(
             f"{name:10} {dtype:8}  ours "
             f"{found['ours_tokens_per_second']:,.0f} tokens/s, PyTorch "
             f"{found['torch_tokens_per_second']:,.0f}"
             f"{' (compiled)' if found['torch_compiled'] else ''}; ratio "
-            f"{found['ratio']:.2f} ({low:.2f} to {high:.2f})",
+            f"{turns.described(found['ratio'], found['ratio_range'])}",
             flush=True,
           )
     if options.json:
-      versions = {
-        p: metadata.version(p) for p in ("jax", "jaxlib", "flax", "torch")
-      }
-      machine = {
-        "cores": os.cpu_count(),
-        "processor": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "versions": versions,
-      }
+      machine = turns.machine("jax", "jaxlib", "flax", "torch")
       print(json.dumps({"machine": machine, "results": results}, indent=2))
 
 

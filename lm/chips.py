@@ -1,22 +1,31 @@
-"""What is known of chips: peak rates, and options of their compilers."""
+"""What is known of chips: peak rates, memory bandwidth, compiler options."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 Options = dict[str, Any]
 
-# FLOP/s for dense bfloat16 by a prefix of JAX's `device_kind`, from vendors'
-# data sheets. Longer prefixes stand first: the first match counts.
-_PEAK_FLOPS = {
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5": 459e12,
-  "TPU v6 lite": 918e12,
-  "TPU7x": 2307e12,
-  "NVIDIA A100": 312e12,
-  "NVIDIA H100": 989e12,
-  "NVIDIA H200": 989e12,
+
+class _Chip(NamedTuple):
+  flops: float  # dense bfloat16, per second
+  bandwidth: float | None  # bytes per second of the memory; None: by variant
+
+
+# By a prefix of JAX's `device_kind`, from vendors' data sheets: Google's pages
+# of each TPU, NVIDIA's of the A100, H100 (SXM, PCIe, NVL) and H200. Longer
+# prefixes stand first: the first match counts.
+_CHIPS = {
+  "TPU v4": _Chip(275e12, 1200e9),
+  "TPU v5 lite": _Chip(197e12, 819e9),
+  "TPU v5": _Chip(459e12, 2765e9),
+  "TPU v6 lite": _Chip(918e12, 1638e9),
+  "TPU7x": _Chip(2307e12, 7380e9),
+  "NVIDIA A100": _Chip(312e12, None),
+  "NVIDIA H100 PCIe": _Chip(756e12, 2000e9),
+  "NVIDIA H100 NVL": _Chip(835e12, 3900e9),
+  "NVIDIA H100": _Chip(989e12, 3350e9),
+  "NVIDIA H200": _Chip(989e12, 4800e9),
 }
 
 # XLA options by platform.
@@ -33,9 +42,20 @@ _ONCE: dict[str, Options] = {"cpu": {"xla_backend_optimization_level": 2}}
 
 def peak_flops(device_kind: str) -> float | None:
   """Dense bfloat16 FLOP/s of one device; None for a CPU or an unknown chip."""
-  for prefix, peak in _PEAK_FLOPS.items():
+  chip = _find(device_kind)
+  return None if chip is None else chip.flops
+
+
+def memory_bandwidth(device_kind: str) -> float | None:
+  """Bytes per second of one device's memory; None where it is not known."""
+  chip = _find(device_kind)
+  return None if chip is None else chip.bandwidth
+
+
+def _find(device_kind: str) -> _Chip | None:
+  for prefix, chip in _CHIPS.items():
     if device_kind.startswith(prefix):
-      return peak
+      return chip
   return None
 
 
