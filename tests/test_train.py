@@ -243,14 +243,14 @@ def test_damaged_parameters_are_not_sampled_from(unbroken, tmp_path):
 def test_a_stop_where_an_evaluation_is_due_loses_nothing(
   at, step, unbroken, tmp_path, monkeypatch
 ):
-  """Stopped after a step, before its evaluation or within it; also the last
-  step, which is evaluated whatever eval_every is.
+  """Stopped after a step, before its evaluation or within it, and stopped again
+  within the evaluation that the next start makes up for; also the last step,
+  which is evaluated whatever eval_every is.
   """
   config, workdir = unbroken
   if step == 12:
     config = copy.deepcopy(config)
     config.train.eval_every = 8
-  stop = stop_lib.Stop()
 
   def ask(original):
     def wrapped(*args, **kwargs):
@@ -261,19 +261,21 @@ def test_a_stop_where_an_evaluation_is_due_loses_nothing(
 
     return wrapped
 
-  calls = []
-  with monkeypatch.context() as patch:
-    if at == "step":
-      patch.setattr(
-        prefetch.DevicePrefetch,
-        "__next__",
-        ask(prefetch.DevicePrefetch.__next__),
-      )
-    else:
-      patch.setattr(perplexity, "totals", ask(perplexity.totals))
-    assert loop.train(config, str(tmp_path / "run"), stop) == 0
-  reports = metrics_lib.read(str(tmp_path / "run"))
-  assert reports[-1]["step"] == step and "eval/loss" not in reports[-1]
+  for again in (False, True):
+    calls, stop = [], stop_lib.Stop()
+    at = "evaluation" if again else at
+    with monkeypatch.context() as patch:
+      if at == "step":
+        patch.setattr(
+          prefetch.DevicePrefetch,
+          "__next__",
+          ask(prefetch.DevicePrefetch.__next__),
+        )
+      else:
+        patch.setattr(perplexity, "totals", ask(perplexity.totals))
+      assert loop.train(config, str(tmp_path / "run"), stop) == 0
+    reports = metrics_lib.read(str(tmp_path / "run"))
+    assert reports[-1]["step"] == step and "eval/loss" not in reports[-1]
   assert loop.train(config, str(tmp_path / "run")) == 0
   got, want = _exact(tmp_path / "run"), _exact(workdir)
   assert got[-1] == want[-1] if step == 12 else got == want

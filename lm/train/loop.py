@@ -131,6 +131,8 @@ class _Run:
     step, evaluated = self.start, None
     if self._lacks_evaluation():
       evaluated = self._evaluate(step, state)
+      if self.stop.stopping:  # a later step would leave the report without it
+        return self._finish(step, state, evaluated)
     for step, batch in self._numbered_batches():
       with self.profile.step(step):
         state, numbers = train_step(state, batch)
