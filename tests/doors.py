@@ -25,7 +25,7 @@ _PRELOADED = """
 jax.numpy flax.nnx optax orbax.checkpoint grain tensorstore sentencepiece rich
 tensorflow_datasets lm.train.loop lm.evaluate.corpora lm.sample.sampler
 lm.data.chat lm.explain.heat lm.serve.app lm.verify.checks uvicorn
-launch.specs jinja2
+launch.specs jinja2 matplotlib.figure tensorboardX
 """.split()
 
 

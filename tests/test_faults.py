@@ -55,6 +55,20 @@ def _repeat_a_step(workdir):
   path.write_text("\n".join([*lines, lines[-1]]) + "\n")
 
 
+def test_a_run_so_far_is_compared_at_a_checkpoint(finished, tmp_path):
+  def differs(step):
+    return runner.differences(run, finished, step) > 0
+
+  run = tmp_path / "run"
+  shutil.copytree(finished, run)
+  _repeat_a_step(run)  # step 6, which is not compared yet
+  assert not differs(3) and not differs(6)
+  _change(run, "train/loss", lambda x: x * (1 + 1e-15))  # of step 4
+  assert not differs(3) and differs(6)
+  shutil.rmtree(run / "checkpoints" / "3")
+  assert differs(3)
+
+
 def test_wrappers_call_the_action_at_the_injection_point():
   calls = []
 
@@ -74,7 +88,7 @@ def test_runs_recover_from_every_fault():
   doors.start_server()  # training processes are forks of the server too
   config = shrink.shrink(cli.load(str(ROOT / "configs" / "tiny.py")))
   results = list(cases.run(config))
-  assert len(results) >= 40
+  assert len(results) >= 60
   unchecked = [r for r in results if r.note.startswith("not checked")]
   failed = [r for r in results if not r.passed and r not in unchecked]
   assert not failed, "\n".join(f"{r.compared}: {r.note}" for r in failed)

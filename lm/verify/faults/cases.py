@@ -1,24 +1,24 @@
 """Fault cases of `python -m lm.verify --faults`.
 
-Each case trains a small copy of the config in child processes, injects a fault
-(lm/verify/faults/inject.py), restarts the run, and compares every report and
-the digests of the final checkpoint with those of an unbroken run.
+A small copy of the config is trained in child processes. A chain of faults
+(lm/verify/faults/inject.py) breaks one run again and again: each start is the
+recovery from the last fault and the victim of the next. Reports and the digests
+of checkpoints are compared with those of an unbroken run.
 """
 
 import concurrent.futures
-import dataclasses
 import functools
-import glob
+import itertools
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from lm import checkpoint, validation
 from lm import config as config_lib
@@ -27,121 +27,127 @@ from lm.verify import shrink
 from lm.verify.checks import storage
 from lm.verify.faults import runner as runner_lib
 from lm.verify.faults.inject import Fault
-from lm.verify.faults.runner import Runner
+from lm.verify.faults.runner import Broken, Runner
 from lm.verify.result import Result
 
-Case = Callable[[Runner], Result]
+# A way to break the run in the given workdir, by a start of it.
+Case = Callable[[Runner, pathlib.Path], Broken]
 
 # Injection points before the first step. Those of _RESTORE need a checkpoint of
-# an earlier start.
+# an earlier start; those of _CORPUS, a corpus without its token stores.
 _CORPUS = ("tokenizing", "store written, not yet named")
 _RESTORE = ("restoring", "restored", "dropping later reports")
 _STARTUP = (*_CORPUS, "compiling", *_RESTORE)
-# Injection points from the first step on.
-_TRAINING = (
-  "step",
-  "report",
-  "evaluating",
-  "saving, copied",
-  "saving, written",
-  "saving, committed",
-  "end",
-)
-# Injection points at which another process waits for the killed one.
-_WAITING = (
-  "tokenizing",
-  "compiling",
-  "restoring",
-  "step",
-  "evaluating",
-  "saving, copied",
-  "saving, written",
-  "saving, committed",
-  "end",
-)
-# Injection points of signals to two processes: a SIGTERM to one must stop both.
-_COORDINATED = ("step", "evaluating", "saving, copied", "compiling")
 _KILL, _TERM = signal.SIGKILL, signal.SIGTERM
 _INT, _HUP = signal.SIGINT, signal.SIGHUP
 _HEARTBEAT = 10  # seconds
-# Kills a run of 12 steps that has a checkpoint already.
-_MIDWAY = Fault("any step", delay=8.0)
+_SAVE_EVERY = 3  # steps
 
 
 def run(config: config_lib.Config) -> Iterator[Result]:
   """Runs all fault cases, some concurrently. `config` must be small: each case
   trains a few steps on random text.
   """
+  one, two = _single_process_chains(), _two_process_chain()
+  # On average a start moves the run on by one save at most: half of the points
+  # are before the first step. A fault that is not injected for lack of steps
+  # fails.
+  steps = _SAVE_EVERY * max(map(len, (*one, two)))
   with tempfile.TemporaryDirectory() as folder:
-    runner = Runner(pathlib.Path(folder), _small(config, folder))
-    for n_processes in (1, 2):
-      runner.reference(n_processes)
-    # Two at a time: one run leaves a core of two idle while waiting for files.
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-      yield from pool.map(lambda case: case(runner), _single_process_cases())
-    yield from (case(runner) for case in _two_process_cases())
-    yield _random_kills(runner)
+    runner = Runner(pathlib.Path(folder), _small(config, folder, steps))
+    runner.reference(1)
+    several = (case(runner) for case in (_elastic, _pmap))
+    single = (case(runner) for case in (_full_disk, _random_kills))
+    yield from runner_lib.as_they_come(
+      [
+        itertools.chain(runner.chain(two, 2), several),
+        *(runner.chain(cases, 1) for cases in one),
+        single,
+      ]
+    )
 
 
-def _single_process_cases() -> list[Case]:
-  """Cases with one process for each run; two cases may run at a time."""
+def _single_process_chains() -> list[list[Case]]:
+  """Chains of cases with one process for each run; two may run at a time."""
   return [
-    *_signal_cases((*_STARTUP, *_TRAINING), (_KILL, _TERM), n_processes=1),
-    # All signals have one handler: SIGINT and SIGHUP differ in the exit code.
-    *_signal_cases(("compiling", "step"), (_INT, _HUP), n_processes=1),
-    functools.partial(
-      _refused_restart, point="another optimizer tree", exit_code=2
-    ),
-    functools.partial(
-      _refused_restart, point="unreadable checkpoint", exit_code=1
-    ),
-    *(
-      functools.partial(_flipped_bits, part=part, pattern=pattern)
-      for part, pattern in _PARTS
-    ),
-    _two_at_once,
-    _torn_checkpoint,
-    _full_disk,
-    _damaged_store,
+    [
+      # All signals have one handler: SIGINT and SIGHUP differ in the exit code.
+      *_signals(("compiling", "step"), (_INT, _HUP)),
+      *_signals(("compiling", "report", "evaluating"), (_KILL, _TERM)),
+      *_signals(("saving, written", "saving, committed"), (_KILL, _TERM)),
+      *_signals(("saving, copied",), (_TERM,)),
+      *_signals(("end",), (_KILL,)),
+    ],
+    [
+      *_signals((*_CORPUS, "step"), (_KILL, _TERM)),
+      # The second save waits for the first: a kill then leaves a checkpoint and
+      # later reports, which no start drops before the last point of _RESTORE.
+      *_signals(("saving, copied",), (_KILL,)),
+      *_signals(_RESTORE, (_KILL, _TERM)),
+      *_signals(("end",), (_TERM,)),
+    ],
+    [
+      _two_at_once,
+      functools.partial(_refused, point="another optimizer tree", exit_code=2),
+      functools.partial(_refused, point="unreadable checkpoint", exit_code=1),
+      _damaged_store,
+      *(
+        functools.partial(_flipped_bits, part=part, pattern=pattern)
+        for part, pattern in _PARTS
+      ),
+      _torn_checkpoint,
+    ],
   ]
 
 
-def _two_process_cases() -> list[Case]:
-  """Cases with several processes for a run, to be run one at a time."""
+def _two_process_chain() -> list[Case]:
+  """Cases with two processes: points at which one waits for the other, and
+  signals to one that must stop both.
+  """
+  signals = functools.partial(_signals, n_processes=2)
   return [
-    *_signal_cases(_WAITING, (_KILL,), n_processes=2),
-    *_signal_cases(
-      ("step", "saving, copied"), (_KILL,), n_processes=2, group=True
-    ),
-    *_signal_cases(_COORDINATED, (_TERM,), n_processes=2),
-    _elastic,
-    _pmap,
+    *signals(("tokenizing", "compiling", "step", "evaluating"), (_KILL,)),
+    *signals(("saving, copied", "restoring", "saving, written"), (_KILL,)),
+    *signals(("saving, committed",), (_KILL,)),
+    *signals(("step", "saving, copied"), (_KILL,), group=True),
+    *signals(("step", "evaluating", "saving, copied", "compiling"), (_TERM,)),
+    *signals(("end",), (_KILL,)),
   ]
 
 
-def _signal_cases(
-  points: tuple[str, ...], signals: tuple[signal.Signals, ...], **options: Any
+def _signals(
+  points: Sequence[str],
+  signals: Sequence[signal.Signals],
+  n_processes: int = 1,
+  group: bool = False,
 ) -> list[Case]:
   """A case of `_signalled` for each point and signal."""
   return [
-    functools.partial(_signalled, point=point, which=which, **options)
+    functools.partial(
+      _signalled, fault=Fault(point, which, group), n_processes=n_processes
+    )
     for point in points
     for which in signals
   ]
 
 
-def _small(config: config_lib.Config, folder: str) -> config_lib.Config:
-  """Config of a 12-step run with a report per step, on 2 devices."""
+def _small(
+  config: config_lib.Config, folder: str, steps: int
+) -> config_lib.Config:
+  """Config of a run of `steps` with a report per step, on 2 devices."""
   config = storage.small_corpus(config, folder)
   config.mesh = config_lib.MeshConfig(heartbeat_seconds=_HEARTBEAT)
-  shrink.shorten(config, 12)
+  shrink.shorten(config, steps)
   t = config.train
-  t.log_every, t.eval_every, t.eval_batches = 1, 4, 3
+  # Some evaluations come just before a save, others between two.
+  t.log_every, t.eval_every, t.eval_batches = 1, 2, 3
   t.batch_size = max(8, t.batch_size)
   t.microbatches = 1
   config.data.validation = config.data.train[:1]
   config.data.epochs = None
-  config.checkpoint = config_lib.CheckpointConfig(save_every=3, keep_last=3)
+  config.checkpoint = config_lib.CheckpointConfig(
+    save_every=_SAVE_EVERY, keep_last=3
+  )
   return validation.validate(config)
 
 
@@ -149,20 +155,16 @@ def _small(config: config_lib.Config, folder: str) -> config_lib.Config:
 
 
 def _signalled(
-  runner: Runner,
-  point: str,
-  which: signal.Signals,
-  n_processes: int,
-  group: bool = False,
-) -> Result:
-  """Sends a signal to a process, or to all, at `point`; then restarts."""
+  runner: Runner, workdir: pathlib.Path, fault: Fault, n_processes: int
+) -> Broken:
+  """Sends the fault's signal to a process, or to all."""
+  point, which = fault.point, signal.Signals(fault.signal)
   target = "the process" if n_processes == 1 else "one of 2"
-  name = f"{which.name} to {'both' if group else target}: {point}"
-  workdir = runner.new_run(fresh_corpus=point in _CORPUS)
+  name = f"{which.name} to {'both' if fault.group else target}: {point}"
+  if point in _CORPUS:
+    _remove_stores(workdir)
+  outcome = runner.start(workdir, n_processes, fault)
   problems = []
-  if point in _RESTORE:
-    runner.start(workdir, n_processes, Fault("saving, committed"))
-  outcome = runner.start(workdir, n_processes, Fault(point, which, group))
   if not runner_lib.marker(workdir).exists():
     problems.append(f"the fault was not injected: {outcome.output[-300:]}")
   if which == _KILL and -_KILL not in outcome.exit_codes:
@@ -173,42 +175,38 @@ def _signalled(
   wanted = 0 if point == "end" else stop.EXIT_CODES.get(which, 0)
   if handled:
     problems += outcome.unexpected(wanted)
+  if handled and point not in (*_STARTUP, "end"):
+    said = re.search(r"step (\d+) is saved", outcome.output)
+    if not said or int(said[1]) not in checkpoint.steps(str(workdir)):
+      problems.append("the step at hand was not saved")
   note = ""
-  if n_processes > 1 and not group and not handled:
+  if n_processes > 1 and not fault.group and not handled:
     note = f"the other ended after {outcome.gap:.1f} s"
     if outcome.gap > runner_lib.PEER_TIMEOUT:
       problems.append("the other process had to be killed")
-  found = runner.finish(name, workdir, n_processes, problems)
-  return dataclasses.replace(
-    found, note="; ".join(part for part in (found.note, note) if part)
-  )
+  return Broken(name, problems, note)
 
 
-def _random_kills(
-  runner: Runner, n_kills: int = 10, n_steps: int = 100
-) -> Result:
+def _random_kills(runner: Runner, n_kills: int = 10) -> Result:
   """Kills a run many times, each time at a random moment, then compares."""
   draw = random.Random(runner.config.seed)
-  unbroken, workdir = (
-    runner.new_run(steps=n_steps, save_every=5) for _ in range(2)
-  )
-  runner.start(unbroken, 1)
-  kills = 0
+  workdir, kills = runner.new_run(), 0
+  steps = runner.config.train.steps
   for _ in range(n_kills):
     # Half of the delays are in seconds and mostly hit the start; half are in
     # steps, few enough for the kill to come before the end.
     fault = (
       Fault("any time", delay=draw.uniform(0, 2))
       if draw.random() < 0.5
-      else Fault("any step", delay=float(draw.randint(1, 15)))
+      else Fault("any step", delay=float(draw.randint(1, 2 * steps // n_kills)))
     )
     kills += runner.start(workdir, 1, fault).exit_codes == [-_KILL]
   outcome = runner.start(workdir, 1)
-  n = runner_lib.differences(workdir, unbroken)
+  n = runner_lib.differences(workdir, runner.reference(1))
   total = ledger.summarize(ledger.read(str(workdir)))
   return Result(
     "faults",
-    f"{kills} random SIGKILLs in one run of {n_steps} steps",
+    f"{kills} random SIGKILLs in one run of {steps} steps",
     float(n),
     0.0,
     n == 0 and kills == n_kills and outcome.exit_codes == [0],
@@ -219,11 +217,12 @@ def _random_kills(
 # --- damaged files ------------------------------------------------------------
 
 
-def _flip_bit(path: pathlib.Path, part: int) -> None:
-  """Flips a bit of the file, in the byte at 1 / `part` of its length."""
-  content = bytearray(path.read_bytes())
-  content[len(content) // part] ^= 1
-  path.write_bytes(bytes(content))
+def _flip_bits(paths: Iterable[pathlib.Path], part: int) -> None:
+  """Flips a bit of each file, in the byte at 1 / `part` of its length."""
+  for path in paths:
+    content = bytearray(path.read_bytes())
+    content[len(content) // part] ^= 1
+    path.write_bytes(bytes(content))
 
 
 # Name and glob pattern of the checkpoint files to corrupt by a bit flip.
@@ -237,62 +236,79 @@ _PARTS = (
 )
 
 
-def _flipped_bits(runner: Runner, part: str, pattern: str) -> Result:
-  """Flips a bit in each file of the last checkpoint that matches `pattern`.
-
-  The run must end as if unbroken, with at most the last checkpoint moved.
+def _flipped_bits(
+  runner: Runner, workdir: pathlib.Path, part: str, pattern: str
+) -> Broken:
+  """Flips a bit in each file of the last checkpoint that matches `pattern`. At
+  most this checkpoint may be set aside.
   """
-  workdir = runner.new_run()
-  runner.start(workdir, 1, _MIDWAY)
-  steps = checkpoint.steps(str(workdir))
-  last = workdir / "checkpoints" / str(steps[-1])
-  for path in last.glob(pattern):
-    _flip_bit(path, 2)
-  found = runner.finish(f"a bit of the last checkpoint's {part}", workdir, 1)
-  damaged = workdir / "damaged"
-  moved = sorted(p.name for p in damaged.iterdir()) if damaged.exists() else []
-  passed = found.passed and moved in ([], [last.name])
-  note = f"set aside: {', '.join(moved) or 'none'}; {found.note}"
-  return dataclasses.replace(found, passed=passed, note=note)
-
-
-def _torn_checkpoint(runner: Runner) -> Result:
-  """Truncates the parameter data files of the last checkpoint to half.
-
-  All data files are truncated, since some hold no referenced data.
-  """
-  workdir = runner.new_run()
-  runner.start(workdir, 1, _MIDWAY)
-  last = str(checkpoint.steps(str(workdir))[-1])
-  for torn in (workdir / "checkpoints" / last / "params").rglob("d/*"):
-    os.truncate(torn, torn.stat().st_size // 2)
-  found = runner.finish("torn files in the last checkpoint", workdir, 1)
-  moved = (workdir / "damaged" / last).exists()
-  note = f"step {last} set aside; " if moved else "not noticed; "
-  return dataclasses.replace(
-    found, passed=found.passed and moved, note=note + found.note
+  last, problems = _killed_after_a_save(runner, workdir)
+  # Where the last has no validation loss, an earlier one has.
+  paths = [*last.glob(pattern)] or [*last.parent.glob(f"*/{pattern}")]
+  return Broken(
+    f"a bit of the last checkpoint's {part}",
+    problems if paths else ["there is no such file"],
+    damage=lambda: _flip_bits(paths, 2),
+    set_aside=([], [last.name]),
   )
 
 
-def _damaged_store(runner: Runner) -> Result:
+def _torn_checkpoint(runner: Runner, workdir: pathlib.Path) -> Broken:
+  """Truncates the parameter data files of the last checkpoint to half: it must
+  be set aside.
+
+  All data files are truncated, since some hold no referenced data.
+  """
+  last, problems = _killed_after_a_save(runner, workdir)
+
+  def tear():
+    for torn in (last / "params").rglob("d/*"):
+      os.truncate(torn, torn.stat().st_size // 2)
+
+  return Broken(
+    "torn files in the last checkpoint",
+    problems,
+    damage=tear,
+    set_aside=([last.name],),
+  )
+
+
+def _killed_after_a_save(
+  runner: Runner, workdir: pathlib.Path
+) -> tuple[pathlib.Path, list[str]]:
+  """Starts the run and kills it at the second save, which waits for the first.
+  Returns the last checkpoint, and problems.
+  """
+  codes = runner.start(workdir, 1, Fault("saving, copied")).exit_codes
+  problems = [] if codes == [-_KILL] else [f"nothing was killed: {codes}"]
+  last = str(checkpoint.steps(str(workdir))[-1])
+  return workdir / "checkpoints" / last, problems
+
+
+def _stores(workdir: pathlib.Path) -> list[pathlib.Path]:
+  """The run's whole token stores, not those that a kill left unfinished."""
+  found = (workdir.parent / "cache").glob("tokens-*")
+  return [path for path in found if not path.suffix]
+
+
+def _remove_stores(workdir: pathlib.Path) -> None:
+  for path in _stores(workdir):
+    shutil.rmtree(path)
+
+
+def _damaged_store(runner: Runner, workdir: pathlib.Path) -> Broken:
   """Flips a bit of the token stores between two starts. The second start must
   be refused.
   """
-  workdir = runner.new_run()
-  runner.start(workdir, 1, Fault("any step", delay=5.0))
-  pattern = str(workdir.parent / "cache" / "tokens-*" / "tokens" / "c" / "0")
-  stores = [pathlib.Path(path) for path in sorted(glob.glob(pattern))]
-  for path in stores:
-    _flip_bit(path, 8)
+  _flip_bits([path / "tokens" / "c" / "0" for path in _stores(workdir)], 8)
   outcome = runner.start(workdir, 1)
   last = outcome.last_line
   refused = outcome.exit_codes == [1] and "is damaged" in last
   problems = (
     [] if refused else [f"ended with {outcome.exit_codes}: {last[:200]}"]
   )
-  for path in stores:
-    shutil.rmtree(path.parents[2])
-  return runner.finish("damaged token store", workdir, 1, problems)
+  _remove_stores(workdir)
+  return Broken("damaged token store", problems, f"it said: {last[:200]}")
 
 
 def _full_disk(runner: Runner) -> Result:
@@ -317,8 +333,8 @@ def _full_disk(runner: Runner) -> Result:
     problems = [] if code > 0 else [f"ended with {code}"]
     larger = ["mount", "-o", f"remount,size={size * 50}", workdir]
     subprocess.run(larger, check=True)
-    note = f"it said: {outcome.last_line[:200]}"
-    return runner.finish(name, workdir, 1, problems, note)
+    broken = Broken(name, problems, f"it said: {outcome.last_line[:200]}")
+    return runner.finish(broken, workdir, 1, unbroken)
   finally:
     subprocess.run(["umount", workdir], check=True)
 
@@ -326,12 +342,12 @@ def _full_disk(runner: Runner) -> Result:
 # --- restarts -----------------------------------------------------------------
 
 
-def _refused_restart(runner: Runner, point: str, exit_code: int) -> Result:
+def _refused(
+  runner: Runner, workdir: pathlib.Path, point: str, exit_code: int
+) -> Broken:
   """A restart that cannot use the checkpoints, though the files are intact,
   must exit with `exit_code` and no traceback, and must move no checkpoint.
   """
-  workdir = runner.new_run()
-  runner.start(workdir, 1, _MIDWAY)
   steps = checkpoint.steps(str(workdir))
   outcome = runner.start(workdir, 1, Fault(point))
   problems = []
@@ -339,32 +355,29 @@ def _refused_restart(runner: Runner, point: str, exit_code: int) -> Result:
     problems.append(f"ended with {outcome.exit_codes}")
   if "Traceback" in outcome.output:
     problems.append(f"a traceback: {outcome.output[-300:]}")
-  if checkpoint.steps(str(workdir)) != steps:
-    problems.append("checkpoints were moved")
-  note = f"it said: {outcome.last_line[:200]}"
-  return runner.finish(point, workdir, 1, problems, note)
+  if checkpoint.steps(str(workdir)) != steps or not steps:
+    problems.append(f"checkpoints were moved, or there were none: {steps}")
+  return Broken(point, problems, f"it said: {outcome.last_line[:200]}")
 
 
-def _two_at_once(runner: Runner) -> Result:
-  """A second start of a run that is still training must be refused, and must
-  leave the first start undisturbed.
+def _two_at_once(runner: Runner, workdir: pathlib.Path) -> Broken:
+  """A second start of a run that is still training must be refused, naming the
+  first process, and must leave it undisturbed. A SIGTERM then stops the first.
   """
-  workdir = runner.new_run()
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    # 4 s a batch: the second start comes before the first run ends.
+    # A second for each batch: the second start comes before the run's end.
     started = pool.submit(runner.start, workdir, 1, Fault("slow steps"))
-    deadline = time.monotonic() + runner_lib.START_TIMEOUT
-    while not (workdir / "metrics.jsonl").exists():
-      if time.monotonic() > deadline or started.done():
-        break
+    while not (workdir / "metrics.jsonl").exists() and not started.done():
       time.sleep(0.05)
     second = runner.start(workdir, 1)
+    owner = re.search(r"in use by process (\d+)", second.output)
+    if owner:
+      os.kill(int(owner[1]), _TERM)
     first = started.result()
-  problems = []
-  if second.exit_codes != [1] or "in use by process" not in second.output:
+  problems = [f"the first {problem}" for problem in first.unexpected()]
+  if second.exit_codes != [1] or not owner:
     problems.append(f"the second ended with {second.exit_codes}")
-  problems += [f"the first {problem}" for problem in first.unexpected()]
-  return runner.finish("the same command twice at once", workdir, 1, problems)
+  return Broken("the same command twice at once", problems)
 
 
 def _loss_limit(runner: Runner) -> float:
@@ -378,12 +391,11 @@ def _elastic(runner: Runner) -> Result:
   """Elastic restart: 8 devices, 4, 2 processes of 4, and 8 again."""
   workdir = runner.new_run()
   problems = []
-  for n_processes, n_devices in ((1, 8), (1, 4), (2, 8)):
+  for n_processes, n_devices in ((1, 8), (1, 4), (2, 8), (1, 8)):
     fault = Fault("any step", _TERM, delay=3.0)
     outcome = runner.start(workdir, n_processes, fault, n_devices)
     problems += outcome.unexpected()
-  problems += runner.start(workdir, 1, n_devices=8).unexpected()
-  error = runner_lib.largest_error(workdir, runner.reference(1, 8))
+  error = runner_lib.largest_error(workdir, runner.reference(1))
   limit = _loss_limit(runner)
   return Result(
     "faults",
@@ -397,17 +409,17 @@ def _elastic(runner: Runner) -> Result:
 
 def _pmap(runner: Runner) -> Result:
   """Mode pmap on two processes: a run that is killed, restarted and stopped
-  must end as if unbroken, with the losses of mode jit.
+  must go on as if unbroken, with the losses of mode jit.
   """
   unbroken, workdir = (runner.new_run(mode="pmap") for _ in range(2))
-  problems = runner.start(unbroken, 2).unexpected()
+  far_enough = Fault("any step", _TERM, delay=12.0)
+  problems = runner.start(unbroken, 2, far_enough).unexpected()
   runner.start(workdir, 2, Fault("any step", _KILL, delay=5.0))
   stopped = runner.start(workdir, 2, Fault("any step", _TERM, delay=3.0))
   problems += stopped.unexpected()
-  error = runner_lib.largest_error(unbroken, runner.reference(2))
+  error = runner_lib.largest_error(unbroken, runner.reference(1))
   if error > _loss_limit(runner):
     problems.append("other losses than mode jit")
   note = f"losses within {error:.1e} of mode jit"
-  return runner.finish(
-    "mode pmap on 2 processes", workdir, 2, problems, note, unbroken
-  )
+  broken = Broken("mode pmap on 2 processes", problems, note)
+  return runner.finish(broken, workdir, 2, unbroken)
