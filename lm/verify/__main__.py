@@ -31,8 +31,7 @@ _OUTPUT = cli.define_path("output", "JSON file to write.")
 _FAULTS = flags.DEFINE_bool(
   "faults",
   False,
-  "Instead, break training runs on purpose and see them recover: a quarter of "
-  "an hour.",
+  "Instead, break training runs on purpose and see them recover: minutes.",
 )
 
 
