@@ -2,9 +2,10 @@
 
   python benchmarks/start.py [--workdir=RUN] [--checkout=DIR]
 
-Prints the CPU seconds of `import lm.train.loop`; the wall seconds from the
-command to the first report of training, with nothing compiled before and with
-a compilation cache; and, of RUN, those to the first character of a sample.
+Prints the CPU seconds of `import lm.train.loop`, as a command imports it and as
+a program does; the wall seconds from the command to the first report of
+training, with nothing compiled before and with a compilation cache; and, of
+RUN, those to the first character of a sample.
 With `--checkout`, another checkout takes turns with this one. Medians of the
 turns; the range of each is printed behind it.
 """
@@ -20,7 +21,7 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-IMPORT = [sys.executable, "-c", "import lm.train.loop"]
+IMPORT = "import sys; sys.argv = ['{}']; import lm.train.loop"
 TRAIN = (
   "--config=configs/tiny.py --config.train.steps=1 --config.train.log_every=1 "
   "--config.optimizer.warmup_steps=0 --config.train.eval_every=2"
@@ -38,14 +39,17 @@ def environment(checkout: pathlib.Path, cache: str | None) -> dict[str, str]:
   return kept
 
 
-def cpu_of_import(checkout: pathlib.Path) -> float:
+def cpu_of_import(checkout: pathlib.Path, started_as: str) -> float:
+  """CPU seconds; `started_as` is sys.argv[0], "-m" in a command."""
+  command = [sys.executable, "-c", IMPORT.format(started_as)]
+
   def used():
     total = resource.getrusage(resource.RUSAGE_CHILDREN)
     return total.ru_utime + total.ru_stime
 
   before = used()
   where = environment(checkout, None)
-  subprocess.run(IMPORT, check=True, env=where, cwd=checkout)
+  subprocess.run(command, check=True, env=where, cwd=checkout)
   return used() - before
 
 
@@ -106,7 +110,8 @@ def main() -> None:
       for side, checkout in sides.items():
         cache = os.path.join(folder, side)
         now = {
-          "import, CPU s": cpu_of_import(checkout),
+          "import, command, CPU": cpu_of_import(checkout, "-m"),
+          "import, program, CPU": cpu_of_import(checkout, "x.py"),
           "first step, cold": first_step(checkout, None),
           "first step, cached": first_step(checkout, cache),
         }

@@ -4,6 +4,7 @@ The benchmark starts itself once for each side, with a flag that names the side,
 and asks it for one measurement after the other; a side that is not asked idles.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -68,10 +69,8 @@ class Side:
 
   def close(self) -> None:
     assert self._child.stdin is not None
-    try:
+    with contextlib.suppress(BrokenPipeError):  # the child has ended
       self._child.stdin.close()
-    except BrokenPipeError:
-      pass
     self._child.wait()
     if self._timer is not None:
       self._timer.cancel()

@@ -4,6 +4,6 @@ import gc
 import sys
 
 if sys.argv[:1] == ["-m"]:  # python -m lm.VERB
-  # Importing JAX and its libraries makes a million objects that stay. Looking
-  # for garbage among them every 700 took a fifth of a command's start.
+  # Importing JAX and its libraries makes 270,000 objects that stay: looking for
+  # garbage every 700 of them takes a fifth of the time (benchmarks/start.py).
   gc.set_threshold(50_000)

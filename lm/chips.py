@@ -12,15 +12,16 @@ class _Chip(NamedTuple):
   bandwidth: float | None  # bytes per second of the memory; None: by variant
 
 
-# By a prefix of JAX's `device_kind`, from vendors' data sheets: Google's pages
-# of each TPU, NVIDIA's of the A100, H100 (SXM, PCIe, NVL) and H200. Longer
-# prefixes stand first: the first match counts.
+# Of a device of JAX: a chip, but on a TPU7x one of the chip's two cores. By a
+# prefix of `device_kind`, from the data sheets: Google's pages of each TPU,
+# NVIDIA's of the A100, H100 (SXM, PCIe, NVL) and H200. Longer prefixes stand
+# first: the first match counts.
 _CHIPS = {
   "TPU v4": _Chip(275e12, 1200e9),
   "TPU v5 lite": _Chip(197e12, 819e9),
   "TPU v5": _Chip(459e12, 2765e9),
   "TPU v6 lite": _Chip(918e12, 1638e9),
-  "TPU7x": _Chip(2307e12, 7380e9),
+  "TPU7x": _Chip(2307e12 / 2, 7380e9 / 2),
   "NVIDIA A100": _Chip(312e12, None),
   "NVIDIA H100 PCIe": _Chip(756e12, 2000e9),
   "NVIDIA H100 NVL": _Chip(835e12, 3900e9),
@@ -36,7 +37,8 @@ _OPTIONS: dict[str, Options] = {
   "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
 }
 # Added to a program that runs once. LLVM's third level takes two to four times
-# as long as the second for the initial state, whose bits and time are the same.
+# as long as the second for the initial state, whose bits are the same
+# (benchmarks/compile.py).
 _ONCE: dict[str, Options] = {"cpu": {"xla_backend_optimization_level": 2}}
 
 

@@ -43,13 +43,7 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors="backslashreplace")
   _hush_libraries()
-  for name, about in _PROCESSES.items():
-    flags.DEFINE_string(name, None, about)
-  cache = define_path(
-    "compilation_cache",
-    "Directory of compiled programs, for many runs and processes: a start "
-    "compiles nothing that is there.",
-  )
+  _define_shared_flags()
   overrides, arguments = [], sys.argv
   if takes_config:
     define_path("config", "Config file; --config.FIELD=VALUE changes a field.")
@@ -71,14 +65,10 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
 
   def guarded(argv: list[str]) -> int | None:
     try:
-      for name in _PROCESSES:
-        if (value := flags.FLAGS[name].value) is not None:
-          os.environ[name.upper()] = str(value)
       config = [load(flags.FLAGS.config, overrides)] if takes_config else []
       if len(argv) > 1:
         raise schema.ConfigError(f"{argv[1]!r}: not a flag; write --FLAG=VALUE")
-      if cache.value is not None:
-        _reuse_programs(cache.value)
+      _use_shared_flags()
       code = main(*config)
       sys.stdout.flush()
       return code
@@ -103,19 +93,33 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
   app.run(guarded, argv=arguments, flags_parser=parse)
 
 
-def _reuse_programs(directory: str) -> None:
-  """Reads compiled programs from JAX's cache in `directory`, and adds to them.
+def _define_shared_flags() -> None:
+  for name, about in _PROCESSES.items():
+    flags.DEFINE_string(name, None, about)
+  define_path(
+    "compilation_cache",
+    "Directory of compiled programs, for many runs and processes: a start "
+    "compiles nothing that is there.",
+  )
+
+
+def _use_shared_flags() -> None:
+  """Sets what lm/processes.py and JAX's compilation cache read.
 
   JAX finds a program by its code, options, library version and hardware, the
   CPU's features included, and compiles an entry that cannot be read. The
   directory is a flag, not a field of the config: entries are executed, and a
   checkpoint from elsewhere shall not name them.
   """
-  import jax
+  for name in _PROCESSES:
+    if (value := flags.FLAGS[name].value) is not None:
+      os.environ[name.upper()] = str(value)
+  if (directory := flags.FLAGS.compilation_cache) is not None:
+    files.check_directory(directory, "--compilation_cache")
+    import jax
 
-  files.check_directory(directory, "--compilation_cache")
-  jax.config.update("jax_compilation_cache_dir", directory)
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def _hush_libraries() -> None:

@@ -136,3 +136,12 @@ def test_what_one_run_has_compiled_serves_the_next(make, tmp_path):
     path.write_bytes(path.read_bytes()[:100])
   train(tmp_path / "third")
   assert reports[0] == reports[1] == reports[2]
+
+
+def test_a_cache_that_cannot_be_written_is_refused(tmp_path):
+  (tmp_path / "taken").touch()
+  flags = [f"--config={ROOT / 'configs/tiny.py'}", "--workdir=run"]
+  flags.append(f"--compilation_cache={tmp_path / 'taken' / 'compiled'}")
+  ended = doors.run("lm.train", flags, str(tmp_path))
+  assert ended.code == 2 and "is not a directory" in ended.err
+  assert ended.err.count("\n") == 1 and not (tmp_path / "run").exists()

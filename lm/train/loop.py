@@ -254,11 +254,11 @@ class _Run:
     self.ledger = ledger_lib.Ledger(self.workdir, self.stop.began)
 
     def make():
-      # While the state is created or restored, another core compiles the step.
+      # The step compiles while the state is created or restored.
       compiled = stop_lib.background(
         functools.partial(programs.compile_step, self.config, self.mesh)
       )
-      # An error of the restore ends the process, but no thread that compiles.
+      # After an error of the restore, too: Python must not end meanwhile.
       self.closing.callback(concurrent.futures.wait, [compiled])
       with self.ledger.within("restore"):
         state, meta = resume.first_state(
