@@ -60,9 +60,7 @@ def compile_lightest(job, rows: int, length: int):
 def attention_used(config, mesh, compiled) -> dict:
   """The kernel chosen, and the calls of cuDNN's attention in the program."""
   with jax.set_mesh(mesh):
-    kernel = kernels.choose(
-      config.model, length=config.train.sequence_length, prefix=False
-    )
+    kernel = kernels.choose(config.model, length=config.train.sequence_length)
   targets = re.findall(r'custom_call_target="([^"]*)"', compiled.as_text())
   calls = sorted({target for target in targets if "fmha" in target})
   on_gpu = jax.default_backend() == "gpu"

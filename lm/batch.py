@@ -62,13 +62,11 @@ def empty(rows: int, length: int, *, prefix: bool = False) -> Batch:
 def abstract(
   config: config_lib.Config,
   sharding: jax.sharding.Sharding | None = None,
-  *,
-  prefix: bool = False,
 ) -> Batch:
-  """Shapes, dtypes and sharding of the global batches of `config`."""
+  """Shapes, dtypes and sharding of the global training batches of `config`."""
   shape = (config.train.batch_size, config.train.sequence_length)
   return _make(
-    prefix,
+    config.data.looks_ahead,
     lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding),
   )
 

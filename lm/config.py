@@ -10,10 +10,12 @@ import dataclasses
 import json
 from typing import Annotated, Any, Literal
 
+from lm import schema
 from lm.schema import (
   AtMost,
   BelowOne,
   Count,
+  Fraction,
   Natural,
   NotNegative,
   Positive,
@@ -122,16 +124,120 @@ class TokenizerConfig:
   ] = 10_000_000
 
 
-@dataclasses.dataclass
-class DataConfig:
-  """Data sources. A source is `tfds:NAME[/CONFIG]:SPLIT[#FEATURE]`,
-  `text:GLOB` or `jsonl:GLOB#FIELD`.
+# --- objectives: a source is written SPEC|NAME or SPEC|NAME(FIELD=VALUE) ------
+
+
+@dataclasses.dataclass(frozen=True)
+class Causal:
+  """Next-token prediction."""
+
+  # Class attributes: whether rows have positions seen in both directions
+  # (Batch.prefix); whether a document has as many tokens in a row as in the
+  # store, and can be cut anywhere.
+  looks_ahead = False
+  keeps_length = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix(Causal):
+  """Prefix LM (arXiv:1910.10683): each document is split at a random token; the
+  part before is seen in both directions and not scored.
   """
 
+  looks_ahead = True
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanCorruption(Causal):
+  """T5's denoising (arXiv:1910.10683): sentinels in place of random spans, seen
+  in both directions; then sentinel-delimited spans, predicted left to right.
+  UL2 (arXiv:2205.05131) mixes (0.15, 3) and (0.15, 8), its R, with (0.5, 3) and
+  (0.15, 32), its X, and with `prefix`, its S.
+  """
+
+  # Share of a document's tokens that is in spans.
+  rate: Fraction = 0.15
+  # Mean length of a span, in tokens.
+  mean_span: Annotated[float, schema.AtLeast(1)] = 3.0
+
+  looks_ahead = True
+  keeps_length = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Fim(Causal):
+  """Fill-in-the-middle (arXiv:2207.14255): the middle of a document comes last,
+  after what is before and behind. Everything but the sentinels is scored.
+  """
+
+  # Share of documents with a middle; the others are causal.
+  rate: schema.Share = 0.5
+  # Of these, the share in order suffix, prefix, middle (SPM), not PSM.
+  spm: schema.Share = 0.5
+  # Where the middle may begin and end.
+  cut: Literal["character", "token", "line"] = "character"
+
+  keeps_length = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Masked(Causal):
+  """Masked LM (arXiv:1810.04805): all is seen in both directions; chosen tokens
+  are scored, 80 % replaced by <mask>, 10 % by another token, 10 % kept.
+
+  A rate of None is masked diffusion (arXiv:2502.09992): each document has a
+  rate t, uniform in (0, 1), all chosen tokens are <mask>, and their weights are
+  1 / t: the loss bounds the text's negative log-likelihood per token.
+  """
+
+  rate: Fraction | None = 0.15
+
+  looks_ahead = True
+
+
+OBJECTIVES: dict[str, type[Causal]] = {
+  "causal": Causal,
+  "prefix": Prefix,
+  "span_corruption": SpanCorruption,
+  "fim": Fim,
+  "masked": Masked,
+}
+
+
+def objective(source: str) -> Causal:
+  """The objective of a source. Raises ConfigError on an unknown one."""
+  return split_source(source)[1]
+
+
+def split_source(source: str) -> tuple[str, Causal]:
+  """(spec, objective) of a source `SPEC|NAME(FIELD=VALUE)`; without a suffix,
+  the objective is causal. Raises ConfigError on an unknown objective or field,
+  or a wrong value.
+  """
+  spec, bar, text = source.rpartition("|")
+  if not bar or schema.CALL.fullmatch(text) is None:
+    return source, Causal()
+  where = f"source {source!r}"
+  hint = "; write '?' for a '|' that is in a path"
+  return spec, schema.read_call(text, OBJECTIVES, where, hint)
+
+
+@dataclasses.dataclass
+class DataConfig:
+  """Data sources and how their documents become rows of batches."""
+
+  # Sources: tfds:NAME[/CONFIG]:SPLIT[#FEATURE], text:GLOB or jsonl:GLOB#FIELD.
+  # After a `|` comes the objective, causal by default, with fields in brackets:
+  # prefix, span_corruption(rate, mean_span), fim(rate, spm, cut), masked(rate),
+  # as in 'text:*.py|fim(rate=0.9)'. The same source may stand in several.
   train: tuple[str, ...] = ("tfds:python_stdlib:train",)
   # Mixture weight of each training source in the batches; (): by size.
   train_weights: tuple[float, ...] = ()
   validation: tuple[str, ...] = ("tfds:python_stdlib:validation",)
+  # Packing of documents into rows: `chop` cuts the corpus every sequence_length
+  # tokens; `best_fit` cuts no document that fits a row (arXiv:2404.10830), and
+  # pads. Sources of `span_corruption` and `fim` are always packed best_fit.
+  packing: Literal["chop", "best_fit"] = "chop"
   # A document of a `text:` source is a whole file, a line that is not blank, or
   # a block: a run of lines that are not blank.
   text_unit: Literal["file", "line", "block"] = "file"
@@ -154,6 +260,11 @@ class DataConfig:
   prefetch_rows: Annotated[
     Count, AtMost(10**6, "since they are held in memory")
   ] = 256
+
+  @property
+  def looks_ahead(self) -> bool:
+    """Whether training batches have `prefix`."""
+    return any(objective(source).looks_ahead for source in self.train)
 
 
 @dataclasses.dataclass

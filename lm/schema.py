@@ -11,10 +11,11 @@ import dataclasses
 import difflib
 import inspect
 import math
+import re
 import struct
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 
@@ -107,6 +108,15 @@ class IsBelowOne:
     require(_float32(value) < 1, path, value, "is 1 in float32; lower it")
 
 
+@dataclasses.dataclass(frozen=True)
+class IsFraction:
+  """In (0, 1), also in float32."""
+
+  def check(self, path: str, value: Any) -> None:
+    require(0 < value < 1, path, value, "must be in (0, 1)")
+    require(_float32(value) < 1, path, value, "is 1 in float32; lower it")
+
+
 _INT32 = AtMost(2**31 - 1, "the largest int32")
 
 Count = Annotated[int, AtLeast(1)]
@@ -114,6 +124,8 @@ Natural = Annotated[int, AtLeast(0)]
 Positive = Annotated[float, IsPositive()]
 NotNegative = Annotated[float, AtLeast(0)]
 BelowOne = Annotated[float, IsBelowOne()]
+Fraction = Annotated[float, IsFraction()]
+Share = Annotated[float, Within(0, 1, "0 is none and 1 is all")]
 # Seed of a random key: 32 bits.
 Seed = Annotated[
   int,
@@ -282,6 +294,44 @@ def split_arguments(
       argument += f"={queue.pop(0)}"
     overrides.append(argument)
   return overrides, rest
+
+
+# NAME or NAME(FIELD=VALUE, ...)
+CALL = re.compile(r"(?P<name>\w+)\s*(\((?P<fields>.*)\))?", re.DOTALL)
+
+
+def read_call(
+  text: str, kinds: Mapping[str, Any], path: str, hint: str = ""
+) -> Any:
+  """The dataclass that `text` writes as NAME or NAME(FIELD=VALUE, ...), with a
+  name of `kinds`. Raises ConfigError on an unknown name or field, or a wrong
+  value; `hint` ends the error of an unknown name.
+  """
+  match = CALL.fullmatch(text)
+  if match is None or match["name"] not in kinds:
+    raise ConfigError(f"{path}: {unknown(text, kinds)}{hint}")
+  kind = kinds[match["name"]]
+  try:
+    (call,) = ast.parse(f"f({match['fields'] or ''})").body
+    assert isinstance(call, ast.Expr) and isinstance(call.value, ast.Call)
+    if call.value.args:
+      raise ValueError("a value without a name")
+    given = {str(k.arg): ast.literal_eval(k.value) for k in call.value.keywords}
+  except (SyntaxError, ValueError, AssertionError, RecursionError) as error:
+    raise ConfigError(
+      f"{path}: {text!r} is not NAME(FIELD=VALUE, ...) ({error})"
+    ) from error
+  known = hints(kind)
+  for name, value in given.items():
+    if name not in known:
+      raise ConfigError(f"{path}: {name}: {unknown(name, known)}")
+    inner, _ = bare(known[name])
+    if inner is float and type(value) is int:
+      with contextlib.suppress(OverflowError):  # check_types refuses the int
+        given[name] = float(value)
+  found = kind(**given)
+  check_types(found, kind, path)
+  return found
 
 
 def comments(kind: type) -> dict[str, list[str]]:

@@ -120,6 +120,8 @@ def _validate_run(config: config_lib.Config) -> None:
   schema.require(
     len(d.train) > 0, "config.data.train", d.train, "names no source"
   )
+  for source in (*d.train, *d.validation):
+    config_lib.split_source(source)  # raises on an unknown objective
   schema.require(
     len(d.train_weights) in (0, len(d.train))
     and all(w > 0 for w in d.train_weights),
@@ -188,6 +190,14 @@ _READERS: tuple[tuple[str, Callable[[config_lib.Config], bool], str], ...] = (
       source.startswith("text:") for source in c.data.train + c.data.validation
     ),
     "a source text:GLOB",
+  ),
+  (
+    "data.packing",
+    lambda c: any(
+      config_lib.objective(source).keeps_length
+      for source in c.data.train + c.data.validation
+    ),
+    "a source of another objective than 'fim' and 'span_corruption'",
   ),
   (
     "optimizer.adam_peak_lr optimizer.momentum",

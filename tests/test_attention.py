@@ -20,50 +20,51 @@ def _config(**fields):
 
 
 @pytest.mark.parametrize(
-  ("platform", "fields", "length", "prefix", "kernel"),
+  ("platform", "fields", "length", "kernel"),
   [
-    ("cpu", {}, 128, False, "reference"),
-    ("tpu", {}, 256, False, "splash"),
-    ("tpu", {}, 100, False, "reference"),
-    ("tpu", {}, 256, True, "reference"),
-    ("cuda", {}, 100, True, "cudnn"),
-    ("cuda", {"dtype": "float32"}, 100, False, "reference"),
-    ("cuda", {"attention_softcap": 50.0}, 100, False, "reference"),
-    ("tpu", {"attention_softcap": 50.0}, 128, False, "splash"),
-    ("tpu", {"attention": "reference"}, 128, False, "reference"),
+    ("cpu", {}, 128, "reference"),
+    ("tpu", {}, 256, "splash"),
+    ("tpu", {}, 100, "reference"),
+    ("cuda", {}, 100, "cudnn"),
+    ("cuda", {"dtype": "float32"}, 100, "reference"),
+    ("cuda", {"attention_softcap": 50.0}, 100, "reference"),
+    ("tpu", {"attention_softcap": 50.0}, 128, "splash"),
+    ("tpu", {"attention": "reference"}, 128, "reference"),
   ],
 )
 def test_auto_takes_what_the_platform_and_the_model_allow(
-  platform, fields, length, prefix, kernel, monkeypatch
+  platform, fields, length, kernel, monkeypatch
 ):
   monkeypatch.setattr(attention.sharding, "platform", lambda: platform)
-  got = kernels.choose(_config(**fields), length=length, prefix=prefix)
+  got = kernels.choose(_config(**fields), length=length)
   assert got == kernel
 
 
 @pytest.mark.parametrize(
-  ("fields", "length", "prefix", "message"),
+  ("fields", "length", "message"),
   [
-    ({"attention": "cudnn", "dtype": "float32"}, 128, False, "bfloat16 only"),
+    ({"attention": "cudnn", "dtype": "float32"}, 128, "bfloat16 only"),
     (
       {"attention": "cudnn", "attention_softcap": 5.0},
       128,
-      False,
       "no attention_softcap",
     ),
-    ({"attention": "splash"}, 128, True, "no prefixes"),
-    ({"attention": "splash"}, 100, False, "rows of 100 tokens"),
+    ({"attention": "splash"}, 100, "rows of 100 tokens"),
   ],
 )
-def test_a_named_kernel_that_cannot_is_refused(fields, length, prefix, message):
+def test_a_named_kernel_that_cannot_is_refused(fields, length, message):
   with pytest.raises(schema.ConfigError, match=message):
-    kernels.choose(_config(**fields), length=length, prefix=prefix)
+    kernels.choose(_config(**fields), length=length)
 
 
 @pytest.mark.parametrize(
-  ("window", "softcap"), [(None, None), (37, None), (None, 2.0)]
+  ("window", "softcap", "n_prefix"),
+  [
+    *((None, None, None), (37, None, None), (None, 2.0, None)),
+    *((None, None, 31), (19, None, 31), (None, 2.0, 75)),
+  ],
 )
-def test_splash_is_the_plain_form(window, softcap, monkeypatch):
+def test_splash_is_the_plain_form(window, softcap, n_prefix, monkeypatch):
   """Grouped queries over packed documents, values and gradients."""
   make = splash_attention_kernel.make_splash_mha
   monkeypatch.setattr(
@@ -83,6 +84,9 @@ def test_splash_is_the_plain_form(window, softcap, monkeypatch):
     jnp.concatenate([jnp.full(n, i + 1) for i, n in enumerate(lengths)])[None],
     None,
   )
+  if n_prefix is not None:
+    # All of the first document at most, and the start of the second.
+    tokens.prefix = tokens.positions < n_prefix
 
   def run(q, k, v, kernel):
     out = attention.attend(

@@ -357,6 +357,12 @@ UNREAD = [
     "line",
     "a source text:GLOB",
   ),
+  (
+    {"data.train": ("text:a|fim",), "data.validation": ()},
+    "data.packing",
+    "best_fit",
+    "a source of another objective than 'fim' and 'span_corruption'",
+  ),
 ]
 
 
@@ -374,6 +380,54 @@ def test_field_that_nothing_reads_is_refused(also, field, value, reader):
   stored = validation.from_json(config_lib.to_json(config))
   assert stored == config
   assert validation.differences(stored, plain) == {}
+
+
+@pytest.mark.parametrize(
+  "source, objective",
+  [
+    ("text:a", config_lib.Causal()),
+    ("text:a|causal", config_lib.Causal()),
+    ("text:a|b.txt", config_lib.Causal()),  # a path
+    ("text:a|b|prefix", config_lib.Prefix()),
+    ("jsonl:a#t|fim(rate=1, cut='line')", config_lib.Fim(1.0, 0.5, "line")),
+    ("text:a|masked(rate=None)", config_lib.Masked(None)),
+    ("a|span_corruption( mean_span=8 )", config_lib.SpanCorruption(0.15, 8.0)),
+  ],
+)
+def test_a_source_names_its_objective(source, objective):
+  spec, found = config_lib.split_source(source)
+  assert found == objective
+  assert spec == (
+    source if "b.txt" in source else source.rpartition("|")[0] or source
+  )
+  assert config_lib.DataConfig(train=(source,)).looks_ahead == found.looks_ahead
+
+
+@pytest.mark.parametrize(
+  "suffix, said",
+  [
+    ("fin", "unknown; did you mean 'fim'? Known: causal, prefix"),
+    ("fin", "write '?' for a '|' that is in a path"),
+    ("fim(rats=1)", ": rats: unknown; did you mean 'rate'?"),
+    ("fim(rate=2)", ".rate=2.0: must be in [0, 1]"),
+    ("fim(rate=10**400)", "is not NAME(FIELD=VALUE, ...)"),
+    (f"fim(rate={10**400})", "must be"),
+    ("masked(rate=0)", ".rate=0.0: must be in (0, 1)"),
+    ("masked(rate=0.99999999999)", "is 1 in float32"),
+    ("masked(rate='x')", ".rate='x': must be of type float"),
+    ("fim(cut='word')", ".cut='word': unknown"),
+    ("span_corruption(mean_span=0.5)", ".mean_span=0.5: must be at least 1"),
+    ("prefix(rate=1)", ": rate: unknown"),
+    ("fim(1)", "is not NAME(FIELD=VALUE, ...)"),
+    ("fim(**{'rate': 1})", ": None: unknown"),
+    ("fim(rate=open('a'))", "is not NAME(FIELD=VALUE, ...)"),
+    ("fim(" + "(" * 300 + ")" * 301, "is not NAME(FIELD=VALUE, ...)"),
+  ],
+)
+@pytest.mark.parametrize("field", ["train", "validation"])
+def test_a_wrong_objective_is_refused(field, suffix, said):
+  text = message(changed({f"data.{field}": (f"text:a|{suffix}",)}))
+  assert said in text and "\n" not in text
 
 
 @pytest.mark.parametrize("changes, expected", RULES, ids=str)
@@ -840,6 +894,7 @@ PARAMETERS = {
   # By hand: 2 * 2048 * 192 + 192 + 4 * (6 * 32 * 192 * 4 + 2 * 192 * 768
   # + 2 * 192 + 2 * 32), the head apart.
   "quickstart": 2_558_144,
+  "quickstart_objectives": 2_558_144,
   # 384 * 32 + 32 + 2 * (32 * 8 * (4 + 2 + 2 + 4) + 3 * 32 * 64 + 2 * 32).
   "tiny": 30_880,
 }

@@ -105,7 +105,8 @@ def slow_row(store, tokenizer, window: int) -> dict[str, list]:
 def test_rows_are_as_the_batch_table_says(make):
   config, prepared = make(["x"], validation=[documents(47, 3)])
   (store,) = prepared.validation
-  n = pipeline.n_windows(store, LENGTH)
+  (windows,) = pipeline.validation_windows(config, prepared)
+  n = len(windows)
   assert n == -(-(store.n_tokens - 1) // LENGTH)
   rows = 0
   for _, batch in pipeline.validation_batches(config, prepared):
@@ -177,8 +178,8 @@ def test_each_epoch_is_every_window_once_in_another_order(make, seed):
   order = pipeline.training_order(config, prepared)
   windows = [
     (s, i)
-    for s, store in enumerate(prepared.train)
-    for i in range(pipeline.n_windows(store, LENGTH))
+    for s, some in enumerate(pipeline.training_windows(config, prepared))
+    for i in range(len(some))
   ]
   n = len(windows)
   epochs = [[order[e * n + i] for i in range(n)] for e in range(5)]
@@ -202,7 +203,7 @@ def test_the_shuffle_is_flat(make):
   """Where a window comes, what follows it, and where it comes next epoch."""
   n, n_epochs, bins = 4099, 29, 16
   config, prepared = make(["a" * (n * LENGTH - 3)])
-  assert pipeline.n_windows(prepared.train[0], LENGTH) == n
+  assert len(pipeline.training_windows(config, prepared)[0]) == n
   order = pipeline.training_order(config, prepared)
   windows = np.array([order[i][1] for i in range(n * n_epochs)])
   windows = windows.reshape(n_epochs, n)
@@ -226,7 +227,7 @@ def test_weights_set_the_shares_and_sources_repeat(make):
   config, prepared = make(
     documents(97, 1), documents(397, 2), train_weights=(3.0, 1.0)
   )
-  n = pipeline.n_windows(prepared.train[0], LENGTH)
+  n = len(pipeline.training_windows(config, prepared)[0])
   order = pipeline.training_order(config, prepared)
   rows = [order[i] for i in range(3 * n)]
   sources = np.array([s for s, _ in rows])
@@ -243,7 +244,7 @@ def test_epochs_end_with_a_batch_filled_up(make, weights):
   config, prepared = make(
     documents(31, 1), documents(67, 2), epochs=2, train_weights=weights
   )
-  n = sum(pipeline.n_windows(s, LENGTH) for s in prepared.train)
+  n = sum(map(len, pipeline.training_windows(config, prepared)))
   assert 2 * n % 8  # Else nothing is to be filled up.
   batches = list(pipeline.train_batches(config, prepared))
   assert len(batches) == -(-2 * n // 8)

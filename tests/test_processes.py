@@ -37,6 +37,7 @@ from lm.train import resume
 
 def store(**changed):
   made = dict(spec="text:a", fingerprint="f", n_tokens=9)
+  made["objective"] = config.Causal()
   return types.SimpleNamespace(**{**made, **changed})
 
 def prepared(tokenizer="t", **changed):

@@ -93,7 +93,10 @@ def _run(config, n=2, prefix=False, created=False):
       _first_state(config_lib.to_json(alone)),
       programs.abstract_state(config, mesh),
     )
-  step = programs.compile_step(config, mesh, prefix=prefix)
+  if prefix:
+    data = config_lib.DataConfig(train=("text:a|prefix",))
+    config = dataclasses.replace(config, data=data)
+  step = programs.compile_step(config, mesh)
   where = programs.batch_sharding(config, mesh)
   numbers, first = [], None
   for i in range(n):

@@ -89,11 +89,11 @@ def test_the_command_names_the_documents_to_look_at(tmp_path, capsys):
   texts = ["plain text " * 9, "a", "\U0001f600" * 20, "text " * 30, "b", "c"]
   config = make_config(tmp_path, texts)
   config.train.sequence_length = 83
-  data_command.main(config)
+  data_command.describe(config)
   table, _, lines = capsys.readouterr().out.rpartition("┘")
   assert "33%" in table  # Two of six, bos and eos counted.
   path = config.data.train[0][len("jsonl:") : -len("#t")]
-  assert lines.splitlines()[2:] == [
+  assert lines.splitlines()[2:4] == [
     f"  longest: '{path}:4', 152 tokens, {150 / 152:.3f} bytes/token",
     # Of the longer half: "a", "b" and "c" have fewer yet.
     f"  fewest bytes/token: '{path}:3', 82 tokens, {80 / 82:.3f} bytes/token",
@@ -414,7 +414,7 @@ def test_the_door_prints_one_line_and_exits_2(tmp_path):
   assert not (tmp_path / "cache").exists()
 
 
-def test_the_door_prints_a_row_per_source(tmp_path):
+def test_the_door_prints_a_row_per_store(tmp_path):
   # A name that neither UTF-8 nor the table's own markup takes for text.
   (tmp_path / "\udce9[b].txt").write_text("abc\u00e9")
   config = tmp_path / "config.py"
@@ -440,7 +440,7 @@ def test_the_door_prints_a_row_per_source(tmp_path):
   rows = [line for line in done.stdout.splitlines() if "\u2502 text:" in line]
   cells = [cell.strip() for cell in rows[0].split("\u2502")]
   assert "\\udce9[[]b].txt" in cells[1]
-  assert len(rows) == 2 and cells[2:6] == ["1", "5", "7", "0.714"]
+  assert len(rows) == 1 and cells[2:6] == ["1", "5", "7", "0.714"]
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,43 @@
-"""`python -m lm.data --config=FILE`: tokenizer and token stores of a config."""
+"""`python -m lm.data --config=FILE`: tokenizer and token stores of a config.
+
+python -m lm.data --config=configs/quickstart_objectives.py --show=3
+"""
 
 import numpy as np
 import rich.console
 import rich.markup
 import rich.table
+from absl import flags
 
-from lm import cli
+from lm import cli, files
 from lm import config as config_lib
-from lm.data import store
+from lm.data import pipeline, show, store
+
+_SHOW = flags.DEFINE_integer(
+  "show",
+  0,
+  "Rows to show of each training source: what is seen ahead, what is scored.",
+  lower_bound=0,
+  upper_bound=1000,
+)
+_DRAW = cli.define_path(
+  "draw",
+  "PNG file to write: the attention mask of a row of each training source.",
+)
 
 
 def main(config: config_lib.Config) -> None:
+  describe(config, _SHOW.value, _DRAW.value)
+
+
+def describe(
+  config: config_lib.Config, n_shown: int = 0, picture: str | None = None
+) -> None:
+  """Prints a config's token stores and rows; shows `n_shown` rows of each
+  training source, and draws a row of each into the PNG file `picture`.
+  """
+  if picture is not None:
+    files.check_output(picture, "--draw")
   prepared = store.prepare(config)
   window = config.train.sequence_length
   table = rich.table.Table(title=f"{prepared.tokenizer.size} ids")
@@ -18,11 +45,12 @@ def main(config: config_lib.Config) -> None:
   for column in ("documents", "bytes", "tokens", "bytes/token"):
     table.add_column(column, justify="right")
   table.add_column(f"over {window} tokens", justify="right")
-  sources = [*config.data.train, *config.data.validation]
-  stores = [*prepared.train, *prepared.validation]
+  # Sources that differ in their objective share a store.
+  stores = {t.path: t for t in (*prepared.train, *prepared.validation)}
   console = rich.console.Console()
   lines = []
-  for source, tokens in zip(sources, stores, strict=True):
+  for tokens in stores.values():
+    source, _ = config_lib.split_source(tokens.spec)
     lengths = np.diff(tokens.ends, prepend=0)
     table.add_row(
       rich.markup.escape(source),
@@ -34,8 +62,45 @@ def main(config: config_lib.Config) -> None:
     )
     lines += [f"{source}: {tokens.path}", *_outliers(tokens, lengths)]
   console.print(table)
+  lines += ["", *_rows(config, prepared)]
   for line in lines:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
+  if n_shown:
+    _show_rows(config, prepared, console, n_shown)
+  if picture is not None:
+    rows = [
+      (tokens, next(pipeline.sample(config, prepared, s, 1)))
+      for s, tokens in enumerate(prepared.train)
+    ]
+    show.draw(picture, rows, prepared.tokenizer)
+
+
+def _rows(config: config_lib.Config, prepared: store.Prepared) -> list[str]:
+  """How each training source fills rows: a line each."""
+  found = []
+  for s, windows in enumerate(pipeline.training_windows(config, prepared)):
+    share = pipeline.scored_share(config, prepared, s)
+    found.append(
+      f"{prepared.train[s].spec}: {len(windows):,} rows; {share:.1%} of the "
+      f"positions are scored, {windows.padding_share:.1%} are padding; "
+      f"{windows.cut_share:.1%} of the documents are cut"
+    )
+  return found
+
+
+def _show_rows(
+  config: config_lib.Config,
+  prepared: store.Prepared,
+  console: rich.console.Console,
+  n_shown: int,
+) -> None:
+  for s, tokens in enumerate(prepared.train):
+    console.print()
+    console.print(tokens.spec, style="bold underline", markup=False)
+    for row in pipeline.sample(config, prepared, s, n_shown):
+      console.print(show.text(row, tokens, prepared.tokenizer), soft_wrap=True)
+      console.print()
+  console.print(show.legend())
 
 
 def _outliers(tokens: store.TokenStore, lengths: np.ndarray) -> list[str]:

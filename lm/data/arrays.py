@@ -8,7 +8,7 @@ is damaged, or cannot be written.
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,8 +61,13 @@ class Array:
 
   def read(self, start: int, stop: int) -> np.ndarray:
     """Returns items [start, stop); raises RunError if they are damaged."""
+    return self.read_many([(start, stop)])[0]
+
+  def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """`read` of each (start, stop), all at a time."""
     with self._errors():
-      return self._array[start:stop].read().result()
+      futures = [self._array[start:stop].read() for start, stop in ranges]
+      return [future.result() for future in futures]
 
   @contextlib.contextmanager
   def _errors(self) -> Iterator[None]:

@@ -1,7 +1,84 @@
-"""Fill-in-the-middle (FIM): the prompt whose continuation fills a gap."""
+"""Fill-in-the-middle (FIM): training rows, and the prompt that fills a gap
+(arXiv:2207.14255).
+"""
 
+import numpy as np
+
+from lm import config as config_lib
 from lm import schema
 from lm.data import tokenizer as tokenizer_lib
+
+# Tokens that reordering adds at most: three sentinels, bos and eos of a piece
+# of a longer document, and what the two cuts add where they fall inside tokens.
+_SLACK = 8
+EXTRA = 3 + 2 + _SLACK
+
+
+def sentinels(tokenizer: tokenizer_lib.Tokenizer) -> list[int]:
+  return [tokenizer.fim_prefix, tokenizer.fim_suffix, tokenizer.fim_middle]
+
+
+def reorder(
+  objective: config_lib.Fim,
+  tokenizer: tokenizer_lib.Tokenizer,
+  tokens: np.ndarray,
+  rng: np.random.Generator,
+) -> np.ndarray:
+  """A document or a piece of one, as `fim_ids` prompts for its middle and goes
+  on with it and eos; or, by `rate`, unchanged but for a bos at the start.
+
+  Prefix, middle and suffix are cut from the text and encoded each for itself:
+  the model learns to go on from inside a token. In SPM prefix and middle are
+  encoded together. Where the text is no whole UTF-8, or its cuts add more than
+  _SLACK tokens, the cuts are between tokens.
+  """
+  text = tokens[(tokens != tokenizer.bos) & (tokens != tokenizer.eos)]
+  draws = rng.random(4)
+  ends = tokens[-1:][tokens[-1:] == tokenizer.eos]
+  if not len(text) or draws[0] >= objective.rate:
+    return np.concatenate([[tokenizer.bos], text, ends])
+  psm, cuts = bool(draws[1] >= objective.spm), np.sort(draws[2:])
+  parts: list[np.ndarray] | None = None
+  if objective.cut != "token":
+    parts = _cut_text(objective.cut, tokenizer, text, psm, cuts)
+  if parts is None:
+    first, last = (int(cut * (len(text) + 1)) for cut in cuts)
+    before, between, after = text[:first], text[first:last], text[last:]
+    parts = [before, after, between] if psm else [after, text[:last]]
+  opening, gap, middle = sentinels(tokenizer)
+  if psm:
+    pieces = [[opening], parts[0], [gap], parts[1], [middle], parts[2]]
+  else:
+    pieces = [[opening, gap], parts[0], [middle], parts[1]]
+  return np.concatenate([[tokenizer.bos], *pieces, [tokenizer.eos]])
+
+
+def _cut_text(
+  where: str,
+  tokenizer: tokenizer_lib.Tokenizer,
+  ids: np.ndarray,
+  psm: bool,
+  cuts: np.ndarray,
+) -> list[np.ndarray] | None:
+  """(prefix, suffix, middle) as ids for PSM, else (suffix, prefix + middle); or
+  None if cuts between tokens are needed.
+  """
+  try:
+    text = tokenizer.decode_bytes(ids.tolist()).decode()
+  except UnicodeDecodeError:  # the piece starts or ends inside a character
+    return None
+  if where == "line":
+    lines = text.splitlines(keepends=True)
+    places = np.cumsum([0, *map(len, lines)])
+    first, last = (int(places[int(cut * len(places))]) for cut in cuts)
+  else:
+    first, last = (int(cut * (len(text) + 1)) for cut in cuts)
+  before, between, after = text[:first], text[first:last], text[last:]
+  parts = [before, after, between] if psm else [after, text[:last]]
+  encoded = tokenizer.encode_batch(parts)
+  if sum(map(len, encoded)) > len(ids) + _SLACK:
+    return None
+  return encoded
 
 
 def fim_ids(
@@ -12,7 +89,7 @@ def fim_ids(
 ) -> list[int]:
   """Fill-in-the-middle (FIM) prompt: bos, then prefix and suffix ("psm") or
   suffix and prefix ("spm"). The model continues with the text in between, then
-  eos (arXiv:2207.14255).
+  eos.
 
   Every tokenizer here has the three FIM tokens, but output of a model trained
   without FIM is worthless. Raises ConfigError on any other `order`.

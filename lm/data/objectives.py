@@ -1,13 +1,90 @@
 """Training objectives: a window of tokens to one batch row (lm/batch.py).
 
-An objective is a pure NumPy function of tokens [T+1] and document numbers
-[T+1], from 1 within the window, 0 for padding. The model and the train step do
-not depend on the objective.
+An objective is a pure NumPy function of tokens [T+1], document numbers [T+1],
+from 1 within the window, 0 for padding, and random numbers. The model and the
+train step do not depend on the objective: objectives differ in the tokens of a
+row, in what is seen ahead (`prefix`), and in what is scored (`weights`).
 """
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from lm import batch as batch_lib
+from lm import config as config_lib
+from lm import schema
+from lm.data import fim
+from lm.data import tokenizer as tokenizer_lib
+
+# Least rate of masked diffusion, and so the largest weight, as in LLaDA.
+_LEAST_RATE = 1e-3
+
+
+class Shape(NamedTuple):
+  """How documents of an objective fit a window of T + 1 tokens."""
+
+  # Most tokens of the store in one piece, and how many of them a document's
+  # next piece repeats.
+  longest: int
+  overlap: int
+  # Tokens in a window, and how many of them a piece of n tokens takes at most.
+  room: int
+  size: Callable[[np.ndarray], np.ndarray]
+
+
+def shape(objective: config_lib.Causal, length: int) -> Shape:
+  """The shape of an objective in rows of `length`.
+
+  Raises ConfigError if a row is too short for any text.
+  """
+  room = length + 1
+  if isinstance(objective, config_lib.Masked):
+    return Shape(length, 0, length, lambda n: n)
+  if not isinstance(objective, config_lib.Fim | config_lib.SpanCorruption):
+    return Shape(room, 1, room, lambda n: n)
+
+  def size(n):
+    if isinstance(objective, config_lib.Fim):
+      return n + fim.EXTRA
+    return n + 2 + 2 * _n_spans(objective, n)[1]
+
+  n = np.arange(room + 1)
+  fits = size(n) <= room
+  if isinstance(objective, config_lib.SpanCorruption):
+    fits &= _n_spans(objective, n)[1] <= tokenizer_lib.N_SENTINELS
+  longest = int(n[fits].max(initial=0))
+  schema.require(
+    longest > 0,
+    "config.train.sequence_length",
+    length,
+    f"too short for {objective}, which adds tokens to each text",
+  )
+  return Shape(longest, 0, room, size)
+
+
+def row(
+  objective: config_lib.Causal,
+  tokenizer: tokenizer_lib.Tokenizer,
+  tokens: np.ndarray,
+  documents: np.ndarray,
+  rng: np.random.Generator,
+) -> batch_lib.Batch:
+  """One row of an objective, each leaf [T]; `prefix` None if it sees nothing
+  ahead.
+  """
+  match objective:
+    case config_lib.Prefix():
+      return prefix(tokens, documents, rng)
+    case config_lib.SpanCorruption():
+      return span_corruption(objective, tokenizer, tokens, documents, rng)
+    case config_lib.Fim():
+      return fill_in_the_middle(objective, tokenizer, tokens, documents, rng)
+    case config_lib.Masked():
+      return masked(objective, tokenizer, tokens, documents, rng)
+    case _:
+      return causal(tokens, documents)
 
 
 def causal(tokens: np.ndarray, documents: np.ndarray) -> batch_lib.Batch:
@@ -29,3 +106,164 @@ def causal(tokens: np.ndarray, documents: np.ndarray) -> batch_lib.Batch:
     segments=segments,
     positions=np.where(segments > 0, positions, 0).astype(np.int32),
   )
+
+
+def prefix(
+  tokens: np.ndarray, documents: np.ndarray, rng: np.random.Generator
+) -> batch_lib.Batch:
+  """Prefix LM: each document is split where a uniform draw says, after its
+  first token at the earliest and before its last target at the latest.
+
+  The prefix is seen in both directions. Its last position predicts the first
+  token behind it; its other positions are not scored, since they see their
+  targets.
+  """
+  plain = causal(tokens, documents)
+  seen, weights = np.zeros(len(plain.inputs), np.bool_), plain.weights.copy()
+  for some in _documents(plain.segments):
+    n_scored = int(weights[some].sum())
+    if n_scored:
+      stop = some.start + 1 + int(rng.random() * n_scored)
+      seen[some.start : stop] = True
+      weights[some.start : stop - 1] = 0
+  return dataclasses.replace(plain, weights=weights, prefix=seen)
+
+
+def fill_in_the_middle(
+  objective: config_lib.Fim,
+  tokenizer: tokenizer_lib.Tokenizer,
+  tokens: np.ndarray,
+  documents: np.ndarray,
+  rng: np.random.Generator,
+) -> batch_lib.Batch:
+  """Fill-in-the-middle: `rate` of the documents are reordered (lm/data/fim.py),
+  then all is next-token prediction. A sentinel is no target: where it stands is
+  the draw's choice, not the text's.
+  """
+  pieces = [
+    fim.reorder(objective, tokenizer, tokens[some], rng)
+    for some in _documents(documents)
+  ]
+  plain = causal(*_joined(tokenizer.pad, len(tokens), pieces))
+  kept = ~np.isin(plain.targets, fim.sentinels(tokenizer))
+  return dataclasses.replace(plain, weights=plain.weights * kept)
+
+
+def span_corruption(
+  objective: config_lib.SpanCorruption,
+  tokenizer: tokenizer_lib.Tokenizer,
+  tokens: np.ndarray,
+  documents: np.ndarray,
+  rng: np.random.Generator,
+) -> batch_lib.Batch:
+  """Span corruption: bos and the text with a sentinel in place of each span,
+  seen in both directions; then each sentinel and its span, and eos: scored.
+
+  Lengths of the spans, and of what is between, are random partitions, as in
+  T5. A document without text takes no place.
+  """
+  pieces, n_seen = [], []
+  for some in _documents(documents):
+    text = tokens[some]
+    text = text[(text != tokenizer.bos) & (text != tokenizer.eos)]
+    if not len(text):
+      continue
+    n_noise, n_spans = (int(n) for n in _n_spans(objective, len(text)))
+    spans = _partition(n_noise, n_spans, rng)
+    kept = _partition(len(text) - n_noise, n_spans, rng)
+    ends = np.cumsum(np.stack([kept, spans], axis=1).ravel())
+    parts = np.split(text, ends[:-1])
+    marks = np.array(tokenizer.sentinels[:n_spans], np.int32)[:, None]
+    pairs = zip(parts[::2], marks, parts[1::2], strict=True)
+    seen, said = [], []
+    for kept_part, mark, span in pairs:
+      seen += [kept_part, mark]
+      said += [mark, span]
+    pieces.append(
+      np.concatenate([[tokenizer.bos], *seen, *said, [tokenizer.eos]])
+    )
+    n_seen.append(1 + sum(map(len, seen)))
+  window = _joined(tokenizer.pad, len(tokens), pieces)
+  plain = causal(*window)
+  seen, weights = np.zeros(len(plain.inputs), np.bool_), plain.weights.copy()
+  for some, n in zip(_documents(plain.segments), n_seen, strict=True):
+    seen[some.start : some.start + n] = True
+    weights[some.start : some.start + n - 1] = 0
+  return dataclasses.replace(plain, weights=weights, prefix=seen)
+
+
+def masked(
+  objective: config_lib.Masked,
+  tokenizer: tokenizer_lib.Tokenizer,
+  tokens: np.ndarray,
+  documents: np.ndarray,
+  rng: np.random.Generator,
+) -> batch_lib.Batch:
+  """Masked LM and masked diffusion: the target of a position is its own token,
+  and all positions of a document see each other. bos and eos are never chosen.
+  """
+  plain = causal(tokens, documents)
+  inputs, targets = plain.inputs.copy(), plain.inputs
+  weights = np.zeros(len(inputs), np.float32)
+  ordinary = np.flatnonzero(tokenizer.byte_lengths)
+  text = (plain.segments > 0) & (tokenizer.byte_lengths[inputs] > 0)
+  for some in _documents(plain.segments):
+    places = some.start + np.flatnonzero(text[some])
+    order = np.argsort(rng.random(len(places)))
+    if objective.rate is None:
+      rate = _LEAST_RATE + (1 - _LEAST_RATE) * rng.random()
+      chosen = places[rng.random(len(places)) < rate]
+      inputs[chosen], weights[chosen] = tokenizer.mask, 1 / rate
+    elif len(places):
+      n = max(1, round(objective.rate * len(places)))
+      chosen, draw = places[order[:n]], rng.random(n)
+      other = ordinary[(rng.random(n) * len(ordinary)).astype(np.int64)]
+      shown = np.where(draw < 0.9, other, inputs[chosen])
+      inputs[chosen] = np.where(draw < 0.8, tokenizer.mask, shown)
+      weights[chosen] = 1
+  return dataclasses.replace(
+    plain,
+    inputs=inputs,
+    targets=targets,
+    weights=weights,
+    prefix=plain.segments > 0,
+  )
+
+
+def _documents(numbers: np.ndarray) -> Iterator[slice]:
+  """Yields the slice of each document of a window or a row."""
+  edges = np.flatnonzero(np.diff(numbers, prepend=0, append=0))
+  for start, stop in zip(edges, edges[1:], strict=False):
+    if numbers[start]:
+      yield slice(int(start), int(stop))
+
+
+def _joined(
+  pad: int, n: int, pieces: list[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens and document numbers [n] of documents one after another."""
+  tokens, documents = np.full(n, pad, np.int32), np.zeros(n, np.int32)
+  stop = 0
+  for number, piece in enumerate(pieces, 1):
+    start, stop = stop, stop + len(piece)
+    tokens[start:stop], documents[start:stop] = piece, number
+  assert stop <= n, (stop, n)
+  return tokens, documents
+
+
+def _n_spans(objective, n):
+  """(tokens in spans, spans) of a text of `n` tokens, as T5 rounds them."""
+  n = np.asarray(n)
+  n_noise = np.round(n * objective.rate).astype(np.int64)
+  n_noise = np.minimum(np.maximum(n_noise, 1), np.maximum(n - 1, 1))
+  n_spans = np.round(n_noise / objective.mean_span).astype(np.int64)
+  most = np.minimum(n_noise, np.maximum(n - n_noise, 1))
+  return n_noise, np.minimum(np.maximum(n_spans, 1), most)
+
+
+def _partition(n: int, k: int, rng: np.random.Generator) -> np.ndarray:
+  """`k` lengths, all of sum `n`, each at least 1 if n allows: int64 [k]."""
+  if n < k:
+    return np.full(k, n)  # a text of one token: k is 1
+  cuts = np.sort(np.argsort(rng.random(n - 1))[: k - 1]) + 1
+  return np.diff(cuts, prepend=0, append=n)

@@ -1,12 +1,15 @@
 """Batches of token stores; the order is a pure function of (seed, step).
 
-Window i of a token store is tokens [i T, (i + 1) T], T + 1 in number: each
-token but the first is a target once. Training shuffles windows by a keyed
-bijection, new for each epoch; validation keeps the order of the store. grain
-runs both as pure functions without state and reaches any step in O(1).
+A source's windows (lm/data/packing.py) become rows by its objective
+(lm/data/objectives.py). Training shuffles windows by a keyed bijection, new for
+each epoch; validation keeps their order. What an objective draws follows from
+the seed and the number of the row in training, from the number of the window in
+validation. grain runs both as pure functions without state and reaches any step
+in O(1).
 """
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
 
 import grain
 import jax
@@ -14,15 +17,16 @@ import numpy as np
 
 from lm import batch as batch_lib
 from lm import config as config_lib
-from lm.data import objectives
+from lm import schema
+from lm.data import objectives, packing
 from lm.data import store as store_lib
 
 # Threads that read windows, in addition to TensorStore's own threads.
 _THREADS = 2
-
-
-def n_windows(store: store_lib.TokenStore, length: int) -> int:
-  return _ceil(store.n_tokens - 1, length)
+# Packing and draws of validation: the same for every seed of a run.
+_VALIDATION_SEED = 2**32  # above every seed of a run
+# Rows of a source that `scored_share` reads.
+_SAMPLED_ROWS = 64
 
 
 def train_batches(
@@ -43,11 +47,17 @@ def train_batches(
   first, last = rows or (0, t.batch_size)
   order = training_order(config, prepared)
   n_batches = n_train_batches(config, prepared)
+  windows = training_windows(config, prepared)
+
+  def row(i: int) -> batch_lib.Batch | None:
+    if i >= len(order) or (source := order[i]) is None:
+      return None
+    s, window = source
+    return _row(prepared, prepared.train[s], windows[s][window], config.seed, i)
 
   def make(step: int) -> batch_lib.Batch:
     at = range(step * t.batch_size + first, step * t.batch_size + last)
-    windows = [order[i] if i < len(order) else None for i in at]
-    return _batch(prepared.train, windows, t.sequence_length)
+    return _stacked(map(row, at), t.sequence_length, config.data.looks_ahead)
 
   yield from _prefetched(config, make, start_step, n_batches)
 
@@ -68,14 +78,14 @@ def training_order(
   each source is shuffled separately and repeated as often as the weight needs;
   an epoch then has as many rows as all sources have windows.
   """
-  length, weights = config.train.sequence_length, config.data.train_weights
+  weights = config.data.train_weights
   # SeedSequence keeps seeds far apart: grain adds the epoch number to a seed.
   seeds = np.random.SeedSequence(config.seed).generate_state(
     len(prepared.train) + 1
   )
   windows = [
-    grain.MapDataset.range(n_windows(store, length)).map(_Tag(s))
-    for s, store in enumerate(prepared.train)
+    grain.MapDataset.range(len(windows)).map(_Tag(s))
+    for s, windows in enumerate(training_windows(config, prepared))
   ]
   n = sum(map(len, windows))
   epochs = config.data.epochs
@@ -92,10 +102,23 @@ def training_order(
   return mixed if epochs is None else mixed[: epochs * n]
 
 
-def _n_batches(config: config_lib.Config, store: store_lib.TokenStore) -> int:
-  t = config.train
-  n = _ceil(n_windows(store, t.sequence_length), t.batch_size)
-  return n if t.eval_batches is None else min(n, t.eval_batches)
+def training_windows(
+  config: config_lib.Config, prepared: store_lib.Prepared
+) -> list[packing.Windows]:
+  """Windows of each training source."""
+  return [
+    packing.windows(store, config, seed=config.seed) for store in prepared.train
+  ]
+
+
+def validation_windows(
+  config: config_lib.Config, prepared: store_lib.Prepared
+) -> list[packing.Windows]:
+  """Windows of each validation source, the same for every seed."""
+  return [
+    packing.windows(store, config, seed=_VALIDATION_SEED)
+    for store in prepared.validation
+  ]
 
 
 def validation_batches(
@@ -106,23 +129,56 @@ def validation_batches(
 ) -> Iterator[tuple[int, batch_lib.Batch]]:
   """Yields (source index, batch), source after source, in fixed order.
 
-  Every token but bos is scored once, and the last batch of a source is padded
-  with rows of weight 0; `train.eval_batches` limits the batches per source.
-  The number of bytes scored is the sum of `tokenizer.byte_lengths[targets] *
-  weights`; over a whole source, this sum equals `n_bytes` of the store.
+  The last batch of a source is padded with rows of weight 0;
+  `train.eval_batches` limits the batches per source. A causal source scores
+  every token but bos once: over the whole source, the sum of
+  `tokenizer.byte_lengths[targets] * weights` equals `n_bytes` of the store.
   """
   t = config.train
   first, last = rows or (0, t.batch_size)
-  for s, store in enumerate(prepared.validation):
-    n = n_windows(store, t.sequence_length)
+  for s, windows in enumerate(validation_windows(config, prepared)):
+    store = prepared.validation[s]
 
-    def make(step: int, s: int = s, n: int = n) -> batch_lib.Batch:
+    def row(i: int, store=store, windows=windows) -> batch_lib.Batch | None:
+      if i >= len(windows):
+        return None
+      return _row(prepared, store, windows[i], _VALIDATION_SEED, i)
+
+    def make(step: int, row=row, store=store) -> batch_lib.Batch:
       at = range(step * t.batch_size + first, step * t.batch_size + last)
-      windows = [(s, i) if i < n else None for i in at]
-      return _batch(prepared.validation, windows, t.sequence_length)
+      ahead = store.objective.looks_ahead
+      return _stacked(map(row, at), t.sequence_length, ahead)
 
-    for batch in _prefetched(config, make, 0, _n_batches(config, store)):
+    n = _ceil(len(windows), t.batch_size)
+    n = n if t.eval_batches is None else min(n, t.eval_batches)
+    for batch in _prefetched(config, make, 0, n):
       yield s, batch
+
+
+def sample(
+  config: config_lib.Config, prepared: store_lib.Prepared, s: int, n: int
+) -> Iterator[batch_lib.Batch]:
+  """Yields at most `n` rows of training source `s`, evenly spread."""
+  store, windows = prepared.train[s], training_windows(config, prepared)[s]
+  for i in range(0, len(windows), _ceil(len(windows), n)):
+    yield _row(prepared, store, windows[i], config.seed, i)
+
+
+def scored_share(
+  config: config_lib.Config, prepared: store_lib.Prepared, s: int
+) -> float:
+  """Share of the positions of training source `s` that are scored, from a
+  sample of its rows. Raises ConfigError if none is.
+  """
+  rows = list(sample(config, prepared, s, _SAMPLED_ROWS))
+  share = float(np.mean([row.weights > 0 for row in rows]))
+  if share == 0:
+    raise schema.ConfigError(
+      f"source {prepared.train[s].spec!r}: none of {len(rows)} rows has a "
+      "target: there is nothing to learn. Look at its documents with "
+      "`python -m lm.data --show=3`"
+    )
+  return share
 
 
 def _ceil(a: int, b: int) -> int:
@@ -139,21 +195,36 @@ class _Tag:
     return self._store, i
 
 
-def _batch(
-  stores: list[store_lib.TokenStore],
-  windows: list[tuple[int, int] | None],
-  length: int,
+def _row(
+  prepared: store_lib.Prepared,
+  store: store_lib.TokenStore,
+  window: packing.Window,
+  seed: int,
+  i: int,
 ) -> batch_lib.Batch:
-  """Stacks a row per (store index, window index); None is a padding row."""
-  padding = jax.tree.map(lambda a: a[0], batch_lib.empty(1, length))
+  """Row `i` of a run or of a validation source, drawn from (seed, i)."""
+  rng = np.random.Generator(
+    np.random.Philox(key=np.array([seed, i], np.uint64))
+  )
+  return objectives.row(store.objective, prepared.tokenizer, *window, rng)
 
-  def row(window: tuple[int, int] | None) -> batch_lib.Batch:
-    if window is None:
-      return padding
-    s, i = window
-    return objectives.causal(*stores[s].window(i * length, length + 1))
 
-  return jax.tree.map(lambda *rows: np.stack(rows), *map(row, windows))
+def _stacked(
+  rows: Iterable[batch_lib.Batch | None], length: int, prefix: bool
+) -> batch_lib.Batch:
+  """Stacks rows; None is a padding row. With `prefix`, rows that see nothing
+  ahead get one that says so.
+  """
+  padding = jax.tree.map(
+    lambda a: a[0], batch_lib.empty(1, length, prefix=prefix)
+  )
+
+  def filled(row: batch_lib.Batch | None) -> batch_lib.Batch:
+    if row is None or not prefix or row.prefix is not None:
+      return padding if row is None else row
+    return dataclasses.replace(row, prefix=padding.prefix)
+
+  return jax.tree.map(lambda *leaves: np.stack(leaves), *map(filled, rows))
 
 
 def _prefetched(

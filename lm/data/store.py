@@ -55,13 +55,15 @@ class TokenStore:
 
   def __init__(self, path: str, manifest: dict[str, Any], pad: int, bos: int):
     self.path = path
+    # The source as the config names it; `prepare` adds the objective.
     self.spec: str = manifest["spec"]
+    self.objective = config_lib.Causal()
     self.fingerprint: str = manifest["source"]
     self.n_tokens: int = manifest["n_tokens"]
     self.n_documents: int = manifest["n_documents"]
     # UTF-8 bytes of all documents.
     self.n_bytes: int = manifest["n_bytes"]
-    self._pad, self._bos = pad, bos
+    self.pad, self._bos = pad, bos
     self._tokens = self._open("tokens", self.n_tokens)
 
   def _open(self, name: str, n: int | None = None) -> arrays.Array:
@@ -97,6 +99,14 @@ class TokenStore:
     start = int(self.ends[i - 1]) if i else 0
     return self._tokens.read(start, int(self.ends[i])).astype(np.int32)
 
+  def pieces(self, starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Tokens [start, start + size) of each pair, joined: int32 [sum of sizes].
+
+    Reads all pieces at a time.
+    """
+    ranges = list(zip(starts.tolist(), (starts + sizes).tolist(), strict=True))
+    return np.concatenate(self._tokens.read_many(ranges)).astype(np.int32)
+
   def window(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and document numbers, int32 [length], from token `start` on.
 
@@ -104,7 +114,7 @@ class TokenStore:
     comes padding: the pad token, document 0.
     """
     n = max(0, min(length, self.n_tokens - start))
-    tokens = np.full(length, self._pad, np.int32)
+    tokens = np.full(length, self.pad, np.int32)
     if n:
       tokens[:n] = self._tokens.read(start, start + n)
     documents = np.zeros(length, np.int32)
@@ -130,22 +140,30 @@ def prepare(config: config_lib.Config) -> Prepared:
   source, a document or the vocabulary does not fit.
   """
   data = config.data
-  train = [sources_lib.open_source(spec, data) for spec in data.train]
-  validation = [sources_lib.open_source(spec, data) for spec in data.validation]
-  tokenizer = _make_tokenizer(config, train)
-  stores = _make_stores([*train, *validation], tokenizer, data)
-  n = len(train)
+  names = [*data.train, *data.validation]
+  sources = _open_sources(names, data)
+  n = len(data.train)
+  tokenizer = _make_tokenizer(config, sources[:n])
+  stores = _make_stores(names, sources, tokenizer, data)
   return Prepared(tokenizer, stores[:n], stores[n:])
 
 
 def prepare_sources(
-  specs: Sequence[str],
+  names: Sequence[str],
   tokenizer: tokenizer_lib.Tokenizer,
   data: config_lib.DataConfig,
 ) -> list[TokenStore]:
-  """Token stores of the sources `specs`, for an existing tokenizer."""
-  sources = [sources_lib.open_source(spec, data) for spec in specs]
-  return _make_stores(sources, tokenizer, data)
+  """Token stores of the sources `names`, for an existing tokenizer."""
+  sources = _open_sources(names, data)
+  return _make_stores(names, sources, tokenizer, data)
+
+
+def _open_sources(
+  names: Sequence[str], data: config_lib.DataConfig
+) -> list[sources_lib.Source]:
+  specs = [config_lib.split_source(name)[0] for name in names]
+  found = {s: sources_lib.open_source(s, data) for s in dict.fromkeys(specs)}
+  return [found[spec] for spec in specs]
 
 
 def open_store(path: str, tokenizer: tokenizer_lib.Tokenizer) -> TokenStore:
@@ -275,11 +293,14 @@ def _sample(
 
 
 def _make_stores(
+  names: Sequence[str],
   sources: Sequence[sources_lib.Source],
   tokenizer: tokenizer_lib.Tokenizer,
   data: config_lib.DataConfig,
 ) -> list[TokenStore]:
-  """Token store of each source; existing stores are only opened."""
+  """Token store of each source; existing stores are only opened. Sources that
+  differ in their objective have stores of the same directory.
+  """
   directory = sources_lib.cache_directory(data)
   paths = [
     os.path.join(
@@ -295,7 +316,10 @@ def _make_stores(
       for path, source in zip(paths, sources, strict=True):
         if not os.path.lexists(path):
           _build(path, source, tokenizer, data)
-  return [open_store(path, tokenizer) for path in paths]
+  stores = [open_store(path, tokenizer) for path in paths]
+  for name, store in zip(names, stores, strict=True):
+    store.spec, store.objective = name, config_lib.objective(name)
+  return stores
 
 
 def _remove_leftovers(directory: str) -> None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from lm import batch as batch_lib
 from lm import chips, sharding
@@ -34,7 +34,7 @@ class Scores(NamedTuple):
   """Scores of each target of a batch; replicated on every device."""
 
   nll: Float[Array, "B T"]  # Nats, float32; 0 where not scored.
-  scored: Bool[Array, "B T"]
+  weights: Float[Array, "B T"]
   n_bytes: Int[Array, "B T"]  # Bytes of the target's text; 0 where not scored.
 
 
@@ -47,10 +47,7 @@ def score(
   batch: batch_lib.Batch,
   byte_lengths: Int[Array, "V"],
 ) -> Scores:
-  """Scores a batch, with or without a mesh in context.
-
-  A target with a weight above 0 counts once, whatever the weight.
-  """
+  """Scores a batch, with or without a mesh in context."""
   hidden, _ = decoder.forward(cfg, params, batch)
   nll = scoring.token_nll(
     hidden,
@@ -63,7 +60,7 @@ def score(
   rows = sharding.spec("batch", "length")
   n_bytes = byte_lengths.at[batch.targets].get(out_sharding=rows)
   scores = Scores(
-    jnp.where(scored, nll, 0), scored, jnp.where(scored, n_bytes, 0)
+    jnp.where(scored, nll, 0), batch.weights, jnp.where(scored, n_bytes, 0)
   )
   if sharding.has_mesh():
     # Every process reads all scores, and a process holds only its rows.
@@ -88,19 +85,20 @@ def eval_step(
 
 @dataclasses.dataclass(frozen=True)
 class Totals:
-  """Sums over scored targets; `a + b` merges.
+  """Sums over scored targets, each times its weight; `a + b` merges. Weights
+  are 1 but in masked diffusion, whose sums estimate those of the whole text.
 
   `nll_eos` and `n_eos` cover the targets of 0 bytes, in plain text only eos. A
   rate with a denominator of 0 is NaN: an empty text has no bits per byte.
   """
 
   nll: float = 0.0
-  n_tokens: int = 0
-  n_bytes: int = 0
+  n_tokens: int | float = 0
+  n_bytes: int | float = 0
   # Words of the raw text by str.split(); 0 where the text is unavailable.
   n_words: int = 0
   nll_eos: float = 0.0
-  n_eos: int = 0
+  n_eos: int | float = 0
 
   def __add__(self, other: "Totals") -> "Totals":
     mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
@@ -131,7 +129,7 @@ class Totals:
     return _ratio(self.nll / math.log(2), self.n_bytes)
 
 
-def _ratio(numerator: float, denominator: int) -> float:
+def _ratio(numerator: float, denominator: int | float) -> float:
   return numerator / denominator if denominator else math.nan
 
 
@@ -144,14 +142,14 @@ def exponential(nats: float) -> float:
 
 def totals(scores: Scores) -> Totals:
   """Sums of a batch, read from the device; `n_words` stays 0."""
-  nll, scored, n_bytes = (np.asarray(x) for x in scores)
-  eos = scored & (n_bytes == 0)
+  nll, weights, n_bytes = (np.asarray(x, np.float64) for x in scores)
+  eos = (weights > 0) & (n_bytes == 0)
   return Totals(
-    nll=float(nll.sum(dtype=np.float64)),
-    n_tokens=int(scored.sum()),
-    n_bytes=int(n_bytes.sum(dtype=np.int64)),
-    nll_eos=float(nll[eos].sum(dtype=np.float64)),
-    n_eos=int(eos.sum()),
+    nll=float((nll * weights).sum()),
+    n_tokens=float(weights.sum()),
+    n_bytes=float((n_bytes * weights).sum()),
+    nll_eos=float((nll * weights)[eos].sum()),
+    n_eos=float(weights[eos].sum()),
   )
 
 

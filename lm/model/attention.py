@@ -74,7 +74,8 @@ def attend(
   # A query may attend to keys of the whole row: all-gather along the length.
   k, v, keys = sharding.gather((k, v, keys), None, "length")
   if kernel == "splash":
-    return kernels.splash(q * scale, k, v, queries.segments, window, softcap)
+    where = queries.segments, keys.prefix
+    return kernels.splash(q * scale, k, v, *where, window, softcap)
   seen = visible(queries, keys, window)
   if kernel == "cudnn":
     return kernels.cudnn(q, k, v, seen, scale)
@@ -147,8 +148,7 @@ class Attention(nnx.Module):
     if extend is not None:
       out, kept = extend(q, k, v, **how)
     else:
-      has_prefix = tokens.prefix is not None
-      kernel = kernels.choose(cfg, length=x.shape[1], prefix=has_prefix)
+      kernel = kernels.choose(cfg, length=x.shape[1])
       out, kept = attend(q, k, v, tokens, tokens, **how, kernel=kernel), (k, v)
     y = weights.dot("BTNH,NHD->BTD", out, self.o, "batch", "length", None)
     return layers.add_bias(y, self.o_bias), kept

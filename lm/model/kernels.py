@@ -5,8 +5,11 @@ B batch, T query length, S key length, C queries of a block, N query heads, K kv
 heads, G = N / K, H head.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lm import config as config_lib
@@ -20,11 +23,11 @@ MASKED = -1e30
 _LANES = 128
 
 
-def choose(cfg: config_lib.ModelConfig, *, length: int, prefix: bool) -> str:
+def choose(cfg: config_lib.ModelConfig, *, length: int) -> str:
   """Resolves `auto` to a kernel for the platform being compiled for.
 
-  Raises ConfigError if a named kernel does not support the model, the row
-  length or prefixes.
+  Raises ConfigError if a named kernel does not support the model or the row
+  length.
   """
   kernel = cfg.attention
   if kernel == "auto":
@@ -35,8 +38,8 @@ def choose(cfg: config_lib.ModelConfig, *, length: int, prefix: bool) -> str:
       cfg.attention_softcap is not None or cfg.dtype == "float32"
     ):
       kernel = "reference"  # cuDNN supports neither soft-caps nor float32
-    if kernel == "splash" and (prefix or length % _LANES):
-      kernel = "reference"  # splash has static masks and whole tiles
+    if kernel == "splash" and length % _LANES:
+      kernel = "reference"  # splash has whole tiles
   if kernel == "cudnn" and cfg.attention_softcap is not None:
     raise schema.ConfigError(
       "config.model.attention='cudnn': cuDNN has no attention_softcap; set "
@@ -46,11 +49,6 @@ def choose(cfg: config_lib.ModelConfig, *, length: int, prefix: bool) -> str:
     raise schema.ConfigError(
       "config.model.attention='cudnn': cuDNN attention is bfloat16 only; set "
       "dtype='bfloat16' or attention='reference'"
-    )
-  if kernel == "splash" and prefix:
-    raise schema.ConfigError(
-      "config.model.attention='splash': its mask is fixed when it is compiled, "
-      "so it has no prefixes; set attention='reference'"
     )
   if kernel == "splash" and length % _LANES:
     raise schema.ConfigError(
@@ -87,13 +85,17 @@ def splash(
   k: Float[Array, "B T K H"],
   v: Float[Array, "B T K H"],
   segments: Int[Array, "B T"],
+  prefix: Bool[Array, "B T"] | None,
   window: int | None,
   softcap: float | None,
 ) -> Float[Array, "B T N H"]:
   """Splash attention, JAX's TPU kernel, of scaled `q`; skips masked tiles.
 
   The kernel measures the window in row indices, not positions; within a
-  document both distances are equal.
+  document both distances are equal. Its mask is fixed when it is compiled, and
+  segments are not: with `prefix`, keys and values stand twice in a row, once to
+  be seen from later positions, and once from earlier ones, in a segment that no
+  query has unless the key is in a prefix. There is no array [T, T].
   """
   from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as library,
@@ -102,13 +104,19 @@ def splash(
     splash_attention_mask as masks,
   )
 
-  def local(q, k, v, segments):
+  def local(q, k, v, segments, prefix=None):
     _, T, N, _ = q.shape
     mask = (
       masks.CausalMask((T, T))
       if window is None
       else masks.LocalMask((T, T), (window - 1, 0), 0)
     )
+    of_keys = segments
+    if prefix is not None:
+      mask = _two_way_mask(masks, T, window)
+      k, v = (jnp.concatenate([x, x], axis=1) for x in (k, v))
+      ahead = jnp.where(prefix, segments, -1)
+      of_keys = jnp.concatenate([segments, ahead], axis=1)
     # 512 fits the vector memory of every TPU.
     block = next(b for b in (512, 256, _LANES) if T % b == 0)
     sizes = library.BlockSizes(
@@ -129,17 +137,44 @@ def splash(
       attn_logits_soft_cap=softcap,
     )
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    ids = library.SegmentIds(segments, segments)
+    ids = library.SegmentIds(segments, of_keys)
     out = jax.vmap(kernel)(q, k, v, ids)
     assert isinstance(out, jax.Array)  # no residuals requested
     return jnp.swapaxes(out, 1, 2)
 
   heads = ("batch", None, "heads", None)
   kv = ("batch", None, "kv_heads", None)
-  run = sharding.per_shard(
-    local, heads, kv, kv, ("batch", None), out_axes=heads
-  )
-  return run(q, k, v, segments)
+  rows = ("batch", None)
+  if prefix is None:
+    run = sharding.per_shard(local, heads, kv, kv, rows, out_axes=heads)
+    return run(q, k, v, segments)
+  run = sharding.per_shard(local, heads, kv, kv, rows, rows, out_axes=heads)
+  return run(q, k, v, segments, prefix)
+
+
+def _two_way_mask(masks: Any, T: int, window: int | None) -> Any:
+  """Splash's mask [T, 2 T] of keys that stand twice: not later, and later."""
+
+  class TwoWay(masks.Mask):
+    @property
+    def shape(self):
+      return T, 2 * T
+
+    def __getitem__(self, index):
+      queries, keys = (
+        np.arange(n)[some] for n, some in zip(self.shape, index, strict=True)
+      )
+      distance = queries[:, None] - keys % T
+      seen = np.where(keys < T, distance >= 0, distance < 0)
+      return seen & (np.abs(distance) < (window or T))
+
+    def __eq__(self, other):
+      return self is other
+
+    def __hash__(self):
+      return id(self)
+
+  return TwoWay()
 
 
 # --- attention in blocks of queries, in XLA's own operations ------------------

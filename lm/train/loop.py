@@ -202,7 +202,8 @@ class _Run:
     return due and bool(self.prepared.validation)
 
   def _evaluate(self, step, state) -> float | None:
-    """Reports the validation loss over all sources, and of each source if there
+    """Reports the validation loss over all causal sources (over all sources, if
+    none is causal), and the loss and the scored tokens of each source if there
     are several; returns the first. None if a stop cut the evaluation short.
     """
     jax.block_until_ready(state.params)
@@ -212,7 +213,7 @@ class _Run:
     batches = pipeline.validation_batches(
       self.config, self.prepared, rows=first_last
     )
-    params, losses, totals = state.model, {}, perplexity.Totals()
+    params, parts = state.model, []
     with self.ledger.within("evaluate"), self._mesh():
       for s, pairs in itertools.groupby(batches, key=lambda pair: pair[0]):
         part = perplexity.evaluate_batches(
@@ -224,16 +225,9 @@ class _Run:
         )
         if part is None:
           return None
-        losses[f"eval/{self.prepared.validation[s].spec}/loss"] = part.loss
-        totals += part
-    self.reporter.report(
-      {
-        "eval/loss": totals.loss,
-        "eval/perplexity": totals.perplexity,
-        "eval/bits_per_byte": totals.bits_per_byte,
-        **(losses if len(losses) > 1 else {}),
-      }
-    )
+        parts.append((self.prepared.validation[s], part))
+    totals, said = report.evaluation(parts)
+    self.reporter.report(said)
     return totals.loss
 
   def _save(self, step, state, loss) -> None:

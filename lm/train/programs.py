@@ -57,23 +57,20 @@ def create_state(
 
 
 def compile_step(
-  config: config_lib.Config,
-  mesh: jax.sharding.Mesh,
-  *,
-  prefix: bool = False,
+  config: config_lib.Config, mesh: jax.sharding.Mesh
 ) -> Callable[
   [step_lib.State, batch_lib.Batch], tuple[step_lib.State, step_lib.Metrics]
 ]:
   """The train step with donation of the state; mode jit uses AOT compilation.
 
-  `prefix` says whether batches have a `prefix` array: without a prefix the mask
+  Batches have a `prefix` array if a training source looks ahead; else the mask
   is static. Mode pmap compiles at the first call; every device holds the whole
   state and computes its own rows of the batch, and a psum adds the sums.
   """
   if config.mesh.mode == "jit":
     state = abstract_state(config, mesh)
     rows = batch_sharding(config, mesh)
-    batch = batch_lib.abstract(config, rows, prefix=prefix)
+    batch = batch_lib.abstract(config, rows)
     with jax.set_mesh(mesh):
       step = jax.jit(step_lib.train_step(config), donate_argnums=0)
       options = chips.compiler_options(sharding.platform())

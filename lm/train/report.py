@@ -5,7 +5,7 @@ gradient norm that is not finite is found here, before anything is saved.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 
 from lm import checkpoint, locks, schema
 from lm import config as config_lib
-from lm.data import store
+from lm.data import pipeline, store
 from lm.evaluate import perplexity
 from lm.model import counts
 from lm.train import ledger as ledger_lib
@@ -80,6 +80,11 @@ class Reporter:
     self._meta.batch_hash = _chained(self._meta.batch_hash, batch)
     layers = {k: v.tolist() for k, v in found.pop("layers").items()}
     numbers = {k: float(v) for k, v in found.items()}
+    if numbers["weight"] == 0:
+      raise schema.ConfigError(
+        f"step {step}: no token of its batch is scored, so it teaches nothing; "
+        "look at the sources with `python -m lm.data --show=3`"
+      )
     finite = np.isfinite([numbers["loss"], numbers["grad_norm"]]).all()
     skip = self._config.optimizer.skip
     if not finite and skip is None:
@@ -192,6 +197,30 @@ def _chained(before: str, words: np.ndarray) -> str:
   return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
+def evaluation(
+  parts: Sequence[tuple[store.TokenStore, perplexity.Totals]],
+) -> tuple[perplexity.Totals, dict[str, float]]:
+  """(sums over the causal sources, what to report of an evaluation).
+
+  Without a causal source the sums are over all. Of several sources, each is
+  reported with its loss and its denominator: the weight of its scored tokens.
+  """
+  causal = [
+    part for source, part in parts if source.objective == config_lib.Causal()
+  ]
+  totals = sum(causal or [part for _, part in parts], perplexity.Totals())
+  said = {
+    "eval/loss": totals.loss,
+    "eval/perplexity": totals.perplexity,
+    "eval/bits_per_byte": totals.bits_per_byte,
+  }
+  if len(parts) > 1:
+    for source, part in parts:
+      said[f"eval/{source.spec}/loss"] = part.loss
+      said[f"eval/{source.spec}/tokens"] = part.n_tokens
+  return totals, said
+
+
 def say_what_runs(
   config: config_lib.Config,
   mesh: jax.sharding.Mesh,
@@ -209,6 +238,9 @@ def say_what_runs(
     f"{tokens:,} training tokens, {config.tokens_per_step:,} a step; "
     f"from step {start} to {last_step}"
   )
+  for s, source in enumerate(prepared.train):
+    share = pipeline.scored_share(config, prepared, s)
+    say(f"{source.spec}: {share:.0%} of the positions are scored")
   if last_step < config.train.steps:
     say(
       f"the data end at step {last_step}, before "

@@ -142,16 +142,20 @@ def check_processes_read_alike(
   """Collective: raises ConfigError if the processes have different tokenizers,
   data or checkpoints.
   """
-  length = config.train.sequence_length
-  facts = {
+  facts: dict[str, str] = {
     "tokenizer": prepared.tokenizer.fingerprint,
     f"checkpoints in --workdir={workdir}": str(checkpoint.steps(workdir)),
   }
-  for kind in ("train", "validation"):
-    for i, tokens in enumerate(getattr(prepared, kind)):
+  windows = {
+    "train": pipeline.training_windows(config, prepared),
+    "validation": pipeline.validation_windows(config, prepared),
+  }
+  for kind, of_sources in windows.items():
+    stores = getattr(prepared, kind)
+    for i, (tokens, some) in enumerate(zip(stores, of_sources, strict=True)):
       facts[f"config.data.{kind}[{i}]={tokens.spec!r}"] = (
         f"fingerprint {tokens.fingerprint}, {tokens.n_tokens} tokens, "
-        f"{pipeline.n_windows(tokens, length)} windows"
+        f"{len(some)} windows, {tokens.objective}"
       )
   processes.check_agreement(facts)
 
@@ -159,8 +163,15 @@ def check_processes_read_alike(
 def fingerprint(
   stores: Sequence[store.TokenStore], tokenizer: tokenizer_lib.Tokenizer
 ) -> str:
-  """Hash of token stores and of their tokenizer, 16 hexadecimal digits."""
-  parts = [s.fingerprint for s in stores] + [tokenizer.fingerprint]
+  """Hash of token stores, of their objectives and of their tokenizer, 16
+  hexadecimal digits.
+  """
+  causal = config_lib.Causal()
+  parts = [
+    s.fingerprint + (f"|{s.objective}" if s.objective != causal else "")
+    for s in stores
+  ]
+  parts.append(tokenizer.fingerprint)
   return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

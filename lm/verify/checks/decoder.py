@@ -32,15 +32,16 @@ _BFLOAT16 = 5e-2
 
 def causality(config: config_lib.Config) -> Iterator[Result]:
   """By its gradients, a position must depend on all inputs within reach of the
-  attention mask and on no other inputs. The check covers one layer per window,
-  then the whole model, in the config's dtype and attention kernel.
+  attention mask and on no other inputs: those before it and, if a training
+  source looks ahead, those of its document's prefix. The check covers one layer
+  per window, then the whole model, in the config's dtype and attention kernel.
   """
   model, length = config.model, config.train.sequence_length
   # A distinct token per position: an embedding row then stands for a position.
   length = min(length, model.vocab_size)
   first = 2 * length // 3
   lengths = [[first, length - first - length // 8]]
-  row = harness.packed_batch(lengths, length, model.vocab_size)
+  row = harness.packed_batch(config, lengths, length)
   row.inputs[:] = np.arange(length)
   for windows in (*((w,) for w in dict.fromkeys(model.windows)), None):
     if windows is None:
@@ -94,7 +95,10 @@ def _reachable(row, windows) -> np.ndarray:
   if None not in windows:
     reach = sum(window - 1 for window in windows)
   same = segments[:, None] == segments[None]
-  return same & (distance >= 0) & (distance <= reach)
+  seen = distance >= 0
+  if row.prefix is not None:
+    seen = seen | row.prefix[0]
+  return same & seen & (abs(distance) <= reach)
 
 
 def packing(config: config_lib.Config) -> Iterator[Result]:
@@ -104,15 +108,16 @@ def packing(config: config_lib.Config) -> Iterator[Result]:
   model, T = config.model, config.train.sequence_length
   first, second = T // 2, T // 3
   lengths = [first, second, T - 3 - first - second]
-  packed = harness.packed_batch([lengths, [], []], T, model.vocab_size)
-  alone = harness.packed_batch(
-    [[n] for n in lengths], T, model.vocab_size, seed=1
-  )
+  packed = harness.packed_batch(config, [lengths, [], []], T)
+  alone = harness.packed_batch(config, [[n] for n in lengths], T, seed=1)
   ends = np.cumsum(lengths)
   for row, (n, end) in enumerate(zip(lengths, ends, strict=True)):
     document = packed.inputs[0, end - n : end]
     alone.inputs[row, :n] = document
     alone.targets[row, : n - 1] = document[1:]  # the last target is outside
+    alone.weights[row, :n] = packed.weights[0, end - n : end]
+    if alone.prefix is not None:
+      alone.prefix[row, :n] = packed.prefix[0, end - n : end]
   everything = jax.tree.map(lambda *x: np.concatenate(x), packed, alone)
   logits = harness.logits(model, harness.random_params(model), everything)
   apart = [logits[3 + row, :n] for row, n in enumerate(lengths)]
@@ -135,7 +140,7 @@ def padding(config: config_lib.Config) -> Iterator[Result]:
   config = harness.without_dropout(harness.exact(config))
   config.train.microbatches = 1
   model, T = config.model, config.train.sequence_length
-  base = harness.packed_batch([[T // 2, T // 4], [T // 3]], T, model.vocab_size)
+  base = harness.packed_batch(config, [[T // 2, T // 4], [T // 3]], T)
   inputs = np.where(base.segments > 0, base.inputs, 0)
   other = dataclasses.replace(base, inputs=inputs)
   wider = jax.tree.map(lambda a: np.pad(a, ((0, 1), (0, T))), base)

@@ -112,19 +112,29 @@ def make_mesh(config: config_lib.Config) -> jax.sharding.Mesh:
 
 
 def packed_batch(
-  lengths: Sequence[Sequence[int]], length: int, vocab_size: int, seed: int = 0
+  config: config_lib.Config,
+  lengths: Sequence[Sequence[int]],
+  length: int,
+  seed: int = 0,
 ) -> batch_lib.Batch:
-  """A batch with documents of the given lengths per row. Padding holds random
-  ids: reading padding then changes results. A row has `length` + 1 tokens; the
-  last token is only a target.
+  """A batch with documents of the given lengths per row; each has a prefix that
+  is seen in both directions, if a training source looks ahead. Padding holds
+  random ids: reading padding then changes results. A row has `length` + 1
+  tokens; the last token is only a target.
   """
   rng = np.random.default_rng(seed)
   rows = []
   for row in lengths:
-    tokens = rng.integers(vocab_size, size=length + 1, dtype=np.int32)
+    size = config.model.vocab_size
+    tokens = rng.integers(size, size=length + 1, dtype=np.int32)
     documents = np.repeat(np.arange(1, len(row) + 1), row)[: length + 1]
     documents = np.pad(documents, (0, length + 1 - len(documents)))
-    rows.append(objectives.causal(tokens, documents.astype(np.int32)))
+    window = tokens, documents.astype(np.int32)
+    rows.append(
+      objectives.prefix(*window, rng)
+      if config.data.looks_ahead
+      else objectives.causal(*window)
+    )
   return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
 
@@ -139,7 +149,7 @@ def random_batch(config: config_lib.Config, seed: int) -> batch_lib.Batch:
   if n > 1:
     lengths[-1] = []
   lengths[0] = [length + 1]
-  return packed_batch(lengths, length, config.model.vocab_size, seed)
+  return packed_batch(config, lengths, length, seed)
 
 
 # --- the model ----------------------------------------------------------------

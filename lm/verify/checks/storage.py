@@ -83,7 +83,7 @@ def small_corpus(config: config_lib.Config, folder: str) -> config_lib.Config:
   # 4 bytes a token, for _STEPS + 1 steps: a token may span several bytes.
   n_bytes = 4 * (_STEPS + 1) * config.tokens_per_step
   specs = []
-  for source in range(len(data.train)):
+  for source, name in enumerate(data.train):
     os.mkdir(os.path.join(folder, str(source)))
     for document in range(20):
       text = " ".join(rng.choice(words, n_bytes // 20 // 5))
@@ -91,7 +91,8 @@ def small_corpus(config: config_lib.Config, folder: str) -> config_lib.Config:
       path = os.path.join(folder, str(source), f"{document}.txt")
       with open(path, "w") as file:
         file.write("\n\n".join(lines))  # also splits as text_unit line, block
-    specs.append(f"text:{folder}/{source}/*.txt")
+    objective = name.removeprefix(config_lib.split_source(name)[0])
+    specs.append(f"text:{folder}/{source}/*.txt{objective}")
   data.train, data.validation = tuple(specs), ()
   data.cache_dir = os.path.join(folder, "cache")
   config.tokenizer.path = None
