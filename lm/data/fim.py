@@ -3,6 +3,9 @@
 from lm import schema
 from lm.data import tokenizer as tokenizer_lib
 
+# Prefix, suffix, middle; or suffix, prefix, middle.
+ORDERS = ("psm", "spm")
+
 
 def fim_ids(
   tokenizer: tokenizer_lib.Tokenizer,
@@ -17,7 +20,7 @@ def fim_ids(
   Every tokenizer here has the three FIM tokens, but output of a model trained
   without FIM is worthless. Raises ConfigError on any other `order`.
   """
-  if order not in ("psm", "spm"):
+  if order not in ORDERS:
     raise schema.ConfigError(
       f"order={order!r}: must be 'psm' (prefix first) or 'spm'"
     )
