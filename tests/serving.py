@@ -67,9 +67,9 @@ def post(running, path, body, **options):
 
 
 @contextlib.contextmanager
-def serve(sampler, *, n_slots=4, max_queue=512, **limits):
+def serve(sampler, *, n_slots=4, max_queue=512, tell=None, **limits):
   limits = {"max_body_bytes": 1 << 16, "timeout_seconds": 60.0, **limits}
-  worker = worker_lib.Worker(sampler, n_slots, max_queue)
+  worker = worker_lib.Worker(sampler, n_slots, max_queue, tell)
   limits = guard.Limits(**limits)
   app = app_lib.make(worker, "tiny", limits)
   http = connections.limited(limits)

@@ -335,7 +335,7 @@ def test_hotter_is_more_surprising():
     for style in (console.get_style(span.style) for span in shown.spans[:6])
   ]
   blue = [c.blue for c in colours]
-  assert colours[0] == (255, 250, 225) and colours[4] == (196, 24, 50)
+  assert colours[0] == (255, 250, 225) and colours[4] == (239, 90, 108)
   green = [c.green for c in colours]
   assert green == sorted(green, reverse=True) and len(set(green)) == 5
   assert colours[4] == colours[5] and blue[0] > blue[1]

@@ -4,7 +4,7 @@ const SLIDERS = ["temperature", "min_p", "top_k", "top_p"];
 // A slider's places for k; the last is off.
 const K = [0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 100, 200, 500, 1000, 0];
 const CUTS = {temperature: "greedy", min_p: "min-p", top_k: "top-k", top_p: "top-p"};
-const HOTTEST = 12;
+const HOTTEST = +getComputedStyle(document.documentElement).getPropertyValue("--hot-bits");
 let context = Infinity;
 // Tokens shown; how many of them were typed; ids with bos; the last answer.
 let tokens = [], given = 0, ids = [], found = null;
@@ -36,6 +36,22 @@ function rules() {
     temperature: +$("temperature").value, min_p: +$("min_p").value,
     top_k: K[$("top_k").value], top_p: +$("top_p").value, seed: +$("seed").value,
   };
+}
+
+// While an answer is waited for longer than a moment, says why.
+async function watch(done) {
+  const wait = time => Promise.race([done, new Promise(end => setTimeout(end, time))]);
+  let over = false;
+  done.finally(() => { over = true; });
+  for (await wait(300); !over; await wait(400)) {
+    const health = await fetch("health").then(found => found.json(), () => ({}));
+    if (over || done !== pending) break;
+    $("busy").hidden = false;
+    $("busy").textContent = health.status === "warming up" ?
+      "The server is warming up: it compiles its programs." : health.compiling ?
+      "Compiling, once for texts of this length." : "Waiting for the model.";
+  }
+  if (done === pending) $("busy").hidden = true;
 }
 
 // One look at a time: a newer one drops the older one and its answer.
@@ -73,6 +89,7 @@ function look() {
     }
     draw();
   })();
+  watch(pending);
   return pending;
 }
 
@@ -144,6 +161,8 @@ function undo() {
   });
 }
 
+const clear = () => reread(0);
+
 // What a token spells, made visible on one line.
 function visible(candidate) {
   if (!candidate.bytes.length) return candidate.token;
@@ -168,7 +187,7 @@ function drawText() {
   tokens.forEach((token, i) => {
     let text = decoder.decode(new Uint8Array(token.bytes), {stream: true});
     const kind = i < given ? "given" : "own";
-    const span = element("span", panel, kind);
+    const span = element("span", panel, `heat ${kind}`);
     if (!token.bytes.length) [text] = [token.name, span.classList.add("special")];
     if (!text) span.classList.add("part");
     span.textContent = text.replace(/\n/g, "\u21b5\n");
@@ -267,7 +286,7 @@ $("prompt").oninput = () => reread(250);
 $("step").onclick = step;
 $("run").onclick = run;
 $("undo").onclick = undo;
-$("clear").onclick = () => reread(0);
+$("clear").onclick = clear;
 $("dice").onclick = () => { $("seed").value = crypto.getRandomValues(new Uint32Array(1))[0]; later(0); };
 $("reset").onclick = () => {
   for (const id of SLIDERS) $(id).value = $(id).defaultValue;
@@ -282,12 +301,14 @@ $("access").onsubmit = event => {
 };
 document.onkeydown = event => {
   const field = event.target.closest("input, textarea");
+  if (field && event.key === "Escape") field.blur();
   if (field || event.ctrlKey || event.altKey || event.metaKey) return;
   const rows = [...document.querySelectorAll("#bars button")];
   const here = rows.indexOf(document.activeElement);
   const act = {
-    ArrowRight: step, ArrowLeft: undo, r: run, R: run,
-    ArrowDown: here >= 0 && (() => rows[here + 1]?.focus()),
+    ArrowRight: step, ArrowLeft: undo, r: run, R: run, c: clear, C: clear,
+    // Within the text the arrows scroll.
+    ArrowDown: document.activeElement !== $("text") && (() => rows[here + 1]?.focus()),
     ArrowUp: here >= 0 && (() => rows[here - 1]?.focus()),
   }[event.key];
   if (!act) return;
@@ -295,5 +316,6 @@ document.onkeydown = event => {
   // A key that is held down goes as fast as the model, and no further.
   if (!event.repeat || !waiting) act();
 };
+$("hottest").textContent = HOTTEST;
 show();
 start();
