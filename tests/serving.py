@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import shutil
 import threading
 import time
 
@@ -37,6 +38,23 @@ def sampler_of(template=None, cfg=MODEL):
   make = jax.jit(functools.partial(decoder.init_params, cfg))
   tokenizer = tokenizer_lib.Tokenizer(chat_template=template)
   return sampler_lib.Sampler(cfg, make(jax.random.key(0)), tokenizer)
+
+
+@contextlib.contextmanager
+def chromium():
+  """A browser without a window, driven by Playwright."""
+  from playwright import sync_api
+
+  names = "chromium", "chromium-browser", "google-chrome"
+  path = next(filter(None, map(shutil.which, names)), None)
+  assert path, "Chromium is missing: apt-get install -y chromium"
+  with sync_api.sync_playwright() as playwright:
+    # Within a container, Chromium's own sandbox has no rights to start.
+    browser = playwright.chromium.launch(
+      executable_path=path, args=["--no-sandbox"]
+    )
+    yield browser
+    browser.close()
 
 
 @dataclasses.dataclass

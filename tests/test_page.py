@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import urllib.parse
 
 import httpx
@@ -16,20 +15,12 @@ from lm.sample import request as request_lib
 pytestmark = pytest.mark.slow
 expect = sync_api.expect
 Request = request_lib.Request
-NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.fixture(scope="module")
 def browser():
-  path = next(filter(None, map(shutil.which, NAMES)), None)
-  assert path, "Chromium is missing: apt-get install -y chromium"
-  with sync_api.sync_playwright() as playwright:
-    # Within a container, Chromium's own sandbox has no rights to start.
-    browser = playwright.chromium.launch(
-      executable_path=path, args=["--no-sandbox"]
-    )
+  with serving.chromium() as browser:
     yield browser
-    browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +131,8 @@ def test_bars_are_the_distribution_of_the_next_token(page, sampler):
   entropy = page.locator("#entropy")
   expect(entropy).to_contain_text(f"{found.entropy:.2f} bits")
   expect(page.locator("#model")).to_have_text("tiny, context of 101 tokens")
+  # There is nothing to chat with.
+  expect(page.get_by_role("link", name="Chat")).to_be_hidden()
 
 
 def test_rules_redraw_the_bars(page, sampler):
@@ -539,6 +532,7 @@ def test_nothing_inline_or_from_elsewhere_may_run(page, tiny):
   policy = httpx.get(tiny.url).headers["content-security-policy"]
   assert "default-src 'none'" in policy and "unsafe" not in policy
   assert "http" not in policy and "*" not in policy
-  for path in ("/", "/page.js", "/page.css", "/heat.css"):
+  names = "", "chat", "shared.js", "page.js", "chat.js", "page.css", "heat.css"
+  for path in (f"/{name}" for name in names):
     text = httpx.get(tiny.url + path).text
     assert not re.search(r"https?://|<script>|<style>|innerHTML", text)

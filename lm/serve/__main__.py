@@ -1,4 +1,7 @@
-"""Serves a checkpoint: OpenAI's API under /v1, and a page at /.
+"""Serves a checkpoint: OpenAI's API under /v1, and two pages.
+
+The page at / shows the distribution of the next token, the page at /chat holds
+a conversation, if the checkpoint has a chat template.
 
 python -m lm.serve --workdir=RUN [--port=8000] [--api_key_env=MY_KEY]
 

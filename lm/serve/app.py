@@ -27,10 +27,15 @@ from lm.serve import worker as worker_lib
 # single thread: short requests then find a free thread and the GIL.
 _BULK = 1 << 14
 
-# Files of the page, by URL path. The content security policy forbids inline
+# Files of the pages, by URL path. The content security policy forbids inline
 # scripts and loads from elsewhere.
 _HERE = pathlib.Path(__file__).parent
-_PAGE = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js"}
+_SCRIPTS = ("shared.js", "page.js", "chat.js")
+_PAGE = {
+  "/": "page.html",
+  "/chat": "chat.html",
+  **{f"/{name}": name for name in ("page.css", *_SCRIPTS)},
+}
 _PAGE_HEADERS = {
   "content-security-policy": (
     "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -88,6 +93,7 @@ class _App:
       "created": int(time.time()),
       "owned_by": "next-token",
       "context_length": self._sampler.cfg.context_length,
+      "chat": self._sampler.tokenizer.chat_template is not None,
     }
 
   @contextlib.asynccontextmanager

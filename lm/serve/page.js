@@ -1,10 +1,8 @@
 "use strict";
-const $ = id => document.getElementById(id);
 const SLIDERS = ["temperature", "min_p", "top_k", "top_p"];
 // A slider's places for k; the last is off.
 const K = [0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 100, 200, 500, 1000, 0];
 const CUTS = {temperature: "greedy", min_p: "min-p", top_k: "top-k", top_p: "top-p"};
-const HOTTEST = +getComputedStyle(document.documentElement).getPropertyValue("--hot-bits");
 let context = Infinity;
 // Tokens shown; how many of them were typed; ids with bos; the last answer.
 let tokens = [], given = 0, ids = [], found = null;
@@ -14,44 +12,11 @@ let running = false, timer = 0, asking = null, pending = Promise.resolve();
 // What was pressed, one after another, and how much of it is not done.
 let presses = Promise.resolve(), waiting = 0;
 
-async function ask(path, body, signal) {
-  const key = sessionStorage.getItem("api_key");
-  const headers = key ? {Authorization: `Bearer ${key}`} : {};
-  if (body) headers["Content-Type"] = "application/json";
-  const answer = await fetch(`v1/${path}`, {
-    method: body ? "POST" : "GET", headers, signal,
-    body: body && JSON.stringify(body),
-  });
-  const content = await answer.json();
-  if (answer.ok) return content;
-  if (answer.status === 401 && $("access").hidden) {
-    $("access").hidden = false;
-    $("api_key").focus();
-  }
-  throw new Error(content.error.message);
-}
-
 function rules() {
   return {
     temperature: +$("temperature").value, min_p: +$("min_p").value,
     top_k: K[$("top_k").value], top_p: +$("top_p").value, seed: +$("seed").value,
   };
-}
-
-// While an answer is waited for longer than a moment, says why.
-async function watch(done) {
-  const wait = time => Promise.race([done, new Promise(end => setTimeout(end, time))]);
-  let over = false;
-  done.finally(() => { over = true; });
-  for (await wait(300); !over; await wait(400)) {
-    const health = await fetch("health").then(found => found.json(), () => ({}));
-    if (over || done !== pending) break;
-    $("busy").hidden = false;
-    $("busy").textContent = health.status === "warming up" ?
-      "The server is warming up: it compiles its programs." : health.compiling ?
-      "Compiling, once for texts of this length." : "Waiting for the model.";
-  }
-  if (done === pending) $("busy").hidden = true;
 }
 
 // One look at a time: a newer one drops the older one and its answer.
@@ -66,8 +31,8 @@ function look() {
     try {
       const prompt = typed ?? ids;
       const [next, score] = await Promise.all([
-        full ? null : ask("next_token", {prompt, candidates: 20, ...rules()}, mine.signal),
-        typed === undefined ? null : ask("score", {input: typed}, mine.signal),
+        full ? null : answer("next_token", {prompt, candidates: 20, ...rules()}, mine.signal),
+        typed === undefined ? null : answer("score", {input: typed}, mine.signal),
       ]);
       if (mine !== asking) return;
       if (score) {
@@ -89,7 +54,7 @@ function look() {
     }
     draw();
   })();
-  watch(pending);
+  watch(pending, () => mine === asking);
   return pending;
 }
 
@@ -113,11 +78,6 @@ function reread(wait) {
   halt();
   unread = true;
   later(wait);
-}
-
-function say(text) {
-  $("alert").hidden = !text;
-  $("alert").textContent = text;
 }
 
 function halt() {
@@ -162,24 +122,6 @@ function undo() {
 }
 
 const clear = () => reread(0);
-
-// What a token spells, made visible on one line.
-function visible(candidate) {
-  if (!candidate.bytes.length) return candidate.token;
-  return candidate.token.replace(/ /g, "\u2423").replace(/\n/g, "\u23ce")
-    .replace(/\t/g, "\u21e5").replace(/^bytes:/, "")
-    .replace(/[\0-\x1f\x7f-\x9f]/g, c => "\\x" + c.charCodeAt(0).toString(16).padStart(2, "0"));
-}
-
-const percent = share => share === 0 ? "0 %" : share < 0.0005 ? "<0.1 %" : `${(100 * share).toFixed(1)} %`;
-
-function element(name, parent, kind, text) {
-  const made = document.createElement(name);
-  if (kind) made.className = kind;
-  if (text !== undefined) made.textContent = text;
-  parent.append(made);
-  return made;
-}
 
 function drawText() {
   const panel = $("text"), decoder = new TextDecoder();
@@ -275,9 +217,10 @@ async function start() {
   say("");
   await look();
   try {
-    const {data: [card]} = await ask("models");
+    const {data: [card]} = await answer("models");
     context = card.context_length;
     $("model").textContent = `${card.id}, context of ${context} tokens`;
+    $("other").hidden = !card.chat;
   } catch (error) { say(error.message); }
 }
 
@@ -292,12 +235,6 @@ $("reset").onclick = () => {
   for (const id of SLIDERS) $(id).value = $(id).defaultValue;
   show();
   later(0);
-};
-$("access").onsubmit = event => {
-  event.preventDefault();
-  sessionStorage.setItem("api_key", $("api_key").value);
-  $("access").hidden = true;
-  start();
 };
 document.onkeydown = event => {
   const field = event.target.closest("input, textarea");
@@ -316,6 +253,5 @@ document.onkeydown = event => {
   // A key that is held down goes as fast as the model, and no further.
   if (!event.repeat || !waiting) act();
 };
-$("hottest").textContent = HOTTEST;
 show();
 start();
