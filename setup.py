@@ -13,7 +13,10 @@ setuptools.setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["lm", "lm.*"]),
-  package_data={"lm.explain": ["*.html"], "lm.serve": ["page.*"]},
+  package_data={
+    "lm.explain": ["*.html"],
+    "lm.serve": ["*.html", "*.css", "*.js"],
+  },
   install_requires=[
     "absl-py>=2.5",
     "array-record>=0.8.6",

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import shutil
 import threading
 import time
 
@@ -39,6 +40,23 @@ def sampler_of(template=None, cfg=MODEL):
   return sampler_lib.Sampler(cfg, make(jax.random.key(0)), tokenizer)
 
 
+@contextlib.contextmanager
+def chromium():
+  """A browser without a window, driven by Playwright."""
+  from playwright import sync_api
+
+  names = "chromium", "chromium-browser", "google-chrome"
+  path = next(filter(None, map(shutil.which, names)), None)
+  assert path, "Chromium is missing: apt-get install -y chromium"
+  with sync_api.sync_playwright() as playwright:
+    # Within a container, Chromium's own sandbox has no rights to start.
+    browser = playwright.chromium.launch(
+      executable_path=path, args=["--no-sandbox"]
+    )
+    yield browser
+    browser.close()
+
+
 @dataclasses.dataclass
 class Running:
   url: str
@@ -67,9 +85,9 @@ def post(running, path, body, **options):
 
 
 @contextlib.contextmanager
-def serve(sampler, *, n_slots=4, max_queue=512, **limits):
+def serve(sampler, *, n_slots=4, max_queue=512, tell=None, **limits):
   limits = {"max_body_bytes": 1 << 16, "timeout_seconds": 60.0, **limits}
-  worker = worker_lib.Worker(sampler, n_slots, max_queue)
+  worker = worker_lib.Worker(sampler, n_slots, max_queue, tell)
   limits = guard.Limits(**limits)
   app = app_lib.make(worker, "tiny", limits)
   http = connections.limited(limits)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from test_sample import (
   LLAMA,
+  WIDE,
   full_logits,
   params_of,
   sampler_of,
@@ -224,27 +225,44 @@ def test_alternatives_and_log_probabilities_after_the_rules():
     assert processed.alternatives[i][3].log_probability == -np.inf
 
 
-def test_a_prompt_that_sees_itself_both_ways():
-  cfg, prompt = LLAMA, "a prompt both ways"
-  sampler = sampler_of(cfg)
-  (one, both) = sampler.generate(
-    [
-      Request(prompt, 0.0, max_new_tokens=5, bidirectional_prompt=way)
-      for way in (False, True)
-    ]
-  )
-  ids = sampler.encode(prompt) + both.token_ids
-  # The last token of the prompt already predicts: it is seen by none before.
-  n = len(ids) - len(both.token_ids) - 1
-  batch = dataclasses.replace(
-    batch_lib.unscored(np.array([ids])), prefix=(np.arange(len(ids)) < n)[None]
-  )
-  forward = jax.jit(functools.partial(decoder.forward, cfg))
-  hidden, _ = forward(params_of(cfg), batch)
-  logits = np.asarray(decoder.bind(cfg, params_of(cfg)).logits(hidden))[0, n:-1]
-  found = np.argmax(logits[:, : sampler.tokenizer.size], axis=1).tolist()
-  assert both.token_ids == found
-  assert one.log_probabilities != both.log_probabilities
+@pytest.mark.parametrize("name", ["llama3", "gemma2", "gpt2"])
+def test_a_prompt_that_sees_itself_both_ways(name):
+  """As one forward pass in which the whole prompt is the prefix, its last token
+  included; with a window that is shorter than the prompt (gemma2), after the
+  same prompt was read causally, and by proposals of another model.
+  """
+  cfg, prompt = WIDE[name], "a prompt both ways"
+  params = params_of(cfg)
+  models = [sampler_of(cfg)]
+  if name == "llama3":
+    draft = dict(draft=sampler_of(cfg), ahead=2)
+    tokenizer = models[0].tokenizer
+    models.append(sampler_lib.Sampler(cfg, params, tokenizer, **draft))
+  for sampler in models:
+    (one, both) = sampler.generate(
+      [
+        Request(prompt, 0.0, max_new_tokens=5, bidirectional_prompt=way)
+        for way in (False, True)
+      ],
+      n_slots=1,
+    )
+    ids = sampler.encode(prompt) + both.token_ids
+    n = len(ids) - len(both.token_ids)
+    batch = dataclasses.replace(
+      batch_lib.unscored(np.array([ids])),
+      prefix=(np.arange(len(ids)) < n)[None],
+    )
+    forward = jax.jit(functools.partial(decoder.forward, cfg))
+    hidden, _ = forward(params, batch)
+    logits = np.asarray(decoder.bind(cfg, params).logits(hidden), np.float64)
+    logits = logits[0, n - 1 : -1]
+    logs = logits - np.log(np.sum(np.exp(logits), axis=1, keepdims=True))
+    found = np.argmax(logits[:, : sampler.tokenizer.size], axis=1).tolist()
+    assert both.token_ids == found
+    np.testing.assert_allclose(
+      both.log_probabilities, logs[np.arange(5), found], atol=1e-5
+    )
+    assert one.log_probabilities != both.log_probabilities
 
 
 def test_no_end_before_the_least_and_ends_by_choice():

@@ -335,7 +335,7 @@ def test_hotter_is_more_surprising():
     for style in (console.get_style(span.style) for span in shown.spans[:6])
   ]
   blue = [c.blue for c in colours]
-  assert colours[0] == (255, 250, 225) and colours[4] == (196, 24, 50)
+  assert colours[0] == (255, 250, 225) and colours[4] == (239, 90, 108)
   green = [c.green for c in colours]
   assert green == sorted(green, reverse=True) and len(set(green)) == 5
   assert colours[4] == colours[5] and blue[0] > blue[1]
@@ -528,7 +528,7 @@ def test_every_field_of_a_request_is_a_flag(workdir, sampler):
 @pytest.mark.slow
 def test_what_sample_and_chat_write(workdir, sampler):
   run, rules = f"--workdir={workdir}", ["--max_new_tokens=4", "--seed=3"]
-  gap = ["--prompt=de", "--infill_suffix=):", "--infill_order=spm", *rules]
+  gap = ["--prompt=de", "--suffix=):", "--fim_order=spm", *rules]
   found = doors.many(
     "lm.sample", [[run, "--prompt=if", *rules, "--stream"], [run, *gap]]
   )
@@ -634,15 +634,19 @@ def test_what_is_refused_before_a_checkpoint_is_read(module, workdir, tmp_path):
   ]
   cases += {
     "lm.sample": [
-      (["--infill_order=spm"], "--infill_order: is for --infill_suffix; add"),
+      (
+        ["--fim_order=spm"],
+        "--fim_order: is for --suffix or --suffix_file; add",
+      ),
+      (["--prefix_file=x"], "--prefix_file=x: .*UTF-8 text"),
       (["--alternatives=2"], "--alternatives: is for --json; add that"),
       (["--logit_bias=a:3"], "--logit_bias=a:3: must be ID:VALUE"),
       (["--prompt_file=/absent"], "--prompt_file=/absent: .*UTF-8 text"),
       ([run, "--stream", "--n_samples=2"], "--stream: shows one sample"),
       ([run, "--stream", "--json"], "--stream: shows one sample"),
       (
-        [run, "--infill_suffix=x", "--prompt=a", "--prompt=b"],
-        "--infill_suffix: fills one gap; give one prompt, not 2",
+        [run, "--suffix=x", "--prompt=a", "--prompt=b"],
+        "--suffix: fills one gap; give one prompt, not 2",
       ),
       ([run, "--forbidden=400"], "forbidden=400: ids must be integers in"),
       ([run, "--mesh=1,16,1"], "--mesh=1,16,1: config.model.d_model=24: m"),

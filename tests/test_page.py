@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import urllib.parse
 
 import httpx
@@ -10,25 +9,18 @@ import pytest
 import serving
 from playwright import sync_api
 
+from lm.explain import heat
 from lm.sample import request as request_lib
 
 pytestmark = pytest.mark.slow
 expect = sync_api.expect
 Request = request_lib.Request
-NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.fixture(scope="module")
 def browser():
-  path = next(filter(None, map(shutil.which, NAMES)), None)
-  assert path, "Chromium is missing: apt-get install -y chromium"
-  with sync_api.sync_playwright() as playwright:
-    # Within a container, Chromium's own sandbox has no rights to start.
-    browser = playwright.chromium.launch(
-      executable_path=path, args=["--no-sandbox"]
-    )
+  with serving.chromium() as browser:
     yield browser
-    browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +131,8 @@ def test_bars_are_the_distribution_of_the_next_token(page, sampler):
   entropy = page.locator("#entropy")
   expect(entropy).to_contain_text(f"{found.entropy:.2f} bits")
   expect(page.locator("#model")).to_have_text("tiny, context of 101 tokens")
+  # There is nothing to chat with.
+  expect(page.get_by_role("link", name="Chat")).to_be_hidden()
 
 
 def test_rules_redraw_the_bars(page, sampler):
@@ -266,6 +260,118 @@ def test_it_runs_until_it_is_stopped_or_full(page, sampler):
   expect(page.get_by_role("alert")).to_be_hidden()
 
 
+BOXES = """() => Object.fromEntries(
+  [...document.querySelectorAll("button, input, #bars button")].map((x, i) => {
+    const {x: left, y, width, height} = x.getBoundingClientRect();
+    return [x.id || i, [left, y + scrollY, width, height]];
+  }).filter(([name, [, , width]]) => width))"""
+
+
+@pytest.mark.parametrize("width", [1280, 700])
+def test_buttons_stay_where_they_are_while_the_text_grows(page, width):
+  """Also while it runs, when candidates are below the list, and at an error."""
+  page.set_viewport_size({"width": width, "height": 900})
+  slide(page, "temperature", 1.6)
+  before = page.evaluate(BOXES)
+  spans, n = page.locator("#text span"), len("def main(")
+  page.keyboard.press("Escape")
+  for i in range(25):
+    page.keyboard.press("ArrowRight")
+    expect(spans).to_have_count(n + i + 1)
+    now = page.evaluate(BOXES)
+    same = {name: now[name] for name in before if name in now}
+    assert same == {name: before[name] for name in same} and len(same) > 30
+  spans.first.hover()
+  run = page.get_by_role("button", name=re.compile("Run|Stop"))
+  run.click()
+  expect(spans.nth(n + 40)).to_be_visible(timeout=20000)
+  assert page.evaluate(BOXES)["undo"] == before["undo"]
+  run.click()
+
+
+def test_what_is_waited_for_is_said(page):
+  """A mark while a program compiles, the server warms up, or others run."""
+  state = {"status": "warming up", "compiling": True}
+  shown = page.locator("#busy")
+  expect(shown).to_be_hidden()
+  page.route("**/health", lambda route: route.fulfill(json=state))
+  held = []
+  page.route("**/v1/next_token", lambda route: held.append(route))
+  page.get_by_role("button", name="Step").click()
+  expect(shown).to_contain_text("warming up")
+  state["status"] = "ok"
+  expect(shown).to_contain_text("Compiling")
+  state["compiling"] = False
+  expect(shown).to_contain_text("Waiting")
+  page.unroute("**/v1/next_token")
+  for route in held:
+    route.continue_()
+  expect(shown).to_be_hidden()
+  expect(page.locator("#text span")).to_have_count(len("def main(") + 1)
+
+
+def test_the_keys_that_are_named_do_what_they_say(page):
+  names = page.locator("#keys kbd").all_inner_texts()
+  assert names == [
+    "\u2192",
+    "R",
+    "\u2190",
+    "C",
+    "\u2193",
+    "\u2191",
+    "Enter",
+    "Esc",
+  ]
+  spans, n = page.locator("#text span"), len("def main(")
+  field = page.get_by_label("Prompt")
+  field.focus()
+  page.keyboard.press("Escape")
+  expect(field).not_to_be_focused()
+  page.keyboard.press("ArrowDown")
+  expect(rows(page).nth(0)).to_be_focused()
+  page.keyboard.press("ArrowDown")
+  page.keyboard.press("ArrowUp")
+  page.keyboard.press("Enter")
+  expect(spans).to_have_count(n + 1)
+  page.keyboard.press("ArrowRight")
+  expect(spans).to_have_count(n + 2)
+  page.keyboard.press("ArrowLeft")
+  expect(spans).to_have_count(n + 1)
+  page.keyboard.press("c")
+  expect(spans).to_have_count(n)
+
+
+def test_the_colours_are_those_of_the_html_files(page, tmp_path, browser):
+  """One scale: tokens of equal surprisal look the same in both."""
+  bits = [0.0, 3.0, 6.0, 9.0, 12.0]
+  tokenizer = serving.sampler_of().tokenizer
+  ids = tokenizer.encode("abcde")
+  score = request_lib.Score(
+    ids,
+    [*"abcde"],
+    [-b * 0.6931471805599453 for b in bits],
+    [1] * 5,
+    [[]] * 5,
+    5,
+  )
+  path = tmp_path / "score.html"
+  path.write_text(heat.page(score, tokenizer, "a"))
+  other = browser.new_page()
+  other.goto(f"file://{path}")
+  colour = "all => all.map(x => getComputedStyle(x).backgroundColor)"
+  expected = other.eval_on_selector_all("#text span", colour)
+  other.close()
+  assert len(set(expected)) == 5
+  page.eval_on_selector_all(
+    "#text span",
+    "(all, bits) => all.slice(0, 5).forEach((x, i) => "
+    "x.style.setProperty('--heat', bits[i] / 12))",
+    bits,
+  )
+  found = page.eval_on_selector_all("#text span", colour)[:5]
+  assert found == expected
+
+
 def test_the_end_of_a_text_stops_the_run(page, sampler):
   def end(route):
     found = route.fetch()
@@ -373,7 +479,7 @@ def test_everything_has_a_name_and_is_reached_by_keys(page):
     page.keyboard.press("Tab")
     order.append(page.evaluate("document.activeElement.id"))
   assert order == (
-    ["text", "step", "run", "reset", "temperature", "min_p", "top_k", "top_p"]
+    ["step", "run", "text", "reset", "temperature", "min_p", "top_k", "top_p"]
     + ["seed", "dice", ""]
   )
   page.get_by_label("Top-k").focus()
@@ -426,6 +532,7 @@ def test_nothing_inline_or_from_elsewhere_may_run(page, tiny):
   policy = httpx.get(tiny.url).headers["content-security-policy"]
   assert "default-src 'none'" in policy and "unsafe" not in policy
   assert "http" not in policy and "*" not in policy
-  for path in ("/", "/page.js", "/page.css"):
+  names = "", "chat", "shared.js", "page.js", "chat.js", "page.css", "heat.css"
+  for path in (f"/{name}" for name in names):
     text = httpx.get(tiny.url + path).text
     assert not re.search(r"https?://|<script>|<style>|innerHTML", text)

@@ -193,6 +193,45 @@ def test_defaults_are_those_of_openai(sampler, client):
   assert found.choices[0].text == result.text
 
 
+@pytest.mark.parametrize("order", ["psm", "spm"])
+def test_a_completion_is_put_between_prompt_and_suffix(sampler, client, order):
+  """OpenAI's `suffix`, whole and in parts, of several prompts."""
+  prompts, suffix = ["def f(", ""], "):\n  return \u4f60"
+  asked = {
+    "model": "tiny",
+    "prompt": prompts,
+    "suffix": suffix,
+    "max_tokens": 7,
+    "seed": 5,
+    "logprobs": 0,
+    "extra_body": {} if order == "psm" else {"fim_order": order},
+  }
+  found = client.completions.create(**asked)
+  t = sampler.tokenizer
+  after = [t.fim_suffix, *t.encode(suffix), t.fim_middle]
+  expected = []
+  for prompt in prompts:
+    ids = [t.bos, t.fim_prefix, *t.encode(prompt), *after]
+    if order == "spm":
+      ids = [t.bos, t.fim_prefix, *after, *t.encode(prompt)]
+    expected.append(Request(ids, max_new_tokens=7, seed=5))
+  results = sampler.generate(expected)
+  for choice, result in zip(found.choices, results, strict=True):
+    check_choice(sampler, choice, result)
+  n_prompt = sum(len(request.prompt) for request in expected)
+  assert found.usage.prompt_tokens == n_prompt
+  texts = ["", ""]
+  for chunk in client.completions.create(**asked, stream=True):
+    for choice in chunk.choices:
+      texts[choice.index] += choice.text
+  assert texts == [result.text for result in results]
+  # Nor is a suffix anything that another program may put into the text.
+  hidden = client.completions.create(
+    **asked | {"suffix": suffix + "<fim_middle>"}
+  )
+  assert hidden.usage.prompt_tokens == n_prompt + 2 * len("<fim_middle>")
+
+
 def loglikelihood(choice, n_context):
   """What lm-eval's `local-completions` makes of a choice."""
   logs = choice["logprobs"]["token_logprobs"][n_context:-1]
@@ -628,7 +667,22 @@ REFUSED = [
     "did you mean 'include_usage'",
   ),
   ("completions", {"prompt": "a", "best_of": 2}, "best_of", "not supported"),
-  ("completions", {"prompt": "a", "suffix": "b"}, "suffix", "not supported"),
+  ("completions", {"prompt": "a", "suffix": 5}, "suffix", "type str"),
+  ("completions", {"prompt": [5], "suffix": "b"}, "suffix", "prompt of text"),
+  ("completions", {"prompt": "a", "suffix": "b", "echo": True}, "echo", "no"),
+  (
+    "completions",
+    {"prompt": "a", "suffix": "b", "fim_order": "pms"},
+    "fim_order",
+    "one of psm, spm",
+  ),
+  ("completions", {"prompt": "a", "fim_order": "psm"}, "fim_order", "beside"),
+  (
+    "completions",
+    {"prompt": "a", "suffix": "b" * 101},
+    "prompt",
+    "has 106 tokens",
+  ),
   ("completions", {"prompt": "a", "n": 2000}, None, "at most 516"),
   ("chat/completions", {"messages": []}, "messages", "at least one"),
   ("chat/completions", {"messages": "hi"}, "messages", "list of objects"),

@@ -1,6 +1,7 @@
 """The server under stress: limits, clients that leave, failures, the door."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import errno
@@ -34,7 +35,7 @@ from lm.model import decoder, scoring
 from lm.sample import decoding
 from lm.sample import request as request_lib
 from lm.sample import sampler as sampler_lib
-from lm.serve import listen
+from lm.serve import compiling, listen
 from lm.serve import worker as worker_lib
 
 Request = request_lib.Request
@@ -696,6 +697,65 @@ def test_after_the_warm_up_nothing_compiles():
     worker._look(Request(prompt, temperature=0.5), 3)
     sampler.score([5] * (n + 2), alternatives=n % 3)
   assert [program._cache_size() for program in programs] == before
+
+
+def test_the_server_is_ready_after_its_warm_up(sampler):
+  """Before, /health says so with status 503, and calls wait."""
+  told, go_on = [], threading.Event()
+
+  def tell(text):
+    told.append(text)
+    assert go_on.wait(60)
+
+  with serving.serve(sampler, tell=tell) as running:
+    found = httpx.get(f"{running.url}/health")
+    assert found.status_code == 503
+    assert found.json()["status"] == "warming up"
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+      body = {"prompt": "a", "max_tokens": 1}
+      call = pool.submit(post, running, "completions", body)
+      time.sleep(0.2)
+      assert not call.done()
+      go_on.set()
+      assert call.result().status_code == 200
+    assert told == [f"{n} tokens" for n in (16, 32, 64, 128)]
+    found = httpx.get(f"{running.url}/health")
+    assert (found.status_code, found.json()["status"]) == (200, "ok")
+
+
+def test_a_warm_up_that_fails_is_told(sampler):
+  """The door then ends the server; until then calls are refused."""
+  ended, go_on = threading.Event(), threading.Event()
+
+  def tell(text):
+    assert go_on.wait(60)
+    raise RuntimeError(text)
+
+  with serving.serve(sampler, tell=tell) as running:
+    running.worker.on_failure = ended.set
+    go_on.set()
+    assert ended.wait(60)
+    found = httpx.get(f"{running.url}/health")
+    assert found.json()["status"] == "unavailable"
+    assert post(running, "completions", {"prompt": "a"}).status_code == 503
+    assert str(running.worker.failure) == "16 tokens"
+
+
+def test_a_compilation_is_seen_while_it_goes_on():
+  compiling.watch()
+  me, seen = threading.current_thread(), []
+
+  @jax.jit
+  def program(x):
+    seen.append(compiling.compiles(me))
+    return x + 1
+
+  before = compiling.compiles(me)
+  program(1.0)
+  assert (before, seen, compiling.compiles(me)) == (False, [True], False)
+  with pytest.raises(TypeError):
+    jax.jit(lambda x: x + "a")(1.0)
+  assert not compiling.compiles(me)
 
 
 def test_a_missing_extra_is_named():

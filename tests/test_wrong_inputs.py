@@ -152,6 +152,7 @@ BAD_PATHS = {
 BESIDE = {
   "alternatives": ["--json"],
   "draft": ["--ahead=1"],
+  "fim_order": ["--suffix=x"],
   "html": ["--score=GIVEN/text.txt"],
   "system": ["--chat"],
 }
@@ -247,6 +248,8 @@ def paths(door: str) -> Iterator[Case]:
   for where, flag in (
     ("lm.explain", "--score"),
     ("lm.sample", "--prompt_file"),
+    ("lm.sample", "--prefix_file"),
+    ("lm.sample", "--suffix_file"),
   ):
     if door == where:
       for value in ("absent", ".", "file/below", LONG, "~nouser/x"):
@@ -277,7 +280,7 @@ def texts(door: str) -> Iterator[Case]:
       ([f"--prompt={LATIN}"], "prompt"),
       (["--prompt=fine", f"--prompt={LATIN}"], "prompt"),
       ([f"--stop={LATIN}"], "stop"),
-      ([f"--infill_suffix={LATIN}"], "infill_suffix"),
+      ([f"--suffix={LATIN}"], "suffix"),
       ([f"--logit_bias={LATIN}:1"], "logit_bias"),
       (["--stop="], "stop"),
       (["--logit_bias=3:nan"], "logit_bias"),
@@ -304,7 +307,12 @@ def texts(door: str) -> Iterator[Case]:
       (["--ahead=17"], "ahead"),
       (["--draft=GIVEN/run"], "draft"),
       (["--stream", "--json"], "stream"),
-      (["--prompt=a", "--prompt=b", "--infill_suffix=c"], "infill_suffix"),
+      (["--prompt=a", "--prompt=b", "--suffix=c"], "suffix"),
+      (["--suffix=a", "--suffix_file=GIVEN/text.txt"], "suffix_file"),
+      (["--prefix_file=GIVEN/text.txt"], "prefix_file"),
+      (["--fill=no sentinel"], "fill"),
+      ([f"--fill={LATIN}<sentinel_0>"], "fill"),
+      (["--fill=<sentinel_0>", "--prompt=a"], "prompt"),
     ):
       yield Case(door, right_but(door, *arguments), says)
   if door == "lm.explain":
@@ -316,6 +324,10 @@ def texts(door: str) -> Iterator[Case]:
       (["--score=GIVEN/text.txt", "--top_k=3"], "top_k"),
       (["--max_new_tokens=3"], "max_new_tokens"),
       (["--html=x"], "html"),
+      (["--fill=no mask"], "fill"),
+      ([f"--fill={LATIN}<mask>"], "fill"),
+      ([f"--fill={99 * '<mask>'}"], "tokens"),
+      (["--fill=<mask>", "--top_k=3"], "top_k"),
     ):
       yield Case(door, right_but(door, *arguments), says)
   if door == "lm.chat":

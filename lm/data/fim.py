@@ -2,11 +2,16 @@
 (arXiv:2207.14255).
 """
 
+import re
+
 import numpy as np
 
 from lm import config as config_lib
 from lm import schema
 from lm.data import tokenizer as tokenizer_lib
+
+# Prefix, suffix, middle; or suffix, prefix, middle.
+ORDERS = ("psm", "spm")
 
 # Tokens that reordering adds at most: three sentinels, bos and eos of a piece
 # of a longer document, and what the two cuts add where they fall inside tokens.
@@ -68,7 +73,7 @@ def _cut_text(
   except UnicodeDecodeError:  # the piece starts or ends inside a character
     return None
   if where == "line":
-    lines = text.splitlines(keepends=True)
+    lines = re.findall(r"[^\n]*\n|[^\n]+", text)
     places = np.cumsum([0, *map(len, lines)])
     first, last = (int(places[int(cut * len(places))]) for cut in cuts)
   else:
@@ -94,7 +99,7 @@ def fim_ids(
   Every tokenizer here has the three FIM tokens, but output of a model trained
   without FIM is worthless. Raises ConfigError on any other `order`.
   """
-  if order not in ("psm", "spm"):
+  if order not in ORDERS:
     raise schema.ConfigError(
       f"order={order!r}: must be 'psm' (prefix first) or 'spm'"
     )

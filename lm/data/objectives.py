@@ -53,7 +53,7 @@ def shape(objective: config_lib.Causal, length: int) -> Shape:
   n = np.arange(room + 1)
   fits = size(n) <= room
   if isinstance(objective, config_lib.SpanCorruption):
-    fits &= _n_spans(objective, n)[1] <= tokenizer_lib.N_SENTINELS
+    fits &= _n_spans(objective, n)[1] <= len(tokenizer_lib.SENTINELS)
   longest = int(n[fits].max(initial=0))
   schema.require(
     longest > 0,

@@ -22,7 +22,7 @@ from lm import config as config_lib
 from lm import files, schema
 from lm.data import template as template_lib
 
-N_SENTINELS = 100
+SENTINELS = tuple(f"<sentinel_{i}>" for i in range(100))
 RESERVED = (
   "<pad>",
   "<bos>",
@@ -31,7 +31,7 @@ RESERVED = (
   "<fim_prefix>",
   "<fim_middle>",
   "<fim_suffix>",
-  *(f"<sentinel_{i}>" for i in range(N_SENTINELS)),
+  *SENTINELS,
   "<system>",
   "<user>",
   "<assistant>",
@@ -101,9 +101,7 @@ class Tokenizer:
     self.fim_prefix = reserved["<fim_prefix>"]
     self.fim_middle = reserved["<fim_middle>"]
     self.fim_suffix = reserved["<fim_suffix>"]
-    self.sentinels = tuple(
-      reserved[f"<sentinel_{i}>"] for i in range(N_SENTINELS)
-    )
+    self.sentinels = tuple(reserved[name] for name in SENTINELS)
     self.system = reserved["<system>"]
     self.user = reserved["<user>"]
     self.assistant = reserved["<assistant>"]

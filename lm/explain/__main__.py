@@ -3,18 +3,22 @@
   python -m lm.explain --workdir=RUN --prompt='def main('
   python -m lm.explain --workdir=RUN --prompt='def main(' --trace
   python -m lm.explain --workdir=RUN --score=FILE --html=OUT.html
+  python -m lm.explain --workdir=RUN --fill='def f(<mask>):'
 
 By default, the candidates for the next token with each candidate's probability
 after each sampling rule; with --trace, the candidates at each token of the
-continuation; with --score, the log-probability of each token of a text.
+continuation; with --score, the log-probability of each token of a text; with
+--fill, the candidates for each <mask> of a text, read in both directions.
 """
 
 import math
 import os
 
 from absl import flags
+from rich import text as text_lib
 
 from lm import cli, files, schema
+from lm.data import marked
 from lm.data import tokenizer as tokenizer_lib
 from lm.explain import heat, tables
 from lm.sample import flags as sample_flags
@@ -34,6 +38,12 @@ _TRACE = flags.DEFINE_bool("trace", False, "Show how each token is drawn.")
 _SCORE = cli.define_path(
   "score", "File: how likely is its text, and that it ends there?"
 )
+_FILL = flags.DEFINE_string(
+  "fill",
+  None,
+  "Text with one <mask> or more: which token belongs into each? The model must "
+  "have been trained with the masked objective; any other model writes noise.",
+)
 _HTML = cli.define_path("html", "Page to write, with --score.")
 _JSON = flags.DEFINE_bool("json", False, "One JSON document on stdout.")
 
@@ -42,9 +52,13 @@ def main() -> int:
   sample_flags.check()
   sample_flags.require_beside("html", "score")
   if _SCORE.value is not None:
-    ignored = ("trace", *_PROMPTS.names, *_RULES)
+    ignored = ("trace", "fill", *_PROMPTS.names, *_RULES)
     sample_flags.refuse_beside("score", ignored)
     return _score(_SCORE.value)
+  if _FILL.value is not None:
+    ignored = ("trace", *_PROMPTS.names, *_RULES)
+    sample_flags.refuse_beside("fill", ignored)
+    return _fill(_FILL.value)
   if not _TRACE.value:
     sample_flags.require_beside("max_new_tokens", "trace")
   requests = [_request(text) for text in _PROMPTS.texts()]
@@ -113,6 +127,33 @@ def _score(path: str) -> int:
     heat.summary(score),
   ]
   value = {"file": path, **heat.figures(score), "tokens": rows}
+  tables.put(value, shown, _JSON.value)
+  return 0
+
+
+def _fill(text: str) -> int:
+  found, tokenizer = sample_flags.checked([])
+  _check_candidates(tokenizer, all_ids=True)
+  ids = marked.mask_ids(tokenizer, text)
+  sampler = sample_flags.sampler(found)
+  masks = sampler.fill(text, _CANDIDATES.value)
+  if any(math.isnan(mask.entropy) for mask in masks):
+    return output.refuse_nan("at a mask")
+  likeliest = [mask.candidates[0].id for mask in masks]
+  filled = marked.fill_masks(tokenizer, text, likeliest)
+  shown = [
+    *(tables.masked(i, m, ids, tokenizer) for i, m in enumerate(masks, 1)),
+    text_lib.Text(output.printable(filled)),
+  ]
+  rows = [
+    {
+      "place": mask.place,
+      "entropy": mask.entropy,
+      "candidates": output.choices(tokenizer, mask.candidates),
+    }
+    for mask in masks
+  ]
+  value = {"text": text, "filled": filled, "masks": rows}
   tables.put(value, shown, _JSON.value)
   return 0
 

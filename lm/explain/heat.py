@@ -12,13 +12,9 @@ from rich import text as text_lib
 
 from lm.data import tokenizer as tokenizer_lib
 from lm.explain import tables
-from lm.sample import output
+from lm.sample import colours, output
 from lm.sample import request as request_lib
 
-# Surprisal of the hottest colour, in bits; larger values are clipped.
-HOT_BITS = 12.0
-# Terminal background (RGB) at 0, 6 and 12 bits; linear in between.
-_HEAT = ((255, 250, 225), (255, 176, 82), (196, 24, 50))
 # Most rows of a token table.
 _ROWS = 100
 
@@ -101,26 +97,11 @@ def heat_map(
   """The text for a terminal, coloured by surprisal, above a legend."""
   shown = text_lib.Text()
   for text, _, _, bits in spans(score, tokenizer):
-    shown.append(text, _heat(bits))
+    shown.append(text, colours.on_terminal(bits))
   shown.append("\n")
-  for bits in range(0, int(HOT_BITS) + 1, 2):
-    shown.append(f" {bits} ", _heat(float(bits)))
+  for bits in range(0, int(colours.HOT_BITS) + 1, 2):
+    shown.append(f" {bits} ", colours.on_terminal(float(bits)))
   return shown.append(" bits and more")
-
-
-def _heat(bits: float) -> str:
-  place = _share(bits) * (len(_HEAT) - 1)
-  low = min(int(place), len(_HEAT) - 2)
-  red, green, blue = (
-    round(a + (b - a) * (place - low))
-    for a, b in zip(_HEAT[low], _HEAT[low + 1], strict=True)
-  )
-  ink = "#ffffff" if place > 1.6 else "#000000"  # Independent of the theme.
-  return f"{ink} on rgb({red},{green},{blue})"
-
-
-def _share(bits: float) -> float:
-  return min(max(bits / HOT_BITS, 0.0), 1.0)
 
 
 def page(
@@ -144,11 +125,12 @@ def page(
   ]
   return environment.from_string(path.read_text(encoding="utf-8")).render(
     name=name,
+    heat_css=colours.css(),
     figures=figures(score),
     spans=[
-      (text, first, end, f"{_share(bits):.3f}")
+      (text, first, end, f"{colours.share(bits):.3f}")
       for text, first, end, bits in spans(score, tokenizer)
     ],
     rows=rows,
-    hot_bits=int(HOT_BITS),
+    hot_bits=int(colours.HOT_BITS),
   )

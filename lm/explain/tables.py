@@ -123,6 +123,38 @@ def candidates(
   )
 
 
+# --- masks -------------------------------------------------------------------
+
+
+def masked(
+  number: int,
+  found: request_lib.Masked,
+  ids: Sequence[int],
+  tokenizer: tokenizer_lib.Tokenizer,
+) -> rich.console.Group:
+  """Table of the candidates for mask `number` of the document `ids`."""
+  table = _candidate_table()
+  rows = output.choices(tokenizer, found.candidates)
+  cumulative = itertools.accumulate(row.probability for row in rows)
+  for rank, (row, total) in enumerate(zip(rows, cumulative, strict=True), 1):
+    table.add_row(
+      "",
+      str(rank),
+      text_lib.Text(visible(row.piece)),
+      percent(row.probability),
+      f"{total:.2%}",
+      style="bold" if rank == 1 else None,
+    )
+  after = visible("".join(map(tokenizer.piece, ids[found.place + 1 :][:48])))
+  after = after if len(after) <= 48 else f"{after[:47]}\u2026"
+  before = _tail(tokenizer, ids[: found.place])
+  return rich.console.Group(
+    text_lib.Text(f"mask {number}, between {before} and {after}"),
+    table,
+    text_lib.Text(f"the model's entropy is {found.entropy:.2f} bits"),
+  )
+
+
 # --- step by step ------------------------------------------------------------
 
 

@@ -1,9 +1,10 @@
 """Log-probabilities of a given text, from raw logits: token by token.
 
 `token_nll` is what evaluation sums, on any mesh; `score` adds each token's rank
-and the likeliest alternatives, with the weights of inference.
+and the likeliest alternatives, with the weights of inference; `fill` reads a
+text in both directions, and gives the likeliest ids of its masked positions.
 
-B rows, T length, D model, V vocabulary, A alternatives.
+B rows, T length, D model, V vocabulary, A alternatives, M masked positions.
 """
 
 import functools
@@ -17,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lm import sharding
 from lm.model import attention, loss
 
-# Positions per block of logits in `score`; T is a multiple.
+# Positions per block of logits; T of `score` and M of `fill` are multiples.
 CHUNK = 16
 
 
@@ -74,12 +75,7 @@ def score(
   """
   model = nnx.merge(graph, state)
   B, T = inputs.shape
-  places = jnp.arange(T)[None]
-  real = places < lengths[:, None]
-  tokens = attention.Tokens(
-    jnp.where(real, places, 0), real.astype(jnp.int32), None
-  )
-  hidden, _ = model(inputs, tokens)
+  hidden, _ = model(inputs, _tokens(T, lengths, bidirectional=False))
 
   def chunk(i):
     part = jax.lax.dynamic_slice_in_dim(hidden, i, CHUNK, axis=1)
@@ -88,9 +84,7 @@ def score(
 
   judge = functools.partial(_judge, n_alternatives=n_alternatives)
   parts = jax.lax.map(chunk, jnp.arange(0, T, CHUNK))
-  return jax.tree.map(
-    lambda x: jnp.moveaxis(x, 0, 1).reshape(B, T, *x.shape[3:]), parts
-  )
+  return _joined(parts, B, T)
 
 
 def _judge(logits, ids, wanted, n_alternatives):
@@ -107,3 +101,64 @@ def _judge(logits, ids, wanted, n_alternatives):
     lambda: (jnp.zeros(shape, logs.dtype), jnp.zeros(shape, jnp.int32)),
   )
   return own[..., 0], ranks, other_ids, other_logs
+
+
+@functools.partial(
+  jax.jit, static_argnames=("graph", "n_ids", "n_alternatives")
+)
+def fill(
+  graph: Any,
+  state: Any,
+  inputs: Int[Array, "B T"],
+  lengths: Int[Array, "B"],
+  masked: Int[Array, "B M"],
+  *,
+  n_ids: int,
+  n_alternatives: int,
+) -> tuple[Int[Array, "B M A"], Float[Array, "B M A"], Float[Array, "B M"]]:
+  """Of each position in `masked`: the likeliest of the first `n_ids` ids, with
+  their log-probabilities (natural), and the entropy in bits.
+
+  Every token attends to the whole row, as in a masked LM (BERT): the logits at
+  a position predict the token at that position, not the next. The
+  distributions are over the whole vocabulary, and each is given the text
+  with all masks in it. Logits are computed at the masked positions only.
+  """
+  model = nnx.merge(graph, state)
+  B, M = masked.shape
+  tokens = _tokens(inputs.shape[1], lengths, bidirectional=True)
+  hidden, _ = model(inputs, tokens)
+  hidden = sharding.by_row(
+    lambda x, at: jnp.take_along_axis(x, at[..., None], axis=1), hidden, masked
+  )
+
+  def likeliest(logits):
+    logs = jax.nn.log_softmax(logits)
+    terms = jnp.where(logs > -jnp.inf, jnp.exp(logs) * logs, 0)
+    entropy = -jnp.sum(terms, axis=-1) / jnp.log(2.0)
+    best, ids = jax.lax.top_k(logs[..., :n_ids], n_alternatives)
+    return ids, best, entropy
+
+  def chunk(i):
+    part = jax.lax.dynamic_slice_in_dim(hidden, i, CHUNK, axis=1)
+    return sharding.by_row(likeliest, model.logits(part))
+
+  parts = jax.lax.map(chunk, jnp.arange(0, M, CHUNK))
+  return _joined(parts, B, M)
+
+
+def _tokens(T, lengths, *, bidirectional):
+  """Documents of `lengths` tokens [B] in rows of T."""
+  places = jnp.arange(T)[None]
+  real = places < lengths[:, None]
+  # Padding gets position 0: a row may be longer than a learned table.
+  positions = jnp.where(real, places, 0)
+  prefix = real if bidirectional else None
+  return attention.Tokens(positions, real.astype(jnp.int32), prefix)
+
+
+def _joined(parts, B, T):
+  """Arrays [T / CHUNK, B, CHUNK, ...] as [B, T, ...]."""
+  return jax.tree.map(
+    lambda x: jnp.moveaxis(x, 0, 1).reshape(B, T, *x.shape[3:]), parts
+  )

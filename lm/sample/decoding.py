@@ -121,10 +121,13 @@ def read(
   The first step of `decode` reads the last token: the same program draws every
   token, and prefill needs no output head. P is 1, or on a mesh the number of
   devices along the batch; each device reads the same prompt.
+
+  `lengths` are the tokens to keep. With `bidirectional`, `inputs` also holds
+  the last token of the prompt, right after these: all others attend to it.
   """
   model = nnx.merge(graph, state)
   places = jnp.arange(inputs.shape[1])[None]
-  real = places < lengths[:, None]
+  real = places < lengths[:, None] + bidirectional
   tokens = attention.Tokens(
     # Padding gets position 0: a bucket may be longer than a learned table.
     positions=jnp.where(real, places, 0),

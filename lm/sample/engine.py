@@ -203,14 +203,16 @@ class Engine:
     )
 
   def _read(self, prompt: list[int], both_ways: bool) -> list[kv_cache.Cache]:
-    n_read = len(prompt) - 1
+    n_kept = len(prompt) - 1
+    # Read in both directions, the last token is seen by all others.
+    n_read = n_kept + both_ways
     inputs = np.full(
       (self.model.ways, min(bucket(n_read, MIN_PROMPT), self._longest)),
       self.model.tokenizer.pad,
       np.int32,
     )
-    inputs[:, :n_read] = prompt[:-1]
-    lengths = np.full(self.model.ways, n_read, np.int32)
+    inputs[:, :n_read] = prompt[:n_read]
+    lengths = np.full(self.model.ways, n_kept, np.int32)
     place = self.model.place
     return [
       decoding.read(

@@ -142,57 +142,92 @@ def _shape(numbers: list[str]) -> tuple[int, ...]:
 
 
 class Prompts:
-  """Defines the flags of prompts, and reads the flags."""
+  """Defines the flags of prompts and of infilling, and reads the flags.
 
-  names = ("prompt", "prompt_file", "infill_suffix", "infill_order")
+  `suffix` is the text after the gap once `texts` has run; None: no infilling.
+  """
+
+  names = (
+    "prompt",
+    "prompt_file",
+    "prefix_file",
+    "suffix",
+    "suffix_file",
+    "fim_order",
+  )
 
   def __init__(self):
+    self.suffix: str | None = None
     self._prompt = flags.DEFINE_multi_string(
       "prompt", [], "Text to continue; repeat it for several. Default: none."
     )
     self._file = cli.define_paths(
       "prompt_file", "File whose whole text is one more prompt."
     )
+    self._prefix_file = cli.define_path(
+      "prefix_file",
+      "File of the text before a gap, as --prompt_file; beside --suffix or "
+      "--suffix_file.",
+    )
     self._suffix = flags.DEFINE_string(
-      "infill_suffix",
+      "suffix",
       None,
-      "Write what belongs between the prompt and this. Only for models that "
-      "were trained to fill gaps.",
+      "Infilling: write what belongs between the prompt and this text. The "
+      "model must have been trained with the fim objective; any other model "
+      "writes noise.",
+    )
+    self._suffix_file = cli.define_path(
+      "suffix_file", "File whose whole text is the --suffix."
     )
     self._order = flags.DEFINE_enum(
-      "infill_order",
+      "fim_order",
       "psm",
-      ["psm", "spm"],
-      "Which comes first: prefix or suffix.",
+      list(fim.ORDERS),
+      "Infilling: what the model reads first, the prefix (psm) or the suffix "
+      "(spm).",
     )
 
-  @property
-  def suffix(self) -> str:
-    """Text after the gap to fill; empty without --infill_suffix."""
-    return self._suffix.value or ""
-
   def texts(self) -> list[str]:
-    """The prompts, at least one. Raises ConfigError on an unreadable file, and
-    on an --infill_suffix beside several prompts.
+    """The prompts, at least one. Raises ConfigError on an unreadable file, on a
+    suffix given twice, and on a suffix beside several prompts.
     """
     texts = list(self._prompt.value)
     texts += [read_text("prompt_file", path) for path in self._file.value]
-    require_beside("infill_order", "infill_suffix")
-    if self._suffix.value is not None:
-      tokenizer_lib.check_text("--infill_suffix", self.suffix)
-      if len(texts) > 1:
-        raise schema.ConfigError(
-          f"--infill_suffix: fills one gap; give one prompt, not {len(texts)}"
-        )
+    if self._prefix_file.value is not None:
+      texts.append(read_text("prefix_file", self._prefix_file.value))
+    self.suffix = self._read_suffix()
+    if self.suffix is None:
+      for name in ("prefix_file", "fim_order"):
+        if given(name):
+          raise schema.ConfigError(
+            f"--{name}: is for --suffix or --suffix_file; add one of them, or "
+            "leave it out"
+          )
+    elif len(texts) > 1:
+      raise schema.ConfigError(
+        f"--suffix: fills one gap; give one prompt, not {len(texts)}"
+      )
     return texts or [""]
+
+  def _read_suffix(self) -> str | None:
+    text, path = self._suffix.value, self._suffix_file.value
+    if path is None:
+      if text is not None:
+        tokenizer_lib.check_text("--suffix", text)
+      return text
+    if text is not None:
+      raise schema.ConfigError(
+        "--suffix_file: the suffix is given by --suffix too; leave one out"
+      )
+    return read_text("suffix_file", path)
 
   def infilled(
     self,
     requests: list[request_lib.Request],
     tokenizer: tokenizer_lib.Tokenizer,
   ) -> list[request_lib.Request]:
-    """The requests; --infill_suffix turns the prompt into an infilling one."""
-    if self._suffix.value is None:
+    """The requests; a suffix turns the one prompt into an infilling prompt."""
+    if self.suffix is None:
       return requests
     prompt = str(requests[0].prompt)
     ids = fim.fim_ids(tokenizer, prompt, self.suffix, self._order.value)

@@ -73,7 +73,8 @@ class Request:
   alternatives: schema.Natural = 0
   # Reports log-probabilities after the rules, not the model's own.
   processed: bool = False
-  # Prompt tokens attend in both directions, as in a prefix LM.
+  # The prompt is read in both directions; for a model trained so (prefix LM,
+  # span corruption): any other model writes noise.
   bidirectional_prompt: bool = False
 
 
@@ -158,6 +159,17 @@ class NextToken:
   candidates: list[Candidate]
   entropy: float
   chosen: Candidate
+
+
+@dataclasses.dataclass(frozen=True)
+class Masked:
+  """A masked position: the likeliest ids for it, likeliest first, and the
+  entropy of the distribution in bits. `place` counts tokens from 0, the bos.
+  """
+
+  place: int
+  candidates: list[Alternative]
+  entropy: float
 
 
 @dataclasses.dataclass(frozen=True)

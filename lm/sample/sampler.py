@@ -1,7 +1,8 @@
 """Python interface to a trained model: sampling, beam search, scoring.
 
 `generate` and `stream` continue prompts, `next_token` returns one next-token
-distribution, `score` the log-probabilities of a text. Samples are drawn in the
+distribution, `score` the log-probabilities of a text, `fill` the likeliest
+tokens of its masks. Samples are drawn in the
 slots of an `Engine` (lm/sample/engine.py); prompts are padded on the right to a
 power of two.
 
@@ -19,12 +20,14 @@ import jax
 import numpy as np
 
 from lm import checkpoint, schema
+from lm.data import marked
 from lm.data import tokenizer as tokenizer_lib
 from lm.sample import beam, loaded_model, rules, scoring
 from lm.sample import engine as engine_lib
 from lm.sample import request as request_lib
 from lm.sample.request import (
   Candidate,
+  Masked,
   NextToken,
   Piece,
   Request,
@@ -178,6 +181,15 @@ class Sampler(loaded_model.LoadedModel):
     ids = self.encode(text) + [self.tokenizer.eos] * eos
     found = self.scoring(ids, alternatives, stride)
     return scoring.collect(self, ids, found)
+
+  def fill(self, text: str, n: int = 5) -> list[Masked]:
+    """The `n` likeliest ids for each <mask> of a text, which is read in both
+    directions; for a model trained with the masked objective.
+
+    Each mask is filled as if alone: likeliest fillings need not fit each other.
+    Raises ConfigError without a <mask>, and beyond the context.
+    """
+    return scoring.fill(self, marked.mask_ids(self.tokenizer, text), n)
 
   def scoring(
     self, ids: Sequence[int], alternatives: int = 0, stride: int | None = None

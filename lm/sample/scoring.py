@@ -1,4 +1,5 @@
-"""Scores a text of any length, window by window (lm/model/scoring.py).
+"""Scores a text of any length, window by window, and fills masks
+(lm/model/scoring.py).
 
 N tokens of a window, A alternatives.
 """
@@ -92,3 +93,60 @@ def collect(
     alternatives=others,
     n_bytes=loaded.tokenizer.n_bytes(scored),
   )
+
+
+def fill(
+  loaded: loaded_model.LoadedModel, ids: Sequence[int], n_candidates: int
+) -> list[request_lib.Masked]:
+  """The `n_candidates` likeliest ids for each mask of `ids`, in order.
+
+  `ids` is a whole document, bos and eos included, and is read in both
+  directions in one device call. Raises ConfigError without a mask, on more
+  tokens than the context, and on more candidates than ids.
+  """
+  tokenizer, context = loaded.tokenizer, loaded.cfg.context_length
+  places = [i for i, token in enumerate(ids) if token == tokenizer.mask]
+  for name, value, holds, rule in (
+    ("masks", 0, places, "the text must have one at least"),
+    (
+      "tokens",
+      len(ids),
+      len(ids) <= context,
+      f"the text must fit the context of {context}; shorten it",
+    ),
+    (
+      "candidates",
+      n_candidates,
+      1 <= n_candidates <= tokenizer.size,
+      f"must be in [1, {tokenizer.size}]",
+    ),
+  ):
+    schema.require(bool(holds), name, value, rule)
+  inputs = np.full(
+    (loaded.ways, engine_lib.bucket(len(ids), scoring.CHUNK)),
+    tokenizer.pad,
+    np.int32,
+  )
+  inputs[:, : len(ids)] = ids
+  n_masked = engine_lib.bucket(len(places), scoring.CHUNK)
+  masked = np.zeros((loaded.ways, n_masked), np.int32)
+  masked[:, : len(places)] = places
+  lengths = np.full(loaded.ways, len(ids), np.int32)
+  with loaded.in_mesh():
+    found = scoring.fill(
+      loaded.graph,
+      loaded.state,
+      *map(loaded.place, (inputs, lengths, masked)),
+      n_ids=tokenizer.size,
+      n_alternatives=n_candidates,
+    )
+    found = loaded.fetch(found)
+  rows = zip(places, *(x[0].tolist() for x in found), strict=False)
+  return [
+    request_lib.Masked(
+      place,
+      [request_lib.Alternative(*one) for one in zip(ids, logs, strict=True)],
+      entropy,
+    )
+    for place, ids, logs, entropy in rows
+  ]

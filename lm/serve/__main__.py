@@ -1,4 +1,7 @@
-"""Serves a checkpoint: OpenAI's API under /v1, and a page at /.
+"""Serves a checkpoint: OpenAI's API under /v1, and two pages.
+
+The page at / shows the distribution of the next token, the page at /chat holds
+a conversation, if the checkpoint has a chat template.
 
 python -m lm.serve --workdir=RUN [--port=8000] [--api_key_env=MY_KEY]
 
@@ -47,7 +50,10 @@ _MAX_CONNECTIONS_PER_CLIENT = flags.DEFINE_integer(
   "Of one address; 0, as behind a proxy: no limit.",
 )
 _WARMUP = flags.DEFINE_bool(
-  "warmup", True, "Compile for all lengths of prompts before serving any."
+  "warmup",
+  True,
+  "Compile for all lengths of prompts before the first request is served; "
+  "/health says 503 until then.",
 )
 _API_KEY_ENV = flags.DEFINE_string(
   "api_key_env",
@@ -120,11 +126,12 @@ def _serve(name: str, sockets: list[socket.socket], limits) -> None:
   from lm.serve import worker as worker_lib
 
   sampler = sample_flags.sampler()
-  worker = worker_lib.Worker(sampler, _SLOTS.value, _MAX_QUEUE.value)
-  if _WARMUP.value:
-    worker.warm_up(
-      lambda text: print(f"warming up: {text}", file=sys.stderr, flush=True)
-    )
+  worker = worker_lib.Worker(
+    sampler,
+    _SLOTS.value,
+    _MAX_QUEUE.value,
+    _tell_warm_up if _WARMUP.value else None,
+  )
   config = uvicorn.Config(
     app.make(worker, name, limits),
     http=connections.limited(limits),
@@ -154,7 +161,14 @@ def _serve(name: str, sockets: list[socket.socket], limits) -> None:
   # signals, and the exit code stays 0.
   for stop in _STOPS:
     signal.signal(stop, server.handle_exit)
+  worker.on_failure = lambda: setattr(server, "should_exit", True)
   server.run(sockets)
+  if worker.failure is not None:
+    raise worker.failure
+
+
+def _tell_warm_up(text: str) -> None:
+  print(f"warming up: {text}", file=sys.stderr, flush=True)
 
 
 def _check_flags() -> None:

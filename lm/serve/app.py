@@ -18,8 +18,8 @@ from starlette import applications, exceptions, requests, responses, routing
 from starlette import middleware as middleware_lib
 from starlette import types as asgi
 
+from lm.sample import colours, scoring
 from lm.sample import request as request_lib
-from lm.sample import scoring
 from lm.serve import answers, fields, guard, protocol
 from lm.serve import worker as worker_lib
 
@@ -27,10 +27,15 @@ from lm.serve import worker as worker_lib
 # single thread: short requests then find a free thread and the GIL.
 _BULK = 1 << 14
 
-# Files of the page, by URL path. The content security policy forbids inline
+# Files of the pages, by URL path. The content security policy forbids inline
 # scripts and loads from elsewhere.
 _HERE = pathlib.Path(__file__).parent
-_PAGE = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js"}
+_SCRIPTS = ("shared.js", "page.js", "chat.js")
+_PAGE = {
+  "/": "page.html",
+  "/chat": "chat.html",
+  **{f"/{name}": name for name in ("page.css", *_SCRIPTS)},
+}
 _PAGE_HEADERS = {
   "content-security-policy": (
     "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -52,6 +57,7 @@ def make(
   return applications.Starlette(
     routes=[
       *(routing.Route(path, app.page, methods=get) for path in _PAGE),
+      routing.Route("/heat.css", app.heat, methods=get),
       routing.Route("/health", app.health, methods=get),
       routing.Route("/v1/models", app.models, methods=get),
       routing.Route("/v1/models/{name:path}", app.model, methods=get),
@@ -87,6 +93,7 @@ class _App:
       "created": int(time.time()),
       "owned_by": "next-token",
       "context_length": self._sampler.cfg.context_length,
+      "chat": self._sampler.tokenizer.chat_template is not None,
     }
 
   @contextlib.asynccontextmanager
@@ -101,14 +108,25 @@ class _App:
     path = _HERE / _PAGE[request.url.path]
     return responses.FileResponse(path, headers=_PAGE_HEADERS)
 
+  async def heat(self, request: requests.Request) -> responses.Response:
+    return responses.Response(
+      colours.css(), headers=_PAGE_HEADERS, media_type="text/css"
+    )
+
   async def health(self, request: requests.Request) -> responses.Response:
-    healthy = self._worker.healthy
+    """Status 200 once the warm-up has ended, 503 before and at the end."""
+    worker, status = self._worker, "ok"
+    if not worker.healthy:
+      status = "unavailable"
+    elif not worker.ready:
+      status = "warming up"
     content = {
-      "status": "ok" if healthy else "unavailable",
-      "live": self._worker.n_live,
-      "slots": self._worker.n_slots,
+      "status": status,
+      "compiling": worker.compiles,
+      "live": worker.n_live,
+      "slots": worker.n_slots,
     }
-    return responses.JSONResponse(content, 200 if healthy else 503)
+    return responses.JSONResponse(content, 200 if status == "ok" else 503)
 
   async def models(self, request: requests.Request) -> responses.Response:
     return responses.JSONResponse({"object": "list", "data": [self._card]})

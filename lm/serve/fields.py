@@ -14,7 +14,6 @@ _LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 # value is accepted.
 _ABSENT: dict[str, tuple[Any, ...]] = {
   "best_of": (1,),
-  "suffix": ("",),
   "tools": ([],),
   "tool_choice": ("none", "auto"),
   "parallel_tool_calls": (True, False),

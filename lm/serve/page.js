@@ -1,10 +1,8 @@
 "use strict";
-const $ = id => document.getElementById(id);
 const SLIDERS = ["temperature", "min_p", "top_k", "top_p"];
 // A slider's places for k; the last is off.
 const K = [0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 100, 200, 500, 1000, 0];
 const CUTS = {temperature: "greedy", min_p: "min-p", top_k: "top-k", top_p: "top-p"};
-const HOTTEST = 12;
 let context = Infinity;
 // Tokens shown; how many of them were typed; ids with bos; the last answer.
 let tokens = [], given = 0, ids = [], found = null;
@@ -13,23 +11,6 @@ let unread = true;
 let running = false, timer = 0, asking = null, pending = Promise.resolve();
 // What was pressed, one after another, and how much of it is not done.
 let presses = Promise.resolve(), waiting = 0;
-
-async function ask(path, body, signal) {
-  const key = sessionStorage.getItem("api_key");
-  const headers = key ? {Authorization: `Bearer ${key}`} : {};
-  if (body) headers["Content-Type"] = "application/json";
-  const answer = await fetch(`v1/${path}`, {
-    method: body ? "POST" : "GET", headers, signal,
-    body: body && JSON.stringify(body),
-  });
-  const content = await answer.json();
-  if (answer.ok) return content;
-  if (answer.status === 401 && $("access").hidden) {
-    $("access").hidden = false;
-    $("api_key").focus();
-  }
-  throw new Error(content.error.message);
-}
 
 function rules() {
   return {
@@ -50,8 +31,8 @@ function look() {
     try {
       const prompt = typed ?? ids;
       const [next, score] = await Promise.all([
-        full ? null : ask("next_token", {prompt, candidates: 20, ...rules()}, mine.signal),
-        typed === undefined ? null : ask("score", {input: typed}, mine.signal),
+        full ? null : answer("next_token", {prompt, candidates: 20, ...rules()}, mine.signal),
+        typed === undefined ? null : answer("score", {input: typed}, mine.signal),
       ]);
       if (mine !== asking) return;
       if (score) {
@@ -73,6 +54,7 @@ function look() {
     }
     draw();
   })();
+  watch(pending, () => mine === asking);
   return pending;
 }
 
@@ -96,11 +78,6 @@ function reread(wait) {
   halt();
   unread = true;
   later(wait);
-}
-
-function say(text) {
-  $("alert").hidden = !text;
-  $("alert").textContent = text;
 }
 
 function halt() {
@@ -144,23 +121,7 @@ function undo() {
   });
 }
 
-// What a token spells, made visible on one line.
-function visible(candidate) {
-  if (!candidate.bytes.length) return candidate.token;
-  return candidate.token.replace(/ /g, "\u2423").replace(/\n/g, "\u23ce")
-    .replace(/\t/g, "\u21e5").replace(/^bytes:/, "")
-    .replace(/[\0-\x1f\x7f-\x9f]/g, c => "\\x" + c.charCodeAt(0).toString(16).padStart(2, "0"));
-}
-
-const percent = share => share === 0 ? "0 %" : share < 0.0005 ? "<0.1 %" : `${(100 * share).toFixed(1)} %`;
-
-function element(name, parent, kind, text) {
-  const made = document.createElement(name);
-  if (kind) made.className = kind;
-  if (text !== undefined) made.textContent = text;
-  parent.append(made);
-  return made;
-}
+const clear = () => reread(0);
 
 function drawText() {
   const panel = $("text"), decoder = new TextDecoder();
@@ -168,7 +129,7 @@ function drawText() {
   tokens.forEach((token, i) => {
     let text = decoder.decode(new Uint8Array(token.bytes), {stream: true});
     const kind = i < given ? "given" : "own";
-    const span = element("span", panel, kind);
+    const span = element("span", panel, `heat ${kind}`);
     if (!token.bytes.length) [text] = [token.name, span.classList.add("special")];
     if (!text) span.classList.add("part");
     span.textContent = text.replace(/\n/g, "\u21b5\n");
@@ -256,9 +217,10 @@ async function start() {
   say("");
   await look();
   try {
-    const {data: [card]} = await ask("models");
+    const {data: [card]} = await answer("models");
     context = card.context_length;
     $("model").textContent = `${card.id}, context of ${context} tokens`;
+    $("other").hidden = !card.chat;
   } catch (error) { say(error.message); }
 }
 
@@ -267,27 +229,23 @@ $("prompt").oninput = () => reread(250);
 $("step").onclick = step;
 $("run").onclick = run;
 $("undo").onclick = undo;
-$("clear").onclick = () => reread(0);
+$("clear").onclick = clear;
 $("dice").onclick = () => { $("seed").value = crypto.getRandomValues(new Uint32Array(1))[0]; later(0); };
 $("reset").onclick = () => {
   for (const id of SLIDERS) $(id).value = $(id).defaultValue;
   show();
   later(0);
 };
-$("access").onsubmit = event => {
-  event.preventDefault();
-  sessionStorage.setItem("api_key", $("api_key").value);
-  $("access").hidden = true;
-  start();
-};
 document.onkeydown = event => {
   const field = event.target.closest("input, textarea");
+  if (field && event.key === "Escape") field.blur();
   if (field || event.ctrlKey || event.altKey || event.metaKey) return;
   const rows = [...document.querySelectorAll("#bars button")];
   const here = rows.indexOf(document.activeElement);
   const act = {
-    ArrowRight: step, ArrowLeft: undo, r: run, R: run,
-    ArrowDown: here >= 0 && (() => rows[here + 1]?.focus()),
+    ArrowRight: step, ArrowLeft: undo, r: run, R: run, c: clear, C: clear,
+    // Within the text the arrows scroll.
+    ArrowDown: document.activeElement !== $("text") && (() => rows[here + 1]?.focus()),
     ArrowUp: here >= 0 && (() => rows[here - 1]?.focus()),
   }[event.key];
   if (!act) return;

@@ -14,6 +14,8 @@ from typing import Any
 
 from lm import schema
 from lm.data import chat as chat_lib
+from lm.data import fim
+from lm.data import tokenizer as tokenizer_lib
 from lm.sample import request as request_lib
 from lm.sample import sampler as sampler_lib
 from lm.serve import fields as fields_lib
@@ -37,7 +39,10 @@ _LISTS = {"stop": str, "forbidden": int, "stop_ids": int}
 # Limit on the ids in a response: prompt tokens with their alternatives.
 MAX_LISTED = 1 << 20
 _OUTPUT = ("max_tokens", "n", "stream", "stream_options", "logprobs")
-COMPLETION = ("prompt", "add_bos", "echo", *_OUTPUT, *_RULES)
+COMPLETION = (
+  *("prompt", "suffix", "fim_order", "add_bos", "echo"),
+  *(*_OUTPUT, *_RULES),
+)
 CHAT = ("messages", "max_completion_tokens", "top_logprobs", *_OUTPUT, *_RULES)
 NEXT_TOKEN = ("prompt", "add_bos", "candidates", *_RULES)
 SCORE = ("input", "add_bos", "alternatives")
@@ -76,8 +81,9 @@ def completion(sampler: sampler_lib.Sampler, model: str, body: bytes) -> Plan:
     raise fields_lib.Refusal(400, "prompt: missing", "prompt")
   shown = _prompts(fields["prompt"])
   requests, prompts, n_hidden = [], [], []
+  infill = _infill(sampler, fields, shown, echo)
   for prompt in shown:
-    ids, hidden = _encode(sampler, fields, prompt)
+    ids, hidden = (infill or _encode)(sampler, fields, prompt)
     room = max(sampler.cfg.context_length - len(ids), 1)
     n_tokens = min(DEFAULT_TOKENS, room) if limit is None else limit
     prompts.append(ids)
@@ -179,6 +185,47 @@ def _encode(
   if not is_text and with_bos and prompt:  # no ids are bos already
     ids = [sampler.tokenizer.bos, *ids]
   return ids, int(with_bos)
+
+
+def _infill(
+  sampler: sampler_lib.Sampler,
+  fields: fields_lib.Fields,
+  shown: Sequence[str | list[int]],
+  echo: bool,
+) -> Callable | None:
+  """`_encode` for prompts with a `suffix`: the completion is what belongs
+  between the two (lm/data/fim.py). None without a suffix, or with an empty one.
+
+  Raises Refusal beside `echo`, and on a prompt of ids.
+  """
+  suffix = fields_lib.typed(fields, "suffix", str, "")
+  order = fields_lib.typed(fields, "fim_order", str, "psm")
+  if order not in fim.ORDERS or ("fim_order" in fields and not suffix):
+    raise fields_lib.Refusal(
+      400,
+      f"fim_order={fields_lib.short(order)}: must be one of "
+      f"{', '.join(fim.ORDERS)}, beside a suffix",
+      "fim_order",
+    )
+  if not suffix:
+    return None
+  if echo:
+    raise fields_lib.Refusal(
+      400, "echo: has no part in infilling; leave out echo or suffix", "echo"
+    )
+  if not all(isinstance(prompt, str) for prompt in shown):
+    raise fields_lib.Refusal(
+      400, "suffix: needs a prompt of text, not of ids", "suffix"
+    )
+  _checked(tokenizer_lib.check_text, "suffix", suffix)
+
+  def encode(sampler, fields, prompt):
+    _checked(tokenizer_lib.check_text, "prompt", prompt)
+    ids = fim.fim_ids(sampler.tokenizer, prompt, suffix, order)
+    with_bos = fields_lib.typed(fields, "add_bos", bool, True)
+    return ids[not with_bos :], int(with_bos)
+
+  return encode
 
 
 def _check_listed(name: str, n_tokens: int, n_alternatives: int) -> None:

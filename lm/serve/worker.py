@@ -1,8 +1,8 @@
 """The sampler thread owns the device; the event loop sends requests to it.
 
-Methods without underscore are called by the event loop (`warm_up` before the
-thread starts). Commands reach the thread through a queue; the thread answers by
-`call_soon_threadsafe`. No state has two writers.
+Methods without underscore are called by the event loop (`warm_up` by the
+thread, before the first command). Commands reach the thread through a queue;
+the thread answers by `call_soon_threadsafe`. No state has two writers.
 
 The thread alternates between decode steps of running samples and slices of
 tasks, e.g. scoring. A slice is a single device call. While samples run, tasks
@@ -28,7 +28,7 @@ from lm import schema
 from lm.sample import engine as engine_lib
 from lm.sample import request as request_lib
 from lm.sample import sampler as sampler_lib
-from lm.serve import fields
+from lm.serve import compiling, fields
 
 # Decode steps per turn of the thread: few while a client streams, or while
 # free slots wait for prefill.
@@ -75,13 +75,24 @@ class _Task:
 class Worker:
   """Runs `sampler` for many callers; `max_queue` samples may wait for a slot.
 
-  `n_live` counts the samples and tasks admitted and not yet ended.
+  With `tell`, the thread begins with `warm_up(tell)`; what callers send
+  meanwhile waits. `ready` is True after that, `failure` what ended the warm-up,
+  or None; `on_failure` is then called by the event loop. `n_live` counts the
+  samples and tasks admitted and not yet ended.
   """
 
   def __init__(
-    self, sampler: sampler_lib.Sampler, n_slots: int, max_queue: int
+    self,
+    sampler: sampler_lib.Sampler,
+    n_slots: int,
+    max_queue: int,
+    tell: Callable[[str], None] | None = None,
   ):
     self.sampler = sampler
+    self.ready = tell is None
+    self.failure: Exception | None = None
+    self.on_failure: Callable[[], Any] = lambda: None
+    self._tell = tell
     self.n_slots, self.capacity = n_slots, n_slots + max_queue
     self.n_live = 0
     self.refusing = False
@@ -101,12 +112,12 @@ class Worker:
     )
 
   def warm_up(self, tell: Callable[[str], None]) -> None:
-    """Warm-up before the thread starts: compiles scoring, prefill and decode
-    for each bucket of prompt lengths. Calls `tell` with each bucket.
+    """Compiles scoring, prefill and decode for each bucket of prompt lengths.
+    Calls `tell` with each bucket. Ends early once the worker is interrupted.
     """
     context, bos = self.sampler.cfg.context_length, self.sampler.tokenizer.bos
     n = engine_lib.MIN_PROMPT
-    while True:
+    while not self.refusing:
       tell(f"{n} tokens")
       list(self.sampler.scoring([bos] * (min(n, context) + 1)))
       # Prefill omits the last token of a prompt; decode starts from that token.
@@ -124,12 +135,18 @@ class Worker:
   # --- For the event loop ----------------------------------------------------
 
   def start(self) -> None:
+    compiling.watch()
     self._loop = asyncio.get_running_loop()
     self._thread.start()
 
   @property
   def healthy(self) -> bool:
     return self._thread.is_alive() and not self.refusing
+
+  @property
+  def compiles(self) -> bool:
+    """Whether the thread compiles a program at this moment."""
+    return compiling.compiles(self._thread)
 
   def interrupt(self) -> None:
     """Cancels all samples and tasks; every caller gets Refusal (503)."""
@@ -219,6 +236,14 @@ class Worker:
   # --- The thread ------------------------------------------------------------
 
   def _run(self) -> None:
+    if self._tell is not None:
+      try:
+        self.warm_up(self._tell)
+      except Exception as error:
+        self.failure, self.refusing = error, True
+        self._post(self.on_failure)
+        # Callers who wait get their Refusal by the commands of `stop`.
+      self.ready = not self.refusing
     while self._turn():
       pass
 
