@@ -7,7 +7,9 @@ Model, optimizer and corpus are those of configs/quickstart.py; the rows are a
 mixture, and validation has each objective (docs/one_mechanism.md).
 
 Hardware: 2 CPU cores, 10 minutes.
-Evidence: not measured yet.
+Evidence: validation losses in docs/one_mechanism.md; 1.5862 bits per byte of
+the causal source, with 0.3 of the rows that configs/quickstart.py gives it
+(1.4685).
 """
 
 import pathlib

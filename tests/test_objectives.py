@@ -2,7 +2,9 @@
 recovered from rows, and numbers that do not depend on the packing.
 """
 
+import copy
 import dataclasses
+import io
 import itertools
 from unittest import mock
 
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rich.console
 from hypothesis import strategies as st
 
 from lm import config as config_lib
@@ -18,7 +21,9 @@ from lm import schema
 from lm.data import fim, objectives, packing, pipeline
 from lm.data import store as store_lib
 from lm.data import tokenizer as tokenizer_lib
+from lm.evaluate import corpora
 from lm.model import decoder, scoring
+from lm.train import loop, metrics
 
 BYTES = tokenizer_lib.Tokenizer()
 PAD, BOS, EOS, MASK = BYTES.pad, BYTES.bos, BYTES.eos, BYTES.mask
@@ -478,3 +483,42 @@ def test_a_source_without_targets_is_refused(stores, monkeypatch):
   monkeypatch.setattr(objectives, "causal", unscored)
   with pytest.raises(schema.ConfigError, match="nothing to learn"):
     pipeline.scored_share(config, prepared, 0)
+
+
+def test_a_mixture_trains_and_each_objective_has_its_loss(make, tmp_path):
+  """All objectives in one run, on a mesh; `lm.evaluate` finds for each what the
+  run reports, and the run's own loss is that of the causal source.
+  """
+  config = make(train__steps=4, train__eval_every=4, train__eval_batches=None)
+  text = config.data.validation[0].replace("cli", "digest")
+  config.data.train = tuple(f"{text}|{name}" for name in ALL)
+  config.data.validation = (text, *config.data.train[1:])
+  workdir = str(tmp_path)
+  assert loop.train(config, workdir) == 0
+  last = metrics.read(workdir)[-1]
+  assert last["eval/loss"] == last[f"eval/{text}/loss"]
+  n_tokens = {s: last[f"eval/{s}/tokens"] for s in config.data.validation}
+  assert len(set(n_tokens.values())) >= 6
+  evaluation = corpora.evaluate(
+    workdir,
+    specs=[],
+    step=None,
+    stride=None,
+    batch_size=16,  # other than in training
+    data={},
+    output=None,
+  )
+  assert [r.source for r in evaluation.results] == [*config.data.validation]
+  for result in evaluation.results[1:]:
+    wanted = last[f"eval/{result.source}/loss"]
+    assert result.totals.loss == pytest.approx(wanted, rel=1e-5)
+    assert result.totals.n_tokens == pytest.approx(n_tokens[result.source])
+  console = rich.console.Console(file=io.StringIO(), width=200)
+  corpora.show(evaluation, console, documents=False)
+  corpora.write(evaluation, str(tmp_path / "e.json"), documents=True)
+  for other in ("fim(rate=1)", "masked(rate=0.3)"):
+    changed = copy.deepcopy(config)
+    changed.data.train = (*config.data.train[:-1], f"{text}|{other}")
+    changed.train.steps = 6
+    with pytest.raises(schema.ConfigError, match="other data"):
+      loop.train(changed, workdir)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -17,9 +16,12 @@ import rich.table
 
 from lm import checkpoint, files, schema, sharding
 from lm import config as config_lib
+from lm.data import pipeline
 from lm.data import sources as sources_lib
+from lm.data import store as store_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.evaluate import perplexity
+from lm.model import decoder
 
 # Documents listed at each end of a ranking.
 _N_RANKED = 3
@@ -29,7 +31,9 @@ _MAX_TOKENS = 1 << 26
 
 @dataclasses.dataclass
 class Result:
-  """Scores of a source's documents; `n_skipped` more were not UTF-8."""
+  """Scores of a source's documents; `n_skipped` more were not UTF-8. A source
+  of another objective than `causal` has one score: of its rows.
+  """
 
   source: str
   documents: list[perplexity.DocumentScore]
@@ -71,7 +75,9 @@ def evaluate(
   data: dict[str, Any],
   output: str | None,
 ) -> Evaluation:
-  """Scores every document of the sources `specs` with a checkpoint.
+  """Scores every document of the sources `specs` with a checkpoint; where a
+  source names another objective than `causal`, the rows that training has as
+  validation.
 
   Defaults for None or empty: the last step; a `stride` of the context length
   (only a document's last window overlaps); the rows of a training microbatch;
@@ -94,27 +100,78 @@ def evaluate(
       f"be at most {_MAX_TOKENS // context}, so that the host can hold a batch"
     )
   data_config = dataclasses.replace(config.data, **data)
+  tokenizer = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
   sources = [
-    sources_lib.open_source(spec, data_config)
-    for spec in specs or config.data.validation
+    _open(name, tokenizer, data_config)
+    for name in specs or config.data.validation
   ]
-  for source in sources:
-    _check_text(source)
   rows = config.train.batch_size // config.train.microbatches
   rows = rows if batch_size is None else batch_size
   mesh, n_rows = _make_mesh(config, rows)
+  score_step = perplexity.eval_step(config.model)
   with jax.set_mesh(mesh), _progress() as progress:
-    score = functools.partial(
-      perplexity.evaluate_source,
-      perplexity.eval_step(config.model),
-      checkpoint.load_params(workdir, config.model, meta.step, mesh),
-      tokenizer=tokenizer_lib.Tokenizer.from_json(meta.tokenizer),
-      n_rows=n_rows,
-      context=context,
-      stride=stride,
-    )
-    results = [_collect(source, score(source), progress) for source in sources]
+    params = checkpoint.load_params(workdir, config.model, meta.step, mesh)
+    results = []
+    for source in sources:
+      if isinstance(source, store_lib.TokenStore):
+        results.append(
+          _score_rows(config, n_rows, score_step, params, source, tokenizer)
+        )
+        continue
+      scores = perplexity.evaluate_source(
+        score_step,
+        params,
+        source,
+        tokenizer,
+        n_rows=n_rows,
+        context=context,
+        stride=stride,
+      )
+      results.append(_collect(source, scores, progress))
   return Evaluation(workdir, meta.step, context, stride, results)
+
+
+def _open(
+  name: str,
+  tokenizer: tokenizer_lib.Tokenizer,
+  data: config_lib.DataConfig,
+) -> sources_lib.Source | store_lib.TokenStore:
+  """A source, of which documents are read; or the token store of a source with
+  an objective, of which rows are read.
+  """
+  spec, objective = config_lib.split_source(name)
+  if objective != config_lib.Causal():
+    return store_lib.prepare_sources([name], tokenizer, data)[0]
+  source = sources_lib.open_source(spec, data)
+  _check_text(source)
+  return source
+
+
+def _score_rows(
+  config: config_lib.Config,
+  n_rows: int,
+  step: perplexity.Step,
+  params: decoder.Params,
+  source: store_lib.TokenStore,
+  tokenizer: tokenizer_lib.Tokenizer,
+) -> Result:
+  """Scores the rows of a source with an objective, as in training."""
+  train = dataclasses.replace(
+    config.train, batch_size=n_rows, eval_batches=None
+  )
+  prepared = store_lib.Prepared(tokenizer, [], [source])
+  batches = pipeline.validation_batches(
+    dataclasses.replace(config, train=train), prepared
+  )
+  totals = perplexity.evaluate_batches(
+    step,
+    params,
+    (perplexity.place_rows(batch) for _, batch in batches),
+    tokenizer.byte_lengths,
+  )
+  assert totals is not None, "nothing stops it"
+  rows = f"rows of {config.train.sequence_length} tokens"
+  return Result(source.spec, [perplexity.DocumentScore(rows, totals)], 0)
 
 
 def _collect(

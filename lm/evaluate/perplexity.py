@@ -216,7 +216,7 @@ def evaluate_source(
 
   table = np.asarray(tokenizer.byte_lengths, np.int32)
   results = _ahead(
-    (places, step(params, _place(batch), table).nll)
+    (places, step(params, place_rows(batch), table).nll)
     for batch, places in windows.pack(documents(), n_rows, context, stride)
   )
   scored = Totals()  # of the oldest document in progress
@@ -242,7 +242,7 @@ def _ahead(results: Iterable[Any]) -> Iterator[Any]:
   yield from queue
 
 
-def _place(batch: batch_lib.Batch) -> batch_lib.Batch:
+def place_rows(batch: batch_lib.Batch) -> batch_lib.Batch:
   """Places this process's rows of a batch on the mesh in context, if any; every
   process passes the whole batch.
   """
