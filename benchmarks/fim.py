@@ -1,0 +1,118 @@
+"""Fill-in-the-middle for free? python benchmarks/fim.py [--seeds=3] [--steps=N]
+
+Trains configs/quickstart.py twice for each seed, causal and with half of the
+documents reordered (`|fim`), at the same budget, both packed best-fit. Prints
+the causal validation loss of both and their ratio, and the share of held-out
+single-line gaps that each fills exactly (greedy): the FIM model reads prefix
+and suffix, the causal model only the prefix. A gap is the rest of a line, from
+its first letter ("line") or from a random place inside a token ("token").
+"""
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+# Characters of context on each side, and of a gap.
+AROUND, SHORTEST, LONGEST = 240, 4, 40
+
+
+def train(steps: int | None, seed: int, suffix: str, workdir: str) -> float:
+  """Trains one run; returns the validation loss of the causal source."""
+  from lm import cli
+  from lm.train import loop, metrics
+
+  config = cli.load("configs/quickstart.py")
+  config.seed = seed
+  config.data.train = (config.data.train[0] + suffix,)
+  config.data.packing = "best_fit"
+  if steps is not None:
+    config.train.steps = steps
+  config.train.eval_every = config.checkpoint.save_every = config.train.steps
+  if code := loop.train(config, workdir):
+    sys.exit(code)
+  return metrics.read(workdir)[-1]["eval/loss"]
+
+
+def gaps(workdir: str, n: int) -> list[tuple[str, str, str, str]]:
+  """(kind, prefix, gap, suffix) of held-out lines."""
+  from lm import checkpoint
+  from lm.data import sources
+  from lm.data import tokenizer as tokenizer_lib
+
+  meta = checkpoint.load_meta(workdir)
+  tokenizer = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
+  source = sources.open_source(meta.config.data.validation[0], meta.config.data)
+  draw, found = random.Random(0), []
+  texts = [source[i].text for i in range(len(source))]
+  while len(found) < n:
+    text = draw.choice(texts)
+    line = text.rfind("\n", 0, draw.randrange(len(text))) + 1
+    stop = text.find("\n", line)
+    start = line + len(text[line:stop]) - len(text[line:stop].lstrip())
+    kind = ("line", "token")[len(found) % 2]
+    if kind == "token" and stop - start > SHORTEST + 1:
+      start = draw.randrange(start + 1, stop - SHORTEST)
+      before = text[line : start + 1]
+      ids = tokenizer.encode(before)
+      if len(tokenizer.decode(ids[-1:])) < 2:
+        continue  # the cut is between tokens
+    gap = text[start:stop]
+    if line >= AROUND and SHORTEST <= len(gap) <= LONGEST:
+      around = text[start - AROUND : start], text[stop : stop + AROUND]
+      found.append((kind, around[0], gap, around[1]))
+  return found
+
+
+def exact(workdir: str, fim: bool, n: int) -> dict[str, float]:
+  """Share of the gaps of each kind that the run fills exactly."""
+  from lm.data import fim as fim_lib
+  from lm.sample import sampler as sampler_lib
+
+  sampler = sampler_lib.Sampler.from_checkpoint(workdir)
+  tokenizer, requests, wanted = sampler.tokenizer, [], gaps(workdir, n)
+  for _, prefix, _, suffix in wanted:
+    ids = [tokenizer.bos, *tokenizer.encode(prefix)]
+    if fim:
+      ids = fim_lib.fim_ids(tokenizer, prefix, suffix)
+    requests.append(
+      sampler_lib.Request(ids, temperature=0.0, max_new_tokens=32)
+    )
+  hits: dict[str, list[bool]] = {"line": [], "token": []}
+  for (kind, _, gap, _), result in zip(
+    wanted, sampler.generate(requests), strict=True
+  ):
+    text = tokenizer.decode(result.token_ids)
+    hits[kind].append(text == gap if fim else text.split("\n")[0] == gap)
+  return {kind: sum(each) / len(each) for kind, each in hits.items()}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--seeds", type=int, default=3)
+  parser.add_argument("--steps", type=int)
+  parser.add_argument("--gaps", type=int, default=400)
+  parser.add_argument("--workdir", help="where runs are kept and resumed")
+  options = parser.parse_args()
+  with tempfile.TemporaryDirectory() as folder:
+    folder = options.workdir or folder
+    for seed in range(options.seeds):
+      losses = {}
+      for name, suffix in (("causal", "|causal"), ("fim", "|fim")):
+        workdir = os.path.join(folder, f"{name}-{seed}")
+        losses[name] = train(options.steps, seed, suffix, workdir)
+        shares = exact(workdir, name == "fim", options.gaps)
+        said = ", ".join(f"{kind} {x:.1%}" for kind, x in shares.items())
+        print(
+          f"seed {seed} {name}: causal loss {losses[name]:.4f}, "
+          f"exact gaps: {said}",
+          flush=True,
+        )
+      print(f"seed {seed} ratio {losses['fim'] / losses['causal']:.4f}")
+
+
+if __name__ == "__main__":
+  main()
