@@ -115,6 +115,9 @@ class TokenizerConfig:
   # Chat template: file with a Jinja template that lays out a conversation. Chat
   # needs the template; the checkpoint stores the text of the template.
   chat_template: str | None = None
+  # Further tokens with an id of their own, such as "<|im_start|>", which only
+  # the chat template writes; in other text they are ordinary text.
+  special_tokens: tuple[str, ...] = ()
   # Most text that the tokenizer is trained on, in bytes, sampled evenly from
   # all documents.
   train_bytes: Annotated[
@@ -138,6 +141,10 @@ class DataConfig:
   # On bytes that are not UTF-8: stop with an error, replace by U+FFFD, or skip
   # the document.
   invalid_utf8: Literal["error", "replace", "skip"] = "error"
+  # On a line of a `jsonl:` source that is not JSON, lacks the field or is no
+  # conversation to train on: stop with an error, or skip the document; the
+  # number of skipped documents is printed.
+  invalid_documents: Literal["error", "skip"] = "error"
   # Directory of token stores and TFDS builds. A token store's name is a hash of
   # the contents of its source and its tokenizer.
   cache_dir: str = "data"
