@@ -3,19 +3,23 @@
 A token store is a directory with a manifest and TensorStore zarr3 arrays in
 sharded chunks: `tokens` (uint16 or uint32 by vocabulary; a document is bos,
 text, eos) and, per document, `ends` (cumulative tokens), `n_bytes` (of UTF-8
-text), `names` and `name_ends`. Writing goes to a temporary directory, renamed
-at the end: a store is whole or absent. The directory is named by source and
-tokenizer: a store is never stale. Chunks have checksums; the manifest has file
+text), `names` and `name_ends`. A store of chats also has `scored` (uint8 per
+token, 1 at training targets); its documents are what lm/data/chat.py makes of
+conversations.
+
+Writing goes to a temporary directory, renamed at the end: a store is whole or
+absent. The directory is named by source, tokenizer and, for chats, chat
+template: a store is never stale. Chunks have checksums; the manifest has file
 sizes, digests of array metadata and a digest of the manifest. A store damaged
 later raises RunError and is never read as other tokens.
 """
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,7 +30,8 @@ import rich.progress
 
 from lm import config as config_lib
 from lm import files, locks, schema
-from lm.data import arrays, tokenizer_cache
+from lm.data import arrays, chat_layout, tokenizer_cache, tokenizing
+from lm.data import manifest as manifest_lib
 from lm.data import sources as sources_lib
 from lm.data import tokenizer as tokenizer_lib
 
@@ -34,19 +39,8 @@ _VERSION = 2
 # Characters tokenized at a time; bounds the memory.
 _BATCH_CHARACTERS = 1 << 22
 _PARTIAL = ".partial"
-# Dtype of each array; None: uint16 or uint32, by vocabulary size.
-_ARRAYS = {
-  "tokens": None,
-  "ends": "int64",
-  "n_bytes": "int64",
-  "names": "uint8",
-  "name_ends": "int64",
-}
-# Required fields. A manifest without further fields predates the digest.
-_FIELDS = {
-  **{"version": int, "spec": str, "source": str, "tokenizer": str},
-  **{"n_tokens": int, "n_documents": int, "n_bytes": int, "files": dict},
-}
+# Changes with the ids and targets that lm/data/chat.py makes of messages.
+_CHAT_VERSION = 1
 
 
 class TokenStore:
@@ -60,8 +54,13 @@ class TokenStore:
     self.n_documents: int = manifest["n_documents"]
     # UTF-8 bytes of all documents.
     self.n_bytes: int = manifest["n_bytes"]
+    # Training targets of chats; None in a store of texts.
+    self.n_scored: int | None = manifest.get("n_scored")
     self._pad, self._bos = pad, bos
     self._tokens = self._open("tokens", self.n_tokens)
+    self._scored = None
+    if self.n_scored is not None:
+      self._scored = self._open("scored", self.n_tokens)
 
   def _open(self, name: str, n: int | None = None) -> arrays.Array:
     array = arrays.Array(self.path, name)
@@ -94,7 +93,22 @@ class TokenStore:
   def document(self, i: int) -> np.ndarray:
     """Tokens of document `i`, int32, from bos to eos."""
     start = int(self.ends[i - 1]) if i else 0
-    return self._tokens.read(start, int(self.ends[i])).astype(np.int32)
+    return self.tokens(start, int(self.ends[i]))
+
+  def tokens(self, start: int, stop: int) -> np.ndarray:
+    """Tokens [start, stop) of the store, over all documents: int32."""
+    return self._tokens.read(start, stop).astype(np.int32)
+
+  def scored(self, start: int, stop: int) -> np.ndarray:
+    """Whether each of the tokens [start, stop) is itself a training target:
+    bool. Raises ConfigError if the store holds texts and not chats.
+    """
+    if self._scored is None:
+      raise schema.ConfigError(
+        f"token store {self.path}: holds texts, which have no turns; read its "
+        f"source {self.spec!r} as chats"
+      )
+    return self._scored.read(start, stop).astype(bool)
 
   def window(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and document numbers, int32 [length], from token `start` on.
@@ -107,8 +121,11 @@ class TokenStore:
     if n:
       tokens[:n] = self._tokens.read(start, start + n)
     documents = np.zeros(length, np.int32)
-    # Text never holds bos: each bos starts a document.
-    opened = np.cumsum(tokens[:n] == self._bos)
+    if self._scored is not None:  # A chat template may write bos in each turn.
+      at = np.arange(start, start + n)
+      opened = np.searchsorted(self.ends, at, side="right")
+    else:  # Text never holds bos: each bos starts a document.
+      opened = np.cumsum(tokens[:n] == self._bos)
     documents[:n] = opened - opened[:1] + 1
     return tokens, documents
 
@@ -141,9 +158,18 @@ def prepare_sources(
   specs: Sequence[str],
   tokenizer: tokenizer_lib.Tokenizer,
   data: config_lib.DataConfig,
+  *,
+  chats: Sequence[bool] | None = None,
 ) -> list[TokenStore]:
-  """Token stores of the sources `specs`, for an existing tokenizer."""
-  sources = [sources_lib.open_source(spec, data) for spec in specs]
+  """Token stores of the sources `specs`, for an existing tokenizer.
+
+  `chats[i]` says whether source i is one of chats; None: all are of texts.
+  Raises ConfigError if a source, a document or the chat template does not fit.
+  """
+  sources = [
+    sources_lib.open_source(spec, data, chat=chat)
+    for spec, chat in zip(specs, chats or [False] * len(specs), strict=True)
+  ]
   return _make_stores(sources, tokenizer, data)
 
 
@@ -151,7 +177,7 @@ def open_store(path: str, tokenizer: tokenizer_lib.Tokenizer) -> TokenStore:
   """Opens a store. Raises ConfigError if the tokenizer or version differs, and
   RunError if the store is damaged.
   """
-  manifest = _read_manifest(path)
+  manifest = manifest_lib.read(path)
   for key, value in (
     ("version", _VERSION),
     ("tokenizer", tokenizer.fingerprint),
@@ -162,49 +188,15 @@ def open_store(path: str, tokenizer: tokenizer_lib.Tokenizer) -> TokenStore:
         f"{value}; prepare the corpus again"
       )
   # TensorStore would read a missing file as zeros.
-  sizes = _file_sizes(path)
+  sizes = manifest_lib.file_sizes(path)
   for name, size in manifest["files"].items():
     if sizes.get(name) != size:
       found = "missing" if name not in sizes else f"{sizes[name]} bytes"
       raise arrays.damaged(path, f"{name} is {found}, and was {size} bytes")
-  there = _array_metadata(path)
+  there = manifest_lib.array_metadata(path, "n_scored" in manifest)
   if manifest.get("arrays", there) != there:  # Absent in old manifests.
     raise arrays.damaged(path, "a zarr.json is not what was written")
   return TokenStore(path, manifest, tokenizer.pad, tokenizer.bos)
-
-
-def _read_manifest(path: str) -> dict[str, Any]:
-  try:
-    with open(os.path.join(path, "manifest.json"), "rb") as file:
-      manifest = files.unseal(file.read(), without=_FIELDS)
-    if not all(isinstance(manifest.get(k), t) for k, t in _FIELDS.items()):
-      raise ValueError(f"lacks one of {', '.join(_FIELDS)}")
-    return manifest
-  except (FileNotFoundError, NotADirectoryError) as error:
-    raise arrays.damaged(path, "manifest.json is missing") from error
-  except ValueError as error:
-    raise arrays.damaged(path, f"manifest.json: {error}") from error
-
-
-def _file_sizes(path: str) -> dict[str, int]:
-  """Bytes of each file below `path` except the manifest, by relative path."""
-  return {
-    os.path.relpath(os.path.join(folder, name), path): os.path.getsize(
-      os.path.join(folder, name)
-    )
-    for folder, _, names in os.walk(path)
-    for name in names
-    if name != "manifest.json"
-  }
-
-
-def _array_metadata(path: str) -> dict[str, str]:
-  """SHA-256 of the zarr.json (metadata) of each array."""
-  found = {}
-  for name in _ARRAYS:
-    with open(os.path.join(path, name, "zarr.json"), "rb") as file:
-      found[name] = hashlib.sha256(file.read()).hexdigest()
-  return found
 
 
 def _make_stores(
@@ -214,16 +206,12 @@ def _make_stores(
 ) -> list[TokenStore]:
   """Token store of each source; existing stores are only opened."""
   directory = sources_lib.cache_directory(data)
-  paths = [
-    os.path.join(
-      directory,
-      "tokens-"
-      + files.json_digest(
-        [_VERSION, source.fingerprint(), tokenizer.fingerprint]
-      ),
-    )
-    for source in sources
+  identities = [_identity(source, tokenizer) for source in sources]
+  names = [
+    files.json_digest([_VERSION, identity, tokenizer.fingerprint])
+    for identity in identities
   ]
+  paths = [os.path.join(directory, f"tokens-{name}") for name in names]
   if not all(os.path.lexists(path) for path in paths):
     files.check_directory(directory, "config.data.cache_dir")
     with locks.exclusive(directory):
@@ -232,6 +220,19 @@ def _make_stores(
         if not os.path.lexists(path):
           _build(path, source, tokenizer, data)
   return [open_store(path, tokenizer) for path in paths]
+
+
+def _identity(
+  source: sources_lib.Source, tokenizer: tokenizer_lib.Tokenizer
+) -> str:
+  """Fingerprint of what is tokenized: the source and, for chats, the chat
+  template, which is checked on a probe conversation.
+  """
+  if not source.chat:
+    return source.fingerprint()
+  chat_layout.layout(tokenizer)
+  parts = [_CHAT_VERSION, source.fingerprint(), tokenizer.chat_template]
+  return files.json_digest(parts)
 
 
 def _remove_leftovers(directory: str) -> None:
@@ -248,19 +249,28 @@ def _build(
   tokenizer: tokenizer_lib.Tokenizer,
   data: config_lib.DataConfig,
 ) -> None:
-  """Tokenizes `source` into a new store at `path`; an error leaves no store."""
+  """Tokenizes `source` into a new store at `path`; an error leaves no store.
+
+  Prints how many documents were skipped as invalid.
+  """
   partial = path + _PARTIAL
   tokens_dtype = "uint16" if tokenizer.size <= 1 << 16 else "uint32"
-  n_bytes = 0
+  skipped = tokenizing.Skipped()
   try:
     columns = {
       name: arrays.Column(partial, name, dtype or tokens_dtype)
-      for name, dtype in _ARRAYS.items()
+      for name, dtype in manifest_lib.array_dtypes(source.chat).items()
     }
-    for documents in _batches(source):
-      n_bytes += _append(columns, documents, tokenizer, data)
-    if n_bytes == 0:
-      raise schema.ConfigError(f"source {source.spec!r}: empty, holds no text")
+    n_bytes = n_scored = 0
+    for documents in _batches(source, skipped):
+      encoded = tokenizing.encode(documents, tokenizer, data, skipped)
+      _append(columns, encoded)
+      n_bytes += sum(document.n_bytes for document in encoded)
+      n_scored += sum(int(document.scored.sum()) for document in encoded)
+    if columns["ends"].n == 0:
+      raise schema.ConfigError(
+        f"source {source.spec!r}: empty, holds no text{skipped}"
+      )
     for column in columns.values():
       column.close()
     if (changed := source.changed()) is not None:
@@ -270,13 +280,14 @@ def _build(
     manifest = {
       "version": _VERSION,
       "spec": source.spec,
-      "source": source.fingerprint(),
+      "source": _identity(source, tokenizer),
       "tokenizer": tokenizer.fingerprint,
       "n_tokens": columns["tokens"].n,
       "n_documents": columns["ends"].n,
       "n_bytes": n_bytes,
-      "files": _file_sizes(partial),
-      "arrays": _array_metadata(partial),
+      **({"n_scored": n_scored} if source.chat else {}),
+      "files": manifest_lib.file_sizes(partial),
+      "arrays": manifest_lib.array_metadata(partial, source.chat),
     }
     with open(os.path.join(partial, "manifest.json"), "w") as file:
       json.dump(files.seal(manifest), file, indent=2)
@@ -284,11 +295,35 @@ def _build(
   except BaseException:
     shutil.rmtree(partial, ignore_errors=True)
     raise
+  if skipped.n:
+    print(
+      f"source {source.spec!r}: skipped {skipped.n} of {len(source)} documents"
+      f"{skipped}",
+      file=sys.stderr,
+    )
+
+
+def _append(
+  columns: dict[str, arrays.Column], documents: list[tokenizing.Encoded]
+) -> None:
+  """Writes tokenized documents."""
+  if not documents:
+    return
+  names = [os.fsencode(document.name) for document in documents]
+  lengths = [len(document.tokens) for document in documents]
+  name_lengths = [len(name) for name in names]
+  columns["ends"].append(columns["tokens"].n + np.cumsum(lengths))
+  columns["n_bytes"].append(np.array([d.n_bytes for d in documents]))
+  columns["name_ends"].append(columns["names"].n + np.cumsum(name_lengths))
+  columns["names"].append(np.frombuffer(b"".join(names), np.uint8))
+  columns["tokens"].append(np.concatenate([d.tokens for d in documents]))
+  if "scored" in columns:
+    columns["scored"].append(np.concatenate([d.scored for d in documents]))
 
 
 def _batches(
-  source: sources_lib.Source,
-) -> Iterator[list[sources_lib.Document]]:
+  source: sources_lib.Source, skipped: tokenizing.Skipped
+) -> Iterator[list[sources_lib.Document | sources_lib.Conversation]]:
   """Yields lists of non-empty documents, some megabytes each, with a bar."""
   documents, n_characters = [], 0
   console = rich.console.Console(stderr=True)
@@ -299,38 +334,12 @@ def _batches(
     task = progress.add_task(about, total=len(source))
     for i in range(len(source)):
       document = source[i]
-      if document is not None and document.text:
+      if document is None:
+        skipped.add(None)
+      elif document.text or source.chat:
         documents.append(document)
         n_characters += len(document.text)
       if n_characters >= _BATCH_CHARACTERS or i == len(source) - 1:
         yield documents
         documents, n_characters = [], 0
         progress.update(task, completed=i + 1)
-
-
-def _append(
-  columns: dict[str, arrays.Column],
-  documents: list[sources_lib.Document],
-  tokenizer: tokenizer_lib.Tokenizer,
-  data: config_lib.DataConfig,
-) -> int:
-  """Tokenizes and writes `documents`; returns the bytes of text."""
-  if not documents:
-    return 0
-  encoded = tokenizer.encode_batch(
-    [document.text for document in documents],
-    threads=data.workers or os.cpu_count() or 1,
-  )
-  n_bytes = np.array([len(document.text.encode()) for document in documents])
-  assert n_bytes.sum() == sum(tokenizer.n_bytes(ids) for ids in encoded)
-  names = [os.fsencode(document.name) for document in documents]
-  bos, eos = [tokenizer.bos], [tokenizer.eos]
-  pieces = [part for ids in encoded for part in (bos, ids, eos)]
-  tokens, name_ends = columns["tokens"], columns["names"].n
-  ends = tokens.n + np.cumsum([len(ids) + 2 for ids in encoded])
-  columns["ends"].append(ends)
-  columns["n_bytes"].append(n_bytes)
-  columns["name_ends"].append(name_ends + np.cumsum([len(n) for n in names]))
-  columns["names"].append(np.frombuffer(b"".join(names), np.uint8))
-  tokens.append(np.concatenate(pieces))
-  return int(n_bytes.sum())
