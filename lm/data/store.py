@@ -268,8 +268,9 @@ def _build(
       n_bytes += sum(document.n_bytes for document in encoded)
       n_scored += sum(int(document.scored.sum()) for document in encoded)
     if columns["ends"].n == 0:
+      why = f"; {skipped}" if skipped.n else ""
       raise schema.ConfigError(
-        f"source {source.spec!r}: empty, holds no text{skipped}"
+        f"source {source.spec!r}: empty, holds no text{why}"
       )
     for column in columns.values():
       column.close()
@@ -296,11 +297,7 @@ def _build(
     shutil.rmtree(partial, ignore_errors=True)
     raise
   if skipped.n:
-    print(
-      f"source {source.spec!r}: skipped {skipped.n} of {len(source)} documents"
-      f"{skipped}",
-      file=sys.stderr,
-    )
+    print(f"source {source.spec!r}: {skipped}", file=sys.stderr)
 
 
 def _append(

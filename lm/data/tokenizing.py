@@ -27,7 +27,7 @@ class Encoded(NamedTuple):
 
 @dataclasses.dataclass
 class Skipped:
-  """Number of documents skipped as invalid, and the first reason known."""
+  """Number of documents skipped as invalid, and a reason, where it is known."""
 
   n: int = 0
   first: str | None = None
@@ -37,13 +37,9 @@ class Skipped:
     self.first = self.first or reason
 
   def __str__(self) -> str:
-    """What to append to an error: "" if no document was skipped."""
-    if not self.n:
-      return ""
-    first = f", the first known being {self.first}" if self.first else ""
+    first = f"; one of them, {self.first}" if self.first else ""
     return (
-      f"; {self.n} documents skipped{first} (config.data.invalid_documents and "
-      "invalid_utf8 say what to skip)"
+      f"documents skipped by invalid_documents or invalid_utf8: {self.n}{first}"
     )
 
 
