@@ -13,6 +13,7 @@ from chat_templates import IM, STYLES
 
 from lm import config as config_lib
 from lm import schema
+from lm.data import __main__ as data_command
 from lm.data import chat, instructions, sources
 from lm.data import store as store_lib
 from lm.data import tokenizer as tokenizer_lib
@@ -82,6 +83,18 @@ def test_a_store_holds_what_encode_gives(prepare, monkeypatch):
   # Of a part of the store, over the end of a document.
   everything = np.concatenate([scored for _, scored in encoded])
   assert store.scored(7, 151).tolist() == everything[7:151].tolist()
+
+
+def test_the_command_tells_the_share_of_targets(prepare, monkeypatch, capsys):
+  store = prepare([{"messages": say("a" * 25, "b" * 14)}])
+  assert (store.n_scored, store.n_tokens) == (15, 61)
+  tokenizer = tokenizer_lib.Tokenizer(None, CHATML.template, IM)
+  prepared = store_lib.Prepared(tokenizer, [store], [])
+  monkeypatch.setattr(store_lib, "prepare", lambda _: prepared)
+  data_command.main(
+    config_lib.Config(data=config_lib.DataConfig(validation=()))
+  )
+  assert "  training targets: 15 (25%)" in capsys.readouterr().out
 
 
 def test_windows_count_conversations_not_bos(prepare):

@@ -357,6 +357,12 @@ UNREAD = [
     "line",
     "a source text:GLOB",
   ),
+  (
+    {"data.train": ("text:a",)},
+    "data.invalid_documents",
+    "skip",
+    "a source jsonl:GLOB, parquet:GLOB, csv:GLOB or instruct:NAME:SPLIT",
+  ),
 ]
 
 

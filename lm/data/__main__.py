@@ -33,6 +33,9 @@ def main(config: config_lib.Config) -> None:
       f"{np.mean(lengths > window):.0%}",
     )
     lines += [f"{source}: {tokens.path}", *_outliers(tokens, lengths)]
+    if tokens.n_scored is not None:
+      share = tokens.n_scored / tokens.n_tokens
+      lines.append(f"  training targets: {tokens.n_scored:,} ({share:.0%})")
   console.print(table)
   for line in lines:
     console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -77,8 +77,10 @@ def encode(
   end with the last rendered token; if the template ends no turn with a token,
   eos follows and is the end of turn.
 
-  Text is cut where targets begin and end: no token is partly a target, and a
-  prompt of `chat_ids` is how the ids of the conversation begin.
+  Text is cut where targets begin and end: no token is partly a target, and
+  where the first answer begins, the ids so far are its prompt by `chat_ids`.
+  The same holds of later answers if the template has `{% generation %}` blocks,
+  or tokens around its turns.
 
   Raises ConfigError without a chat template, on a malformed message or an
   unknown role, on messages refused by the template, where prefixes do not tell

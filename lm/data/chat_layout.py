@@ -299,7 +299,11 @@ def render(
   a ConfigError in place of a text that cannot be rendered.
   """
   known = marks(())
-  values = {"bos_token": known["<bos>"], "eos_token": known["<eos>"]}
+  # As transformers: without tools and documents these are none, but defined.
+  values = {
+    **{"bos_token": known["<bos>"], "eos_token": known["<eos>"]},
+    **{"tools": None, "documents": None},
+  }
   plain = [
     ([dict(message) for message in messages], cuts)
     for messages, cuts in conversations
