@@ -399,6 +399,11 @@ STRIPS = CHATML.without_blocks.replace(
       say("q", "a"),
       "does not write",
     ),
+    (
+      CHATML.template.replace("im_end", "end"),
+      say("q", "a"),
+      r"with <\|end\|> as ordinary text; name it in config.tokenizer.special",
+    ),
     ("{{ raise_exception('never') }}", say("q", "a"), "never .on a probe conv"),
     (CHATML.template, [], "must hold at least one"),
     (

@@ -245,7 +245,7 @@ def test_half_a_character_goes_by_its_own_policy(prepare, policy):
 @pytest.mark.parametrize(
   "spec, message",
   [
-    ("jsonl:a.jsonl#messages", "malformed for chats; write jsonl:GLOB, whose"),
+    ("jsonl:a.jsonl#messages", "malformed for chats; write jsonl:GLOB, parq"),
     ("text:a.txt", "malformed for chats"),
     ("tfds:python_stdlib:train", "malformed for chats"),
     ("jsonl:absent*.jsonl", "no file matches"),

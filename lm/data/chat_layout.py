@@ -19,6 +19,8 @@ from lm.data import tokenizer as tokenizer_lib
 # Marks before and after training targets.
 TARGETS = ("\udffe", "\udfff")
 _MARK = re.compile("[\udc00-\udffd]")
+# What looks like a token.
+_SPELT = re.compile(r"<[|\uff5c][^<>]{1,40}[|\uff5c]>|</s>")
 _REMEDY = (
   "put {% generation %} and {% endgeneration %} around the assistant's content "
   "and end of turn in the chat template"
@@ -185,7 +187,13 @@ def _layout(template: str, special_tokens: tuple[str, ...]) -> Layout:
     if has_blocks and not _is_target(text, at):
       continue  # The template leaves this turn out.
     end = _MARK.search(text, at + len(turn["content"]))
-    learnt = _is_target(text, end.start()) if end else text[-1] == TARGETS[1]
+    stop = end.start() if end else len(text)
+    if spelt := _SPELT.search(text, at, stop):
+      raise schema.ConfigError(
+        f"chat template: ends the assistant's turn with {spelt[0]} as ordinary "
+        "text; name it in config.tokenizer.special_tokens"
+      )
+    learnt = _is_target(text, stop) if end else text[-1] == TARGETS[1]
     if has_blocks and not learnt:
       raise schema.ConfigError(
         "chat template: the end of the assistant's turn follows "

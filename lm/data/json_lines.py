@@ -30,9 +30,7 @@ def parse(line: str, holding: str) -> dict[str, Any]:
     reason = str(error).split(";")[0]
     raise schema.ConfigError(f"JSON beyond reason, {reason}") from error
   if not isinstance(value, dict):
-    raise schema.ConfigError(
-      f"is {_KINDS[type(value)]}, not an object with {holding}"
-    )
+    raise schema.ConfigError(f"is {_kind(value)}, not an object with {holding}")
   return value
 
 
@@ -45,7 +43,7 @@ def text(row: dict[str, Any], field: str) -> str:
     if not isinstance(value, dict):
       raise schema.ConfigError(
         f"no field {field!r}: what should hold {name!r} is "
-        f"{_KINDS[type(value)]}, not an object"
+        f"{_kind(value)}, not an object"
       )
     if name not in value:
       names = ", ".join(map(repr, value)) or "none"
@@ -56,7 +54,10 @@ def text(row: dict[str, Any], field: str) -> str:
       )
     value = value[name]
   if not isinstance(value, str):
-    raise schema.ConfigError(
-      f"field {field!r} is {_KINDS[type(value)]}, not text"
-    )
+    raise schema.ConfigError(f"field {field!r} is {_kind(value)}, not text")
   return value
+
+
+def _kind(value: Any) -> str:
+  """What `value` is; a row of a table may hold more than JSON does."""
+  return _KINDS.get(type(value), f"of type {type(value).__name__}")

@@ -1,10 +1,11 @@
 """Corpora: opens a source spec and reads documents by index.
 
 A source is `tfds:NAME[/CONFIG][:VERSION]:SPLIT[#FEATURE]`, `text:GLOB` or
-`jsonl:GLOB#FIELD`; files may be compressed (.gz, .bz2, .xz, .zst). A source of
-chats is `jsonl:GLOB`, whose lines are conversations in one of the formats of
-lm/data/conversations.py, or `instruct:python_stdlib:SPLIT`. Documents are read
-one at a time: memory does not grow with the corpus.
+`jsonl:GLOB#FIELD`; files may be compressed (.gz, .bz2, .xz, .zst). Tables are
+`parquet:GLOB#COLUMN` or `csv:GLOB#COLUMN`. A source of chats is `jsonl:GLOB`,
+`parquet:GLOB` or `csv:GLOB`, whose rows are conversations in one of the formats
+of lm/data/conversations.py, or `instruct:python_stdlib:SPLIT`. Documents are
+read one at a time, tables in parts: memory does not grow with the corpus.
 """
 
 import bisect
@@ -20,21 +21,24 @@ from lm import files, schema
 from lm.data import contents, conversations, json_lines, reading
 
 _GRAMMAR = (
-  "write tfds:NAME[/CONFIG]:SPLIT[#FEATURE], text:GLOB or jsonl:GLOB#FIELD"
+  "write tfds:NAME[/CONFIG]:SPLIT[#FEATURE], text:GLOB, jsonl:GLOB#FIELD, "
+  "parquet:GLOB#COLUMN or csv:GLOB#COLUMN"
 )
 _SPEC = re.compile(
   r"(?P<tfds>tfds):(?P<name>[^:#]+(:\d+\.\d+\.\d+)?):(?P<split>[^#]+)"
   r"(#(?P<feature>\w+))?"
   r"|text:(?P<text>.+)"
-  r"|jsonl:(?P<jsonl>[^#]+)#(?P<field>.+)",
+  r"|jsonl:(?P<jsonl>[^#]+)#(?P<field>.+)"
+  r"|(?P<table>parquet|csv):(?P<tables>[^#]+)#(?P<column>.+)",
   re.DOTALL,
 )
 _CHAT_GRAMMAR = (
-  "write jsonl:GLOB, whose lines are conversations, or "
-  "instruct:python_stdlib:SPLIT"
+  "write jsonl:GLOB, parquet:GLOB or csv:GLOB, whose rows are conversations, "
+  "or instruct:python_stdlib:SPLIT"
 )
 _CHAT_SPEC = re.compile(
-  r"instruct:(?P<name>[^:#]+):(?P<split>[^:#]+)|jsonl:(?P<jsonl>[^#]+)",
+  r"instruct:(?P<name>[^:#]+):(?P<split>[^:#]+)|jsonl:(?P<jsonl>[^#]+)"
+  r"|(?P<table>parquet|csv):(?P<tables>[^#]+)",
   re.DOTALL,
 )
 # Changes with the messages that conversations.parse makes of a row.
@@ -108,6 +112,8 @@ def open_source(
     )
   elif match["text"]:
     source = FileSource(spec, match["text"], data.text_unit, None, data)
+  elif match["table"]:
+    source = _open_tables(spec, match, match["column"], data)
   else:
     source = FileSource(spec, match["jsonl"], "line", match["field"], data)
   if len(source) == 0:
@@ -128,10 +134,28 @@ def _open_chats(spec: str, data: config_lib.DataConfig) -> Source:
     return instructions.InstructionSource(
       spec, match["name"], match["split"], data
     )
-  source = ChatFileSource(spec, match["jsonl"], "line", None, data)
+  if match["table"]:
+    source = _open_tables(spec, match, None, data)
+  else:
+    source = ChatFileSource(spec, match["jsonl"], "line", None, data)
   if len(source) == 0:
     raise schema.ConfigError(f"source {spec!r}: empty, holds no conversation")
   return source
+
+
+def _open_tables(
+  spec: str,
+  match: re.Match[str],
+  column: str | None,
+  data: config_lib.DataConfig,
+) -> Source:
+  try:
+    from lm.data import tables
+  except ImportError as error:
+    raise schema.ConfigError(
+      f"source {spec!r}: needs the package pyarrow: pip install pyarrow"
+    ) from error
+  return tables.TableSource(spec, match["table"], match["tables"], column, data)
 
 
 def cache_directory(data: config_lib.DataConfig) -> str:
@@ -213,7 +237,7 @@ class FileSource:
     data: config_lib.DataConfig,
   ):
     self.spec, self._unit, self._field, self._data = spec, unit, field, data
-    self._paths = _find(spec, files.local_path(pattern, "source"))
+    self._paths = find(spec, files.local_path(pattern, "source"))
     self._contents = contents.Contents(
       spec,
       self._paths,
@@ -278,7 +302,7 @@ class FileSource:
       row = json_lines.parse(text, f"field {self._field!r}")
       text = json_lines.text(row, self._field)
     except schema.ConfigError as error:
-      return _invalid(where, error, self._data)
+      return invalid(where, error, self._data)
     found = _half_characters(text, where, self._data)
     return None if found is None else Document(where, found)
 
@@ -325,7 +349,7 @@ class ChatFileSource(FileSource):
     try:
       messages = conversations.parse(json_lines.parse(text, "a conversation"))
     except schema.ConfigError as error:
-      return _invalid(where, error, self._data)
+      return invalid(where, error, self._data)
     for message in messages:
       content = _half_characters(message["content"], where, self._data)
       if content is None:
@@ -341,7 +365,7 @@ def _half_characters(
   return decode(text.encode(errors="surrogatepass"), where, 0, data)
 
 
-def _invalid(
+def invalid(
   where: str, error: schema.ConfigError, data: config_lib.DataConfig
 ) -> None:
   """None, which skips a document, or `error` with its place."""
@@ -352,7 +376,8 @@ def _invalid(
     ) from error
 
 
-def _find(spec: str, pattern: str) -> list[str]:
+def find(spec: str, pattern: str) -> list[str]:
+  """Files that match `pattern`, sorted; raises ConfigError if there is none."""
   try:
     found = reading.matching(pattern)
   except OSError as error:
