@@ -424,6 +424,13 @@ STRIPS = CHATML.without_blocks.replace(
       "out of parts",
     ),
     (
+      CHATML.without_blocks.replace(
+        "'<|im_start|>' ~", "'<|im_' ~ 'start|>' ~"
+      ),
+      say("q", "a"),
+      r"puts <\|im_start\|> together out of parts",
+    ),
+    (
       STYLES["alpaca"].template,
       say("q", "a", "q"),
       "the last message is not the assistant's",

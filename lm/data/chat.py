@@ -160,9 +160,8 @@ def _pieces(
   """Splits a rendered text at its marks; checks what the template wrote."""
   pieces, inside = [], False
   names = chat_layout.names(tokenizer.special_tokens)
-  parts = _SURROGATE.split(text)
-  _check_parts(tokenizer, parts[::2], messages)
-  for part in parts:
+  chat_layout.check_whole(text, messages, tokenizer.special_tokens)
+  for part in _SURROGATE.split(text):
     if part in chat_layout.TARGETS:
       inside = part == chat_layout.TARGETS[0]
     elif part:
@@ -218,23 +217,3 @@ def _check(messages: Sequence[Any], roles: Sequence[str] = ()) -> None:
         f"messages[{i}].role={schema.shown(item['role'])}: must be one of "
         f"{', '.join(roles)}"
       )
-
-
-def _check_parts(
-  tokenizer: tokenizer_lib.Tokenizer,
-  texts: Sequence[str],
-  messages: Sequence[Any],
-) -> None:
-  """Raises ConfigError if the template assembles a token: `<{{ role }}>`.
-
-  Only tokens written whole in the template become ids.
-  """
-  spelling = chat_layout.spelling(tokenizer.special_tokens)
-  said = [value for item in messages for value in item.values()]
-  for text in texts:
-    for name in spelling.findall(text):
-      if not any(name in value for value in said):
-        raise schema.ConfigError(
-          f"chat template: puts {name} together out of parts, which would be "
-          "ordinary text; write the token whole"
-        )

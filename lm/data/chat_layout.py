@@ -104,8 +104,8 @@ class Layout:
             f"which tokens are the assistant's; {_REMEDY}"
           )
       assert isinstance(prompt, str) and isinstance(answered, str)
-      if len(prompt) < done or not answered.startswith(prompt):
-        raise _ambiguous(i)
+      if not answered.startswith(prompt):
+        raise _ambiguous(i, "by add_generation_prompt and with the answer")
       turn, said = answered[len(prompt) :], messages[i]["content"].strip()
       stop = len(turn)
       if ends:
@@ -113,8 +113,8 @@ class Layout:
         if found is None:
           raise self._no_end(f"messages[{i}]")
         stop = found.end()
-      if not whole.startswith(prompt + turn[:stop]):
-        raise _ambiguous(i)
+      if len(prompt) < done or not whole.startswith(prompt + turn[:stop]):
+        raise _ambiguous(i, "at its end and before further messages")
       parts += [whole[done : len(prompt)], TARGETS[0], turn[:stop], TARGETS[1]]
       done = len(prompt) + stop
     return "".join([*parts, whole[done:]])
@@ -153,11 +153,11 @@ class Layout:
     )
 
 
-def _ambiguous(i: int) -> schema.ConfigError:
+def _ambiguous(i: int, where: str) -> schema.ConfigError:
   return schema.ConfigError(
-    f"messages[{i}]: the chat template writes the conversation up to it in "
-    "another way when more follows, so prefixes do not tell which tokens are "
-    f"the assistant's; {_REMEDY}"
+    f"messages[{i}]: the chat template writes the conversation differently "
+    f"{where}, so prefixes do not tell which tokens are the assistant's; "
+    f"{_REMEDY}"
   )
 
 
@@ -176,6 +176,8 @@ def _layout(template: str, special_tokens: tuple[str, ...]) -> Layout:
   messages, texts = _probe(template)
   turns = [m for m in messages if m["role"] == "assistant"]
   has_blocks = any(TARGETS[0] in text for text in texts)
+  for text in texts:
+    check_whole(text, messages, special_tokens)
   known = names(special_tokens)
   ends = []
   for turn, text in zip(turns, texts[1::2], strict=True):
@@ -221,6 +223,21 @@ def _layout(template: str, special_tokens: tuple[str, ...]) -> Layout:
   (texts,) = render(template, [(first, found.cuts(first))])
   found.check_ends(first, found.with_targets(first, texts))
   return found
+
+
+def check_whole(
+  text: str, messages: Sequence[Any], special_tokens: tuple[str, ...]
+) -> None:
+  """Raises ConfigError if the template assembles a token: `<{{ role }}>`.
+
+  Only tokens written whole in the template become ids.
+  """
+  for name in spelling(special_tokens).findall(text):
+    if not any(name in value for item in messages for value in item.values()):
+      raise schema.ConfigError(
+        f"chat template: puts {name} together out of parts, which would be "
+        "ordinary text; write the token whole"
+      )
 
 
 def _is_target(text: str, at: int) -> bool:
