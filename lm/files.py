@@ -278,6 +278,7 @@ def unseal(raw: bytes, without: Iterable[str] = ()) -> dict[str, Any]:
   return content
 
 
-def json_digest(content: Mapping[str, Any]) -> str:
+def json_digest(content: Any) -> str:
+  """Hash of what JSON can hold, 16 hexadecimal digits."""
   text = json.dumps(content, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -161,6 +161,9 @@ def _validate_run(config: config_lib.Config) -> None:
 # Most elements of a weight, over all layers.
 _MOST_WEIGHTS = 10**12
 
+# Kinds of sources whose documents are rows, or conversations.
+_ROWS = ("jsonl:", "parquet:", "csv:", "instruct:")
+
 # (fields, predicate, reader): fields that only some configs read. The predicate
 # says whether a config reads the fields; the reader is named in the error.
 _READERS: tuple[tuple[str, Callable[[config_lib.Config], bool], str], ...] = (
@@ -194,10 +197,17 @@ _READERS: tuple[tuple[str, Callable[[config_lib.Config], bool], str], ...] = (
   (
     "data.packing",
     lambda c: any(
-      config_lib.objective(source).keeps_length
+      config_lib.objective(source).choppable
       for source in c.data.train + c.data.validation
     ),
-    "a source of another objective than 'fim' and 'span_corruption'",
+    "a source of the objective 'causal', 'prefix' or 'masked'",
+  ),
+  (
+    "data.invalid_documents",
+    lambda c: any(
+      source.startswith(_ROWS) for source in c.data.train + c.data.validation
+    ),
+    "a source jsonl:GLOB, parquet:GLOB, csv:GLOB or instruct:NAME:SPLIT",
   ),
   (
     "optimizer.adam_peak_lr optimizer.momentum",

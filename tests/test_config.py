@@ -361,7 +361,13 @@ UNREAD = [
     {"data.train": ("text:a|fim",), "data.validation": ()},
     "data.packing",
     "best_fit",
-    "a source of another objective than 'fim' and 'span_corruption'",
+    "a source of the objective 'causal', 'prefix' or 'masked'",
+  ),
+  (
+    {"data.train": ("text:a",)},
+    "data.invalid_documents",
+    "skip",
+    "a source jsonl:GLOB, parquet:GLOB, csv:GLOB or instruct:NAME:SPLIT",
   ),
 ]
 

@@ -69,6 +69,7 @@ class Listed:
   """A source of given texts."""
 
   spec = "listed"
+  chat = False
 
   def __init__(self, texts):
     self.texts = texts

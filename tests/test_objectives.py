@@ -67,13 +67,13 @@ def window(*documents: str, length: int):
     tokens[n : n + len(document)] = ids(document)
     numbers[n : n + len(document)] = number
     n += len(document)
-  return tokens.astype(np.int32), numbers
+  return objectives.Window(tokens.astype(np.int32), numbers)
 
 
 def row_of(name: str, documents, length: int, *numbers):
   _, objective = config_lib.split_source(f"text:a|{name}")
   some = window(*documents, length=length)
-  return objectives.row(objective, BYTES, *some, draws(*numbers))
+  return objectives.row(objective, BYTES, some, draws(*numbers))
 
 
 def digits(array) -> str:
@@ -178,12 +178,12 @@ def test_documents_can_be_recovered_from_a_row(texts, name, seed):
   numbers = np.repeat(np.arange(1, len(texts) + 1), list(map(len, documents)))
   some = packing.padded(PAD, 199, tokens, numbers)
   rng = np.random.Generator(np.random.Philox(key=seed))
-  row = objectives.row(objective, BYTES, *some, rng)
+  row = objectives.row(objective, BYTES, some, rng)
   again = np.random.Generator(np.random.Philox(key=seed))
   jax.tree.map(
     np.testing.assert_array_equal,
     row,
-    objectives.row(objective, BYTES, *some, again),
+    objectives.row(objective, BYTES, some, again),
   )
   assert all(leaf.shape == (199,) for leaf in jax.tree.leaves(row))
   assert (row.prefix is not None) == objective.looks_ahead
@@ -246,7 +246,7 @@ def test_shares_are_those_of_the_objective():
     _, objective = config_lib.split_source(f"text:a|{name}")
     rng = np.random.Generator(np.random.Philox(key=seed))
     some = window(*document, length=140)
-    rows[name].append(objectives.row(objective, BYTES, *some, rng))
+    rows[name].append(objectives.row(objective, BYTES, some, rng))
 
   def mean(name, count):
     return np.mean([count(row) for row in rows[name]])
@@ -351,7 +351,7 @@ def test_best_fit_cuts_no_document_that_fits(stores):
     shape = objectives.shape(store.objective, 24)
     found, windows = [], packing.windows(store, config, seed=0)
     n_padding = 0
-    for tokens, documents in (windows[i] for i in range(len(windows))):
+    for tokens, documents, _ in (windows[i] for i in range(len(windows))):
       assert len(tokens) == 25 and (documents >= 0).all()
       n_padding += shape.room
       for d in range(1, documents.max() + 1):
@@ -412,7 +412,7 @@ def test_chopped_rows_know_what_they_cut(stores):
   # Objectives that change the length are packed best-fit all the same.
   for store in prepared.train:
     kind = type(packing.windows(store, chopped, seed=0))
-    assert (kind is packing.Chopped) == store.objective.keeps_length
+    assert (kind is packing.Chopped) == store.objective.choppable
 
 
 def test_rows_too_short_for_an_objective_are_refused(stores):

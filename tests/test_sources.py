@@ -171,6 +171,50 @@ def test_bad_json_lines_name_file_and_line(tmp_path, content, message):
     read(source)
 
 
+def test_fields_of_fields(tmp_path):
+  path = tmp_path / "a.jsonl"
+  rows = [
+    {"meta": {"text": "inner", "a": {"b": "deep"}}},
+    {"meta.text": "literal", "meta": {"text": "no", "a": {"b": "2"}}},
+  ]
+  path.write_text("\n".join(map(json.dumps, rows)))
+
+  def texts(field):
+    source = sources.open_source(f"jsonl:{path}#{field}", data_config(tmp_path))
+    return [text for _, text in read(source)]
+
+  assert texts("meta.text") == ["inner", "literal"]
+  assert texts("meta.a.b") == ["deep", "2"]
+  for field, message in (
+    ("meta.none", "no field 'meta.none' with 'none'; its fields: 'text', 'a'"),
+    ("none.text", "no field 'none.text'; its fields: 'meta'"),
+    ("meta.text.x", "a.jsonl:1: no field .* should hold 'x' is text, not"),
+    ("meta", "field 'meta' is an object, not text"),
+  ):
+    refused(tmp_path, f"jsonl:{path}#{field}", message)
+
+
+def test_invalid_lines_are_skipped_by_policy(tmp_path):
+  path = tmp_path / "a.jsonl"
+  lines = ['{"t": "a"}', '{"t": ', '{"u": 1}', '{"t": 1}', "[]", '{"t": "b"}']
+  path.write_text("\n".join(lines))
+  spec = f"jsonl:{path}#t"
+  refused(tmp_path, spec, r"a.jsonl:2: .*config.data.invalid_documents to 'sk")
+  data = data_config(tmp_path, invalid_documents="skip")
+  source = sources.open_source(spec, data)
+  assert read(source) == [(f"{path}:1", "a"), (f"{path}:6", "b")]
+  assert len(source) == 6 and source[1] is None
+  # Bytes that are no text go by their own policy, and damage by none.
+  path.write_bytes(b'{"t": "a"}\n{"t": "\xff"}\n')
+  refused(tmp_path, spec, "invalid UTF-8", invalid_documents="skip")
+  strict = sources.open_source(spec, data_config(tmp_path))
+  lax = sources.open_source(spec, data)
+  assert strict.fingerprint() != lax.fingerprint()
+  text = sources.open_source(f"text:{path}", data)
+  again = sources.open_source(f"text:{path}", data_config(tmp_path))
+  assert text.fingerprint() == again.fingerprint()
+
+
 @pytest.mark.parametrize(
   "spec, message",
   [

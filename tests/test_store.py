@@ -342,6 +342,24 @@ def test_a_chat_template_does_not_make_other_stores(tmp_path):
   assert names(config) == [os.path.basename(before.train[0].path)]
 
 
+def test_special_tokens_make_another_tokenizer_once(tmp_path, monkeypatch):
+  config = make_config(tmp_path, ["some words to learn from " * 9] * 40)
+  config.tokenizer.kind = "sentencepiece"
+  config.model.vocab_size = 390
+  before = store_lib.prepare(config)
+  config.tokenizer.special_tokens = ("<|im_end|>",)
+  now = store_lib.prepare(config)
+  assert now.tokenizer.named["<|im_end|>"] == 111
+  assert now.tokenizer.size == 390
+  assert now.train[0].path != before.train[0].path
+  monkeypatch.setattr(tokenizer_lib, "train", None)
+  again = store_lib.prepare(config)
+  assert again.tokenizer.fingerprint == now.tokenizer.fingerprint
+  config.tokenizer.special_tokens = ()
+  fingerprint = store_lib.prepare(config).tokenizer.fingerprint
+  assert fingerprint == before.tokenizer.fingerprint
+
+
 def test_a_store_of_another_tokenizer_is_refused(tmp_path):
   config = make_config(tmp_path)
   prepared = store_lib.prepare(config)
@@ -374,6 +392,23 @@ def test_bad_text_writes_nothing(tmp_path, kind, content, message):
   with pytest.raises(schema.ConfigError, match=message):
     store_lib.prepare(config)
   assert [p.name for p in tmp_path.iterdir()] == ["train.jsonl"]
+
+
+def test_the_number_of_skipped_documents_is_printed(tmp_path, capsys):
+  config = make_config(tmp_path, invalid_documents="skip")
+  path = tmp_path / "train.jsonl"
+  path.write_text('{"t": "a"}\nno json\n{"u": ""}\n{"t": ""}\n{"t": "b"}\n')
+  (store,) = store_lib.prepare(config).train
+  assert store.n_documents == 2
+  assert (
+    ": documents skipped by invalid_documents or invalid_utf8: 2\n"
+    in capsys.readouterr().err
+  )
+  store_lib.prepare(config)
+  assert capsys.readouterr().err == ""
+  path.write_text("no json\n")
+  with pytest.raises(schema.ConfigError, match="no text; documents skip.*: 1$"):
+    store_lib.prepare(config)
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,8 @@ def test_json_carries_all_of_it(tokenizer):
     *('{"kind": "sentencepiece", "model": ""}', '{"kind": "bytes'),
     '{"kind": "sentencepiece", "model": "/////w=="}',
     '{"kind": "bytes", "chat_template": 3}',
+    '{"kind": "bytes", "special_tokens": "<a>"}',
+    '{"kind": "bytes", "special_tokens": [3]}',
   ],
 )
 def test_json_that_is_no_tokenizer_is_one_line(text):
@@ -223,6 +225,100 @@ def test_a_chat_template_that_is_none_is_refused(tmp_path, content, message):
   assert f"config.tokenizer.chat_template={str(path)!r}: " in str(error.value)
 
 
+# --- special tokens ----------------------------------------------------------
+
+SPECIAL = ("<|im_start|>", "<|im_end|>", "[INST], a b", "\u2581x", '"')
+
+
+@pytest.fixture(scope="module")
+def trained_special():
+  config = make_config()
+  config.tokenizer.special_tokens = SPECIAL
+  return tokenizer_lib.train(config, CORPUS)
+
+
+@pytest.fixture(params=["sentencepiece", "bytes", "loaded"])
+def special(request, trained, trained_special):
+  if request.param == "sentencepiece":
+    return trained_special
+  model = None if request.param == "bytes" else trained.model
+  return tokenizer_lib.Tokenizer(model, None, SPECIAL)
+
+
+def test_special_tokens_have_ids_that_no_text_has(special):
+  ids = [special.named[name] for name in SPECIAL]
+  assert len({*ids, *reserved_ids(special)}) == 5 + 111
+  assert max(ids) < special.size == len(special.byte_lengths)
+  assert special.decode(ids) == "" and not special.byte_lengths[ids].any()
+  assert [special.piece(i) for i in ids] == list(SPECIAL)
+  for text in (*SPECIAL, "a" + "".join(SPECIAL) * 2, *CORPUS[:1]):
+    encoded = special.encode(text)
+    assert special.decode(encoded) == text
+    assert not set(encoded) & set(ids)
+  again = tokenizer_lib.Tokenizer.from_json(special.to_json())
+  assert again.named == special.named
+  assert again.fingerprint == special.fingerprint
+  plain = tokenizer_lib.Tokenizer(special.model)
+  assert plain.fingerprint != special.fingerprint
+
+
+def test_special_tokens_are_reserved_at_training(trained, trained_special):
+  assert trained_special.size == trained.size == SIZE
+  ids = [trained_special.named[name] for name in SPECIAL]
+  assert ids == [111, 112, 113, 114, 115]
+  loaded = tokenizer_lib.Tokenizer(trained.model, None, SPECIAL)
+  assert loaded.size == SIZE + 5 and loaded.named["<|im_end|>"] == SIZE + 1
+  # Text is encoded as it would be without them.
+  assert loaded.encode(CORPUS[1]) == trained.encode(CORPUS[1])
+
+
+def test_a_loaded_models_own_pieces_are_the_special_tokens(tmp_path):
+  model = foreign_model(
+    user_defined_symbols=["<mask>", "<|im_end|>", "a b"],
+    control_symbols=["<|im_start|>"],
+  )
+  own = sentencepiece.SentencePieceProcessor(model_proto=model)
+  names = ("<|im_start|>", "<|im_end|>", "a b", "<new>")
+  t = tokenizer_lib.Tokenizer(model, None, names)
+  assert t.named["<|im_start|>"] == own.piece_to_id("<|im_start|>")
+  assert t.named["<|im_end|>"] == own.piece_to_id("<|im_end|>")
+  assert t.named["a b"] == own.piece_to_id("a b") > 0
+  assert t.named["<new>"] == t.size - 1 >= 503
+  text = "x<|im_end|> a b<|im_start|><new>"
+  assert t.decode(t.encode(text)) == text
+  assert not set(t.encode(text)) & {t.named[name] for name in names}
+
+
+@pytest.mark.parametrize(
+  "names, message",
+  [
+    (("",), "special_tokens: '' is empty; leave it out"),
+    (("<a>", "<b>", "<a>"), "special_tokens: '<a>' is given twice"),
+    (("<user>",), "special_tokens: '<user>' is a reserved token"),
+    (("<0x41>",), "special_tokens: '<0x41>' names a byte"),
+    (("\ud800",), "special_tokens=.*half a character"),
+    (tuple(f"<{i}>" for i in range(18)), "holds 18 tokens, .* has 17 spare"),
+    (tuple(f"<{i}>" for i in range(901)), "is one more than the limit of 900"),
+  ],
+)
+def test_special_tokens_that_are_refused(names, message):
+  config = make_config(vocab_size=384)
+  config.tokenizer.kind = "bytes"
+  config.tokenizer.special_tokens = names
+  with pytest.raises(schema.ConfigError, match=message):
+    tokenizer_lib.load(config)
+
+
+def test_special_tokens_count_in_the_least_size():
+  config = make_config(vocab_size=369)
+  config.tokenizer.special_tokens = ("<a>", "<b>")
+  with pytest.raises(schema.ConfigError, match="set it to at least 370"):
+    tokenizer_lib.train(config, CORPUS)
+
+
+# --- training ----------------------------------------------------------------
+
+
 def test_training_is_deterministic_and_reads_its_texts(trained):
   again = tokenizer_lib.train(make_config(), CORPUS)
   assert again.fingerprint == trained.fingerprint
@@ -264,8 +360,12 @@ def foreign_model(**options) -> bytes:
     model_writer=model,
     vocab_size=503,
     minloglevel=2,
-    user_defined_symbols=["<mask>"],
-    **{"model_type": "bpe", "byte_fallback": True, **options},
+    **{
+      "model_type": "bpe",
+      "byte_fallback": True,
+      "user_defined_symbols": ["<mask>"],
+      **options,
+    },
   )
   return model.getvalue()
 

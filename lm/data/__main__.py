@@ -61,6 +61,9 @@ def describe(
       f"{np.mean(lengths > window):.0%}",
     )
     lines += [f"{source}: {tokens.path}", *_outliers(tokens, lengths)]
+    if tokens.n_scored is not None:
+      share = tokens.n_scored / tokens.n_tokens
+      lines.append(f"  training targets: {tokens.n_scored:,} ({share:.0%})")
   console.print(table)
   lines += ["", *_rows(config, prepared)]
   for line in lines:
@@ -83,7 +86,7 @@ def _rows(config: config_lib.Config, prepared: store.Prepared) -> list[str]:
     found.append(
       f"{prepared.train[s].spec}: {len(windows):,} rows; {share:.1%} of the "
       f"positions are scored, {windows.padding_share:.1%} are padding; "
-      f"{windows.cut_share:.1%} of the documents are cut"
+      f"{windows.cut_share:.1%} of the documents fit no row whole"
     )
   return found
 

@@ -1,27 +1,35 @@
-"""Chats as token ids, by the checkpoint's chat template.
+"""Chats as token ids, and which of the tokens are training targets.
 
 A message is `{"role": ..., "content": ...}`. The checkpoint's chat template
-renders messages as text. Reserved tokens named in the template (<user>,
-<end_of_turn>, ...) become special ids; the same spelling in a message stays
-ordinary text.
+renders messages as text. Reserved and special tokens named in the template
+(<user>, <|im_end|>, ...) become ids of their own; the same spelling in a
+message stays ordinary text.
+
+Targets are the tokens of `{% generation %}` blocks. For a template without such
+blocks, prefixes of the conversation are rendered, and the targets are what an
+assistant's message adds to the prompt of its answer, up to its end of turn.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from lm import schema
-from lm.data import template as template_lib
+from lm.data import chat_layout
 from lm.data import tokenizer as tokenizer_lib
 
-# During rendering a surrogate replaces each reserved token in the template's
-# text. Messages hold none: `_check` refuses text that UTF-8 cannot encode.
-_MARKS = {
-  name: chr(0xD800 + i) for i, name in enumerate(tokenizer_lib.RESERVED)
-}
-_NAMES = {mark: name for name, mark in _MARKS.items()}
-_SPELLING = re.compile("|".join(map(re.escape, tokenizer_lib.RESERVED)))
+ROLES = ("system", "user", "assistant", "tool")
+# Conversations, and characters of them, in one round trip to the renderer.
+_MOST_CONVERSATIONS = 256
+_MOST_CHARACTERS = 1 << 20
 _SURROGATE = re.compile("([\ud800-\udfff])")
+
+# Token ids, int32 [n], and which of them are targets, bool [n].
+Encoded = tuple[np.ndarray, np.ndarray]
+# A text or a mark, and whether its tokens are targets.
+_Piece = tuple[str, bool]
 
 
 def chat_ids(
@@ -33,32 +41,163 @@ def chat_ids(
   chat template, on a malformed message, and on messages refused by the
   template.
   """
-  if tokenizer.chat_template is None:
-    raise schema.ConfigError(
-      "chat: this checkpoint has no chat template; train one with "
-      "--config.tokenizer.chat_template=FILE.jinja, or ask it for a completion"
-    )
+  marked = chat_layout.marked_template(tokenizer)
   _check(messages)
-  text = _render(tokenizer.chat_template, messages)
-  # Even parts are text, odd parts are marks.
-  parts = _SURROGATE.split(text)
-  _check_parts(parts[::2], messages)
-  ids = tokenizer.encode(parts[0])
-  for mark, part in zip(parts[1::2], parts[2::2], strict=True):
-    ids += [tokenizer.reserved[_NAMES[mark]], *tokenizer.encode(part)]
-  return ids if ids[:1] == [tokenizer.bos] else [tokenizer.bos, *ids]
+  cut = (len(messages), True)
+  ((text,),) = chat_layout.render(marked, [(messages, [cut])])
+  if isinstance(text, schema.ConfigError):
+    raise text
+  pieces = _pieces(tokenizer, text, messages)
+  ids, _ = _assemble(tokenizer, [pieces])[0]
+  return ids.tolist()
 
 
 def stop_ids(tokenizer: tokenizer_lib.Tokenizer) -> list[int]:
   """Stop ids of the assistant's turn, besides eos: <end_of_turn>, <user> and
-  <system>, each only if named in the chat template.
+  <system>, each only if named in the chat template, and every token that ends
+  a turn in training.
   """
-  names = ("<end_of_turn>", "<user>", "<system>")
+  names = ["<end_of_turn>", "<user>", "<system>"]
   template = tokenizer.chat_template or ""
-  return [tokenizer.reserved[name] for name in names if name in template]
+  found = [tokenizer.reserved[name] for name in names if name in template]
+  try:
+    found += [tokenizer.named[x] for x in chat_layout.layout(tokenizer).ends]
+  except schema.ConfigError:  # No template, or one that cannot be trained on.
+    pass
+  return [i for i in dict.fromkeys(found) if i != tokenizer.eos]
 
 
-def _check(messages: Sequence[Any]) -> None:
+def encode(
+  tokenizer: tokenizer_lib.Tokenizer, messages: Sequence[Any]
+) -> Encoded:
+  """Token ids of a whole conversation, int32 [n], and the targets, bool [n].
+
+  `scored[i]` says that token i itself is a target: a token of the assistant, or
+  the end of the assistant's turn. bos comes first, as in `chat_ids`. The ids
+  end with the last rendered token; if the template ends no turn with a token,
+  eos follows and is the end of turn.
+
+  Text is cut where targets begin and end: no token is partly a target, and
+  where the first answer begins, the ids so far are its prompt by `chat_ids`.
+  The same holds of later answers if the template has `{% generation %}` blocks,
+  or tokens around its turns.
+
+  Raises ConfigError without a chat template, on a malformed message or an
+  unknown role, on messages refused by the template, where prefixes do not tell
+  which tokens are the assistant's, and if an end of turn would not be a target.
+  """
+  (encoded,) = encode_batch(tokenizer, [messages])
+  if isinstance(encoded, schema.ConfigError):
+    raise encoded
+  return encoded
+
+
+def encode_batch(
+  tokenizer: tokenizer_lib.Tokenizer,
+  conversations: Sequence[Sequence[Any]],
+  threads: int = 1,
+) -> list[Encoded | schema.ConfigError]:
+  """`encode` of each conversation, or the ConfigError that it would raise.
+
+  SentencePiece uses `threads` threads. Raises ConfigError without a chat
+  template, and on a template that no conversation can be trained with.
+  """
+  layout = chat_layout.layout(tokenizer)
+  found: list[list[_Piece] | schema.ConfigError] = []
+  for group in _groups(conversations):
+    found += _render_group(tokenizer, layout, group)
+  whole = [pieces for pieces in found if isinstance(pieces, list)]
+  encoded = iter(_assemble(tokenizer, whole, threads))
+  return [
+    x if isinstance(x, schema.ConfigError) else next(encoded) for x in found
+  ]
+
+
+def _groups(conversations: Sequence[Any]) -> list[list[Any]]:
+  groups, n = [], _MOST_CHARACTERS
+  for messages in conversations:
+    if n >= _MOST_CHARACTERS or len(groups[-1]) >= _MOST_CONVERSATIONS:
+      groups.append([])
+      n = 0
+    groups[-1].append(messages)
+    n += sum(len(str(message)) for message in messages)
+  return groups
+
+
+def _render_group(
+  tokenizer: tokenizer_lib.Tokenizer,
+  layout: chat_layout.Layout,
+  conversations: Sequence[Any],
+) -> list[list[_Piece] | schema.ConfigError]:
+  """Pieces of each conversation, by one round trip to the renderer."""
+  tasks, errors = [], []
+  for messages in conversations:
+    try:
+      _check(messages, ROLES)
+      tasks.append((messages, layout.cuts(messages)))
+      errors.append(None)
+    except schema.ConfigError as error:
+      errors.append(error)
+  rendered = zip(tasks, chat_layout.render(layout.template, tasks), strict=True)
+  found = []
+  for error in errors:
+    try:
+      if error is not None:
+        raise error
+      (messages, _), texts = next(rendered)
+      text = layout.with_targets(messages, texts)
+      pieces = _pieces(tokenizer, text, messages)
+      layout.check_ends(messages, text)
+      found.append(pieces)
+    except schema.ConfigError as refused:
+      found.append(refused)
+  return found
+
+
+def _pieces(
+  tokenizer: tokenizer_lib.Tokenizer, text: str, messages: Sequence[Any]
+) -> list[_Piece]:
+  """Splits a rendered text at its marks; checks what the template wrote."""
+  pieces, inside = [], False
+  names = chat_layout.names(tokenizer.special_tokens)
+  chat_layout.check_whole(text, messages, tokenizer.special_tokens)
+  for part in _SURROGATE.split(text):
+    if part in chat_layout.TARGETS:
+      inside = part == chat_layout.TARGETS[0]
+    elif part:
+      if len(part) == 1 and part not in names and _SURROGATE.match(part):
+        raise schema.ConfigError(
+          f"chat template: writes half a character, {part!r}"
+        )
+      pieces.append((part, inside))
+  return pieces
+
+
+def _assemble(
+  tokenizer: tokenizer_lib.Tokenizer,
+  conversations: Sequence[list[_Piece]],
+  threads: int = 1,
+) -> list[Encoded]:
+  """Token ids and targets of pieces; bos comes first."""
+  names = chat_layout.names(tokenizer.special_tokens)
+  texts = [t for pieces in conversations for t, _ in pieces if t not in names]
+  encoded = iter(tokenizer.encode_batch(texts, threads) if texts else [])
+  ids = {
+    mark: np.array([tokenizer.named[name]], np.int32)
+    for mark, name in names.items()
+  }
+  bos, found = np.array([tokenizer.bos], np.int32), []
+  for pieces in conversations:
+    parts = [ids[t] if t in ids else next(encoded) for t, _ in pieces]
+    inside = [flag for _, flag in pieces]
+    if not parts or parts[0][:1].tolist() != [tokenizer.bos]:
+      parts, inside = [bos, *parts], [False, *inside]
+    scored = np.repeat(inside, [len(part) for part in parts])
+    found.append((np.concatenate(parts), scored))
+  return found
+
+
+def _check(messages: Sequence[Any], roles: Sequence[str] = ()) -> None:
   if not messages:
     raise schema.ConfigError("messages=[]: must hold at least one message")
   for i, item in enumerate(messages):
@@ -73,30 +212,8 @@ def _check(messages: Sequence[Any]) -> None:
           f"messages[{i}].{name}={schema.shown(value)}: must be a text"
         )
       tokenizer_lib.check_text(f"messages[{i}].{name}", value)
-
-
-def _render(template: str, messages: Sequence[Any]) -> str:
-  """Rendered text, with marks in place of the template's reserved tokens."""
-  marked = _SPELLING.sub(lambda match: _MARKS[match[0]], template)
-  values = {
-    "messages": [dict(item) for item in messages],
-    "bos_token": _MARKS["<bos>"],
-    "eos_token": _MARKS["<eos>"],
-    "add_generation_prompt": True,
-  }
-  return template_lib.render(marked, values)
-
-
-def _check_parts(texts: Sequence[str], messages: Sequence[Any]) -> None:
-  """Raises ConfigError if the template assembles a token: `<{{ role }}>`.
-
-  Only reserved tokens written whole become ids.
-  """
-  said = [value for item in messages for value in item.values()]
-  for text in texts:
-    for name in _SPELLING.findall(text):
-      if not any(name in value for value in said):
-        raise schema.ConfigError(
-          f"chat template: puts {name} together out of parts, which would be "
-          "ordinary text; write the token whole"
-        )
+    if roles and item["role"] not in roles:
+      raise schema.ConfigError(
+        f"messages[{i}].role={schema.shown(item['role'])}: must be one of "
+        f"{', '.join(roles)}"
+      )

@@ -22,6 +22,16 @@ from lm.data import tokenizer as tokenizer_lib
 _LEAST_RATE = 1e-3
 
 
+class Window(NamedTuple):
+  """Tokens [T+1], document numbers [T+1], from 1; 0 is padding. Of chats also
+  whether each token is a training target: bool [T+1].
+  """
+
+  tokens: np.ndarray
+  documents: np.ndarray
+  scored: np.ndarray | None = None
+
+
 class Shape(NamedTuple):
   """How documents of an objective fit a window of T + 1 tokens."""
 
@@ -67,14 +77,17 @@ def shape(objective: config_lib.Causal, length: int) -> Shape:
 def row(
   objective: config_lib.Causal,
   tokenizer: tokenizer_lib.Tokenizer,
-  tokens: np.ndarray,
-  documents: np.ndarray,
+  window: Window,
   rng: np.random.Generator,
 ) -> batch_lib.Batch:
   """One row of an objective, each leaf [T]; `prefix` None if it sees nothing
   ahead.
   """
+  tokens, documents, scored = window
   match objective:
+    case config_lib.Chat():
+      assert scored is not None, "a store of texts"
+      return chat(tokens, documents, scored)
     case config_lib.Prefix():
       return prefix(tokens, documents, rng)
     case config_lib.SpanCorruption():
@@ -106,6 +119,14 @@ def causal(tokens: np.ndarray, documents: np.ndarray) -> batch_lib.Batch:
     segments=segments,
     positions=np.where(segments > 0, positions, 0).astype(np.int32),
   )
+
+
+def chat(
+  tokens: np.ndarray, documents: np.ndarray, scored: np.ndarray
+) -> batch_lib.Batch:
+  """Next-token prediction of the `scored` tokens [T+1] alone."""
+  plain = causal(tokens, documents)
+  return dataclasses.replace(plain, weights=plain.weights * scored[1:])
 
 
 def prefix(

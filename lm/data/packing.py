@@ -9,20 +9,13 @@ functions of the documents' lengths, the objective and the seed.
 
 import functools
 import math
-from typing import NamedTuple
 
 import numpy as np
 
 from lm import config as config_lib
+from lm import schema
 from lm.data import objectives
 from lm.data import store as store_lib
-
-
-class Window(NamedTuple):
-  """Tokens [T+1] and document numbers [T+1], from 1; 0 is padding."""
-
-  tokens: np.ndarray
-  documents: np.ndarray
 
 
 def windows(
@@ -33,7 +26,7 @@ def windows(
   arguments.
   """
   length = config.train.sequence_length
-  if config.data.packing == "chop" and store.objective.keeps_length:
+  if config.data.packing == "chop" and store.objective.choppable:
     return Chopped(store, length)
   return _best_fit(store, store.objective, length, seed)
 
@@ -47,9 +40,9 @@ class Chopped:
   def __len__(self) -> int:
     return -(-(self._store.n_tokens - 1) // self._length)
 
-  def __getitem__(self, i: int) -> Window:
+  def __getitem__(self, i: int) -> objectives.Window:
     n = self._length
-    return Window(*self._store.window(i * n, n + 1))
+    return objectives.Window(*self._store.window(i * n, n + 1))
 
   @property
   def cut_share(self) -> float:
@@ -80,15 +73,20 @@ class BestFit:
     self._store, self._length = store, length
     shape = objectives.shape(objective, length)
     lengths = np.diff(store.ends, prepend=0)
-    step = shape.longest - shape.overlap
-    n_pieces = 1 + np.maximum(0, -(-(lengths - shape.longest) // step))
     # As in Chopped.
-    self.cut_share = float(np.mean(n_pieces > 1))
-    document = np.repeat(np.arange(len(lengths)), n_pieces)
-    firsts = np.cumsum(n_pieces) - n_pieces
-    offsets = (np.arange(len(document)) - firsts[document]) * step
-    self._starts = (store.ends - lengths)[document] + offsets
-    self._sizes = np.minimum(shape.longest, lengths[document] - offsets)
+    self.cut_share = float(np.mean(lengths > shape.longest))
+    starts = store.ends - lengths
+    if isinstance(objective, config_lib.Chat):
+      pieces = _chats(objective, starts, lengths, shape)
+    else:
+      pieces = _cut(starts, lengths, shape)
+    self._starts, self._sizes = pieces
+    if not len(self._sizes):
+      raise schema.ConfigError(
+        f"source {store.spec!r}: none of its {len(lengths)} conversations fits "
+        f"a row of train.sequence_length={length}; the shortest has "
+        f"{lengths.min()} tokens: raise it, or write |chat(long='cut_start')"
+      )
     needed = shape.size(self._sizes)
     rng = np.random.Generator(np.random.Philox(key=seed))
     bins = best_fit(needed, shape.room, rng)
@@ -104,12 +102,45 @@ class BestFit:
   def __len__(self) -> int:
     return len(self._ends)
 
-  def __getitem__(self, i: int) -> Window:
+  def __getitem__(self, i: int) -> objectives.Window:
     some = slice(int(self._ends[i - 1]) if i else 0, int(self._ends[i]))
     starts, sizes = self._starts[some], self._sizes[some]
-    tokens = self._store.pieces(starts, sizes)
+    tokens, scored = self._store.pieces(starts, sizes)
     documents = np.repeat(np.arange(1, len(sizes) + 1), sizes)
-    return padded(self._store.pad, self._length, tokens, documents)
+    return padded(self._store.pad, self._length, tokens, documents, scored)
+
+
+def _cut(
+  starts: np.ndarray, lengths: np.ndarray, shape: objectives.Shape
+) -> tuple[np.ndarray, np.ndarray]:
+  """(first token, tokens) of each piece: documents that no window holds are cut
+  into pieces as long as possible.
+  """
+  step = shape.longest - shape.overlap
+  n_pieces = 1 + np.maximum(0, -(-(lengths - shape.longest) // step))
+  document = np.repeat(np.arange(len(lengths)), n_pieces)
+  firsts = np.cumsum(n_pieces) - n_pieces
+  offsets = (np.arange(len(document)) - firsts[document]) * step
+  sizes = np.minimum(shape.longest, lengths[document] - offsets)
+  return starts[document] + offsets, sizes
+
+
+def _chats(
+  objective: config_lib.Chat,
+  starts: np.ndarray,
+  lengths: np.ndarray,
+  shape: objectives.Shape,
+) -> tuple[np.ndarray, np.ndarray]:
+  """As `_cut`, of conversations: those that no window holds are dropped, or
+  lose their start or their end.
+  """
+  if objective.long == "drop":
+    kept = lengths <= shape.longest
+    return starts[kept], lengths[kept]
+  lost = np.maximum(0, lengths - shape.longest)
+  if objective.long == "cut_start":
+    starts = starts + lost
+  return starts, lengths - lost
 
 
 # The windows of a store, in a fixed order.
@@ -176,10 +207,16 @@ def best_fit(
 
 
 def padded(
-  pad: int, length: int, tokens: np.ndarray, documents: np.ndarray
-) -> Window:
+  pad: int,
+  length: int,
+  tokens: np.ndarray,
+  documents: np.ndarray,
+  scored: np.ndarray | None = None,
+) -> objectives.Window:
   """A window [length + 1] of fewer tokens, with padding at the end."""
   both = np.zeros((2, length + 1), np.int32)
   both[0] = pad
   both[:, : len(tokens)] = tokens, documents
-  return Window(*both)
+  if scored is not None:
+    scored = np.pad(scored, (0, length + 1 - len(scored)))
+  return objectives.Window(both[0], both[1], scored)

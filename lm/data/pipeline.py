@@ -198,7 +198,7 @@ class _Tag:
 def _row(
   prepared: store_lib.Prepared,
   store: store_lib.TokenStore,
-  window: packing.Window,
+  window: objectives.Window,
   seed: int,
   i: int,
 ) -> batch_lib.Batch:
@@ -206,7 +206,7 @@ def _row(
   rng = np.random.Generator(
     np.random.Philox(key=np.array([seed, i], np.uint64))
   )
-  return objectives.row(store.objective, prepared.tokenizer, *window, rng)
+  return objectives.row(store.objective, prepared.tokenizer, window, rng)
 
 
 def _stacked(

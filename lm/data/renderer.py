@@ -1,8 +1,9 @@
 """Child process that renders chat templates for lm/data/template.py.
 
-Each task is a line of JSON on stdin, each answer a line of JSON on stdout:
-{"text": ...} or {"error": ...}. The kernel kills the process if a task takes
-too long: Python code cannot interrupt a multiplication. This file imports
+A task is a line of JSON on stdin: a template, conversations, and how many
+messages of each to render. Each rendering is answered by a line of JSON on
+stdout: {"text": ...} or {"error": ...}. The kernel kills the process if one
+takes too long: Python code cannot interrupt a multiplication. This file imports
 nothing from lm.
 """
 
@@ -12,10 +13,11 @@ import resource
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
 from typing import NoReturn
 
 import jinja2
-from jinja2 import ext, sandbox
+from jinja2 import ext, nodes, sandbox
 
 
 class _Refused(Exception):
@@ -23,13 +25,22 @@ class _Refused(Exception):
 
 
 class _Generation(ext.Extension):
-  """Renders the body of `{% generation %}`, a mark of training targets."""
+  """Renders the body of `{% generation %}`, which holds training targets,
+  between two marks. As in transformers, the body has a scope of its own.
+  """
 
   tags = {"generation"}
+  marks = ("", "")
 
   def parse(self, parser):
-    next(parser.stream)
-    return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    line = next(parser.stream).lineno
+    body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    call = self.call_method("_marked")
+    return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+  def _marked(self, caller) -> str:
+    first, last = type(self).marks
+    return first + caller() + last
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -47,13 +58,13 @@ def _compile(text: str) -> jinja2.Template:
   return environment.from_string(text)
 
 
-def _answer(task: dict) -> dict[str, str]:
+def _answer(task: dict, values: dict | None) -> dict[str, str]:
   try:
     template = _compile(task["template"])
-    if task["values"] is None:
+    if values is None:
       return {"text": ""}
     parts, n_characters = [], 0
-    for part in template.generate(**task["values"]):
+    for part in template.generate(**values):
       parts.append(part)
       n_characters += len(part)
       if n_characters > task["most"]:
@@ -75,15 +86,33 @@ def _answer(task: dict) -> dict[str, str]:
     }
 
 
+def _renderings(task: dict) -> Iterator[dict | None]:
+  """Yields the variables of each rendering: of each conversation, the first
+  `n` messages, with or without the prompt of an answer. Without conversations
+  the template is only compiled: None.
+  """
+  if not task["items"]:
+    yield None
+  for messages, cuts in task["items"]:
+    for n, add_generation_prompt in cuts:
+      yield {
+        **task["values"],
+        "messages": messages[:n],
+        "add_generation_prompt": add_generation_prompt,
+      }
+
+
 def main() -> None:
   for line in sys.stdin:
     task = json.loads(line)
     size = task["megabytes"] * 10**6
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
-    signal.setitimer(signal.ITIMER_PROF, task["seconds"])
-    answer = json.dumps(_answer(task))
-    signal.setitimer(signal.ITIMER_PROF, 0)
-    print(answer, flush=True)
+    _Generation.marks = tuple(task["marks"])
+    for values in _renderings(task):
+      signal.setitimer(signal.ITIMER_PROF, task["seconds"])
+      answer = json.dumps(_answer(task, values))
+      signal.setitimer(signal.ITIMER_PROF, 0)
+      print(answer, flush=True)
 
 
 if __name__ == "__main__":

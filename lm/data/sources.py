@@ -1,14 +1,16 @@
 """Corpora: opens a source spec and reads documents by index.
 
 A source is `tfds:NAME[/CONFIG][:VERSION]:SPLIT[#FEATURE]`, `text:GLOB` or
-`jsonl:GLOB#FIELD`; files may be compressed (.gz, .bz2, .xz, .zst). Documents
-are read one at a time: memory does not grow with the corpus.
+`jsonl:GLOB#FIELD`; files may be compressed (.gz, .bz2, .xz, .zst). Tables are
+`parquet:GLOB#COLUMN` or `csv:GLOB#COLUMN`. A source of chats is `jsonl:GLOB`,
+`parquet:GLOB` or `csv:GLOB`, whose rows are conversations in one of the formats
+of lm/data/conversations.py, or `instruct:python_stdlib:SPLIT`. Documents are
+read one at a time, tables in parts: memory does not grow with the corpus.
 """
 
 import bisect
 import codecs
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -16,18 +18,31 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from lm import config as config_lib
 from lm import files, schema
-from lm.data import contents, reading
+from lm.data import contents, conversations, json_lines, reading
 
 _GRAMMAR = (
-  "write tfds:NAME[/CONFIG]:SPLIT[#FEATURE], text:GLOB or jsonl:GLOB#FIELD"
+  "write tfds:NAME[/CONFIG]:SPLIT[#FEATURE], text:GLOB, jsonl:GLOB#FIELD, "
+  "parquet:GLOB#COLUMN or csv:GLOB#COLUMN"
 )
 _SPEC = re.compile(
   r"(?P<tfds>tfds):(?P<name>[^:#]+(:\d+\.\d+\.\d+)?):(?P<split>[^#]+)"
   r"(#(?P<feature>\w+))?"
   r"|text:(?P<text>.+)"
-  r"|jsonl:(?P<jsonl>[^#]+)#(?P<field>.+)",
+  r"|jsonl:(?P<jsonl>[^#]+)#(?P<field>.+)"
+  r"|(?P<table>parquet|csv):(?P<tables>[^#]+)#(?P<column>.+)",
   re.DOTALL,
 )
+_CHAT_GRAMMAR = (
+  "write jsonl:GLOB, parquet:GLOB or csv:GLOB, whose rows are conversations, "
+  "or instruct:python_stdlib:SPLIT"
+)
+_CHAT_SPEC = re.compile(
+  r"instruct:(?P<name>[^:#]+):(?P<split>[^:#]+)|jsonl:(?P<jsonl>[^#]+)"
+  r"|(?P<table>parquet|csv):(?P<tables>[^#]+)",
+  re.DOTALL,
+)
+# Changes with the messages that conversations.parse makes of a row.
+_CHATS_VERSION = 1
 # Documents between two offsets that the index of a file stores.
 _STRIDE = 256
 
@@ -37,16 +52,32 @@ class Document(NamedTuple):
   text: str
 
 
+class Conversation(NamedTuple):
+  """`messages` have roles and contents, as in lm/data/chat.py."""
+
+  name: str
+  messages: list[conversations.Message]
+
+  @property
+  def text(self) -> str:
+    """The contents, without a layout: for counts, and to train tokenizers."""
+    return "\n".join(message["content"] for message in self.messages)
+
+
 @runtime_checkable
 class Source(Protocol):
-  """Corpus interface: documents in a fixed order; picklable."""
+  """Corpus interface: documents in a fixed order; picklable.
+
+  `chat` says whether the documents are conversations.
+  """
 
   spec: str
+  chat: bool
 
   def __len__(self) -> int: ...
 
-  def __getitem__(self, i: int) -> Document | None:
-    """Document `i`, or None for a document skipped as invalid UTF-8."""
+  def __getitem__(self, i: int) -> Document | Conversation | None:
+    """Document `i`, or None for a document that is skipped, as invalid."""
     ...
 
   def fingerprint(self) -> str:
@@ -58,12 +89,17 @@ class Source(Protocol):
     ...
 
 
-def open_source(spec: str, data: config_lib.DataConfig) -> Source:
-  """Opens the source `spec`; builds a missing TFDS dataset.
+def open_source(
+  spec: str, data: config_lib.DataConfig, *, chat: bool = False
+) -> Source:
+  """Opens the source `spec`, of chats or of texts; builds a missing TFDS
+  dataset.
 
   Raises ConfigError if the spec is malformed, a file or the dataset is not
   available, or the source holds no document.
   """
+  if chat:
+    return _open_chats(spec, data)
   match = _SPEC.fullmatch(spec)
   if match is None:
     raise schema.ConfigError(f"source {spec!r}: malformed; {_GRAMMAR}")
@@ -76,11 +112,50 @@ def open_source(spec: str, data: config_lib.DataConfig) -> Source:
     )
   elif match["text"]:
     source = FileSource(spec, match["text"], data.text_unit, None, data)
+  elif match["table"]:
+    source = _open_tables(spec, match, match["column"], data)
   else:
     source = FileSource(spec, match["jsonl"], "line", match["field"], data)
   if len(source) == 0:
     raise schema.ConfigError(f"source {spec!r}: empty, holds no document")
   return source
+
+
+def _open_chats(spec: str, data: config_lib.DataConfig) -> Source:
+  match = _CHAT_SPEC.fullmatch(spec)
+  if match is None:
+    raise schema.ConfigError(
+      f"source {spec!r}: malformed for chats; {_CHAT_GRAMMAR}"
+    )
+  if match["name"]:
+    from lm.data import instructions  # Imports TFDS, as above.
+
+    # Not counted here: that reads all of it, and a store may be there.
+    return instructions.InstructionSource(
+      spec, match["name"], match["split"], data
+    )
+  if match["table"]:
+    source = _open_tables(spec, match, None, data)
+  else:
+    source = ChatFileSource(spec, match["jsonl"], "line", None, data)
+  if len(source) == 0:
+    raise schema.ConfigError(f"source {spec!r}: empty, holds no conversation")
+  return source
+
+
+def _open_tables(
+  spec: str,
+  match: re.Match[str],
+  column: str | None,
+  data: config_lib.DataConfig,
+) -> Source:
+  try:
+    from lm.data import tables
+  except ImportError as error:
+    raise schema.ConfigError(
+      f"source {spec!r}: needs the package pyarrow: pip install pyarrow"
+    ) from error
+  return tables.TableSource(spec, match["table"], match["tables"], column, data)
 
 
 def cache_directory(data: config_lib.DataConfig) -> str:
@@ -144,11 +219,14 @@ def _units(path: str, unit: str, mark: _Unit) -> Iterator[_Unit]:
 class FileSource:
   """Documents of the files that match a glob, sorted by path.
 
-  With `field`, each line is a JSON object and the field is the document;
+  With `field`, each line is a JSON object and the field is the document (`a.b`
+  is a field of a field);
   otherwise `unit` says whether a document is a file, a line or a block. An
   index of every _STRIDE-th line or block is made on first use; reading in order
   needs no seek, since seeks are slow in compressed files.
   """
+
+  chat = False
 
   def __init__(
     self,
@@ -159,11 +237,11 @@ class FileSource:
     data: config_lib.DataConfig,
   ):
     self.spec, self._unit, self._field, self._data = spec, unit, field, data
-    self._paths = _find(spec, files.local_path(pattern, "source"))
+    self._paths = find(spec, files.local_path(pattern, "source"))
     self._contents = contents.Contents(
       spec,
       self._paths,
-      f"{unit} {field} {data.invalid_utf8}",
+      self._options(),
       cache_directory(data),
     )
     self._ends = list(range(1, len(self._paths) + 1))
@@ -171,6 +249,12 @@ class FileSource:
     # Last group read: ((file, group), units). `_rest` yields the units after.
     self._group: tuple[tuple[int, int], list[_Unit]] = (-1, -1), []
     self._rest: Iterator[_Unit] = iter(())
+
+  def _options(self) -> str:
+    """What the documents depend on beside the files, for the fingerprint."""
+    options = f"{self._unit} {self._field} {self._data.invalid_utf8}"
+    skips = self._field and self._data.invalid_documents == "skip"
+    return f"{options} skip" if skips else options
 
   def __getstate__(self) -> dict[str, Any]:
     return {**vars(self), "_group": ((-1, -1), []), "_rest": iter(())}
@@ -186,7 +270,7 @@ class FileSource:
       self._make_index()
     return self._ends[-1]
 
-  def __getitem__(self, i: int) -> Document | None:
+  def __getitem__(self, i: int) -> Document | Conversation | None:
     n = len(self)
     if not 0 <= i < n:
       raise IndexError(f"document {i} of {n}")
@@ -205,13 +289,22 @@ class FileSource:
     where = f"{path}:{unit.line}"
     try:
       text = decode(unit.raw, path, unit.offset, self._data)
-      if text is not None and self._field is not None:
-        raw = _json_field(text, self._field, where)
-        text = decode(raw, where, 0, self._data)
+      return None if text is None else self._document(where, text)
     except schema.ConfigError:
       self._rest = iter(())  # Closes the file, else held by the traceback.
       raise
-    return None if text is None else Document(where, text)
+
+  def _document(self, where: str, text: str) -> Document | Conversation | None:
+    """The document that line or block `text` is, or holds."""
+    if self._field is None:
+      return Document(where, text)
+    try:
+      row = json_lines.parse(text, f"field {self._field!r}")
+      text = json_lines.text(row, self._field)
+    except schema.ConfigError as error:
+      return invalid(where, error, self._data)
+    found = _half_characters(text, where, self._data)
+    return None if found is None else Document(where, found)
 
   def _make_index(self) -> None:
     if self._index is not None:
@@ -243,7 +336,48 @@ class FileSource:
     return self._group[1][k % _STRIDE]
 
 
-def _find(spec: str, pattern: str) -> list[str]:
+class ChatFileSource(FileSource):
+  """Conversations of files of JSON lines; see lm/data/conversations.py."""
+
+  chat = True
+
+  def _options(self) -> str:
+    data = self._data
+    return f"chat {_CHATS_VERSION} {data.invalid_utf8} {data.invalid_documents}"
+
+  def _document(self, where: str, text: str) -> Conversation | None:
+    try:
+      messages = conversations.parse(json_lines.parse(text, "a conversation"))
+    except schema.ConfigError as error:
+      return invalid(where, error, self._data)
+    for message in messages:
+      content = _half_characters(message["content"], where, self._data)
+      if content is None:
+        return None
+      message["content"] = content
+    return Conversation(where, messages)
+
+
+def _half_characters(
+  text: str, where: str, data: config_lib.DataConfig
+) -> str | None:
+  """`decode` for JSON, which allows lone surrogates where UTF-8 does not."""
+  return decode(text.encode(errors="surrogatepass"), where, 0, data)
+
+
+def invalid(
+  where: str, error: schema.ConfigError, data: config_lib.DataConfig
+) -> None:
+  """None, which skips a document, or `error` with its place."""
+  if data.invalid_documents == "error":
+    raise schema.ConfigError(
+      f"{where}: {error}; correct it, or set config.data.invalid_documents to "
+      "'skip'"
+    ) from error
+
+
+def find(spec: str, pattern: str) -> list[str]:
+  """Files that match `pattern`, sorted; raises ConfigError if there is none."""
   try:
     found = reading.matching(pattern)
   except OSError as error:
@@ -259,44 +393,3 @@ def _find(spec: str, pattern: str) -> list[str]:
       f"source {spec!r}: no file matches {pattern!r} in {os.getcwd()}{hint}"
     )
   return found
-
-
-def _json_field(line: str, field: str, where: str) -> bytes:
-  try:
-    value = json.loads(line)
-  except json.JSONDecodeError as error:
-    raise schema.ConfigError(
-      f"{where}: invalid JSON, {error.msg} at column {error.colno}; correct it"
-    ) from error
-  except (RecursionError, ValueError) as error:  # Too deep, too many digits.
-    reason = str(error).split(";")[0]
-    raise schema.ConfigError(
-      f"{where}: JSON beyond reason, {reason}; leave the line out"
-    ) from error
-  if not isinstance(value, dict):
-    raise schema.ConfigError(
-      f"{where}: is {_KINDS[type(value)]}, not an object with field {field!r}"
-    )
-  if field not in value:
-    names = ", ".join(map(repr, value)) or "none"
-    names = names if len(names) < 200 else f"{names[:200]}..."
-    raise schema.ConfigError(
-      f"{where}: no field {field!r}; its fields: {names}"
-    )
-  if not isinstance(text := value[field], str):
-    raise schema.ConfigError(
-      f"{where}: field {field!r} is {_KINDS[type(text)]}, not text"
-    )
-  # JSON allows lone surrogates, UTF-8 does not: `decode` handles them.
-  return text.encode(errors="surrogatepass")
-
-
-_KINDS = {
-  dict: "an object",
-  list: "a list",
-  str: "text",
-  int: "a number",
-  float: "a number",
-  bool: "true or false",
-  type(None): "null",
-}

@@ -3,20 +3,23 @@
 A token store is a directory with a manifest and TensorStore zarr3 arrays in
 sharded chunks: `tokens` (uint16 or uint32 by vocabulary; a document is bos,
 text, eos) and, per document, `ends` (cumulative tokens), `n_bytes` (of UTF-8
-text), `names` and `name_ends`. Writing goes to a temporary directory, renamed
-at the end: a store is whole or absent. The directory is named by source and
-tokenizer: a store is never stale. Chunks have checksums; the manifest has file
+text), `names` and `name_ends`. A store of chats also has `scored` (uint8 per
+token, 1 at training targets); its documents are what lm/data/chat.py makes of
+conversations.
+
+Writing goes to a temporary directory, renamed at the end: a store is whole or
+absent. The directory is named by source, tokenizer and, for chats, chat
+template: a store is never stale. Chunks have checksums; the manifest has file
 sizes, digests of array metadata and a digest of the manifest. A store damaged
 later raises RunError and is never read as other tokens.
 """
 
 import dataclasses
 import functools
-import hashlib
 import json
-import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,7 +30,8 @@ import rich.progress
 
 from lm import config as config_lib
 from lm import files, locks, schema
-from lm.data import arrays
+from lm.data import arrays, chat_layout, tokenizer_cache, tokenizing
+from lm.data import manifest as manifest_lib
 from lm.data import sources as sources_lib
 from lm.data import tokenizer as tokenizer_lib
 
@@ -35,19 +39,8 @@ _VERSION = 2
 # Characters tokenized at a time; bounds the memory.
 _BATCH_CHARACTERS = 1 << 22
 _PARTIAL = ".partial"
-# Dtype of each array; None: uint16 or uint32, by vocabulary size.
-_ARRAYS = {
-  "tokens": None,
-  "ends": "int64",
-  "n_bytes": "int64",
-  "names": "uint8",
-  "name_ends": "int64",
-}
-# Required fields. A manifest without further fields predates the digest.
-_FIELDS = {
-  **{"version": int, "spec": str, "source": str, "tokenizer": str},
-  **{"n_tokens": int, "n_documents": int, "n_bytes": int, "files": dict},
-}
+# Changes with the ids and targets that lm/data/chat.py makes of messages.
+_CHAT_VERSION = 1
 
 
 class TokenStore:
@@ -63,8 +56,13 @@ class TokenStore:
     self.n_documents: int = manifest["n_documents"]
     # UTF-8 bytes of all documents.
     self.n_bytes: int = manifest["n_bytes"]
+    # Training targets of chats; None in a store of texts.
+    self.n_scored: int | None = manifest.get("n_scored")
     self.pad, self._bos = pad, bos
     self._tokens = self._open("tokens", self.n_tokens)
+    self._scored = None
+    if self.n_scored is not None:
+      self._scored = self._open("scored", self.n_tokens)
 
   def _open(self, name: str, n: int | None = None) -> arrays.Array:
     array = arrays.Array(self.path, name)
@@ -97,15 +95,36 @@ class TokenStore:
   def document(self, i: int) -> np.ndarray:
     """Tokens of document `i`, int32, from bos to eos."""
     start = int(self.ends[i - 1]) if i else 0
-    return self._tokens.read(start, int(self.ends[i])).astype(np.int32)
+    return self.tokens(start, int(self.ends[i]))
 
-  def pieces(self, starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Tokens [start, start + size) of each pair, joined: int32 [sum of sizes].
+  def tokens(self, start: int, stop: int) -> np.ndarray:
+    """Tokens [start, stop) of the store, over all documents: int32."""
+    return self._tokens.read(start, stop).astype(np.int32)
+
+  def scored(self, start: int, stop: int) -> np.ndarray:
+    """Whether each of the tokens [start, stop) is itself a training target:
+    bool. Raises ConfigError if the store holds texts and not chats.
+    """
+    if self._scored is None:
+      raise schema.ConfigError(
+        f"token store {self.path}: holds texts, which have no turns; read its "
+        f"source {self.spec!r} as chats"
+      )
+    return self._scored.read(start, stop).astype(bool)
+
+  def pieces(
+    self, starts: np.ndarray, sizes: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray | None]:
+    """Tokens [start, start + size) of each pair, joined: int32 [sum of sizes];
+    and of chats whether each is a training target, bool, else None.
 
     Reads all pieces at a time.
     """
     ranges = list(zip(starts.tolist(), (starts + sizes).tolist(), strict=True))
-    return np.concatenate(self._tokens.read_many(ranges)).astype(np.int32)
+    tokens = np.concatenate(self._tokens.read_many(ranges)).astype(np.int32)
+    if self._scored is None:
+      return tokens, None
+    return tokens, np.concatenate(self._scored.read_many(ranges)).astype(bool)
 
   def window(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and document numbers, int32 [length], from token `start` on.
@@ -118,8 +137,11 @@ class TokenStore:
     if n:
       tokens[:n] = self._tokens.read(start, start + n)
     documents = np.zeros(length, np.int32)
-    # Text never holds bos: each bos starts a document.
-    opened = np.cumsum(tokens[:n] == self._bos)
+    if self._scored is not None:  # A chat template may write bos in each turn.
+      at = np.arange(start, start + n)
+      opened = np.searchsorted(self.ends, at, side="right")
+    else:  # Text never holds bos: each bos starts a document.
+      opened = np.cumsum(tokens[:n] == self._bos)
     documents[:n] = opened - opened[:1] + 1
     return tokens, documents
 
@@ -143,7 +165,9 @@ def prepare(config: config_lib.Config) -> Prepared:
   names = [*data.train, *data.validation]
   sources = _open_sources(names, data)
   n = len(data.train)
-  tokenizer = _make_tokenizer(config, sources[:n])
+  # A source that stands in a mixture twice is one text for the tokenizer.
+  distinct = list(dict.fromkeys(sources[:n]))
+  tokenizer = tokenizer_cache.make(config, distinct)
   stores = _make_stores(names, sources, tokenizer, data)
   return Prepared(tokenizer, stores[:n], stores[n:])
 
@@ -153,7 +177,10 @@ def prepare_sources(
   tokenizer: tokenizer_lib.Tokenizer,
   data: config_lib.DataConfig,
 ) -> list[TokenStore]:
-  """Token stores of the sources `names`, for an existing tokenizer."""
+  """Token stores of the sources `names`, for an existing tokenizer.
+
+  Raises ConfigError if a source, a document or the chat template does not fit.
+  """
   sources = _open_sources(names, data)
   return _make_stores(names, sources, tokenizer, data)
 
@@ -161,16 +188,21 @@ def prepare_sources(
 def _open_sources(
   names: Sequence[str], data: config_lib.DataConfig
 ) -> list[sources_lib.Source]:
-  specs = [config_lib.split_source(name)[0] for name in names]
-  found = {s: sources_lib.open_source(s, data) for s in dict.fromkeys(specs)}
-  return [found[spec] for spec in specs]
+  """The sources; one object for those that differ only in their objective."""
+  parts = [config_lib.split_source(name) for name in names]
+  wanted = [(s, isinstance(o, config_lib.Chat)) for s, o in parts]
+  found = {
+    (spec, chat): sources_lib.open_source(spec, data, chat=chat)
+    for spec, chat in dict.fromkeys(wanted)
+  }
+  return [found[key] for key in wanted]
 
 
 def open_store(path: str, tokenizer: tokenizer_lib.Tokenizer) -> TokenStore:
   """Opens a store. Raises ConfigError if the tokenizer or version differs, and
   RunError if the store is damaged.
   """
-  manifest = _read_manifest(path)
+  manifest = manifest_lib.read(path)
   for key, value in (
     ("version", _VERSION),
     ("tokenizer", tokenizer.fingerprint),
@@ -181,115 +213,15 @@ def open_store(path: str, tokenizer: tokenizer_lib.Tokenizer) -> TokenStore:
         f"{value}; prepare the corpus again"
       )
   # TensorStore would read a missing file as zeros.
-  sizes = _file_sizes(path)
+  sizes = manifest_lib.file_sizes(path)
   for name, size in manifest["files"].items():
     if sizes.get(name) != size:
       found = "missing" if name not in sizes else f"{sizes[name]} bytes"
       raise arrays.damaged(path, f"{name} is {found}, and was {size} bytes")
-  there = _array_metadata(path)
+  there = manifest_lib.array_metadata(path, "n_scored" in manifest)
   if manifest.get("arrays", there) != there:  # Absent in old manifests.
     raise arrays.damaged(path, "a zarr.json is not what was written")
   return TokenStore(path, manifest, tokenizer.pad, tokenizer.bos)
-
-
-def _read_manifest(path: str) -> dict[str, Any]:
-  try:
-    with open(os.path.join(path, "manifest.json"), "rb") as file:
-      manifest = files.unseal(file.read(), without=_FIELDS)
-    if not all(isinstance(manifest.get(k), t) for k, t in _FIELDS.items()):
-      raise ValueError(f"lacks one of {', '.join(_FIELDS)}")
-    return manifest
-  except (FileNotFoundError, NotADirectoryError) as error:
-    raise arrays.damaged(path, "manifest.json is missing") from error
-  except ValueError as error:
-    raise arrays.damaged(path, f"manifest.json: {error}") from error
-
-
-def _file_sizes(path: str) -> dict[str, int]:
-  """Bytes of each file below `path` except the manifest, by relative path."""
-  return {
-    os.path.relpath(os.path.join(folder, name), path): os.path.getsize(
-      os.path.join(folder, name)
-    )
-    for folder, _, names in os.walk(path)
-    for name in names
-    if name != "manifest.json"
-  }
-
-
-def _array_metadata(path: str) -> dict[str, str]:
-  """SHA-256 of the zarr.json (metadata) of each array."""
-  found = {}
-  for name in _ARRAYS:
-    with open(os.path.join(path, name, "zarr.json"), "rb") as file:
-      found[name] = hashlib.sha256(file.read()).hexdigest()
-  return found
-
-
-def _make_tokenizer(
-  config: config_lib.Config, sources: Sequence[sources_lib.Source]
-) -> tokenizer_lib.Tokenizer:
-  """Loads the config's tokenizer, or trains and caches a tokenizer once."""
-  if config.tokenizer.kind == "bytes" or config.tokenizer.path is not None:
-    return tokenizer_lib.load(config)
-  made_of = [
-    _VERSION,
-    tokenizer_lib.TRAINER,
-    config.model.vocab_size,
-    config.tokenizer.train_bytes,
-    [source.fingerprint() for source in sources],
-  ]
-  template = tokenizer_lib.read_template(config)
-  directory = sources_lib.cache_directory(config.data)
-  path = os.path.join(directory, f"tokenizer-{_key(made_of)}.json")
-  if not os.path.exists(path):
-    files.check_directory(directory, "config.data.cache_dir")
-    with locks.exclusive(directory):
-      if not os.path.exists(path):
-        texts = list(_sample(sources, config.tokenizer.train_bytes))
-        _require_text(texts, sources)
-        with rich.console.Console(stderr=True).status("training tokenizer"):
-          tokenizer = tokenizer_lib.train(config, texts)
-        sealed = files.seal(json.loads(tokenizer.to_json()))
-        files.replace(path, json.dumps(sealed, indent=2))
-  return tokenizer_lib.Tokenizer(_read_tokenizer(path).model, template)
-
-
-def _read_tokenizer(path: str) -> tokenizer_lib.Tokenizer:
-  try:
-    with open(path, "rb") as file:
-      content = files.unseal(file.read(), without=("kind", "model"))
-    return tokenizer_lib.Tokenizer.from_json(json.dumps(content))
-  except (ValueError, schema.ConfigError) as error:
-    raise schema.RunError(
-      f"tokenizer {path} is damaged: {error}. Remove it, and the next start "
-      "trains it again, the same to the id"
-    ) from error
-
-
-def _sample(
-  sources: Sequence[sources_lib.Source], n_bytes: int
-) -> Iterator[str]:
-  """Yields documents spread evenly over sources, at most `n_bytes` in total."""
-  ends = np.cumsum([len(source) for source in sources])
-  n = int(ends[-1])
-  # A step near the golden section of n, and coprime to n, visits every document
-  # once; the documents visited are evenly spread at any stopping point.
-  step = max(1, round(n * 0.6180339887))
-  while math.gcd(step, n) > 1:
-    step += 1
-  for k in range(n):
-    i = k * step % n
-    s = int(np.searchsorted(ends, i, side="right"))
-    document = sources[s][i - (int(ends[s - 1]) if s else 0)]
-    if document is None:
-      continue
-    raw = document.text.encode()
-    if len(raw) > n_bytes:
-      yield raw[:n_bytes].decode(errors="ignore")
-      return
-    n_bytes -= len(raw)
-    yield document.text
 
 
 def _make_stores(
@@ -302,13 +234,12 @@ def _make_stores(
   differ in their objective have stores of the same directory.
   """
   directory = sources_lib.cache_directory(data)
-  paths = [
-    os.path.join(
-      directory,
-      "tokens-" + _key([_VERSION, source.fingerprint(), tokenizer.fingerprint]),
-    )
-    for source in sources
+  identities = [_identity(source, tokenizer) for source in sources]
+  keys = [
+    files.json_digest([_VERSION, identity, tokenizer.fingerprint])
+    for identity in identities
   ]
+  paths = [os.path.join(directory, f"tokens-{key}") for key in keys]
   if not all(os.path.lexists(path) for path in paths):
     files.check_directory(directory, "config.data.cache_dir")
     with locks.exclusive(directory):
@@ -320,6 +251,19 @@ def _make_stores(
   for name, store in zip(names, stores, strict=True):
     store.spec, store.objective = name, config_lib.objective(name)
   return stores
+
+
+def _identity(
+  source: sources_lib.Source, tokenizer: tokenizer_lib.Tokenizer
+) -> str:
+  """Fingerprint of what is tokenized: the source and, for chats, the chat
+  template, which is checked on a probe conversation.
+  """
+  if not source.chat:
+    return source.fingerprint()
+  chat_layout.layout(tokenizer)
+  parts = [_CHAT_VERSION, source.fingerprint(), tokenizer.chat_template]
+  return files.json_digest(parts)
 
 
 def _remove_leftovers(directory: str) -> None:
@@ -336,19 +280,29 @@ def _build(
   tokenizer: tokenizer_lib.Tokenizer,
   data: config_lib.DataConfig,
 ) -> None:
-  """Tokenizes `source` into a new store at `path`; an error leaves no store."""
+  """Tokenizes `source` into a new store at `path`; an error leaves no store.
+
+  Prints how many documents were skipped as invalid.
+  """
   partial = path + _PARTIAL
   tokens_dtype = "uint16" if tokenizer.size <= 1 << 16 else "uint32"
-  n_bytes = 0
+  skipped = tokenizing.Skipped()
   try:
     columns = {
       name: arrays.Column(partial, name, dtype or tokens_dtype)
-      for name, dtype in _ARRAYS.items()
+      for name, dtype in manifest_lib.array_dtypes(source.chat).items()
     }
-    for documents in _batches(source):
-      n_bytes += _append(columns, documents, tokenizer, data)
-    if n_bytes == 0:
-      raise schema.ConfigError(f"source {source.spec!r}: empty, holds no text")
+    n_bytes = n_scored = 0
+    for documents in _batches(source, skipped):
+      encoded = tokenizing.encode(documents, tokenizer, data, skipped)
+      _append(columns, encoded)
+      n_bytes += sum(document.n_bytes for document in encoded)
+      n_scored += sum(int(document.scored.sum()) for document in encoded)
+    if columns["ends"].n == 0:
+      why = f"; {skipped}" if skipped.n else ""
+      raise schema.ConfigError(
+        f"source {source.spec!r}: empty, holds no text{why}"
+      )
     for column in columns.values():
       column.close()
     if (changed := source.changed()) is not None:
@@ -358,13 +312,14 @@ def _build(
     manifest = {
       "version": _VERSION,
       "spec": source.spec,
-      "source": source.fingerprint(),
+      "source": _identity(source, tokenizer),
       "tokenizer": tokenizer.fingerprint,
       "n_tokens": columns["tokens"].n,
       "n_documents": columns["ends"].n,
       "n_bytes": n_bytes,
-      "files": _file_sizes(partial),
-      "arrays": _array_metadata(partial),
+      **({"n_scored": n_scored} if source.chat else {}),
+      "files": manifest_lib.file_sizes(partial),
+      "arrays": manifest_lib.array_metadata(partial, source.chat),
     }
     with open(os.path.join(partial, "manifest.json"), "w") as file:
       json.dump(files.seal(manifest), file, indent=2)
@@ -372,11 +327,31 @@ def _build(
   except BaseException:
     shutil.rmtree(partial, ignore_errors=True)
     raise
+  if skipped.n:
+    print(f"source {source.spec!r}: {skipped}", file=sys.stderr)
+
+
+def _append(
+  columns: dict[str, arrays.Column], documents: list[tokenizing.Encoded]
+) -> None:
+  """Writes tokenized documents."""
+  if not documents:
+    return
+  names = [os.fsencode(document.name) for document in documents]
+  lengths = [len(document.tokens) for document in documents]
+  name_lengths = [len(name) for name in names]
+  columns["ends"].append(columns["tokens"].n + np.cumsum(lengths))
+  columns["n_bytes"].append(np.array([d.n_bytes for d in documents]))
+  columns["name_ends"].append(columns["names"].n + np.cumsum(name_lengths))
+  columns["names"].append(np.frombuffer(b"".join(names), np.uint8))
+  columns["tokens"].append(np.concatenate([d.tokens for d in documents]))
+  if "scored" in columns:
+    columns["scored"].append(np.concatenate([d.scored for d in documents]))
 
 
 def _batches(
-  source: sources_lib.Source,
-) -> Iterator[list[sources_lib.Document]]:
+  source: sources_lib.Source, skipped: tokenizing.Skipped
+) -> Iterator[list[sources_lib.Document | sources_lib.Conversation]]:
   """Yields lists of non-empty documents, some megabytes each, with a bar."""
   documents, n_characters = [], 0
   console = rich.console.Console(stderr=True)
@@ -387,50 +362,12 @@ def _batches(
     task = progress.add_task(about, total=len(source))
     for i in range(len(source)):
       document = source[i]
-      if document is not None and document.text:
+      if document is None:
+        skipped.add(None)
+      elif document.text or source.chat:
         documents.append(document)
         n_characters += len(document.text)
       if n_characters >= _BATCH_CHARACTERS or i == len(source) - 1:
         yield documents
         documents, n_characters = [], 0
         progress.update(task, completed=i + 1)
-
-
-def _append(
-  columns: dict[str, arrays.Column],
-  documents: list[sources_lib.Document],
-  tokenizer: tokenizer_lib.Tokenizer,
-  data: config_lib.DataConfig,
-) -> int:
-  """Tokenizes and writes `documents`; returns the bytes of text."""
-  if not documents:
-    return 0
-  encoded = tokenizer.encode_batch(
-    [document.text for document in documents],
-    threads=data.workers or os.cpu_count() or 1,
-  )
-  n_bytes = np.array([len(document.text.encode()) for document in documents])
-  assert n_bytes.sum() == sum(tokenizer.n_bytes(ids) for ids in encoded)
-  names = [os.fsencode(document.name) for document in documents]
-  bos, eos = [tokenizer.bos], [tokenizer.eos]
-  pieces = [part for ids in encoded for part in (bos, ids, eos)]
-  tokens, name_ends = columns["tokens"], columns["names"].n
-  ends = tokens.n + np.cumsum([len(ids) + 2 for ids in encoded])
-  columns["ends"].append(ends)
-  columns["n_bytes"].append(n_bytes)
-  columns["name_ends"].append(name_ends + np.cumsum([len(n) for n in names]))
-  columns["names"].append(np.frombuffer(b"".join(names), np.uint8))
-  tokens.append(np.concatenate(pieces))
-  return int(n_bytes.sum())
-
-
-def _key(parts: Any) -> str:
-  return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def _require_text(
-  texts: Sequence[str], sources: Sequence[sources_lib.Source]
-) -> None:
-  if not any(texts):
-    specs = ", ".join(repr(source.spec) for source in sources)
-    raise schema.ConfigError(f"sources {specs}: empty, hold no text")

@@ -6,13 +6,14 @@ of the child process, lm/data/renderer.py.
 """
 
 import atexit
+import itertools
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lm import schema
@@ -22,6 +23,10 @@ MAX_CHARACTERS = 1 << 21
 MAX_SECONDS = 2
 MAX_MEGABYTES = 500
 
+# A rendering: the number of messages, and whether the prompt of an answer
+# follows (the template's variable `add_generation_prompt`).
+Cut = tuple[int, bool]
+
 _lock = threading.Lock()
 # Child process, and pid of the parent: a forked parent needs a new child.
 _child: tuple[subprocess.Popen[str], int] | None = None
@@ -29,45 +34,96 @@ _child: tuple[subprocess.Popen[str], int] | None = None
 
 def check(template: str) -> None:
   """Compiles a template; raises ConfigError with the line on invalid Jinja."""
-  _ask(template, None)
+  (answer,) = _ask(template, {}, [], ("", ""), 1)
+  if isinstance(answer, schema.ConfigError):
+    raise answer
 
 
-def render(template: str, values: Mapping[str, Any]) -> str:
-  """Renders a chat template, in the dialect of the Hugging Face hub.
+def render(
+  template: str,
+  values: Mapping[str, Any],
+  conversations: Sequence[tuple[Sequence[Any], Sequence[Cut]]],
+  marks: tuple[str, str] = ("", ""),
+) -> list[list[str | schema.ConfigError]]:
+  """Renders conversations by a chat template, in the dialect of the Hugging
+  Face hub: of each (messages, cuts), one text per cut.
 
-  The template can change only its own variables. Raises ConfigError if the
-  template fails, calls `raise_exception(message)` or exceeds a limit.
+  `values` are the template's other variables, and `marks` surround the body of
+  each `{% generation %}` block. The template can change only its own variables.
+  In place of a text stands a ConfigError if the template fails, calls
+  `raise_exception(message)` or exceeds a limit.
   """
-  return _ask(template, values)
+  sizes = [len(cuts) for _, cuts in conversations]
+  flat = [(messages, cut) for messages, cuts in conversations for cut in cuts]
+  answers: list[str | schema.ConfigError] = []
+  while len(answers) < len(flat):  # Once more for each limit of time.
+    rest = [
+      ([*messages], [cut for _, cut in group])
+      for messages, group in _grouped(flat[len(answers) :])
+    ]
+    answers += _ask(template, values, rest, marks, len(flat) - len(answers))
+  found = iter(answers)
+  return [list(itertools.islice(found, n)) for n in sizes]
 
 
-def _ask(template: str, values: Mapping[str, Any] | None) -> str:
+def _grouped(flat: Sequence[tuple[Any, Cut]]) -> Iterator[tuple[Any, Any]]:
+  """Yields (messages, items) of each run of items with the same messages."""
+  for _, group in itertools.groupby(flat, key=lambda item: id(item[0])):
+    items = list(group)
+    yield items[0][0], items
+
+
+def _ask(
+  template: str,
+  values: Mapping[str, Any],
+  items: Sequence[Any],
+  marks: tuple[str, str],
+  n: int,
+) -> list[str | schema.ConfigError]:
+  """The first of `n` answers: all, or those up to a limit of time."""
   task = json.dumps(
     {
       "template": template,
       "values": values,
+      "items": items,
+      "marks": marks,
       "most": MAX_CHARACTERS,
       "seconds": MAX_SECONDS,
       "megabytes": MAX_MEGABYTES,
     }
   )
   with _lock:
-    child = _start()
-    assert child.stdin is not None and child.stdout is not None
-    child.stdin.write(task + "\n")
-    child.stdin.flush()
-    line = child.stdout.readline()
-    if not line:
+    try:
+      return _answers(task, n)
+    except BaseException:  # Answers left unread would answer the next task.
       _stop()
-      raise schema.ConfigError(
-        f"chat template: takes more than {MAX_SECONDS} seconds of processor "
-        "time; write one that ends sooner"
+      raise
+
+
+def _answers(task: str, n: int) -> list[str | schema.ConfigError]:
+  child = _start()
+  assert child.stdin is not None and child.stdout is not None
+  child.stdin.write(task + "\n")
+  child.stdin.flush()
+  answers: list[str | schema.ConfigError] = []
+  while len(answers) < n:
+    if not (line := child.stdout.readline()):
+      _stop()
+      answers.append(
+        schema.ConfigError(
+          f"chat template: takes more than {MAX_SECONDS} seconds of processor "
+          "time; write one that ends sooner"
+        )
       )
-  answer = json.loads(line)
-  if "error" in answer:
+      break
+    answer = json.loads(line)
+    if "error" not in answer:
+      answers.append(answer["text"])
+      continue
     where = f", line {answer['line']}" if answer.get("line") else ""
-    raise schema.ConfigError(f"chat template{where}: {answer['error']}")
-  return answer["text"]
+    error = schema.ConfigError(f"chat template{where}: {answer['error']}")
+    answers.append(error)
+  return answers
 
 
 def _start() -> subprocess.Popen[str]:

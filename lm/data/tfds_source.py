@@ -25,6 +25,8 @@ class TfdsSource:
   missing dataset is built, by one process while other processes wait.
   """
 
+  chat = False
+
   def __init__(
     self,
     spec: str,

@@ -1,8 +1,8 @@
 """Tokenizers: text to token ids and back, without loss.
 
 Every tokenizer reserves ids for all objectives from the start: a checkpoint can
-later be trained on any objective. Encoding never yields a reserved id: the text
-"<eos>" is encoded as ordinary text.
+later be trained on any objective. Encoding never yields a reserved or special
+id: the text "<eos>" is encoded as ordinary text.
 """
 
 import base64
@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
-from google.protobuf import message
-from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
 from lm import config as config_lib
 from lm import files, schema
+from lm.data import sentencepiece_model
 from lm.data import template as template_lib
 
 SENTINELS = tuple(f"<sentinel_{i}>" for i in range(100))
@@ -41,11 +40,8 @@ RESERVED = (
 # multiple of 128 to let a mesh axis shard the embedding.
 BYTES_SIZE = 384
 
-# Errors of SentencePiece, protobuf and JSON on unreadable input.
-_UNREADABLE = (RuntimeError, message.DecodeError, ValueError)
-# SentencePiece writes a space as U+2581 and would confuse a U+2581 of the text
-# with a space; U+2581 in text is encoded as bytes.
-_SPACE = "\u2581"
+# Most special tokens: lm/data/chat_layout.py has 1022 marks, also for RESERVED.
+_MOST_SPECIAL = 900
 # Sentences for the trainer: at most 4096 characters, cut after a newline where
 # possible. Whole lines let the trainer learn newlines and indentation.
 _SENTENCE = re.compile(r"(?s).{1,4096}(?<=\n)|.{1,4096}")
@@ -68,28 +64,51 @@ class Tokenizer:
   Normalisation is the identity, even if the model asks for another: hence
   `decode(encode(s)) == s`, and counts of bytes are exact.
 
-  `chat_template` is the Jinja text by which lm/sample/chat.py lays out a
+  `chat_template` is the Jinja text by which lm/data/chat.py lays out a
   conversation. The fingerprint covers the vocabulary only, not the template.
+
+  `special_tokens` are further names with an id of their own, such as
+  "<|im_start|>": an id of the model if it has a control or user-defined piece
+  of that name, otherwise an id after the model's own. Like a reserved token, a
+  special token is written by a chat template only: text that spells it stays
+  text. Raises ConfigError on names that are empty, repeated or reserved, and on
+  more names than the bytes tokenizer has spare ids.
   """
 
   def __init__(
-    self, model: bytes | None = None, chat_template: str | None = None
+    self,
+    model: bytes | None = None,
+    chat_template: str | None = None,
+    special_tokens: Sequence[str] = (),
   ):
+    _check_special(special_tokens)
     self.model, self.chat_template = model, chat_template
+    self.special_tokens = tuple(special_tokens)
     if model is None:
       self._pieces = [b""] * len(RESERVED) + [bytes([i]) for i in range(256)]
-      self._pieces += [b""] * (BYTES_SIZE - len(self._pieces))
+      n_text = len(self._pieces)
+      if (n_spare := BYTES_SIZE - n_text) < len(special_tokens):
+        raise schema.ConfigError(
+          f"config.tokenizer.special_tokens: holds {len(special_tokens)} "
+          f"tokens, and the bytes tokenizer has {n_spare} spare ids; give at "
+          "most as many, or use kind='sentencepiece'"
+        )
+      self._pieces += [b""] * n_spare
       reserved = {name: i for i, name in enumerate(RESERVED)}
+      special = {name: n_text + i for i, name in enumerate(special_tokens)}
     else:
-      self._processor, self._pieces, reserved = _read_model(model)
+      self._processor, self._pieces, reserved, special = (
+        sentencepiece_model.read(model, RESERVED, special_tokens)
+      )
       self._space_ids = [
         self._processor.piece_to_id(f"<0x{byte:02X}>")
-        for byte in _SPACE.encode()
+        for byte in sentencepiece_model.SPACE.encode()
       ]
-    # Id of each reserved token.
+    # Id of each reserved token, and of each reserved or special token.
     self.reserved = reserved
-    self._names = {i: name for name, i in reserved.items()}
-    # Bytes of text per id: int64 [size], 0 for reserved ids.
+    self.named = {**special, **reserved}
+    self._names = {i: name for name, i in self.named.items()}
+    # Bytes of text per id: int64 [size], 0 for reserved and special ids.
     self.byte_lengths = np.array([len(p) for p in self._pieces], np.int64)
     self.fingerprint = hashlib.sha256(
       json.dumps(self._vocabulary()).encode()
@@ -137,7 +156,7 @@ class Tokenizer:
         np.frombuffer(text.encode(), np.uint8).astype(np.int32) + len(RESERVED)
         for text in texts
       ]
-    parts = [text.split(_SPACE) for text in texts]
+    parts = [text.split(sentencepiece_model.SPACE) for text in texts]
     encoded = iter(
       self._processor.encode(
         [part for split in parts for part in split],
@@ -185,11 +204,14 @@ class Tokenizer:
       content["chat_template"] = self.chat_template
     return json.dumps(content)
 
-  def _vocabulary(self) -> dict[str, str]:
-    if self.model is None:
-      return {"kind": "bytes"}
-    model = base64.b64encode(self.model).decode()
-    return {"kind": "sentencepiece", "model": model}
+  def _vocabulary(self) -> dict[str, Any]:
+    content: dict[str, Any] = {"kind": "bytes"}
+    if self.model is not None:
+      model = base64.b64encode(self.model).decode()
+      content = {"kind": "sentencepiece", "model": model}
+    if self.special_tokens:  # Absent in tokenizers of earlier versions.
+      content["special_tokens"] = list(self.special_tokens)
+    return content
 
   @classmethod
   def from_json(cls, text: str) -> "Tokenizer":
@@ -201,63 +223,41 @@ class Tokenizer:
         raise ValueError(f"kind {content['kind']!r}")
       if not isinstance(template, str | None):
         raise ValueError("chat_template is not text")
+      special = content.get("special_tokens", [])
+      if not isinstance(special, list) or not all(
+        isinstance(name, str) for name in special
+      ):
+        raise ValueError("special_tokens is not a list of texts")
       model = None
       if content["kind"] == "sentencepiece":
         model = base64.b64decode(content["model"], validate=True)
-      return cls(model, template)
-    except (*_UNREADABLE, AttributeError, KeyError, TypeError) as error:
+      return cls(model, template, special)
+    except (
+      *sentencepiece_model.UNREADABLE,
+      AttributeError,
+      KeyError,
+      TypeError,
+    ) as error:
       raise schema.ConfigError(
         f"tokenizer {text[:40]!r}: not one that this program has stored "
         f"({type(error).__name__}: {error})"
       ) from error
 
 
-def _read_model(
-  model: bytes,
-) -> tuple[sentencepiece.SentencePieceProcessor, list[bytes], dict[str, int]]:
-  """Returns the processor, bytes of each id and id of each reserved token."""
-  # The generated protobuf module creates classes only at import.
-  model_proto: Any = vars(model_pb2)["ModelProto"]
-  proto = model_proto()
-  proto.ParseFromString(model)
-  normalizer = proto.normalizer_spec
-  normalizer.Clear()
-  normalizer.name = "identity"
-  normalizer.add_dummy_prefix = False
-  normalizer.remove_extra_whitespaces = False
-  proto.ClearField("denormalizer_spec")
-  processor = sentencepiece.SentencePieceProcessor(
-    model_proto=proto.SerializeToString()
-  )
-  kinds = model_proto.SentencePiece
-  pieces, reserved, n_byte_pieces = [], {}, 0
-  for i, piece in enumerate(proto.pieces):
-    if piece.type == kinds.BYTE:
-      pieces.append(bytes([int(piece.piece[3:5], 16)]))
-      n_byte_pieces += 1
-    elif piece.type in (kinds.CONTROL, kinds.UNKNOWN):
-      pieces.append(b"")
-      if piece.piece in RESERVED:
-        reserved[piece.piece] = i
-    else:
-      pieces.append(piece.piece.replace(_SPACE, " ").encode())
-  if n_byte_pieces < 256:
-    raise schema.ConfigError(
-      "SentencePiece model without byte fallback: text outside its vocabulary "
-      "would be lost; train it with --byte_fallback"
-    )
-  for name, i in (
-    ("<pad>", processor.pad_id()),
-    ("<bos>", processor.bos_id()),
-    ("<eos>", processor.eos_id()),
-  ):
-    if i >= 0:  # SentencePiece says -1 if absent.
-      reserved[name] = i
-  for name in RESERVED:
-    if name not in reserved:
-      reserved[name] = len(pieces)
-      pieces.append(b"")
-  return processor, pieces, reserved
+def _check_special(names: Sequence[str]) -> None:
+  """Raises ConfigError unless `names` can be special tokens."""
+  where = "config.tokenizer.special_tokens"
+  for i, name in enumerate(names):
+    check_text(where, name)
+    for rule, wrong in {
+      "is empty; leave it out": not name,
+      "is given twice; give it once": name in names[:i],
+      "is a reserved token of every tokenizer; omit it": name in RESERVED,
+      "names a byte; choose another": re.fullmatch("<0x[0-9A-F]{2}>", name),
+      f"is one more than the limit of {_MOST_SPECIAL}": i >= _MOST_SPECIAL,
+    }.items():
+      if wrong:
+        raise schema.ConfigError(f"{where}: {name!r} {rule}")
 
 
 def check_text(name: str, text: str) -> None:
@@ -277,20 +277,21 @@ def check_text(name: str, text: str) -> None:
 def load(config: config_lib.Config) -> Tokenizer:
   """Loads the bytes tokenizer, or the SentencePiece `.model` of the config."""
   path, template = config.tokenizer.path, read_template(config)
+  special = config.tokenizer.special_tokens
   if config.tokenizer.kind == "bytes":
-    tokenizer = Tokenizer(None, template)
+    tokenizer = Tokenizer(None, template, special)
   else:
     assert path is not None, "a tokenizer without a path is trained"
     path = files.local_path(path, "config.tokenizer.path")
     try:
       with open(path, "rb") as file:
-        tokenizer = Tokenizer(file.read(), template)
+        tokenizer = Tokenizer(file.read(), template, special)
     except OSError as error:
       raise schema.ConfigError(
         f"config.tokenizer.path={path!r}: {error.strerror}; name a "
         "SentencePiece .model, or None to train one"
       ) from error
-    except _UNREADABLE as error:
+    except sentencepiece_model.UNREADABLE as error:
       raise schema.ConfigError(
         f"config.tokenizer.path={path!r}: not a SentencePiece model"
       ) from error
@@ -346,12 +347,13 @@ def train(config: config_lib.Config, texts: Iterable[str]) -> Tokenizer:
   The same texts give the same tokenizer. Raises ConfigError if the size is
   below the minimum or out of reach of the texts.
   """
-  size = config.model.vocab_size
-  smallest = len(RESERVED) + 256 + 1
+  size, special = config.model.vocab_size, config.tokenizer.special_tokens
+  _check_special(special)
+  smallest = len(RESERVED) + len(special) + 256 + 1
   if size < smallest:
     raise schema.ConfigError(
-      f"config.model.vocab_size={size}: {smallest - 1} ids are taken by bytes "
-      f"and reserved tokens; set it to at least {smallest}"
+      f"config.model.vocab_size={size}: {smallest - 1} ids are taken by bytes, "
+      f"reserved and special tokens; set it to at least {smallest}"
     )
   model = io.BytesIO()
   sentences = (m.group() for t in texts for m in _SENTENCE.finditer(t))
@@ -371,7 +373,7 @@ def train(config: config_lib.Config, texts: Iterable[str]) -> Tokenizer:
       # unknown: <mask> takes the id.
       unk_id=3,
       unk_piece=RESERVED[3],
-      control_symbols=list(RESERVED[4:]),
+      control_symbols=[*RESERVED[4:], *special],
       byte_fallback=True,
       normalization_rule_name="identity",
       add_dummy_prefix=False,
@@ -388,6 +390,6 @@ def train(config: config_lib.Config, texts: Iterable[str]) -> Tokenizer:
       f"or too varied for it ({reason}); change it, give more text, "
       "or set tokenizer.kind='bytes'"
     ) from error
-  tokenizer = Tokenizer(model.getvalue())
+  tokenizer = Tokenizer(model.getvalue(), special_tokens=special)
   check_vocabulary(config, tokenizer)
   return tokenizer

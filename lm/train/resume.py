@@ -47,6 +47,7 @@ _FREE = (
   "config.data.validation",
   "config.data.text_unit",
   "config.data.invalid_utf8",
+  "config.data.invalid_documents",
   "config.tokenizer.",
 )
 

@@ -1,0 +1,96 @@
+"""The config's tokenizer: loaded, or trained once and cached."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import rich.console
+
+from lm import config as config_lib
+from lm import files, locks, schema
+from lm.data import sources as sources_lib
+from lm.data import tokenizer as tokenizer_lib
+
+_VERSION = 2
+
+
+def make(
+  config: config_lib.Config, sources: Sequence[sources_lib.Source]
+) -> tokenizer_lib.Tokenizer:
+  """Loads the config's tokenizer, or trains and caches a tokenizer once."""
+  if config.tokenizer.kind == "bytes" or config.tokenizer.path is not None:
+    return tokenizer_lib.load(config)
+  made_of = [
+    _VERSION,
+    tokenizer_lib.TRAINER,
+    config.model.vocab_size,
+    config.tokenizer.train_bytes,
+    [source.fingerprint() for source in sources],
+  ]
+  special = config.tokenizer.special_tokens
+  if special:  # Absent in the names of earlier versions.
+    made_of.append(special)
+  template = tokenizer_lib.read_template(config)
+  directory = sources_lib.cache_directory(config.data)
+  key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+  path = os.path.join(directory, f"tokenizer-{key}.json")
+  if not os.path.exists(path):
+    files.check_directory(directory, "config.data.cache_dir")
+    with locks.exclusive(directory):
+      if not os.path.exists(path):
+        texts = list(_sample(sources, config.tokenizer.train_bytes))
+        _require_text(texts, sources)
+        with rich.console.Console(stderr=True).status("training tokenizer"):
+          tokenizer = tokenizer_lib.train(config, texts)
+        sealed = files.seal(json.loads(tokenizer.to_json()))
+        files.replace(path, json.dumps(sealed, indent=2))
+  model = _read_tokenizer(path).model
+  return tokenizer_lib.Tokenizer(model, template, special)
+
+
+def _read_tokenizer(path: str) -> tokenizer_lib.Tokenizer:
+  try:
+    with open(path, "rb") as file:
+      content = files.unseal(file.read(), without=("kind", "model"))
+    return tokenizer_lib.Tokenizer.from_json(json.dumps(content))
+  except (ValueError, schema.ConfigError) as error:
+    raise schema.RunError(
+      f"tokenizer {path} is damaged: {error}. Remove it, and the next start "
+      "trains it again, the same to the id"
+    ) from error
+
+
+def _sample(
+  sources: Sequence[sources_lib.Source], n_bytes: int
+) -> Iterator[str]:
+  """Yields documents spread evenly over sources, at most `n_bytes` in total."""
+  ends = np.cumsum([len(source) for source in sources])
+  n = int(ends[-1])
+  # A step near the golden section of n, and coprime to n, visits every document
+  # once; the documents visited are evenly spread at any stopping point.
+  step = max(1, round(n * 0.6180339887))
+  while math.gcd(step, n) > 1:
+    step += 1
+  for k in range(n):
+    i = k * step % n
+    s = int(np.searchsorted(ends, i, side="right"))
+    document = sources[s][i - (int(ends[s - 1]) if s else 0)]
+    if document is None:
+      continue
+    raw = document.text.encode()
+    if len(raw) > n_bytes:
+      yield raw[:n_bytes].decode(errors="ignore")
+      return
+    n_bytes -= len(raw)
+    yield document.text
+
+
+def _require_text(
+  texts: Sequence[str], sources: Sequence[sources_lib.Source]
+) -> None:
+  if not any(texts):
+    specs = ", ".join(repr(source.spec) for source in sources)
+    raise schema.ConfigError(f"sources {specs}: empty, hold no text")
