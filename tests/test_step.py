@@ -496,6 +496,7 @@ UNDER = {
 # tests/test_optimizer.py changes one by one. Mesh axes are read by iteration:
 # a dead one would not multiply to the devices of the tests above.
 READERS = {
+  "": "train/init_from.py",
   "tokenizer": "data/store.py data/tokenizer.py",
   "data": "data/pipeline.py data/sources.py data/store.py",
   "optimizer": "train/optimizer.py train/step.py",

@@ -225,6 +225,11 @@ def paths(door: str) -> Iterator[Case]:
       *("file", "file/below", "readonly", "readonly/x", LONG, "\udce9"),
     ):
       yield case(f"--workdir={value}", says="workdir")
+    for value in (
+      *("", "absent", "file", "empty", LONG, "~nouser/run", "GIVEN/run@8"),
+      *("@7", "absent@", "GIVEN/run@" + HUGE, "s4://bucket/x", "\udce9"),
+    ):
+      yield case(f"--config.init_from={value}", says="init_from")
   if door in READS_RUN:
     for value in (
       *("absent", "file", "file/below", "empty", LONG, "~nouser/run"),

@@ -123,16 +123,19 @@ class Prepared:
   validation: list[TokenStore]
 
 
-def prepare(config: config_lib.Config) -> Prepared:
+def prepare(
+  config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer | None = None
+) -> Prepared:
   """Tokenizer and token stores of the config's sources; builds missing stores.
 
+  `tokenizer`, if given, is used in place of the one that the config describes.
   Only one process builds at a time, behind a lock. Raises ConfigError if a
   source, a document or the vocabulary does not fit.
   """
   data = config.data
   train = [sources_lib.open_source(spec, data) for spec in data.train]
   validation = [sources_lib.open_source(spec, data) for spec in data.validation]
-  tokenizer = _make_tokenizer(config, train)
+  tokenizer = tokenizer or _make_tokenizer(config, train)
   stores = _make_stores([*train, *validation], tokenizer, data)
   n = len(train)
   return Prepared(tokenizer, stores[:n], stores[n:])
@@ -214,6 +217,12 @@ def _make_tokenizer(
   """Loads the config's tokenizer, or trains and caches a tokenizer once."""
   if config.tokenizer.kind == "bytes" or config.tokenizer.path is not None:
     return tokenizer_lib.load(config)
+  if config.init_from is not None:
+    raise schema.ConfigError(
+      f"config.init_from={config.init_from}: the tokenizer is that of this "
+      "run, which lm.train reads and then prepares the data; use that, or name "
+      "a tokenizer.path"
+    )
   made_of = [
     _VERSION,
     tokenizer_lib.TRAINER,

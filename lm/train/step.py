@@ -99,11 +99,17 @@ def from_trees(trees: dict[str, Any]) -> State:
   )
 
 
-def init_state(config: config_lib.Config) -> State:
-  """Fresh state from config.seed; under jit on a mesh, created sharded."""
+def init_state(
+  config: config_lib.Config, loaded: decoder.Params | None = None
+) -> State:
+  """Fresh state from config.seed; under jit on a mesh, created sharded.
+
+  Parameters in the tree `loaded` take the place of initial ones, which the
+  compiler then leaves out.
+  """
+  initial = decoder.init_params(config.model, jax.random.key(config.seed))
   params, frozen = weights.split(
-    decoder.init_params(config.model, jax.random.key(config.seed)),
-    decoder.declared(config.model),
+    weights.join(initial, loaded or {}), decoder.declared(config.model)
   )
   opt_state = _transform(config).init(params)
   if sharding.has_mesh():
