@@ -30,7 +30,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from lm import config as config_lib
 from lm import digest, files, schema, sharding, validation
-from lm.model import decoder, weights
+from lm.model import decoder, lora, weights
 
 Trees = dict[str, Any]
 
@@ -267,6 +267,19 @@ def restore_params(
   items = {name: trained, "frozen": frozen} if frozen else {name: trained}
   found = _restore(_directory(workdir), meta, items)
   return weights.join(found[name], found.get("frozen", {}))
+
+
+def load_model(
+  workdir: str, meta: Meta, mesh: jax.sharding.Mesh | None = None
+) -> tuple[config_lib.ModelConfig, decoder.Params]:
+  """The model of the checkpoint of `meta`, for evaluation and sampling: its
+  config and `load_params`, with adapters (LoRA) merged in float32.
+
+  Raises ConfigError or Damaged, as `load_params`.
+  """
+  model = meta.config.model
+  params = load_params(workdir, model, meta.step, mesh)
+  return lora.merge_on(mesh, model, params)
 
 
 def compare(workdir: str, meta: Meta, like: Trees) -> dict[str, list[str]]:

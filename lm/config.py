@@ -31,6 +31,28 @@ class RopeScaling:
   original_length: Count = 8192
 
 
+@dataclasses.dataclass(unsafe_hash=True)
+class LoraConfig:
+  """LoRA (arXiv:2106.09685): only low-rank updates of the layers' matrices are
+  trained, all other weights are frozen. lm/model/lora.py says how.
+  """
+
+  rank: Count = 8
+  # An update is multiplied by alpha / rank.
+  alpha: Positive = 16.0
+  # rsLoRA (arXiv:2312.03732): multiply by alpha / sqrt(rank) instead.
+  rank_stabilized: bool = False
+  # Dropout of the input of each update.
+  dropout: BelowOne = 0.0
+  # Matrices that are adapted; (): all matrices of the layers.
+  targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = ()
+
+  @property
+  def scale(self) -> float:
+    divisor = self.rank**0.5 if self.rank_stabilized else self.rank
+    return self.alpha / divisor
+
+
 # Hashable: the model config is a key in lookups of compiled programs.
 @dataclasses.dataclass(unsafe_hash=True)
 class ModelConfig:
@@ -86,6 +108,8 @@ class ModelConfig:
   init_scale: NotNegative = 0.02
   embedding_dropout: BelowOne = 0.0
   residual_dropout: BelowOne = 0.0
+  # Fine-tuning of a run (init_from) by low-rank updates; None: all weights.
+  lora: LoraConfig | None = None
 
   dtype: Literal["float32", "bfloat16"] = "float32"
   # `auto`: splash on TPU, cudnn on GPU, else reference.

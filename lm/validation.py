@@ -87,6 +87,19 @@ def _validate_model(m: config_lib.ModelConfig) -> None:
     m.windows,
     "needs at least one entry, each None or at least 1",
   )
+  if m.lora is not None:
+    schema.require(
+      m.lora.rank <= m.d_model,
+      "config.model.lora.rank",
+      m.lora.rank,
+      f"must be at most d_model={m.d_model}: no update has a higher rank",
+    )
+    schema.require(
+      m.gated or "gate" not in m.lora.targets,
+      "config.model.lora.targets",
+      m.lora.targets,
+      f"mlp={m.mlp!r} has no matrix 'gate'; leave it out",
+    )
 
 
 def _validate_run(config: config_lib.Config) -> None:
@@ -96,6 +109,13 @@ def _validate_run(config: config_lib.Config) -> None:
     "config.train.sequence_length",
     t.sequence_length,
     f"must be at most model.context_length={m.context_length}",
+  )
+  schema.require(
+    o.name != "muon" or m.lora is None,
+    "config.optimizer.name",
+    o.name,
+    "makes updates of full matrices, and with model.lora none is trained; set "
+    "adamw, with a peak_lr of LoRA's order of 1e-4",
   )
   schema.require(
     t.batch_size % t.microbatches == 0,

@@ -27,6 +27,8 @@ def full_config() -> config_lib.Config:
   """The default with the optional sub-configs on."""
   config = config_lib.Config()
   config.model.rope_scaling = config_lib.RopeScaling()
+  config.model.lora = config_lib.LoraConfig()
+  config.optimizer.name = "adamw"
   config.optimizer.skip = config_lib.SkipConfig()
   return validation.validate(config)
 
@@ -765,6 +767,7 @@ def test_help_lists_every_field_with_what_sets_it(call):
   lines = done.stdout.splitlines()
   whole = config_lib.Config()
   whole.model.rope_scaling = config_lib.RopeScaling()
+  whole.model.lora = config_lib.LoraConfig()
   whole.optimizer.skip = config_lib.SkipConfig()
   found = []
   for line in lines:

@@ -104,10 +104,11 @@ def evaluate(
   rows = rows if batch_size is None else batch_size
   mesh, n_rows = _make_mesh(config, rows)
   with jax.set_mesh(mesh), _progress() as progress:
+    model, params = checkpoint.load_model(workdir, meta, mesh)
     score = functools.partial(
       perplexity.evaluate_source,
-      perplexity.eval_step(config.model),
-      checkpoint.load_params(workdir, config.model, meta.step, mesh),
+      perplexity.eval_step(model),
+      params,
       tokenizer=tokenizer_lib.Tokenizer.from_json(meta.tokenizer),
       n_rows=n_rows,
       context=context,

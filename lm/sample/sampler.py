@@ -53,8 +53,7 @@ class Sampler(loaded_model.LoadedModel):
     constructor.
     """
     meta = checkpoint.load_meta(workdir, step)
-    cfg = meta.config.model
-    params = checkpoint.load_params(workdir, cfg, meta.step, mesh)
+    cfg, params = checkpoint.load_model(workdir, meta, mesh)
     tokenizer = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
     return cls(cfg, params, tokenizer, mesh, **options)
 

@@ -17,7 +17,7 @@ import jax
 from lm import checkpoint, files, schema, validation
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
-from lm.model import decoder, weights
+from lm.model import decoder, lora, weights
 from lm.train import programs
 
 
@@ -102,14 +102,18 @@ def load(
 ) -> decoder.Params:
   """Parameters of `config.init_from`, each in its shards of the new state.
 
+  Adapters (LoRA) are part of the parameters if both models have them; those of
+  the source run alone are merged, and those of the new run alone start afresh.
+
   Says what was loaded, what starts afresh, and which fields of the model differ
   from the source run's. Raises ConfigError as `tokenizer`, Damaged if the
   checkpoint is.
   """
   assert config.init_from is not None
-  source = find(config.init_from)
+  source, mine = find(config.init_from), config.model.lora
   _check_model(config, source)
-  state = programs.abstract_state(config, mesh)
+  theirs = dataclasses.replace(config, model=source.model)
+  state = programs.abstract_state(theirs, mesh)
   loaded = checkpoint.restore_params(
     source.workdir,
     source.meta,
@@ -118,10 +122,17 @@ def load(
   )
   arrays = jax.tree.leaves(loaded)
   which = "averages" if "ema" in source.meta.digests else "parameters"
+  merged, fresh = "", "optimizer, schedule, data, step"
+  if source.model.lora is not None and mine is None:
+    merged = ", adapters merged"
+    explicit = mesh if config.mesh.mode == "jit" else None
+    _, loaded = lora.merge_on(explicit, source.model, loaded)
+  if source.model.lora is None and mine is not None:
+    fresh = f"adapters of rank {mine.rank}, {fresh}"
   say(
     f"{which} of {source.workdir} at step {source.meta.step}: {len(arrays)} "
-    f"arrays, {sum(x.size for x in arrays):,} parameters; fresh: optimizer, "
-    "schedule, data, step"
+    f"arrays, {sum(x.size for x in arrays):,} parameters{merged}; fresh: "
+    f"{fresh}"
   )
   for line in _differences(config, source):
     say(f"another model than at {source.workdir}: {line}")
@@ -139,9 +150,12 @@ def _last_undamaged(workdir: str) -> checkpoint.Meta | None:
 
 def _check_model(config: config_lib.Config, source: Source) -> None:
   """Raises ConfigError unless the arrays of both models have the same names and
-  shapes. Computes and reads nothing.
+  shapes, adapters aside if only one has them. Computes and reads nothing.
   """
-  have, want = _shapes(source.model), _shapes(config.model)
+  models = [source.model, config.model]
+  if None in (model.lora for model in models):
+    models = [lora.base(model) for model in models]
+  have, want = map(_shapes, models)
   if have == want:
     return
   arrays = [

@@ -232,6 +232,8 @@ def first_state(
   loaded = None
   if config.init_from is not None:
     loaded = init_from.load(config, mesh, say)
+  elif config.model.lora is not None:
+    say("model.lora without init_from: the frozen weights are random")
   return programs.create_state(config, mesh, loaded), None
 
 

@@ -270,7 +270,8 @@ def _rows(config, batch):
 def _loss_sums(config, params, frozen, batch, key, rows):
   """(loss to differentiate, (sum of weight * nll, aux)), sums over tokens."""
   m = config.model
-  drops = m.embedding_dropout > 0 or m.residual_dropout > 0
+  rates = (m.embedding_dropout, m.residual_dropout)
+  drops = any(rates) or (m.lora is not None and m.lora.dropout > 0)
   keys = layers.row_keys(key, rows) if drops else None
   params = weights.join(params, frozen)
   statistics = config.train.statistics_every is not None
