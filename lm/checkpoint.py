@@ -30,7 +30,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from lm import config as config_lib
 from lm import digest, files, schema, sharding, validation
-from lm.model import decoder, lora, weights
+from lm.model import decoder, weights
 
 Trees = dict[str, Any]
 
@@ -258,28 +258,19 @@ def restore_params(
   meta: Meta,
   model: config_lib.ModelConfig,
   like: decoder.Params,
+  *,
+  with_frozen: bool = True,
 ) -> decoder.Params:
   """`load_params` of the checkpoint of `meta`, sharded as the abstract
-  parameters `like` of `model`.
+  parameters `like` of `model`; without the frozen ones if not `with_frozen`.
   """
   trained, frozen = weights.split(like, decoder.declared(model))
   name = "ema" if "ema" in meta.digests else "params"
-  items = {name: trained, "frozen": frozen} if frozen else {name: trained}
+  items = {name: trained}
+  if frozen and with_frozen:
+    items["frozen"] = frozen
   found = _restore(_directory(workdir), meta, items)
   return weights.join(found[name], found.get("frozen", {}))
-
-
-def load_model(
-  workdir: str, meta: Meta, mesh: jax.sharding.Mesh | None = None
-) -> tuple[config_lib.ModelConfig, decoder.Params]:
-  """The model of the checkpoint of `meta`, for evaluation and sampling: its
-  config and `load_params`, with adapters (LoRA) merged in float32.
-
-  Raises ConfigError or Damaged, as `load_params`.
-  """
-  model = meta.config.model
-  params = load_params(workdir, model, meta.step, mesh)
-  return lora.merge_on(mesh, model, params)
 
 
 def compare(workdir: str, meta: Meta, like: Trees) -> dict[str, list[str]]:

@@ -20,6 +20,7 @@ from lm import config as config_lib
 from lm.data import sources as sources_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.evaluate import perplexity
+from lm.sample import load
 
 # Documents listed at each end of a ranking.
 _N_RANKED = 3
@@ -70,12 +71,14 @@ def evaluate(
   batch_size: int | None,
   data: dict[str, Any],
   output: str | None,
+  adapter: str | None = None,
 ) -> Evaluation:
   """Scores every document of the sources `specs` with a checkpoint.
 
   Defaults for None or empty: the last step; a `stride` of the context length
   (only a document's last window overlaps); the rows of a training microbatch;
-  the run's validation sources. `data` changes fields of the run's DataConfig.
+  the run's validation sources. `data` changes fields of the run's DataConfig;
+  `adapter` is that of `load.model`.
   Raises ConfigError on bad input before parameters are loaded.
   """
   if output is not None:
@@ -104,7 +107,7 @@ def evaluate(
   rows = rows if batch_size is None else batch_size
   mesh, n_rows = _make_mesh(config, rows)
   with jax.set_mesh(mesh), _progress() as progress:
-    model, params = checkpoint.load_model(workdir, meta, mesh)
+    model, params = load.model(workdir, meta, mesh, adapter)
     score = functools.partial(
       perplexity.evaluate_source,
       perplexity.eval_step(model),

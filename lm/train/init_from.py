@@ -181,10 +181,14 @@ def _shapes(model: config_lib.ModelConfig) -> dict[str, Any]:
 
 
 def _differences(config: config_lib.Config, source: Source) -> list[str]:
-  """Fields of the model with other values than in the source run."""
+  """Fields of the model with other values than in the source run; of adapters
+  only if both models have them.
+  """
   changed = validation.differences(source.meta.config, config)
+  both = None not in (source.model.lora, config.model.lora)
   return [
     f"{name} is {new!r}, was {old!r}"
     for name, (old, new) in changed.items()
     if name.startswith("config.model.")
+    and (both or not name.startswith("config.model.lora."))
   ]
