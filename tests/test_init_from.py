@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from lm import checkpoint, schema, sharding, validation
 from lm.data import store
@@ -57,6 +58,11 @@ def test_parameters_are_the_sources_and_all_else_is_fresh(
 ):
   """Bit for bit, also on another mesh; the averages, as sampling reads."""
   want = checkpoint.load_params(str(source[1]), source[0].model)
+  like = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), want
+  )
+  path = epath.Path(source[1]) / "checkpoints" / "6"
+  assert_same(want, checkpoint.read_items(path, {"ema": like})["ema"])
   config = make(mesh__mode=mode, mesh__fsdp=fsdp)
   state, said = started(config, source[1])
   assert_same(state.params, want)
