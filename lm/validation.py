@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lm import config as config_lib
+from lm import objective as objective_lib
 from lm import schema
 
 
@@ -87,6 +88,19 @@ def _validate_model(m: config_lib.ModelConfig) -> None:
     m.windows,
     "needs at least one entry, each None or at least 1",
   )
+  if m.lora is not None:
+    schema.require(
+      m.lora.rank <= m.d_model,
+      "config.model.lora.rank",
+      m.lora.rank,
+      f"must be at most d_model={m.d_model}: no update has a higher rank",
+    )
+    schema.require(
+      m.gated or "gate" not in m.lora.targets,
+      "config.model.lora.targets",
+      m.lora.targets,
+      f"mlp={m.mlp!r} has no matrix 'gate'; leave it out",
+    )
 
 
 def _validate_run(config: config_lib.Config) -> None:
@@ -96,6 +110,13 @@ def _validate_run(config: config_lib.Config) -> None:
     "config.train.sequence_length",
     t.sequence_length,
     f"must be at most model.context_length={m.context_length}",
+  )
+  schema.require(
+    o.name != "muon" or m.lora is None,
+    "config.optimizer.name",
+    o.name,
+    "makes updates of full matrices, and with model.lora none is trained; set "
+    "adamw, with a peak_lr of LoRA's order of 1e-4",
   )
   schema.require(
     t.batch_size % t.microbatches == 0,
@@ -121,7 +142,7 @@ def _validate_run(config: config_lib.Config) -> None:
     len(d.train) > 0, "config.data.train", d.train, "names no source"
   )
   for source in (*d.train, *d.validation):
-    config_lib.split_source(source)  # raises on an unknown objective
+    objective_lib.split_source(source)  # raises on an unknown objective
   schema.require(
     len(d.train_weights) in (0, len(d.train))
     and all(w > 0 for w in d.train_weights),
@@ -197,7 +218,7 @@ _READERS: tuple[tuple[str, Callable[[config_lib.Config], bool], str], ...] = (
   (
     "data.packing",
     lambda c: any(
-      config_lib.objective(source).choppable
+      objective_lib.of(source).choppable
       for source in c.data.train + c.data.validation
     ),
     "a source of the objective 'causal', 'prefix' or 'masked'",

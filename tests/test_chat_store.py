@@ -15,6 +15,7 @@ import pytest
 from chat_templates import IM, STYLES
 
 from lm import config as config_lib
+from lm import objective as objective_lib
 from lm import schema
 from lm.data import __main__ as data_command
 from lm.data import chat, instructions, pipeline, sources
@@ -92,7 +93,7 @@ def test_the_command_tells_the_share_of_targets(prepare, monkeypatch, capsys):
   assert (store.n_scored, store.n_tokens) == (15, 61)
   tokenizer = tokenizer_lib.Tokenizer(None, CHATML.template, IM)
   prepared = store_lib.Prepared(tokenizer, [store], [])
-  monkeypatch.setattr(store_lib, "prepare", lambda _: prepared)
+  monkeypatch.setattr(store_lib, "prepare", lambda *_: prepared)
   data_command.describe(
     config_lib.Config(data=config_lib.DataConfig(validation=()))
   )
@@ -460,7 +461,7 @@ def test_a_conversation_longer_than_a_row(prepare):
   t = tokenizer_lib.Tokenizer()
 
   def texts(long):
-    store.objective = config_lib.Chat(long)
+    store.objective = objective_lib.Chat(long)
     batch = rows_of(store, 39)
     scored = batch.weights > 0
     return {
@@ -473,7 +474,7 @@ def test_a_conversation_longer_than_a_row(prepare):
   (kept,) = texts("cut_start") - {"aaaaa"}
   assert kept.endswith(last) and kept.startswith("x")
   with pytest.raises(schema.ConfigError, match="none of its 2 conversations"):
-    store.objective = config_lib.Chat("drop")
+    store.objective = objective_lib.Chat("drop")
     rows_of(store, 5)
 
 

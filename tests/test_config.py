@@ -16,6 +16,7 @@ import pytest
 
 from lm import cli, schema, sharding, validation
 from lm import config as config_lib
+from lm import objective as objective_lib
 from lm.data import sources
 from lm.model import counts, decoder
 
@@ -27,6 +28,8 @@ def full_config() -> config_lib.Config:
   """The default with the optional sub-configs on."""
   config = config_lib.Config()
   config.model.rope_scaling = config_lib.RopeScaling()
+  config.model.lora = config_lib.LoraConfig()
+  config.optimizer.name = "adamw"
   config.optimizer.skip = config_lib.SkipConfig()
   return validation.validate(config)
 
@@ -391,17 +394,20 @@ def test_field_that_nothing_reads_is_refused(also, field, value, reader):
 @pytest.mark.parametrize(
   "source, objective",
   [
-    ("text:a", config_lib.Causal()),
-    ("text:a|causal", config_lib.Causal()),
-    ("text:a|b.txt", config_lib.Causal()),  # a path
-    ("text:a|b|prefix", config_lib.Prefix()),
-    ("jsonl:a#t|fim(rate=1, cut='line')", config_lib.Fim(1.0, 0.5, "line")),
-    ("text:a|masked(rate=None)", config_lib.Masked(None)),
-    ("a|span_corruption( mean_span=8 )", config_lib.SpanCorruption(0.15, 8.0)),
+    ("text:a", objective_lib.Causal()),
+    ("text:a|causal", objective_lib.Causal()),
+    ("text:a|b.txt", objective_lib.Causal()),  # a path
+    ("text:a|b|prefix", objective_lib.Prefix()),
+    ("jsonl:a#t|fim(rate=1, cut='line')", objective_lib.Fim(1.0, 0.5, "line")),
+    ("text:a|masked(rate=None)", objective_lib.Masked(None)),
+    (
+      "a|span_corruption( mean_span=8 )",
+      objective_lib.SpanCorruption(0.15, 8.0),
+    ),
   ],
 )
 def test_a_source_names_its_objective(source, objective):
-  spec, found = config_lib.split_source(source)
+  spec, found = objective_lib.split_source(source)
   assert found == objective
   assert spec == (
     source if "b.txt" in source else source.rpartition("|")[0] or source
@@ -825,6 +831,7 @@ def test_help_lists_every_field_with_what_sets_it(call):
   lines = done.stdout.splitlines()
   whole = config_lib.Config()
   whole.model.rope_scaling = config_lib.RopeScaling()
+  whole.model.lora = config_lib.LoraConfig()
   whole.optimizer.skip = config_lib.SkipConfig()
   found = []
   for line in lines:
@@ -900,6 +907,7 @@ PARAMETERS = {
   # By hand: 2 * 2048 * 192 + 192 + 4 * (6 * 32 * 192 * 4 + 2 * 192 * 768
   # + 2 * 192 + 2 * 32), the head apart.
   "quickstart": 2_558_144,
+  "quickstart_chat": 2_558_144,
   "quickstart_objectives": 2_558_144,
   # 384 * 32 + 32 + 2 * (32 * 8 * (4 + 2 + 2 + 4) + 3 * 32 * 64 + 2 * 32).
   "tiny": 30_880,

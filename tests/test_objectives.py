@@ -17,6 +17,7 @@ import rich.console
 from hypothesis import strategies as st
 
 from lm import config as config_lib
+from lm import objective as objective_lib
 from lm import schema
 from lm.data import fim, objectives, packing, pipeline
 from lm.data import store as store_lib
@@ -71,7 +72,7 @@ def window(*documents: str, length: int):
 
 
 def row_of(name: str, documents, length: int, *numbers):
-  _, objective = config_lib.split_source(f"text:a|{name}")
+  _, objective = objective_lib.split_source(f"text:a|{name}")
   some = window(*documents, length=length)
   return objectives.row(objective, BYTES, some, draws(*numbers))
 
@@ -169,7 +170,7 @@ TEXTS = st.text(st.sampled_from("ab \nä漢"), min_size=0, max_size=9)
 )
 @hypothesis.settings(deadline=None, max_examples=150)
 def test_documents_can_be_recovered_from_a_row(texts, name, seed):
-  _, objective = config_lib.split_source(f"text:a|{name}")
+  _, objective = objective_lib.split_source(f"text:a|{name}")
   shape = objectives.shape(objective, 199)
   documents = [[BOS, *BYTES.encode(text), EOS] for text in texts]
   sizes = shape.size(np.array([len(d) for d in documents]))
@@ -192,7 +193,7 @@ def test_documents_can_be_recovered_from_a_row(texts, name, seed):
     at = np.flatnonzero(row.segments == s)
     assert row.positions[at].tolist() == list(range(len(at)))
     piece = np.append(row.inputs[at], EOS)  # the last token is no input
-    if isinstance(objective, config_lib.Masked):
+    if isinstance(objective, objective_lib.Masked):
       piece = row.targets[at]
       shown = row.inputs[at] != piece
       assert not (shown & (row.weights[at] == 0)).any()
@@ -200,17 +201,19 @@ def test_documents_can_be_recovered_from_a_row(texts, name, seed):
     else:
       inside = at[:-1]
       assert (row.targets[inside] == row.inputs[inside + 1]).all()
-    if isinstance(objective, config_lib.SpanCorruption):
+    if isinstance(objective, objective_lib.SpanCorruption):
       piece = _without_spans(piece, row.prefix[at])
-    elif isinstance(objective, config_lib.Fim):
+    elif isinstance(objective, objective_lib.Fim):
       piece = _in_order(piece)
     found.append(BYTES.decode(np.array(piece).tolist()))
-    if row.prefix is not None and not isinstance(objective, config_lib.Masked):
+    if row.prefix is not None and not isinstance(
+      objective, objective_lib.Masked
+    ):
       seen = int(row.prefix[at].sum())
       assert row.prefix[at][:seen].all()  # a prefix is one piece
       # No scored position sees its own target.
       assert not row.weights[at][: seen - 1].any()
-  if isinstance(objective, config_lib.SpanCorruption):
+  if isinstance(objective, objective_lib.SpanCorruption):
     texts = [text for text in texts if text]  # an empty text has no spans
   assert found == texts
 
@@ -243,7 +246,7 @@ def test_shares_are_those_of_the_objective():
   document = ["<" + "abcdefgh" * 8 + ">"]
   rows = {name: [] for name in ALL}
   for name, seed in itertools.product(ALL, range(200)):
-    _, objective = config_lib.split_source(f"text:a|{name}")
+    _, objective = objective_lib.split_source(f"text:a|{name}")
     rng = np.random.Generator(np.random.Philox(key=seed))
     some = window(*document, length=140)
     rows[name].append(objectives.row(objective, BYTES, some, rng))
@@ -289,7 +292,7 @@ def test_a_middle_starts_inside_a_token():
   inside = 0
   for seed in range(20):
     rng = np.random.Generator(np.random.Philox(key=seed))
-    found = fim.reorder(config_lib.Fim(1.0, 0.0), tokenizer, tokens, rng)
+    found = fim.reorder(objective_lib.Fim(1.0, 0.0), tokenizer, tokens, rng)
     assert len(found) <= len(tokens) + fim.EXTRA
     at = found.tolist().index(tokenizer.fim_suffix)
     prefix = tokenizer.decode(found[2:at].tolist())

@@ -474,6 +474,12 @@ OTHER = {
   "model.init_scale": 0.5,
   "model.embedding_dropout": 0.1,
   "model.residual_dropout": 0.1,
+  "model.lora": config_lib.LoraConfig(),
+  "model.lora.rank": 7,
+  "model.lora.alpha": 7.0,
+  "model.lora.rank_stabilized": True,
+  "model.lora.dropout": 0.1,
+  "model.lora.targets": ("q", "down"),
   "model.dtype": "bfloat16",
   "model.remat": "full",
   "model.scan_layers": False,
@@ -486,19 +492,27 @@ OTHER = {
   "train.statistics_every": 7,
 }
 # Settings under which a field is read.
-UNDER = {
-  "model.context_length": {"model.positions": "learned"},
-  "model.rope_theta_windowed": {"model.windows": (3,)},
-} | {
-  f"model.rope_scaling.{field.name}": {
-    "model.rope_scaling": config_lib.RopeScaling()
+UNDER = (
+  {
+    "model.context_length": {"model.positions": "learned"},
+    "model.rope_theta_windowed": {"model.windows": (3,)},
   }
-  for field in dataclasses.fields(config_lib.RopeScaling)
-}
+  | {
+    f"model.lora.{field.name}": {"model.lora": config_lib.LoraConfig()}
+    for field in dataclasses.fields(config_lib.LoraConfig)
+  }
+  | {
+    f"model.rope_scaling.{field.name}": {
+      "model.rope_scaling": config_lib.RopeScaling()
+    }
+    for field in dataclasses.fields(config_lib.RopeScaling)
+  }
+)
 # Readers of fields that the program of a step does not show, or that
 # tests/test_optimizer.py changes one by one. Mesh axes are read by iteration:
 # a dead one would not multiply to the devices of the tests above.
 READERS = {
+  "": "train/init_from.py",
   "tokenizer": "data/store.py data/tokenizer.py",
   "data": "data/pipeline.py data/sources.py data/store.py",
   "optimizer": "train/optimizer.py train/step.py",

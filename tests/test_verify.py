@@ -115,6 +115,16 @@ def test_a_clean_config_with_a_frozen_weight_passes(freeze, name, fields):
   assert found and not [r for r in found if not r.passed]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "name", ["packing", "accumulation", "shardings", "parameters", "checkpoint"]
+)
+def test_a_clean_config_with_adapters_passes(name):
+  c = config(model__lora=config_lib.LoraConfig(rank=3, dropout=0.1))
+  found = list(checks.CHECKS[name](c))
+  assert found and not [r for r in found if not r.passed]
+
+
 # --- correct code -------------------------------------------------------------
 
 BFLOAT16 = {"model__dtype": "bfloat16"}

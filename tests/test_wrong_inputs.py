@@ -34,7 +34,7 @@ from lm.data import tokenizer as tokenizer_lib
 
 TAKES_CONFIG = ("lm.data", "lm.train", "lm.verify")
 SAMPLES = ("lm.sample", "lm.explain", "lm.chat", "lm.serve")
-READS_RUN = ("lm.evaluate", *SAMPLES)
+READS_RUN = ("lm.evaluate", "lm.convert", *SAMPLES)
 DOORS = (*TAKES_CONFIG, *READS_RUN, "launch")
 # Below, GIVEN stands for the directory with what is right.
 RUN, CONFIG = "--workdir=GIVEN/run", "--config=GIVEN/config.py"
@@ -44,6 +44,7 @@ RIGHT = {
   "lm.train": [CONFIG, "--workdir=new"],
   "lm.verify": [CONFIG, "--only=parameters"],
   "lm.evaluate": [RUN],
+  "lm.convert": [RUN, "--to=peft", "--output=new"],
   "lm.sample": [RUN],
   "lm.explain": [RUN],
   "lm.chat": [RUN],
@@ -226,6 +227,11 @@ def paths(door: str) -> Iterator[Case]:
       *("file", "file/below", "readonly", "readonly/x", LONG, "\udce9"),
     ):
       yield case(f"--workdir={value}", says="workdir")
+    for value in (
+      *("", "absent", "file", "empty", LONG, "~nouser/run", "GIVEN/run@8"),
+      *("@7", "absent@", "GIVEN/run@" + HUGE, "s4://bucket/x", "\udce9"),
+    ):
+      yield case(f"--config.init_from={value}", says="init_from")
   if door in READS_RUN:
     for value in (
       *("absent", "file", "file/below", "empty", LONG, "~nouser/run"),
@@ -237,6 +243,13 @@ def paths(door: str) -> Iterator[Case]:
   if door in SAMPLES:
     for value in ("absent", "file", "empty"):
       yield case("--ahead=1", f"--draft={value}", says=value)
+  if door in SAMPLES or door == "lm.evaluate":
+    for value in ("absent", "file", "empty", "GIVEN/run"):
+      yield case(f"--adapter={value}", says="adapter")
+  if door == "lm.convert":
+    for value in ("file", "file/below", "readonly/x", "empty", LONG):
+      yield case(f"--output={value}", says="output")
+    yield case(says="no adapters")
   if door in ("lm.evaluate", "lm.verify"):
     yield from outputs(case, "--output")
   if door == "lm.evaluate":

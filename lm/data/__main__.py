@@ -11,7 +11,9 @@ from absl import flags
 
 from lm import cli, files
 from lm import config as config_lib
+from lm import objective as objective_lib
 from lm.data import pipeline, show, store
+from lm.train import init_from
 
 _SHOW = flags.DEFINE_integer(
   "show",
@@ -38,7 +40,7 @@ def describe(
   """
   if picture is not None:
     files.check_output(picture, "--draw")
-  prepared = store.prepare(config)
+  prepared = store.prepare(config, init_from.tokenizer(config))
   window = config.train.sequence_length
   table = rich.table.Table(title=f"{prepared.tokenizer.size} ids")
   table.add_column("source", overflow="fold")
@@ -50,7 +52,7 @@ def describe(
   console = rich.console.Console()
   lines = []
   for tokens in stores.values():
-    source, _ = config_lib.split_source(tokens.spec)
+    source, _ = objective_lib.split_source(tokens.spec)
     lengths = np.diff(tokens.ends, prepend=0)
     table.add_row(
       rich.markup.escape(source),

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from lm import config as config_lib
+from lm import objective as objective_lib
 from lm import schema
 from lm.data import tokenizer as tokenizer_lib
 
@@ -24,7 +24,7 @@ def sentinels(tokenizer: tokenizer_lib.Tokenizer) -> list[int]:
 
 
 def reorder(
-  objective: config_lib.Fim,
+  objective: objective_lib.Fim,
   tokenizer: tokenizer_lib.Tokenizer,
   tokens: np.ndarray,
   rng: np.random.Generator,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lm import batch as batch_lib
-from lm import config as config_lib
+from lm import objective as objective_lib
 from lm import schema
 from lm.data import fim
 from lm.data import tokenizer as tokenizer_lib
@@ -44,25 +44,27 @@ class Shape(NamedTuple):
   size: Callable[[np.ndarray], np.ndarray]
 
 
-def shape(objective: config_lib.Causal, length: int) -> Shape:
+def shape(objective: objective_lib.Causal, length: int) -> Shape:
   """The shape of an objective in rows of `length`.
 
   Raises ConfigError if a row is too short for any text.
   """
   room = length + 1
-  if isinstance(objective, config_lib.Masked):
+  if isinstance(objective, objective_lib.Masked):
     return Shape(length, 0, length, lambda n: n)
-  if not isinstance(objective, config_lib.Fim | config_lib.SpanCorruption):
+  if not isinstance(
+    objective, objective_lib.Fim | objective_lib.SpanCorruption
+  ):
     return Shape(room, 1, room, lambda n: n)
 
   def size(n):
-    if isinstance(objective, config_lib.Fim):
+    if isinstance(objective, objective_lib.Fim):
       return n + fim.EXTRA
     return n + 2 + 2 * _n_spans(objective, n)[1]
 
   n = np.arange(room + 1)
   fits = size(n) <= room
-  if isinstance(objective, config_lib.SpanCorruption):
+  if isinstance(objective, objective_lib.SpanCorruption):
     fits &= _n_spans(objective, n)[1] <= len(tokenizer_lib.SENTINELS)
   longest = int(n[fits].max(initial=0))
   schema.require(
@@ -75,7 +77,7 @@ def shape(objective: config_lib.Causal, length: int) -> Shape:
 
 
 def row(
-  objective: config_lib.Causal,
+  objective: objective_lib.Causal,
   tokenizer: tokenizer_lib.Tokenizer,
   window: Window,
   rng: np.random.Generator,
@@ -85,16 +87,16 @@ def row(
   """
   tokens, documents, scored = window
   match objective:
-    case config_lib.Chat():
+    case objective_lib.Chat():
       assert scored is not None, "a store of texts"
       return chat(tokens, documents, scored)
-    case config_lib.Prefix():
+    case objective_lib.Prefix():
       return prefix(tokens, documents, rng)
-    case config_lib.SpanCorruption():
+    case objective_lib.SpanCorruption():
       return span_corruption(objective, tokenizer, tokens, documents, rng)
-    case config_lib.Fim():
+    case objective_lib.Fim():
       return fill_in_the_middle(objective, tokenizer, tokens, documents, rng)
-    case config_lib.Masked():
+    case objective_lib.Masked():
       return masked(objective, tokenizer, tokens, documents, rng)
     case _:
       return causal(tokens, documents)
@@ -151,7 +153,7 @@ def prefix(
 
 
 def fill_in_the_middle(
-  objective: config_lib.Fim,
+  objective: objective_lib.Fim,
   tokenizer: tokenizer_lib.Tokenizer,
   tokens: np.ndarray,
   documents: np.ndarray,
@@ -171,7 +173,7 @@ def fill_in_the_middle(
 
 
 def span_corruption(
-  objective: config_lib.SpanCorruption,
+  objective: objective_lib.SpanCorruption,
   tokenizer: tokenizer_lib.Tokenizer,
   tokens: np.ndarray,
   documents: np.ndarray,
@@ -214,7 +216,7 @@ def span_corruption(
 
 
 def masked(
-  objective: config_lib.Masked,
+  objective: objective_lib.Masked,
   tokenizer: tokenizer_lib.Tokenizer,
   tokens: np.ndarray,
   documents: np.ndarray,

@@ -13,6 +13,7 @@ import math
 import numpy as np
 
 from lm import config as config_lib
+from lm import objective as objective_lib
 from lm import schema
 from lm.data import objectives
 from lm.data import store as store_lib
@@ -66,7 +67,7 @@ class BestFit:
   def __init__(
     self,
     store: store_lib.TokenStore,
-    objective: config_lib.Causal,
+    objective: objective_lib.Causal,
     length: int,
     seed: int,
   ):
@@ -76,7 +77,7 @@ class BestFit:
     # As in Chopped.
     self.cut_share = float(np.mean(lengths > shape.longest))
     starts = store.ends - lengths
-    if isinstance(objective, config_lib.Chat):
+    if isinstance(objective, objective_lib.Chat):
       pieces = _chats(objective, starts, lengths, shape)
     else:
       pieces = _cut(starts, lengths, shape)
@@ -126,7 +127,7 @@ def _cut(
 
 
 def _chats(
-  objective: config_lib.Chat,
+  objective: objective_lib.Chat,
   starts: np.ndarray,
   lengths: np.ndarray,
   shape: objectives.Shape,
@@ -150,7 +151,7 @@ Windows = Chopped | BestFit
 @functools.lru_cache(maxsize=64)
 def _best_fit(
   store: store_lib.TokenStore,
-  objective: config_lib.Causal,
+  objective: objective_lib.Causal,
   length: int,
   seed: int,
 ) -> BestFit:

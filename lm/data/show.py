@@ -6,8 +6,8 @@ import numpy as np
 import rich.text
 
 from lm import batch as batch_lib
-from lm import config as config_lib
 from lm import files
+from lm import objective as objective_lib
 from lm.data import store as store_lib
 from lm.data import tokenizer as tokenizer_lib
 
@@ -27,9 +27,11 @@ def legend() -> rich.text.Text:
   )
 
 
-def _scored(row: batch_lib.Batch, objective: config_lib.Causal) -> np.ndarray:
+def _scored(
+  row: batch_lib.Batch, objective: objective_lib.Causal
+) -> np.ndarray:
   """Whether the token at each position is itself scored: bool [T]."""
-  if isinstance(objective, config_lib.Masked):
+  if isinstance(objective, objective_lib.Masked):
     return row.weights > 0
   before = np.concatenate([[0], row.weights[:-1]])
   return before > 0
@@ -37,12 +39,12 @@ def _scored(row: batch_lib.Batch, objective: config_lib.Causal) -> np.ndarray:
 
 def _pieces(
   row: batch_lib.Batch,
-  objective: config_lib.Causal,
+  objective: objective_lib.Causal,
   tokenizer: tokenizer_lib.Tokenizer,
 ) -> list[str]:
   """Text of each token of a row; where it is masked, also its target's."""
   pieces = [tokenizer.piece(int(i)) for i in row.inputs]
-  if isinstance(objective, config_lib.Masked):
+  if isinstance(objective, objective_lib.Masked):
     for i in np.flatnonzero(row.weights > 0):
       pieces[i] += f"→{tokenizer.piece(int(row.targets[i]))}"
   return pieces

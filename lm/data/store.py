@@ -30,6 +30,7 @@ import rich.progress
 
 from lm import config as config_lib
 from lm import files, locks, schema
+from lm import objective as objective_lib
 from lm.data import arrays, chat_layout, tokenizer_cache, tokenizing
 from lm.data import manifest as manifest_lib
 from lm.data import sources as sources_lib
@@ -50,7 +51,7 @@ class TokenStore:
     self.path = path
     # The source as the config names it; `prepare` adds the objective.
     self.spec: str = manifest["spec"]
-    self.objective = config_lib.Causal()
+    self.objective = objective_lib.Causal()
     self.fingerprint: str = manifest["source"]
     self.n_tokens: int = manifest["n_tokens"]
     self.n_documents: int = manifest["n_documents"]
@@ -155,9 +156,12 @@ class Prepared:
   validation: list[TokenStore]
 
 
-def prepare(config: config_lib.Config) -> Prepared:
+def prepare(
+  config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer | None = None
+) -> Prepared:
   """Tokenizer and token stores of the config's sources; builds missing stores.
 
+  `tokenizer`, if given, is used in place of the one that the config describes.
   Only one process builds at a time, behind a lock. Raises ConfigError if a
   source, a document or the vocabulary does not fit.
   """
@@ -167,7 +171,7 @@ def prepare(config: config_lib.Config) -> Prepared:
   n = len(data.train)
   # A source that stands in a mixture twice is one text for the tokenizer.
   distinct = list(dict.fromkeys(sources[:n]))
-  tokenizer = tokenizer_cache.make(config, distinct)
+  tokenizer = tokenizer or tokenizer_cache.make(config, distinct)
   stores = _make_stores(names, sources, tokenizer, data)
   return Prepared(tokenizer, stores[:n], stores[n:])
 
@@ -189,8 +193,8 @@ def _open_sources(
   names: Sequence[str], data: config_lib.DataConfig
 ) -> list[sources_lib.Source]:
   """The sources; one object for those that differ only in their objective."""
-  parts = [config_lib.split_source(name) for name in names]
-  wanted = [(s, isinstance(o, config_lib.Chat)) for s, o in parts]
+  parts = [objective_lib.split_source(name) for name in names]
+  wanted = [(s, isinstance(o, objective_lib.Chat)) for s, o in parts]
   found = {
     (spec, chat): sources_lib.open_source(spec, data, chat=chat)
     for spec, chat in dict.fromkeys(wanted)
@@ -249,7 +253,7 @@ def _make_stores(
           _build(path, source, tokenizer, data)
   stores = [open_store(path, tokenizer) for path in paths]
   for name, store in zip(names, stores, strict=True):
-    store.spec, store.objective = name, config_lib.objective(name)
+    store.spec, store.objective = name, objective_lib.of(name)
   return stores
 
 

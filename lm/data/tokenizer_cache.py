@@ -23,6 +23,12 @@ def make(
   """Loads the config's tokenizer, or trains and caches a tokenizer once."""
   if config.tokenizer.kind == "bytes" or config.tokenizer.path is not None:
     return tokenizer_lib.load(config)
+  if config.init_from is not None:
+    raise schema.ConfigError(
+      f"config.init_from={config.init_from}: the tokenizer is that of this "
+      "run, which lm.train reads and then prepares the data; use that, or name "
+      "a tokenizer.path"
+    )
   made_of = [
     _VERSION,
     tokenizer_lib.TRAINER,

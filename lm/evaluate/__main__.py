@@ -40,6 +40,9 @@ _INVALID_UTF8 = flags.DEFINE_enum(
   ["error", "replace", "skip"],
   "What to do with bytes that are not UTF-8; default: the run's.",
 )
+_ADAPTER = cli.define_path(
+  "adapter", "Adapter (LoRA) to evaluate: a folder in PEFT's format, or a run."
+)
 _OUTPUT = cli.define_path("output", "JSON file to write.")
 _DOCUMENTS = flags.DEFINE_bool(
   "documents", False, "Show and write every document."
@@ -59,6 +62,7 @@ def main() -> None:
     batch_size=_BATCH_SIZE.value,
     data={name: value for name, value in data.items() if value is not None},
     output=_OUTPUT.value,
+    adapter=_ADAPTER.value,
   )
   if jax.process_index() == 0:
     corpora.show(evaluation, rich.console.Console(), _DOCUMENTS.value)

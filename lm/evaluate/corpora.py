@@ -16,12 +16,14 @@ import rich.table
 
 from lm import checkpoint, files, schema, sharding
 from lm import config as config_lib
+from lm import objective as objective_lib
 from lm.data import pipeline
 from lm.data import sources as sources_lib
 from lm.data import store as store_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.evaluate import perplexity
 from lm.model import decoder
+from lm.sample import load
 
 # Documents listed at each end of a ranking.
 _N_RANKED = 3
@@ -74,6 +76,7 @@ def evaluate(
   batch_size: int | None,
   data: dict[str, Any],
   output: str | None,
+  adapter: str | None = None,
 ) -> Evaluation:
   """Scores every document of the sources `specs` with a checkpoint; where a
   source names another objective than `causal`, the rows that training has as
@@ -81,7 +84,8 @@ def evaluate(
 
   Defaults for None or empty: the last step; a `stride` of the context length
   (only a document's last window overlaps); the rows of a training microbatch;
-  the run's validation sources. `data` changes fields of the run's DataConfig.
+  the run's validation sources. `data` changes fields of the run's DataConfig;
+  `adapter` is that of `load.model`.
   Raises ConfigError on bad input before parameters are loaded.
   """
   if output is not None:
@@ -108,9 +112,9 @@ def evaluate(
   rows = config.train.batch_size // config.train.microbatches
   rows = rows if batch_size is None else batch_size
   mesh, n_rows = _make_mesh(config, rows)
-  score_step = perplexity.eval_step(config.model)
   with jax.set_mesh(mesh), _progress() as progress:
-    params = checkpoint.load_params(workdir, config.model, meta.step, mesh)
+    model, params = load.model(workdir, meta, mesh, adapter)
+    score_step = perplexity.eval_step(model)
     results = []
     for source in sources:
       if isinstance(source, store_lib.TokenStore):
@@ -139,8 +143,8 @@ def _open(
   """A source, of which documents are read; or the token store of a source with
   an objective, of which rows are read.
   """
-  spec, objective = config_lib.split_source(name)
-  if objective != config_lib.Causal():
+  spec, objective = objective_lib.split_source(name)
+  if objective != objective_lib.Causal():
     return store_lib.prepare_sources([name], tokenizer, data)[0]
   source = sources_lib.open_source(spec, data)
   _check_text(source)

@@ -6,7 +6,8 @@ G = N / K, H head.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -121,18 +122,21 @@ class Attention(nnx.Module):
     angles: tuple[Array, Array] | None,
     window: int | None,
     extend: Callable | None = None,
+    adapters: Mapping[str, Callable] = types.MappingProxyType({}),
   ) -> tuple[Float[Array, "B T D"], Any]:
     """Returns the update to the residual, and the pair (keys, values).
 
     `extend`, if given, replaces `attend` by attention over the KV cache
     (lm/model/kv_cache.py); the pair is then the layer's updated cache.
+    `adapters` has the updates of matrices by name (lm/model/lora.py).
     """
     cfg = self.cfg
     heads = ("batch", "length", "heads", None)
     kv_heads = ("batch", "length", "kv_heads", None)
-    q = weights.dot("BTD,DNH->BTNH", x, self.q, *heads)
-    k = weights.dot("BTD,DKH->BTKH", x, self.k, *kv_heads)
-    v = weights.dot("BTD,DKH->BTKH", x, self.v, *kv_heads)
+    find = adapters.get
+    q = weights.dot("BTD,DNH->BTNH", x, self.q, *heads, adapter=find("q"))
+    k = weights.dot("BTD,DKH->BTKH", x, self.k, *kv_heads, adapter=find("k"))
+    v = weights.dot("BTD,DKH->BTKH", x, self.v, *kv_heads, adapter=find("v"))
     q = layers.add_bias(q, self.q_bias)
     k = layers.add_bias(k, self.k_bias)
     v = layers.add_bias(v, self.v_bias)
@@ -150,5 +154,6 @@ class Attention(nnx.Module):
     else:
       kernel = kernels.choose(cfg, length=x.shape[1])
       out, kept = attend(q, k, v, tokens, tokens, **how, kernel=kernel), (k, v)
-    y = weights.dot("BTNH,NHD->BTD", out, self.o, "batch", "length", None)
+    outer = ("batch", "length", None)
+    y = weights.dot("BTNH,NHD->BTD", out, self.o, *outer, adapter=find("o"))
     return layers.add_bias(y, self.o_bias), kept

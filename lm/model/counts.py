@@ -1,14 +1,18 @@
 """Parameter counts and FLOPs (floating-point operations), in closed form."""
 
 from lm import config as config_lib
+from lm.model import lora
 
 
 def parameter_count(cfg: config_lib.ModelConfig) -> int:
-  """Number of parameters, embeddings included; a tied head counts once."""
+  """Number of parameters, embeddings and adapters included; a tied head counts
+  once.
+  """
   D = cfg.d_model
   norm = D * (2 if cfg.norm == "layernorm" and cfg.bias else 1)
   norms = 4 if cfg.post_norm else 2
   per_layer = _layer_matrices(cfg) + _layer_biases(cfg) + norms * norm
+  per_layer += _layer_adapters(cfg)
   if cfg.qk_norm:
     per_layer += 2 * cfg.d_head
   total = cfg.vocab_size * D + cfg.n_layers * per_layer + norm
@@ -25,19 +29,40 @@ def forward_flops(cfg: config_lib.ModelConfig, length: int) -> float:
   Counts matrix products only, and in attention only the unmasked (query, key)
   pairs (causal, windowed): a kernel gets no credit for work on masked pairs.
   """
-  head = cfg.vocab_size * cfg.d_model
-  matrices = cfg.n_layers * _layer_matrices(cfg) + head
   pairs = sum(
     _mean_visible(length, cfg.windows[i % len(cfg.windows)])
     for i in range(cfg.n_layers)
   )
   scores_and_sums = 2 * cfg.n_heads * cfg.d_head
-  return 2 * (matrices + scores_and_sums * pairs)
+  adapters = cfg.n_layers * _layer_adapters(cfg)
+  return 2 * (_matrices(cfg) + adapters + scores_and_sums * pairs)
 
 
 def train_flops(cfg: config_lib.ModelConfig, length: int) -> float:
-  """Forward and backward FLOPs per token, without recomputation (remat)."""
-  return 3 * forward_flops(cfg, length)
+  """Forward and backward FLOPs per token, without recomputation (remat).
+
+  A frozen matrix (LoRA) has two products in place of three: its own gradient is
+  not computed.
+  """
+  flops = 3 * forward_flops(cfg, length)
+  return flops if cfg.lora is None else flops - 2 * _matrices(cfg)
+
+
+def _matrices(cfg: config_lib.ModelConfig) -> int:
+  head = cfg.vocab_size * cfg.d_model
+  return cfg.n_layers * _layer_matrices(cfg) + head
+
+
+def _layer_adapters(cfg: config_lib.ModelConfig) -> int:
+  """Elements of the factors A and B of a layer's adapters (LoRA)."""
+  if cfg.lora is None:
+    return 0
+  D, F = cfg.d_model, cfg.d_mlp
+  heads = D + cfg.n_heads * cfg.d_head
+  kv_heads = D + cfg.n_kv_heads * cfg.d_head
+  sizes = {"q": heads, "k": kv_heads, "v": kv_heads, "o": heads}
+  sizes |= dict.fromkeys(("gate", "up", "down"), D + F)
+  return cfg.lora.rank * sum(sizes[name] for name in lora.targets(cfg))
 
 
 def _layer_matrices(cfg: config_lib.ModelConfig) -> int:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from lm import batch as batch_lib
 from lm import config as config_lib
-from lm.model import attention, layers, weights
+from lm.model import attention, layers, lora, weights
 
 Params = Any  # nested dict of arrays; `layers` arrays have a leading axis L
 # What layers report beside their output: name -> float32 array, [] of a layer
@@ -39,6 +39,9 @@ class Block(nnx.Module):
     self.mlp_norm = layers.Norm(D, cfg)
     self.mlp = layers.MLP(cfg, rngs=rngs)
     self.mlp_post_norm = layers.Norm(D, cfg) if cfg.post_norm else None
+    # Last, so that the other weights start as without adapters.
+    parts = {"attention": self.attention, "mlp": self.mlp}
+    self.lora = lora.Adapters(cfg, parts, rngs) if cfg.lora else None
 
   def __call__(
     self,
@@ -60,15 +63,16 @@ class Block(nnx.Module):
       if keys is None
       else jax.vmap(jax.random.split, out_axes=1)(keys)
     )
+    adapters = {} if self.lora is None else self.lora.updates(keys)
     with jax.named_scope("attention"):
       attended, new = self.attention(
-        self.attention_norm(x), tokens, angles, window, extend
+        self.attention_norm(x), tokens, angles, window, extend, adapters
       )
       if self.attention_post_norm is not None:
         attended = self.attention_post_norm(attended)
       x += layers.dropout(attended, self.dropout, rows[0])
     with jax.named_scope("mlp"):
-      fed = self.mlp(self.mlp_norm(x))
+      fed = self.mlp(self.mlp_norm(x), adapters)
       if self.mlp_post_norm is not None:
         fed = self.mlp_post_norm(fed)
       x += layers.dropout(fed, self.dropout, rows[1])
@@ -288,8 +292,11 @@ def declared(cfg: config_lib.ModelConfig) -> Any:
   """The `Weight` of every parameter, as a tree like the parameters."""
 
   def of(path, param):
-    stacked = path[0].key == "layers"
-    return dataclasses.replace(weights.declared(param), stacked=stacked)
+    return dataclasses.replace(
+      weights.declared(param),
+      stacked=path[0].key == "layers",
+      frozen=cfg.lora is not None and not lora.is_adapter(path),
+    )
 
   return nnx.to_pure_dict(
     jax.tree_util.tree_map_with_path(

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from lm import config as config_lib
 from lm import schema, sharding
-from lm.model import attention, decoder, kv_cache, weights
+from lm.model import attention, decoder, kv_cache, lora, weights
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "int8"))
@@ -29,11 +29,13 @@ def unroll(
   Casts all weights but vectors to the compute dtype once, instead of at every
   use, and all-gathers along `embed`. Sets attention to `auto`: decoding lengths
   differ from training lengths and may not suit the kernel named for training.
+  Adapters are merged into their matrices first, in float32 (lm/model/lora.py).
 
   `int8` quantises the layers' matrices to 8 bits, with a float32 scale per
   output; embedding and head keep the compute dtype.
   """
-  cfg = dataclasses.replace(cfg, attention="auto")
+  params = lora.merge(cfg, params)
+  cfg = dataclasses.replace(cfg, attention="auto", lora=None)
   graph, state = nnx.split(decoder.bind(cfg, params).unroll())
 
   def prepare(param):

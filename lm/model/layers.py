@@ -4,6 +4,8 @@ B batch, T query length, D model, F mlp, H head, V vocabulary.
 """
 
 import functools
+import types
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -89,15 +91,23 @@ class MLP(nnx.Module):
     self.gate_bias = bias(F, "mlp") if cfg.gated else None
     self.down_bias = bias(D, None)
 
-  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    inner = ("batch", "length", "mlp")
-    h = add_bias(weights.dot("BTD,DF->BTF", x, self.up, *inner), self.up_bias)
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    adapters: Mapping[str, Callable] = types.MappingProxyType({}),
+  ) -> Float[Array, "B T D"]:
+    """`adapters` has the updates of matrices by name (lm/model/lora.py)."""
+    inner, find = ("batch", "length", "mlp"), adapters.get
+    h = weights.dot("BTD,DF->BTF", x, self.up, *inner, adapter=find("up"))
+    h = add_bias(h, self.up_bias)
     gate = None
     if self.gate is not None:
-      gate = weights.dot("BTD,DF->BTF", x, self.gate, *inner)
+      adapter = find("gate")
+      gate = weights.dot("BTD,DF->BTF", x, self.gate, *inner, adapter=adapter)
       gate = add_bias(gate, self.gate_bias)
     h = self._activate(h, gate)
-    y = weights.dot("BTF,FD->BTD", h, self.down, "batch", "length", None)
+    outer = ("batch", "length", None)
+    y = weights.dot("BTF,FD->BTD", h, self.down, *outer, adapter=find("down"))
     return add_bias(y, self.down_bias)
 
   @functools.partial(jax.checkpoint, static_argnums=0)
@@ -166,8 +176,8 @@ def fold_rows(keys: Key[Array, "B"], data: int | Array) -> Key[Array, "B"]:
 
 
 def dropout(
-  x: Float[Array, "B T D"], rate: float, keys: Key[Array, "B"] | None
-) -> Float[Array, "B T D"]:
+  x: Float[Array, "B T *rest"], rate: float, keys: Key[Array, "B"] | None
+) -> Float[Array, "B T *rest"]:
   """Zeroes a share `rate` of x, scales the rest by 1 / (1 - rate).
 
   A key per row makes the row's dropout mask the same on any mesh and in any

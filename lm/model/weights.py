@@ -10,6 +10,7 @@ B batch, T query length, D model, V vocabulary.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -61,7 +62,10 @@ def matrix(
   n_inputs: int = 1,
 ) -> nnx.Param:
   """A float32 weight, normal with deviation `scale`, created sharded."""
-  value = scale * jax.random.normal(rngs.params(), shape, jnp.float32)
+  if scale == 0:
+    value = jnp.zeros(shape, jnp.float32)
+  else:
+    value = scale * jax.random.normal(rngs.params(), shape, jnp.float32)
   return _declare(value, Weight(axes, role, n_inputs))
 
 
@@ -141,16 +145,24 @@ class Reversed:
 
 
 def dot(
-  equation: str, x: Float[Array, "..."], weight: nnx.Param, *axes: str | None
+  equation: str,
+  x: Float[Array, "..."],
+  weight: nnx.Param,
+  *axes: str | None,
+  adapter: Callable[..., Array] | None = None,
 ) -> Float[Array, "..."]:
   """einsum of activations with a matrix, in the activations' dtype.
 
   `axes` are logical names of the output's axes. The weight may be an array, a
   `Reversed`, or a `qwix.QArray`: int8 values and a float32 scale per output.
+  `adapter` (lm/model/lora.py) gives an update that is added to the product.
   Two summed axes (heads and head width) are flattened first, and on CPUs rows
   and positions, too: XLA's CPU compiler has no fast product over two axes, in
   forward or backward (benchmarks/products.py).
   """
+  if adapter is not None:
+    y = dot(equation, x, weight, *axes)
+    return y + adapter(equation, x, *axes)
   values, scales = weight.get_value(), None
   if not isinstance(values, jax.Array | Reversed):
     values, scales = values.qvalue, values.scale

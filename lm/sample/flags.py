@@ -47,6 +47,11 @@ _AHEAD = flags.DEFINE_integer(
 _DRAFT = cli.define_path(
   "draft", "Run directory of a smaller model that proposes tokens."
 )
+_ADAPTER = cli.define_path(
+  "adapter",
+  "Adapter (LoRA) for the model: a folder in PEFT's format, or a run. A run "
+  "that was trained with model.lora has its own.",
+)
 
 
 def check() -> str:
@@ -112,7 +117,8 @@ def sampler(found: checkpoint.Meta | None = None) -> sampler_lib.Sampler:
   draft = None
   if _DRAFT.value is not None:
     draft = load(_DRAFT.value, None, mesh, **options)
-  return load(check(), step, mesh, ahead=_AHEAD.value, draft=draft, **options)
+  options |= {"ahead": _AHEAD.value, "draft": draft}
+  return load(check(), step, mesh, adapter=_ADAPTER.value, **options)
 
 
 def _mesh(numbers: list[str]) -> jax.sharding.Mesh:

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from lm import config as config_lib
 from lm import schema, sharding
 from lm.data import tokenizer as tokenizer_lib
-from lm.model import decoder, inference
+from lm.model import decoder, inference, lora
 from lm.sample import request as request_lib
 from lm.sample.request import Request
 
@@ -75,7 +75,8 @@ class LoadedModel:
       cfg = dataclasses.replace(cfg, dtype=weights)
     if draft is not None:
       _check_draft(cfg, tokenizer, mesh, draft)
-    self.cfg, self.tokenizer, self.mesh = cfg, tokenizer, mesh
+    # `unroll` merges adapters.
+    self.cfg, self.tokenizer, self.mesh = lora.base(cfg), tokenizer, mesh
     self.int8_cache, self.ahead, self.draft = int8_cache, ahead, draft
     # Devices along the batch axis.
     self.ways = 1

@@ -22,7 +22,7 @@ import numpy as np
 from lm import checkpoint, schema
 from lm.data import marked
 from lm.data import tokenizer as tokenizer_lib
-from lm.sample import beam, loaded_model, rules, scoring
+from lm.sample import beam, load, loaded_model, rules, scoring
 from lm.sample import engine as engine_lib
 from lm.sample import request as request_lib
 from lm.sample.request import (
@@ -48,16 +48,18 @@ class Sampler(loaded_model.LoadedModel):
     workdir: str,
     step: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    *,
+    adapter: str | None = None,
     **options: Any,
   ) -> "Sampler":
-    """Loads the run's last checkpoint, or the checkpoint of `step`.
+    """Loads the run's last checkpoint, or the checkpoint of `step`, and merges
+    an `adapter` (LoRA): a folder in PEFT's format, or a run.
 
     Reads parameters only, each device its own shard. `options`: as in the
     constructor.
     """
     meta = checkpoint.load_meta(workdir, step)
-    cfg = meta.config.model
-    params = checkpoint.load_params(workdir, cfg, meta.step, mesh)
+    cfg, params = load.model(workdir, meta, mesh, adapter)
     tokenizer = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
     return cls(cfg, params, tokenizer, mesh, **options)
 

@@ -20,9 +20,9 @@ from lm import checkpoint, locks, sharding
 from lm import config as config_lib
 from lm.data import pipeline, prefetch, store
 from lm.evaluate import perplexity
+from lm.train import init_from, plot, programs, report, resume
 from lm.train import ledger as ledger_lib
 from lm.train import metrics as metrics_lib
-from lm.train import plot, programs, report, resume
 from lm.train import profile as profile_lib
 from lm.train import step as step_lib
 from lm.train import stop as stop_lib
@@ -57,7 +57,7 @@ def train(
     resume.refuse_other_config(config, resume.earlier_config(workdir), workdir)
     resume.check_from_step(workdir, from_step)
     prepared = stop.start(
-      "preparing the corpus", functools.partial(store.prepare, config)
+      "preparing the corpus", functools.partial(_prepare, config, workdir)
     )
     resume.check_processes_read_alike(config, prepared, workdir)
     epath.Path(workdir).mkdir(parents=True, exist_ok=True)
@@ -84,6 +84,10 @@ def train(
               "checkpoint."
             )
         raise
+
+
+def _prepare(config: config_lib.Config, workdir: str) -> store.Prepared:
+  return store.prepare(config, init_from.tokenizer(config, workdir))
 
 
 class _Run:

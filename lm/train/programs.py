@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from lm import batch as batch_lib
 from lm import chips, sharding
 from lm import config as config_lib
+from lm.model import decoder
 from lm.train import step as step_lib
 
 Step = Callable[
@@ -44,16 +45,26 @@ def abstract_state(
 
 
 def create_state(
-  config: config_lib.Config, mesh: jax.sharding.Mesh
+  config: config_lib.Config,
+  mesh: jax.sharding.Mesh,
+  loaded: decoder.Params | None = None,
 ) -> step_lib.State:
-  """Fresh state on the devices, each array created in its shards."""
+  """Fresh state on the devices, each array created in its shards.
+
+  Parameters in the tree `loaded`, which lie as in `abstract_state`, are taken
+  over and donated; the others are initial.
+  """
   make = functools.partial(step_lib.init_state, config)
   options = chips.compiler_options(sharding.platform(), runs_once=True)
   if config.mesh.mode == "jit":
     with jax.set_mesh(mesh):
-      return jax.jit(make, compiler_options=options)()
+      create = jax.jit(make, compiler_options=options, donate_argnums=0)
+      return create(loaded or {})
   whole = NamedSharding(mesh, P())
-  return jax.jit(make, out_shardings=whole, compiler_options=options)()
+  create = jax.jit(
+    make, out_shardings=whole, compiler_options=options, donate_argnums=0
+  )
+  return create(loaded or {})
 
 
 def compile_step(

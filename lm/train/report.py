@@ -13,6 +13,7 @@ import numpy as np
 
 from lm import checkpoint, locks, schema
 from lm import config as config_lib
+from lm import objective as objective_lib
 from lm.data import pipeline, store
 from lm.evaluate import perplexity
 from lm.model import counts
@@ -206,7 +207,7 @@ def evaluation(
   reported with its loss and its denominator: the weight of its scored tokens.
   """
   causal = [
-    part for source, part in parts if source.objective == config_lib.Causal()
+    part for source, part in parts if source.objective == objective_lib.Causal()
   ]
   totals = sum(causal or [part for _, part in parts], perplexity.Totals())
   said = {

@@ -17,9 +17,10 @@ from etils import epath
 
 from lm import checkpoint, files, processes, schema, validation
 from lm import config as config_lib
+from lm import objective as objective_lib
 from lm.data import pipeline, store
 from lm.data import tokenizer as tokenizer_lib
-from lm.train import metrics, optimizer, programs
+from lm.train import init_from, metrics, optimizer, programs
 from lm.train import step as step_lib
 
 # Fields that a restart may change: how a run is computed, watched and stored,
@@ -167,7 +168,7 @@ def fingerprint(
   """Hash of token stores, of their objectives and of their tokenizer, 16
   hexadecimal digits.
   """
-  causal = config_lib.Causal()
+  causal = objective_lib.Causal()
   parts = [
     s.fingerprint + (f"|{s.objective}" if s.objective != causal else "")
     for s in stores
@@ -208,7 +209,7 @@ def first_state(
   say: Callable[[str], None],
 ) -> tuple[step_lib.State, checkpoint.Meta | None]:
   """(state, meta) of the last undamaged checkpoint, on this run's mesh; without
-  a checkpoint, (fresh state, None).
+  a checkpoint, (fresh state, None), which starts from `config.init_from`.
 
   `now` has the fingerprints of this start. Damaged checkpoints are moved to
   damaged/, up to `config.checkpoint.set_aside`; the next raises Damaged, and
@@ -241,7 +242,12 @@ def first_state(
       if jax.process_count() > 1:  # other processes may see no damage
         raise files.Damaged(f"{said}: start the run again") from error
       say(said)
-  return programs.create_state(config, mesh), None
+  loaded = None
+  if config.init_from is not None:
+    loaded = init_from.load(config, mesh, say)
+  elif config.model.lora is not None:
+    say("model.lora without init_from: the frozen weights are random")
+  return programs.create_state(config, mesh, loaded), None
 
 
 def _refuse_other_data(

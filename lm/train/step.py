@@ -99,11 +99,17 @@ def from_trees(trees: dict[str, Any]) -> State:
   )
 
 
-def init_state(config: config_lib.Config) -> State:
-  """Fresh state from config.seed; under jit on a mesh, created sharded."""
+def init_state(
+  config: config_lib.Config, loaded: decoder.Params | None = None
+) -> State:
+  """Fresh state from config.seed; under jit on a mesh, created sharded.
+
+  Parameters in the tree `loaded` take the place of initial ones, which the
+  compiler then leaves out.
+  """
+  initial = decoder.init_params(config.model, jax.random.key(config.seed))
   params, frozen = weights.split(
-    decoder.init_params(config.model, jax.random.key(config.seed)),
-    decoder.declared(config.model),
+    weights.join(initial, loaded or {}), decoder.declared(config.model)
   )
   opt_state = _transform(config).init(params)
   if sharding.has_mesh():
@@ -264,7 +270,8 @@ def _rows(config, batch):
 def _loss_sums(config, params, frozen, batch, key, rows):
   """(loss to differentiate, (sum of weight * nll, aux)), sums over tokens."""
   m = config.model
-  drops = m.embedding_dropout > 0 or m.residual_dropout > 0
+  rates = (m.embedding_dropout, m.residual_dropout)
+  drops = any(rates) or (m.lora is not None and m.lora.dropout > 0)
   keys = layers.row_keys(key, rows) if drops else None
   params = weights.join(params, frozen)
   statistics = config.train.statistics_every is not None

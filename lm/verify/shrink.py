@@ -82,11 +82,13 @@ def config_to_check(
   config: config_lib.Config, small: bool | None
 ) -> tuple[config_lib.Config, str]:
   """The config to check, and a line on the changes; `small` None shrinks only a
-  large config. A kernel of a different platform becomes "reference".
+  large config. A kernel of a different platform becomes "reference", and no
+  other run is read.
   """
   checked = copy.deepcopy(config)
   if is_large(config) if small is None else small:
     checked = shrink(config)
+  checked.init_from = None
   kernel, platform = config.model.attention, sharding.platform()
   if {"splash": "tpu", "cudnn": "gpu"}.get(kernel, platform) != platform:
     checked.model.attention = "reference"

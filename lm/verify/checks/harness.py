@@ -17,7 +17,7 @@ from lm import batch as batch_lib
 from lm import config as config_lib
 from lm import schema, sharding
 from lm.data import objectives
-from lm.model import decoder, weights
+from lm.model import decoder, lora, weights
 from lm.train import programs
 from lm.train import step as step_lib
 
@@ -53,6 +53,8 @@ def without_dropout(config: config_lib.Config) -> config_lib.Config:
   """A copy without dropout: masks would change with the batch shape."""
   config = copy.deepcopy(config)
   config.model.embedding_dropout = config.model.residual_dropout = 0.0
+  if config.model.lora is not None:
+    config.model.lora.dropout = 0.0
   return config
 
 
@@ -164,6 +166,9 @@ def random_params(model: config_lib.ModelConfig) -> decoder.Params:
 
   def draw(path, leaf):
     noise = rng.standard_normal(leaf.shape, np.float32)
+    if model.lora is not None and lora.is_adapter(path):
+      # Updates smaller than their matrices, as after training.
+      noise *= np.float32(0.5 * min(1.0, model.lora.scale**-0.5))
     if weights.of(declared, path).role != "vector":
       return np.float32(model.init_scale) * noise
     neutral = path[-1].key == "scale" and not model.norm_unit_offset

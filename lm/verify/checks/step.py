@@ -132,9 +132,10 @@ def shardings(config: config_lib.Config) -> Iterator[Result]:
   def fresh():
     return programs.create_state(config, harness.make_mesh(config))
 
-  # Only vectors, one for each layer, may be replicated.
+  # Only vectors, one for each layer, may be replicated, and factors of
+  # adapters, which are as long and a few columns wide.
   longest = max(model.d_model, model.d_mlp, model.n_heads * model.d_head)
-  vectors = model.n_layers * longest
+  vectors = model.n_layers * longest * (model.lora.rank if model.lora else 1)
   for what, make in (("fresh", fresh), ("after a step", after)):
     state = make()
     weights = {"params": state.params, "frozen": state.frozen, "ema": state.ema}
@@ -184,12 +185,25 @@ def _misplaced(tree: Any, params: Any) -> list[str]:
   return wrong
 
 
+def _axes_of(path: Any, otherwise: tuple[None, ...]) -> tuple[str | None, ...]:
+  """Logical axes of the weight at `path` by `_AXES`; an adapter's factors A and
+  B have those of the matrix's inputs and outputs.
+  """
+  name = path[-1].key
+  if name in ("a", "b") and path[-3].key == "lora":
+    matrix = path[-2].key
+    n_inputs = 2 if matrix == "o" else 1
+    inputs, outputs = _AXES[matrix][:n_inputs], _AXES[matrix][n_inputs:]
+    return (*inputs, None) if name == "a" else (None, *outputs)
+  return _AXES.get(name, otherwise)
+
+
 def _allowed(path: Any, shape: tuple[int, ...], leaf: jax.Array) -> list[P]:
   """Allowed layouts of `leaf`, an array of the weight at `path`: the weight's
   layout, or for a factored moment the weight's layout less the missing axis.
   """
   lead = (None,) if path[0].key == "layers" else ()
-  axes = lead + _AXES.get(path[-1].key, (None,) * (len(shape) - len(lead)))
+  axes = lead + _axes_of(path, (None,) * (len(shape) - len(lead)))
   if leaf.shape == shape:
     return [sharding.partition(*axes)]
   less = [

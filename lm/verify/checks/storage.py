@@ -15,6 +15,7 @@ import numpy as np
 from lm import batch as batch_lib
 from lm import checkpoint
 from lm import config as config_lib
+from lm import objective as objective_lib
 from lm.data import pipeline, store
 from lm.data import tokenizer as tokenizer_lib
 from lm.train import programs
@@ -91,7 +92,7 @@ def small_corpus(config: config_lib.Config, folder: str) -> config_lib.Config:
       path = os.path.join(folder, str(source), f"{document}.txt")
       with open(path, "w") as file:
         file.write("\n\n".join(lines))  # also splits as text_unit line, block
-    objective = name.removeprefix(config_lib.split_source(name)[0])
+    objective = name.removeprefix(objective_lib.split_source(name)[0])
     specs.append(f"text:{folder}/{source}/*.txt{objective}")
   data.train, data.validation = tuple(specs), ()
   data.cache_dir = os.path.join(folder, "cache")

@@ -1,0 +1,1 @@
+"""Writes checkpoints in other formats: `python -m lm.convert`."""

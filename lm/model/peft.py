@@ -1,0 +1,238 @@
+"""Adapters (LoRA) in the file format of Hugging Face's PEFT.
+
+A folder has adapter_config.json and adapter_model.safetensors. Tensors have the
+module names of Llama, Qwen3 and Gemma in transformers; A is [rank, inputs] and
+B is [outputs, rank] there. Needs the extra `hf`.
+
+L layers, R rank.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm import config as config_lib
+from lm import files, schema
+from lm.model import decoder, lora
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_MODULES = {
+  **{name: f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")},
+  **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+}
+_TARGETS = {module: name for name, module in _MODULES.items()}
+_KEY = re.compile(
+  r"base_model\.model\.model\.layers\.(\d{1,6})\.(\S+)\.lora_([AB])\.weight"
+)
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16"}
+# Fields that do not change what an adapter computes, or are read below. Any
+# other field must be empty, as in a plain LoRA: it may stand for an extension.
+_HARMLESS = set(
+  "alpha_pattern auto_mapping base_model_name_or_path ensure_weight_tying"
+  " exclude_modules fan_in_fan_out inference_mode init_lora_weights"
+  " layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core"
+  " peft_type peft_version qalora_group_size r rank_pattern revision"
+  " target_modules task_type use_rslora".split()
+)
+# Initialisers that leave the base weights as they are; PiSSA, OLoRA and others
+# change them, and their adapters fit changed weights only.
+_INITIALISERS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+def save(
+  folder: str, cfg: config_lib.ModelConfig, adapters: Any, base: str | None
+) -> None:
+  """Writes the adapters [L, ...] of a model (`params["layers"]["lora"]`).
+
+  `base` is what the file names as the base model. Raises ConfigError if the
+  model has no adapters, or is not of a family that has these module names.
+  """
+  if cfg.lora is None:
+    raise schema.ConfigError(
+      "model.lora=None: the run has no adapters that could be written; train "
+      "one with --config.model.lora.rank=8 and --config.init_from"
+    )
+  if cfg.positions == "learned":
+    raise schema.ConfigError(
+      "model.positions='learned': transformers has such models (GPT-2) with "
+      "q, k and v in one matrix, which PEFT's file of this adapter would not "
+      "fit; only models with rope can be written"
+    )
+  tensors = {}
+  for name in lora.targets(cfg):
+    a, b = (np.asarray(adapters[name][key], np.float32) for key in "ab")
+    for i in range(cfg.n_layers):
+      key = f"base_model.model.model.layers.{i}.{_MODULES[name]}"
+      rank = cfg.lora.rank
+      tensors[f"{key}.lora_A.weight"] = a[i].reshape(-1, rank).T
+      tensors[f"{key}.lora_B.weight"] = b[i].reshape(rank, -1).T
+  alpha = cfg.lora.alpha
+  content = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": base,
+    "inference_mode": True,
+    "r": cfg.lora.rank,
+    "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+    "lora_dropout": cfg.lora.dropout,
+    "use_rslora": cfg.lora.rank_stabilized,
+    "target_modules": [_MODULES[n].split(".")[1] for n in lora.targets(cfg)],
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,
+    "modules_to_save": None,
+    "use_dora": False,
+  }
+  # The library writes the memory of an array, whatever its strides are.
+  whole = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+  packed = _library().numpy.save(whole, metadata={"format": "pt"})
+  os.makedirs(folder, exist_ok=True)
+  files.replace(os.path.join(folder, TENSORS), packed)
+  files.replace(os.path.join(folder, CONFIG), json.dumps(content, indent=2))
+
+
+def load(
+  folder: str, cfg: config_lib.ModelConfig
+) -> tuple[config_lib.LoraConfig, Any]:
+  """(config, adapters) in `folder` for the model `cfg`: float32 arrays [L, ...]
+  by target, as `params["layers"]["lora"]`. A layer without an adapter gets 0.
+
+  Raises ConfigError if a file is missing or invalid, if the adapter has a part
+  beyond plain LoRA, such as DoRA, or if a tensor does not fit the model.
+  """
+  content = _config(folder)
+  tensors = _tensors(os.path.join(folder, TENSORS))
+  # Target -> (layer, "A" or "B") -> matrix.
+  found: dict[str, dict[tuple[int, str], np.ndarray]] = {}
+  for key, value in sorted(tensors.items()):
+    match = _KEY.fullmatch(key)
+    name = match and _TARGETS.get(match[2])
+    if not match or not name or int(match[1]) >= cfg.n_layers:
+      raise schema.ConfigError(
+        f"adapter {folder}: tensor {key!r} fits no matrix of the "
+        f"{cfg.n_layers} layers; only adapters of {', '.join(_MODULES)} can be "
+        "read"
+      )
+    found.setdefault(name, {})[int(match[1]), match[3]] = value
+  config = config_lib.LoraConfig(
+    rank=content["r"],
+    alpha=float(content["lora_alpha"]),
+    rank_stabilized=bool(content.get("use_rslora", False)),
+    dropout=float(content.get("lora_dropout", 0.0)),
+    targets=tuple(n for n in _MODULES if n in found),  # type: ignore[arg-type]
+  )
+  schema.check_types(config, config_lib.LoraConfig, f"adapter {folder}")
+  model = dataclasses.replace(cfg, lora=config)
+  if lora.targets(model) != config.targets:
+    raise schema.ConfigError(
+      f"adapter {folder}: is for the matrices {config.targets}, of which the "
+      f"model has {lora.targets(model)}; name the adapter's own base"
+    )
+  make = functools.partial(decoder.init_params, model)
+  like = jax.eval_shape(make, jax.random.key(0))["layers"][lora.NAME]
+  return config, {
+    name: _stacked(folder, name, found[name], like[name], config.rank)
+    for name in config.targets
+  }
+
+
+def _stacked(folder, name, parts, like, rank):
+  """{"a": [L, *inputs, R], "b": [L, R, *outputs]} from PEFT's matrices."""
+  stacked = {key: np.zeros(x.shape, np.float32) for key, x in like.items()}
+  n_layers = len(stacked["a"])
+  flat = {
+    "A": stacked["a"].reshape(n_layers, -1, rank),
+    "B": stacked["b"].reshape(n_layers, rank, -1),
+  }
+  for (i, key), value in parts.items():
+    if value.T.shape != flat[key][i].shape:
+      raise schema.ConfigError(
+        f"adapter {folder}: lora_{key} of {_MODULES[name]}, layer {i}, is "
+        f"{list(value.shape)}, and of this model "
+        f"{list(flat[key][i].T.shape)}; name the adapter's own base"
+      )
+    if (i, "AB".replace(key, "")) not in parts:
+      raise schema.ConfigError(
+        f"adapter {folder}: layer {i} has only lora_{key} of {_MODULES[name]}"
+      )
+    flat[key][i] = value.T
+  return stacked
+
+
+def _config(folder: str) -> dict[str, Any]:
+  path = os.path.join(folder, CONFIG)
+  try:
+    with open(path, encoding="utf-8") as file:
+      content = json.load(file)
+    plain = content["peft_type"] == "LORA" and content.get("bias") in (
+      *("none", None),
+    )
+    extra = sorted(
+      name
+      for name, value in content.items()
+      if value
+      and (
+        name in ("rank_pattern", "alpha_pattern")
+        or name not in _HARMLESS | {"bias"}
+      )
+    )
+    if content.get("init_lora_weights") not in _INITIALISERS:
+      extra.append("init_lora_weights")
+    _ = content["r"], float(content["lora_alpha"])
+  except OSError as error:
+    raise schema.ConfigError(
+      f"adapter {path}: {error.strerror}; name a folder with {CONFIG} and "
+      f"{TENSORS}"
+    ) from error
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
+    raise schema.ConfigError(
+      f"adapter {path}: not a config of PEFT ({files.first_line(error)})"
+    ) from error
+  if extra or not plain:
+    said = ", ".join(extra) or "another peft_type or bias"
+    raise schema.ConfigError(
+      f"adapter {path}: has more than plain LoRA ({said}), which this program "
+      "does not compute; merge the adapter with PEFT"
+    )
+  return content
+
+
+def _tensors(path: str) -> dict[str, np.ndarray]:
+  """Tensors by name, in float32."""
+  library, found = _library(), {}
+  try:
+    with open(path, "rb") as file:
+      parts = library.deserialize(file.read())
+  except (OSError, library.SafetensorError) as error:
+    said = getattr(error, "strerror", None) or error
+    raise schema.ConfigError(f"adapter {path}: {said}") from error
+  for name, part in parts:
+    # The library's own reader for NumPy has no bfloat16.
+    dtype = _DTYPES.get(part["dtype"])
+    if dtype is None and part["dtype"] != "BF16":
+      raise schema.ConfigError(
+        f"adapter {path}: {name} is of dtype {part['dtype']}; must be one of "
+        f"BF16, {', '.join(_DTYPES)}"
+      )
+    kind = jnp.bfloat16 if dtype is None else np.dtype(dtype)
+    flat = np.frombuffer(part["data"], kind)
+    found[name] = flat.reshape(part["shape"]).astype(np.float32)
+  return found
+
+
+def _library() -> Any:
+  try:
+    import safetensors.numpy
+  except ImportError as error:
+    raise schema.ConfigError(
+      "adapters in PEFT's format: need safetensors; pip install "
+      "'next-token[hf]'"
+    ) from error
+  return safetensors

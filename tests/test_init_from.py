@@ -1,0 +1,285 @@
+"""A run that starts from the parameters of another: what it takes, what not."""
+
+import copy
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from lm import checkpoint, schema, sharding, validation
+from lm.data import store
+from lm.data import tokenizer as tokenizer_lib
+from lm.train import init_from, loop, programs
+from lm.train import metrics as metrics_lib
+
+
+@pytest.fixture(scope="module")
+def source(make, tmp_path_factory):
+  """A finished run of 6 steps that keeps an average; and its directory."""
+  workdir = tmp_path_factory.mktemp("source") / "run"
+  config = make(train__steps=6)
+  assert loop.train(config, str(workdir)) == 0
+  return config, workdir
+
+
+def started(config, name):
+  """(state at step 0, what was said) of a fresh run from the run `name`."""
+  config = copy.deepcopy(config)
+  config.init_from = str(name)
+  validation.validate(config)
+  said = []
+  mesh = sharding.make_mesh(config)
+  loaded = init_from.load(config, mesh, said.append)
+  return programs.create_state(config, mesh, loaded), "\n".join(said)
+
+
+def arrays(tree):
+  return {
+    jax.tree_util.keystr(path): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def assert_same(got, want):
+  got, want = arrays(got), arrays(want)
+  assert got.keys() == want.keys() and len(want) > 5
+  for name, value in want.items():
+    np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize(
+  ("mode", "fsdp"), [("jit", 1), ("jit", 2), ("pmap", 1)]
+)
+def test_parameters_are_the_sources_and_all_else_is_fresh(
+  mode, fsdp, source, make
+):
+  """Bit for bit, also on another mesh; the averages, as sampling reads."""
+  want = checkpoint.load_params(str(source[1]), source[0].model)
+  like = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), want
+  )
+  path = epath.Path(source[1]) / "checkpoints" / "6"
+  assert_same(want, checkpoint.read_items(path, {"ema": like})["ema"])
+  config = make(mesh__mode=mode, mesh__fsdp=fsdp)
+  state, said = started(config, source[1])
+  assert_same(state.params, want)
+  assert_same(state.ema, want)
+  layout = programs.abstract_state(config, sharding.make_mesh(config))
+  for leaf, like in zip(
+    jax.tree.leaves(state), jax.tree.leaves(layout), strict=True
+  ):
+    assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
+  assert int(state.step) == 0
+  assert not any(
+    np.any(np.asarray(x)) for x in jax.tree.leaves(state.opt_state)
+  )
+  n = sum(x.size for x in jax.tree.leaves(want))
+  assert said == (
+    f"averages of {source[1]} at step 6: {len(jax.tree.leaves(want))} arrays, "
+    f"{n:,} parameters; fresh: optimizer, schedule, data, step"
+  )
+
+
+def test_a_step_can_be_named_and_without_an_average_parameters_are_read(
+  source, make, tmp_path
+):
+  want = checkpoint.load_params(str(source[1]), source[0].model, 3)
+  state, said = started(make(optimizer__ema_decay=None), f"{source[1]}@3")
+  assert_same(state.params, want)
+  assert state.ema is None and "at step 3:" in said
+  config = make(train__steps=2, optimizer__ema_decay=None)
+  assert loop.train(config, str(tmp_path / "a@b")) == 0
+  state, said = started(make(), tmp_path / "a@b")
+  assert_same(
+    state.ema, checkpoint.load_params(str(tmp_path / "a@b"), config.model)
+  )
+  assert said.startswith("parameters of ")
+
+
+def test_initial_parameters_are_not_drawn_where_all_are_loaded(
+  source, make, monkeypatch
+):
+  config = make(mesh__fsdp=1, mesh__data=8)
+  mesh = sharding.make_mesh(config)
+  state = programs.abstract_state(config, mesh)
+  programs_text = []
+  jit = jax.jit
+
+  def spy(function, **options):
+    def call(*args):
+      lowered = jit(function, **options).lower(*args)
+      programs_text.append(lowered.compile().as_text())
+      return lowered.out_info
+
+    return call
+
+  monkeypatch.setattr(jax, "jit", spy)
+  programs.create_state(config, mesh)
+  programs.create_state(config, mesh, state.params)
+  drawn, loaded = (text.count("xor") for text in programs_text)
+  assert drawn > 0 and loaded == 0
+
+
+def test_a_model_may_differ_where_no_shape_does(source, make):
+  config = make(
+    model__context_length=64,
+    model__rope_theta=5e5,
+    model__windows=(7, None),
+    model__residual_dropout=0.0,
+    model__remat="full",
+  )
+  state, said = started(config, source[1])
+  assert_same(
+    state.params, checkpoint.load_params(str(source[1]), source[0].model)
+  )
+  for line in (
+    "config.model.context_length is 64, was 32",
+    "config.model.rope_theta is 500000.0, was 10000.0",
+    "config.model.windows is (7, None), was (None,)",
+  ):
+    assert f"another model than at {source[1]}: {line}" in said
+
+
+def test_a_run_goes_on_without_its_source(source, make, tmp_path, capsys):
+  """Which is read once, and may be gone afterwards; another cannot be named."""
+  copied, workdir = tmp_path / "source", tmp_path / "run"
+  shutil.copytree(source[1], copied)
+  config = make(train__steps=6, data__train=source[0].data.validation)
+  config.init_from = str(copied)
+  assert loop.train(config, str(workdir)) == 0
+  assert f"averages of {copied} at step 6" in capsys.readouterr().err.replace(
+    "\n", ""
+  )
+  whole = metrics_lib.read(str(workdir))
+  fresh = metrics_lib.read(str(source[1]))
+  assert whole[0]["train/loss"] < fresh[0]["train/loss"] - 0.1
+  assert whole[0]["lr"] == fresh[0]["lr"]
+  shutil.rmtree(workdir / "checkpoints" / "6")
+  shutil.rmtree(copied)
+  other = copy.deepcopy(config)
+  other.init_from = None
+  with pytest.raises(schema.ConfigError, match="config.init_from was '"):
+    loop.train(other, str(workdir))
+  assert loop.train(config, str(workdir)) == 0
+  again = metrics_lib.read(str(workdir))
+  for a, b in zip(again, whole, strict=True):
+    for name in ("train/loss", "grad_norm", "lr", "batch_hash"):
+      assert a[name] == b[name]
+  assert checkpoint.load_meta(str(workdir)).config == config
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_made(
+  source, make, tmp_path, monkeypatch
+):
+  _, run = source
+  monkeypatch.setattr(programs, "create_state", None)
+  monkeypatch.setattr(programs, "compile_step", None)
+  monkeypatch.setattr(checkpoint, "read_items", None)
+  learned = make(model__positions="learned")
+  cases = [
+    (make(), tmp_path / "absent", "absent has no checkpoint; name a run dir"),
+    (make(), f"{run}@4", "has no checkpoint of step 4; it has [3, 6]"),
+    (make(), "", "config.init_from='': empty; name a path"),
+    (make(), "s4://bucket/run", "object stores are gs:// and s3://"),
+    (
+      make(model__d_mlp=64),
+      run,
+      "layers/mlp/down: [2, 32, 16] there, [2, 64, 16] here",
+    ),
+    (make(model__d_mlp=64), run, "config.model.d_mlp is 64, was 32"),
+    (learned, run, "position_embed: not there, [32, 16] here"),
+    (
+      make(tokenizer__kind="sentencepiece"),
+      run,
+      "config.tokenizer.kind='sentencepiece', path=None: not the tokenizer of",
+    ),
+  ]
+  for i, (config, name, says) in enumerate(cases):
+    config.init_from = str(name)
+    with pytest.raises(schema.ConfigError) as error:
+      loop.train(config, str(tmp_path / f"run{i}"))
+    assert says in str(error.value)
+    assert not (tmp_path / f"run{i}").exists()
+
+
+def test_learned_positions_of_another_length_are_refused(make, tmp_path):
+  config = make(model__positions="learned", train__steps=1)
+  assert loop.train(config, str(tmp_path / "run")) == 0
+  longer = make(model__positions="learned", model__context_length=64)
+  longer.init_from = str(tmp_path / "run")
+  with pytest.raises(schema.ConfigError) as error:
+    init_from.tokenizer(longer, str(tmp_path / "new"))
+  assert "position_embed: [32, 16] there, [64, 16] here" in str(error.value)
+
+
+# --- the tokenizer ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(make, tmp_path_factory):
+  """The checkpoint, without arrays, of a run that trained its tokenizer."""
+  workdir = tmp_path_factory.mktemp("trained")
+  config = make(tokenizer__kind="sentencepiece", model__vocab_size=512)
+  stored = json.loads(store.prepare(config).tokenizer.to_json())
+  stored["chat_template"] = "the run's own"
+  meta = checkpoint.Meta(3, config, json.dumps(stored), "data")
+  saved = checkpoint.Checkpoints(str(workdir), config.checkpoint)
+  saved.save({"params": {"none": np.zeros(1)}}, meta)
+  saved.close()
+  return config, workdir
+
+
+def test_a_trained_tokenizer_comes_with_the_parameters(
+  trained, make, tmp_path, monkeypatch
+):
+  """Although the training sources are other ones; so does the chat template
+  where the config names none.
+  """
+  config, workdir = trained
+  stored = tokenizer_lib.Tokenizer.from_json(
+    checkpoint.load_meta(str(workdir)).tokenizer
+  )
+  monkeypatch.setattr(tokenizer_lib, "train", None)
+  tuned = copy.deepcopy(config)
+  tuned.data.train, tuned.init_from = config.data.validation, str(workdir)
+  prepared = loop._prepare(tuned, str(tmp_path / "new"))
+  assert prepared.tokenizer.fingerprint == stored.fingerprint
+  assert prepared.tokenizer.chat_template == "the run's own"
+  (tmp_path / "chat.jinja").write_text("<user>")
+  tuned.tokenizer.chat_template = str(tmp_path / "chat.jinja")
+  prepared = loop._prepare(tuned, str(tmp_path / "new"))
+  assert prepared.tokenizer.chat_template == "<user>"
+  # A run with a checkpoint has its own.
+  tuned.init_from = str(tmp_path / "gone")
+  again = loop._prepare(tuned, str(workdir))
+  assert again.tokenizer.fingerprint == stored.fingerprint
+  # lm.data cannot read runs, and says so.
+  with pytest.raises(schema.ConfigError, match="lm.train reads and then prep"):
+    store.prepare(tuned)
+
+
+def test_a_tokenizer_that_is_named_must_be_the_sources(trained, tmp_path):
+  config, workdir = trained
+  stored = tokenizer_lib.Tokenizer.from_json(
+    checkpoint.load_meta(str(workdir)).tokenizer
+  )
+  tuned = copy.deepcopy(config)
+  tuned.init_from = str(workdir)
+  assert stored.model is not None
+  (tmp_path / "same.model").write_bytes(stored.model)
+  tuned.tokenizer.path = str(tmp_path / "same.model")
+  found = init_from.tokenizer(tuned, str(tmp_path / "new"))
+  assert found is not None and found.fingerprint == stored.fingerprint
+  other = copy.deepcopy(config)
+  other.data.train = config.data.validation
+  found = store.prepare(other).tokenizer
+  assert found.size == stored.size and found.model is not None
+  (tmp_path / "other.model").write_bytes(found.model)
+  tuned.tokenizer.path = str(tmp_path / "other.model")
+  with pytest.raises(schema.ConfigError) as error:
+    init_from.tokenizer(tuned, str(tmp_path / "new"))
+  assert f"fingerprint {stored.fingerprint}" in str(error.value)
+  assert "name that run's tokenizer" in str(error.value)
