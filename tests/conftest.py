@@ -29,7 +29,10 @@ HAS_CHECKER = importlib.util.find_spec("beartype") is not None
 if HAS_CHECKER:
   rooms = {room.name for room in pkgutil.iter_modules(lm.__path__)}
   jaxtyping.install_import_hook(
-    [f"lm.{room}" for room in rooms - {"config", "schema", "validation"}],
+    [
+      f"lm.{room}"
+      for room in rooms - {"config", "objective", "schema", "validation"}
+    ],
     "beartype.beartype",
   )
 

@@ -893,7 +893,7 @@ def test_shipped_config_reads_what_its_header_names(
   monkeypatch.chdir(tmp_path)
   data = cli.load(str(path)).data
   for source in (*data.train, *data.validation):
-    if source.startswith("tfds:python_stdlib:"):
+    if ":python_stdlib:" in source:
       continue  # this interpreter's own, as every test run has it
     assert len(sources.open_source(source, data)) == 1
     assert "hf download allenai/c4" in path.read_text()

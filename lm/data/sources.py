@@ -102,7 +102,10 @@ def open_source(
     return _open_chats(spec, data)
   match = _SPEC.fullmatch(spec)
   if match is None:
-    raise schema.ConfigError(f"source {spec!r}: malformed; {_GRAMMAR}")
+    hint = ""
+    if _CHAT_SPEC.fullmatch(spec):
+      hint = f"; for conversations write {spec}|chat"
+    raise schema.ConfigError(f"source {spec!r}: malformed; {_GRAMMAR}{hint}")
   if match["tfds"]:
     # Imported here because the import takes half a second.
     from lm.data import tfds_source
