@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from lm import config as config_lib
 from lm import objective as objective_lib
 from lm import schema
-from lm.data import fim, objectives, packing, pipeline
+from lm.data import fim, objectives, packing, pipeline, show
 from lm.data import store as store_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.evaluate import corpora
-from lm.model import decoder, scoring
+from lm.model import attention, decoder, scoring
 from lm.train import loop, metrics
 
 BYTES = tokenizer_lib.Tokenizer()
@@ -301,6 +301,32 @@ def test_a_middle_starts_inside_a_token():
   assert inside >= 5
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_shown_is_what_the_model_sees(name):
+  """The drawn mask is attention's, and the text tells what is scored."""
+  _, objective = objective_lib.split_source(f"text:a|{name}")
+  store = mock.Mock(spec=store_lib.TokenStore, objective=objective)
+  rng = np.random.Generator(np.random.Philox(key=3))
+  some = window("<abcd>", "<efghij>", length=49)
+  row = objectives.row(objective, BYTES, some, rng)
+  tokens = attention.Tokens(
+    *(jnp.asarray(x)[None] for x in (row.positions, row.segments)),
+    None if row.prefix is None else jnp.asarray(row.prefix)[None],
+  )
+  seen = np.asarray(attention.visible(tokens, tokens, None))[0]
+  np.testing.assert_array_equal(show.visible(row), seen)
+  text = show.text(row, store, BYTES)
+  shown = [
+    text.plain[span.start : span.end]
+    for span in text.spans
+    if "green" in str(span.style)
+  ]
+  at = row.targets[row.weights > 0]
+  assert [part.rpartition("\u2192")[2] for part in shown] == [
+    BYTES.piece(int(i)) for i in at
+  ]
+
+
 # --- packing ------------------------------------------------------------------
 
 
@@ -353,21 +379,16 @@ def test_best_fit_cuts_no_document_that_fits(stores):
   for store in prepared.train:
     shape = objectives.shape(store.objective, 24)
     found, windows = [], packing.windows(store, config, seed=0)
-    n_padding = 0
     for tokens, documents, _ in (windows[i] for i in range(len(windows))):
       assert len(tokens) == 25 and (documents >= 0).all()
-      n_padding += shape.room
       for d in range(1, documents.max() + 1):
         piece = tokens[documents == d].tolist()
-        n_padding -= int(shape.size(np.array(len(piece))))
         found.append(piece)
     whole = [piece for piece in found if piece[0] == BOS and piece[-1] == EOS]
     fitting = [w for w in wanted if len(w) <= shape.longest]
     assert sorted(whole) == fitting
     n_cut = len(wanted) - len(fitting)
     assert windows.cut_share == pytest.approx(n_cut / len(wanted))
-    share = n_padding / (len(windows) * shape.room)
-    assert windows.padding_share == pytest.approx(share)
     # Each target once: every token but bos, or every token where none repeats.
     n = sum(len(piece) - shape.overlap for piece in found)
     assert n == sum(len(w) - shape.overlap for w in wanted)
@@ -481,11 +502,11 @@ def test_a_source_without_targets_is_refused(stores, monkeypatch):
     row = causal(*some)
     return dataclasses.replace(row, weights=0 * row.weights)
 
-  share = pipeline.scored_share(config, prepared, 0)
-  assert 0.7 < share < 1
+  scored, padding = pipeline.shares(config, prepared, 0)
+  assert 0.7 < scored < 1 and 0 < padding < 1 - scored
   monkeypatch.setattr(objectives, "causal", unscored)
   with pytest.raises(schema.ConfigError, match="nothing to learn"):
-    pipeline.scored_share(config, prepared, 0)
+    pipeline.shares(config, prepared, 0)
 
 
 def test_a_mixture_trains_and_each_objective_has_its_loss(make, tmp_path):

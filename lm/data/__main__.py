@@ -84,10 +84,10 @@ def _rows(config: config_lib.Config, prepared: store.Prepared) -> list[str]:
   """How each training source fills rows: a line each."""
   found = []
   for s, windows in enumerate(pipeline.training_windows(config, prepared)):
-    share = pipeline.scored_share(config, prepared, s)
+    scored, padding = pipeline.shares(config, prepared, s)
     found.append(
-      f"{prepared.train[s].spec}: {len(windows):,} rows; {share:.1%} of the "
-      f"positions are scored, {windows.padding_share:.1%} are padding; "
+      f"{prepared.train[s].spec}: {len(windows):,} rows; {scored:.1%} of the "
+      f"positions are scored, {padding:.1%} are padding; "
       f"{windows.cut_share:.1%} of the documents fit no row whole"
     )
   return found

@@ -53,11 +53,6 @@ class Chopped:
     first = np.concatenate([[0], ends[:-1]]) // self._length
     return float(np.mean((ends - 2) // self._length > first))
 
-  @property
-  def padding_share(self) -> float:
-    """Share of positions that are padding."""
-    return 1 - (self._store.n_tokens - 1) / (len(self) * self._length)
-
 
 class BestFit:
   """Windows of whole documents; a document longer than a window is cut into
@@ -98,7 +93,6 @@ class BestFit:
     order = np.argsort(place[bins], kind="stable")
     self._starts, self._sizes = self._starts[order], self._sizes[order]
     self._ends = np.cumsum(np.bincount(bins)[np.argsort(first)])
-    self.padding_share = 1 - float(needed.sum()) / (len(self) * shape.room)
 
   def __len__(self) -> int:
     return len(self._ends)

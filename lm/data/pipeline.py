@@ -25,7 +25,7 @@ from lm.data import store as store_lib
 _THREADS = 2
 # Packing and draws of validation: the same for every seed of a run.
 _VALIDATION_SEED = 2**32  # above every seed of a run
-# Rows of a source that `scored_share` reads.
+# Rows of a source that `shares` reads.
 _SAMPLED_ROWS = 64
 
 
@@ -164,21 +164,22 @@ def sample(
     yield _row(prepared, store, windows[i], config.seed, i)
 
 
-def scored_share(
+def shares(
   config: config_lib.Config, prepared: store_lib.Prepared, s: int
-) -> float:
-  """Share of the positions of training source `s` that are scored, from a
-  sample of its rows. Raises ConfigError if none is.
+) -> tuple[float, float]:
+  """Of the positions of training source `s`, the shares that are scored and
+  that are padding, from a sample of its rows. Raises ConfigError if none is
+  scored.
   """
   rows = list(sample(config, prepared, s, _SAMPLED_ROWS))
-  share = float(np.mean([row.weights > 0 for row in rows]))
-  if share == 0:
+  scored = float(np.mean([row.weights > 0 for row in rows]))
+  if scored == 0:
     raise schema.ConfigError(
       f"source {prepared.train[s].spec!r}: none of {len(rows)} rows has a "
       "target: there is nothing to learn. Look at its documents with "
       "`python -m lm.data --show=3`"
     )
-  return share
+  return scored, float(np.mean([row.segments == 0 for row in rows]))
 
 
 def _ceil(a: int, b: int) -> int:

@@ -110,18 +110,22 @@ def _draw_row(ax, row, store, tokenizer) -> None:
   n = int((row.segments > 0).sum())
   ahead = np.zeros(n, bool) if row.prefix is None else row.prefix[:n]
   seen = visible(row)[:n, :n].astype(float)
-  ax.imshow(np.where(seen, 0.35 + 0.3 * ahead[None], 0), cmap="Blues", vmax=1)
-  names = [tokenizer.piece(int(i)) for i in row.inputs[:n]]
+  ax.imshow(
+    np.where(seen, 0.35 + 0.3 * ahead[None], 0), cmap="Blues", vmin=0, vmax=1
+  )
+
+  def name(i: int) -> str:
+    return tokenizer.piece(int(i)).replace(" ", "\u2423")
+
+  names = [name(i) for i in row.inputs[:n]]
   ax.set_yticks(range(n), names, fontsize=8, family="monospace")
   ax.set_xticks(range(n), names, fontsize=8, family="monospace", rotation=90)
   for labels in (ax.get_yticklabels(), ax.get_xticklabels()):
     for label, is_ahead in zip(labels, ahead, strict=True):
       label.set_color(_COLOURS["ahead" if is_ahead else "context"])
   for i in np.flatnonzero(row.weights[:n] > 0):
-    said = tokenizer.piece(int(row.targets[i]))
-    ax.text(
-      n - 0.3, i, said, fontsize=8, family="monospace", va="center",
-      color=_COLOURS["predicted"], clip_on=False,
-    )  # fmt: skip
+    said = name(row.targets[i])
+    style = {"fontsize": 8, "family": "monospace", "va": "center"}
+    ax.text(n - 0.3, i, said, color=_COLOURS["predicted"], **style)
   ax.set_title(store.spec.rpartition("|")[2] if "|" in store.spec else "causal")
   ax.tick_params(length=0)

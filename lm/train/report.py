@@ -240,8 +240,11 @@ def say_what_runs(
     f"from step {start} to {last_step}"
   )
   for s, source in enumerate(prepared.train):
-    share = pipeline.scored_share(config, prepared, s)
-    say(f"{source.spec}: {share:.0%} of the positions are scored")
+    scored, padding = pipeline.shares(config, prepared, s)
+    say(
+      f"{source.spec}: {scored:.0%} of the positions are scored, {padding:.0%} "
+      "are padding"
+    )
   if last_step < config.train.steps:
     say(
       f"the data end at step {last_step}, before "
