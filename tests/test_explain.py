@@ -526,7 +526,7 @@ def test_every_field_of_a_request_is_a_flag(workdir, sampler):
 
 
 @pytest.mark.slow
-def test_what_sample_and_chat_write(workdir, sampler):
+def test_what_sample_and_chat_write(workdir, sampler, tmp_path):
   run, rules = f"--workdir={workdir}", ["--max_new_tokens=4", "--seed=3"]
   gap = ["--prompt=de", "--suffix=):", "--fim_order=spm", *rules]
   found = doors.many(
@@ -549,6 +549,14 @@ def test_what_sample_and_chat_write(workdir, sampler):
     ]
   )
   assert found == [(0, f"{reply.text}\n")]
+  (tmp_path / "plain.jinja").write_text("{{ messages[-1].content }}")
+  given = f"--chat_template={tmp_path / 'plain.jinja'}"
+  absent = f"--chat_template={tmp_path / 'absent.jinja'}"
+  found = doors.many("lm.chat", [[run, *rules, given]], "hello\n")
+  (reply,) = sampler.generate([Request("hello", max_new_tokens=4, seed=3)])
+  assert found == [(0, f"{reply.text}\n")]
+  ((code, said),) = doors.many("lm.chat", [[run, *rules, absent]], "hello\n")
+  assert code != 0 and "--chat_template" in f"{code}{said}"
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from lm.sample import flags as sample_flags
 _, _request = sample_flags.define_request(
   "n_samples", "alternatives", "processed", "bidirectional_prompt"
 )
+sample_flags.define_chat_template()
 flags.adopt_module_key_flags(sample_flags)  # for --help
 _SYSTEM = flags.DEFINE_string("system", None, "System message.")
 

@@ -304,7 +304,8 @@ def marked_template(tokenizer: tokenizer_lib.Tokenizer) -> str:
   if tokenizer.chat_template is None:
     raise schema.ConfigError(
       "chat: this checkpoint has no chat template; train one with "
-      "--config.tokenizer.chat_template=FILE.jinja, or ask it for a completion"
+      "--config.tokenizer.chat_template=FILE.jinja, name one for lm.chat or "
+      "lm.serve by --chat_template, or ask for a completion"
     )
   return _marked(tokenizer.chat_template, tokenizer.special_tokens)
 

@@ -126,6 +126,10 @@ class Tokenizer:
     self.assistant = reserved["<assistant>"]
     self.end_of_turn = reserved["<end_of_turn>"]
 
+  def with_template(self, chat_template: str | None) -> "Tokenizer":
+    """The same vocabulary with another chat template."""
+    return Tokenizer(self.model, chat_template, self.special_tokens)
+
   @property
   def size(self) -> int:
     return len(self._pieces)
@@ -276,7 +280,7 @@ def check_text(name: str, text: str) -> None:
 
 def load(config: config_lib.Config) -> Tokenizer:
   """Loads the bytes tokenizer, or the SentencePiece `.model` of the config."""
-  path, template = config.tokenizer.path, read_template(config)
+  path, template = config.tokenizer.path, config_template(config)
   special = config.tokenizer.special_tokens
   if config.tokenizer.kind == "bytes":
     tokenizer = Tokenizer(None, template, special)
@@ -303,26 +307,30 @@ def load(config: config_lib.Config) -> Tokenizer:
   return tokenizer
 
 
-def read_template(config: config_lib.Config) -> str | None:
-  """Text of the config's chat template, checked to compile; None if unset."""
-  path = config.tokenizer.chat_template
+def read_template(path: str | None, name: str) -> str | None:
+  """Text of the chat template in the file `path`, checked to compile; None for
+  None. Raises ConfigError that quotes `name`, the field or flag of the path.
+  """
   if path is None:
     return None
-  path = files.local_path(path, "config.tokenizer.chat_template")
+  path = files.local_path(path, name)
   try:
     with open(path, encoding="utf-8-sig") as file:
       text = file.read()
     template_lib.check(text)
   except (OSError, ValueError) as error:
     raise schema.ConfigError(
-      f"config.tokenizer.chat_template={path!r}: {error}; name a file of UTF-8 "
-      "text, or None"
+      f"{name}={path!r}: {error}; name a file of UTF-8 text, or None"
     ) from error
   except schema.ConfigError as error:
-    raise schema.ConfigError(
-      f"config.tokenizer.chat_template={path!r}: {error}"
-    ) from error
+    raise schema.ConfigError(f"{name}={path!r}: {error}") from error
   return text
+
+
+def config_template(config: config_lib.Config) -> str | None:
+  """`read_template` of the config's own."""
+  path = config.tokenizer.chat_template
+  return read_template(path, "config.tokenizer.chat_template")
 
 
 def check_vocabulary(config: config_lib.Config, tokenizer: Tokenizer) -> None:

@@ -39,7 +39,7 @@ def make(
   special = config.tokenizer.special_tokens
   if special:  # Absent in the names of earlier versions.
     made_of.append(special)
-  template = tokenizer_lib.read_template(config)
+  template = tokenizer_lib.config_template(config)
   directory = sources_lib.cache_directory(config.data)
   key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
   path = os.path.join(directory, f"tokenizer-{key}.json")

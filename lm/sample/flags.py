@@ -54,6 +54,25 @@ _ADAPTER = cli.define_path(
 )
 
 
+_templates: list[flags.FlagHolder] = []
+
+
+def define_chat_template() -> None:
+  """Defines --chat_template, for commands that hold conversations."""
+  _templates.append(
+    cli.define_path(
+      "chat_template",
+      "Jinja file that lays out conversations; default: the checkpoint's.",
+    )
+  )
+
+
+def _chat_template() -> str | None:
+  if not _templates:
+    return None
+  return tokenizer_lib.read_template(_templates[0].value, "--chat_template")
+
+
 def check() -> str:
   """Returns --workdir. Raises ConfigError on invalid flags.
 
@@ -100,6 +119,8 @@ def checked(
   """
   found = meta()
   tokenizer = tokenizer_lib.Tokenizer.from_json(found.tokenizer)
+  if (template := _chat_template()) is not None:
+    tokenizer = tokenizer.with_template(template)
   for request in requests:
     request_lib.check(request, tokenizer.size)
   return found, tokenizer
@@ -118,6 +139,7 @@ def sampler(found: checkpoint.Meta | None = None) -> sampler_lib.Sampler:
   if _DRAFT.value is not None:
     draft = load(_DRAFT.value, None, mesh, **options)
   options |= {"ahead": _AHEAD.value, "draft": draft}
+  options["chat_template"] = _chat_template()
   return load(check(), step, mesh, adapter=_ADAPTER.value, **options)
 
 

@@ -50,10 +50,12 @@ class Sampler(loaded_model.LoadedModel):
     mesh: jax.sharding.Mesh | None = None,
     *,
     adapter: str | None = None,
+    chat_template: str | None = None,
     **options: Any,
   ) -> "Sampler":
     """Loads the run's last checkpoint, or the checkpoint of `step`, and merges
-    an `adapter` (LoRA): a folder in PEFT's format, or a run.
+    an `adapter` (LoRA): a folder in PEFT's format, or a run. The text of a
+    `chat_template` replaces the checkpoint's.
 
     Reads parameters only, each device its own shard. `options`: as in the
     constructor.
@@ -61,6 +63,8 @@ class Sampler(loaded_model.LoadedModel):
     meta = checkpoint.load_meta(workdir, step)
     cfg, params = load.model(workdir, meta, mesh, adapter)
     tokenizer = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
+    if chat_template is not None:
+      tokenizer = tokenizer.with_template(chat_template)
     return cls(cfg, params, tokenizer, mesh, **options)
 
   def generate(

@@ -25,6 +25,7 @@ from lm import cli, schema
 from lm.sample import flags as sample_flags
 from lm.serve import listen
 
+sample_flags.define_chat_template()
 flags.adopt_module_key_flags(sample_flags)  # for --help
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
 _PORT = flags.DEFINE_integer("port", 8000, "0: any that is free.")

@@ -97,8 +97,8 @@ def tokenizer(
       f"config.tokenizer.special_tokens={c.special_tokens}: {where} has "
       f"{stored.special_tokens}, and a vocabulary keeps its ids; leave it at ()"
     )
-  template = tokenizer_lib.read_template(config) or stored.chat_template
-  return tokenizer_lib.Tokenizer(stored.model, template, stored.special_tokens)
+  template = tokenizer_lib.config_template(config) or stored.chat_template
+  return stored.with_template(template)
 
 
 def _with_special(
