@@ -11,6 +11,7 @@ from etils import epath
 
 from lm import cli, processes, schema, validation
 from lm import config as config_lib
+from lm.data import tokenizer as tokenizer_lib
 from lm.evaluate import corpora
 
 _WORKDIR = cli.define_path("workdir", "Run to evaluate.")
@@ -44,6 +45,11 @@ _ADAPTER = cli.define_path(
   "adapter", "Adapter (LoRA) to evaluate: a folder in PEFT's format, or a run."
 )
 _OUTPUT = cli.define_path("output", "JSON file to write.")
+_CHAT_TEMPLATE = cli.define_path(
+  "chat_template",
+  "Jinja file that lays out the conversations of a source SPEC|chat; default: "
+  "the checkpoint's.",
+)
 _DOCUMENTS = flags.DEFINE_bool(
   "documents", False, "Show and write every document."
 )
@@ -63,6 +69,9 @@ def main() -> None:
     data={name: value for name, value in data.items() if value is not None},
     output=_OUTPUT.value,
     adapter=_ADAPTER.value,
+    chat_template=tokenizer_lib.read_template(
+      _CHAT_TEMPLATE.value, "--chat_template"
+    ),
   )
   if jax.process_index() == 0:
     corpora.show(evaluation, rich.console.Console(), _DOCUMENTS.value)

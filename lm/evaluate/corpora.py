@@ -42,6 +42,10 @@ class Result:
   n_skipped: int
 
   @property
+  def is_causal(self) -> bool:
+    return objective_lib.of(self.source) == objective_lib.Causal()
+
+  @property
   def totals(self) -> perplexity.Totals:
     return sum((d.totals for d in self.documents), perplexity.Totals())
 
@@ -64,7 +68,10 @@ class Evaluation:
 
   @property
   def totals(self) -> perplexity.Totals:
-    return sum((r.totals for r in self.results), perplexity.Totals())
+    """Sums over the causal sources; over all, if none is causal."""
+    causal = [r for r in self.results if r.is_causal]
+    parts = [r.totals for r in causal or self.results]
+    return sum(parts, perplexity.Totals())
 
 
 def evaluate(
@@ -77,6 +84,7 @@ def evaluate(
   data: dict[str, Any],
   output: str | None,
   adapter: str | None = None,
+  chat_template: str | None = None,
 ) -> Evaluation:
   """Scores every document of the sources `specs` with a checkpoint; where a
   source names another objective than `causal`, the rows that training has as
@@ -85,7 +93,8 @@ def evaluate(
   Defaults for None or empty: the last step; a `stride` of the context length
   (only a document's last window overlaps); the rows of a training microbatch;
   the run's validation sources. `data` changes fields of the run's DataConfig;
-  `adapter` is that of `load.model`.
+  `adapter` is that of `load.model`; the text `chat_template` replaces the
+  checkpoint's.
   Raises ConfigError on bad input before parameters are loaded.
   """
   if output is not None:
@@ -105,6 +114,8 @@ def evaluate(
     )
   data_config = dataclasses.replace(config.data, **data)
   tokenizer = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
+  if chat_template is not None:
+    tokenizer = tokenizer.with_template(chat_template)
   sources = [
     _open(name, tokenizer, data_config)
     for name in specs or config.data.validation
@@ -252,7 +263,7 @@ def show(
   title = f"{evaluation.workdir}, step {evaluation.step}"
   table = _table(title, "source", "docs")
   rows = [(r.source, r.totals, len(r.documents)) for r in evaluation.results]
-  if len(rows) > 1:
+  if len(rows) > 1 and all(r.is_causal for r in evaluation.results):
     n = sum(count for _, _, count in rows)
     rows.append(("total", evaluation.totals, n))
   for name, totals, count in rows:

@@ -146,11 +146,17 @@ def totals(scores: Scores) -> Totals:
   eos = (weights > 0) & (n_bytes == 0)
   return Totals(
     nll=float((nll * weights).sum()),
-    n_tokens=float(weights.sum()),
-    n_bytes=float((n_bytes * weights).sum()),
+    n_tokens=_count(weights),
+    n_bytes=_count(n_bytes * weights),
     nll_eos=float((nll * weights)[eos].sum()),
-    n_eos=float(weights[eos].sum()),
+    n_eos=_count(weights[eos]),
   )
+
+
+def _count(weights: np.ndarray) -> int | float:
+  """Sum of weights; an int where all are 0 or 1."""
+  total = float(weights.sum())
+  return int(total) if total.is_integer() else total
 
 
 def evaluate_batches(
