@@ -213,8 +213,8 @@ def _row(
 def _stacked(
   rows: Iterable[batch_lib.Batch | None], length: int, prefix: bool
 ) -> batch_lib.Batch:
-  """Stacks rows; None is a padding row. With `prefix`, a row without prefix gets
-  one of False.
+  """Stacks rows; None is a padding row. With `prefix`, a row without one gets a
+  prefix of no position.
   """
   padding = jax.tree.map(
     lambda a: a[0], batch_lib.empty(1, length, prefix=prefix)
