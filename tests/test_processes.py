@@ -31,13 +31,13 @@ sys.exit(loop.train(c, sys.argv[2]))
 AGREEING = """
 import sys, types
 import jax
-from lm import config, processes, schema
+from lm import config, objective, processes, schema
 processes.join(heartbeat_seconds=10)
 from lm.train import resume
 
 def store(**changed):
   made = dict(spec="text:a", fingerprint="f", n_tokens=9)
-  made["objective"] = config.Causal()
+  made["objective"] = objective.Causal()
   return types.SimpleNamespace(**{**made, **changed})
 
 def prepared(tokenizer="t", **changed):

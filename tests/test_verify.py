@@ -338,10 +338,9 @@ def dtype_notes(c):
 
 
 def test_dtypes_of_a_projection(mutate):
-  def mutant(original, equation, x, matrix, *axes):
-    return original(equation, x.astype(jnp.float32), matrix, *axes).astype(
-      x.dtype
-    )
+  def mutant(original, equation, x, matrix, *axes, **adapter):
+    wide = x.astype(jnp.float32)
+    return original(equation, wide, matrix, *axes, **adapter).astype(x.dtype)
 
   c = config(**BFLOAT16)
   assert "weights.py" not in dtype_notes(c)

@@ -4,6 +4,7 @@ token stores, and checkpoints.
 
 import copy
 import itertools
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -85,15 +86,23 @@ def small_corpus(config: config_lib.Config, folder: str) -> config_lib.Config:
   n_bytes = 4 * (_STEPS + 1) * config.tokens_per_step
   specs = []
   for source, name in enumerate(data.train):
+    spec, objective = objective_lib.split_source(name)
+    chat = isinstance(objective, objective_lib.Chat)
+    ending = "jsonl" if chat else "txt"
     os.mkdir(os.path.join(folder, str(source)))
     for document in range(20):
       text = " ".join(rng.choice(words, n_bytes // 20 // 5))
-      lines = [text[i : i + 300] for i in range(0, len(text), 300)]
-      path = os.path.join(folder, str(source), f"{document}.txt")
+      if chat:
+        content = _conversations(text, config.train.sequence_length // 3)
+      else:
+        lines = [text[i : i + 300] for i in range(0, len(text), 300)]
+        content = "\n\n".join(lines)  # also splits as text_unit line, block
+      path = os.path.join(folder, str(source), f"{document}.{ending}")
       with open(path, "w") as file:
-        file.write("\n\n".join(lines))  # also splits as text_unit line, block
-    objective = name.removeprefix(objective_lib.split_source(name)[0])
-    specs.append(f"text:{folder}/{source}/*.txt{objective}")
+        file.write(content)
+    kind = "jsonl" if chat else "text"
+    suffix = name.removeprefix(spec)
+    specs.append(f"{kind}:{folder}/{source}/*.{ending}{suffix}")
   data.train, data.validation = tuple(specs), ()
   data.cache_dir = os.path.join(folder, "cache")
   config.tokenizer.path = None
@@ -102,6 +111,20 @@ def small_corpus(config: config_lib.Config, folder: str) -> config_lib.Config:
     config.tokenizer.train_bytes = 50_000
     config.model.vocab_size = _VOCABULARY
   return config
+
+
+def _conversations(text: str, size: int) -> str:
+  """JSON lines: questions and answers of at most `size` characters each."""
+  size = max(size, 1)
+  lines = []
+  for i in range(0, len(text) - 2 * size, 2 * size):
+    parts = text[i : i + size], text[i + size : i + 2 * size]
+    messages = [
+      {"role": role, "content": part}
+      for role, part in zip(("user", "assistant"), parts, strict=True)
+    ]
+    lines.append(json.dumps({"messages": messages}))
+  return "\n".join(lines)
 
 
 def checkpoints(config: config_lib.Config) -> Iterator[Result]:
