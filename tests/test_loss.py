@@ -169,3 +169,43 @@ def test_same_on_every_mesh(shape):
     assert got[1][1].sharding.spec == sharding.partition("vocab", "embed")
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
+
+
+def _n_products(function, *arguments):
+  text = str(jax.make_jaxpr(function)(*arguments))
+  return text.count("dot_general")
+
+
+def test_a_frozen_head_has_no_product_for_its_gradient():
+  """As under LoRA; the gradient of the hidden states is the same to the bit, on
+  a mesh too.
+  """
+  x, head, targets, weights = _inputs(2)
+  x, targets, weights = (
+    np.tile(a, (4, *[1] * (a.ndim - 1))) for a in (x, targets, weights)
+  )
+  x, head = x[..., :6], head[:36, :6]
+  x, head, targets, weights = map(jnp.asarray, (x, head, targets % 36, weights))
+
+  def total(x, head):
+    return loss.cross_entropy(x, head, targets, weights, chunk=5)[0]
+
+  both, one = jax.grad(total, (0, 1)), jax.grad(total)
+  assert _n_products(one, x, head) == _n_products(both, x, head) - 1
+  want = jax.jit(both)(x, head)[0]
+  np.testing.assert_array_equal(jax.jit(one)(x, head), want)
+  mesh = jax.make_mesh((2, 2, 2), sharding.MESH_AXES)
+  with jax.set_mesh(mesh):
+
+    def placed(a, *axes):
+      spec = jax.sharding.NamedSharding(mesh, sharding.partition(*axes))
+      return jax.device_put(a, spec)
+
+    x, head = placed(x, "batch", None, None), placed(head, "vocab", "embed")
+    rows = [placed(a, "batch", None) for a in (targets, weights)]
+
+    def on_mesh(x, head):
+      return loss.cross_entropy(x, head, *rows, chunk=5)[0]
+
+    got = jax.jit(jax.grad(on_mesh))(x, head)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)

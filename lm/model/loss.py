@@ -53,16 +53,18 @@ def _cross_entropy(options, x, head, targets, weights):
 
 
 def _forward(options, x, head, targets, weights):
+  """`head` has no gradient where it is frozen, as under LoRA."""
   rows = ("batch", "length")
+  of_x, of_head = (*rows, None), ("vocab", "embed")
   run = sharding.per_shard(
-    functools.partial(_local_sums_and_gradients, options),
-    (*rows, None),
-    ("vocab", "embed"),
+    functools.partial(_local_sums_and_gradients, options, head.perturbed),
+    of_x,
+    of_head,
     rows,
     rows,
-    out_axes=((), (), (*rows, None), ("vocab", "embed")),
+    out_axes=((), (), of_x, of_head if head.perturbed else ()),
   )
-  loss, nll, dx, dhead = run(x, head, targets, weights)
+  loss, nll, dx, dhead = run(*(a.value for a in (x, head, targets, weights)))
   return (loss, nll), (dx, dhead)
 
 
@@ -70,10 +72,11 @@ def _backward(options, gradients, cotangents):
   del options
   dx, dhead = gradients
   scale, _ = cotangents
-  return (dx * scale.astype(dx.dtype), dhead * scale, None, None)
+  dx = dx * scale.astype(dx.dtype)
+  return dx, None if dhead is None else dhead * scale, None, None
 
 
-_cross_entropy.defvjp(_forward, _backward)
+_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 # --- on one device: local rows, local shard of the vocabulary ----------------
@@ -94,7 +97,7 @@ def _local_sums(options, x, head, targets, weights):
   return tuple(_psum(s, "batch", "length") for s in sums)
 
 
-def _local_sums_and_gradients(options, x, head, targets, weights):
+def _local_sums_and_gradients(options, trains_head, x, head, targets, weights):
   chunk, softcap, z_loss = options
   whole = whole_head(head, x.dtype)
 
@@ -110,15 +113,18 @@ def _local_sums_and_gradients(options, x, head, targets, weights):
     d = d.astype(x.dtype)
     f32 = jnp.float32
     dx = jnp.einsum("CV,VD->CD", d, whole, preferred_element_type=f32)
-    dhead += jnp.einsum("CV,CD->VD", d, x, preferred_element_type=f32)
+    if trains_head:
+      dhead += jnp.einsum("CV,CD->VD", d, x, preferred_element_type=f32)
     dx = _psum(dx, "vocab").astype(x.dtype)
     return (*_add(sums, nll, log_z, weights, z_loss), dhead), dx
 
   zero = jnp.zeros((), jnp.float32)
-  dhead = jnp.zeros(whole.shape, jnp.float32)
+  dhead = jnp.zeros(whole.shape, jnp.float32) if trains_head else None
   carry, dx = over_chunks(one, (zero, zero, dhead), chunk, x, targets, weights)
   loss, nll = (_psum(s, "batch", "length") for s in carry[:2])
   dhead = carry[2]
+  if dhead is None:
+    return loss, nll, dx, None
   if sharding.has_mesh():
     # Sum over all tokens, then shard along the width again.
     width = sharding.mesh_axes("embed")
