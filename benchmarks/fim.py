@@ -4,11 +4,13 @@ Trains configs/quickstart.py twice for each seed, causal and with half of the
 documents reordered (`|fim`), at the same budget, both packed best-fit. Prints
 the causal validation loss of both and their ratio, and the share of held-out
 single-line gaps that each fills exactly (greedy): the FIM model reads prefix
-and suffix, the causal model only the prefix. A gap is the rest of a line, from
-its first letter ("line") or from a random place inside a token ("token").
+and suffix, the causal model only the prefix; and the bits per byte that these
+gaps cost. A gap is the rest of a line, from its first letter ("line") or from a
+random place inside a token ("token").
 """
 
 import argparse
+import math
 import os
 import random
 import sys
@@ -16,8 +18,8 @@ import tempfile
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-# Characters of context on each side, and of a gap.
-AROUND, SHORTEST, LONGEST = 240, 4, 40
+# Characters of context on each side, and of a gap; tokens of a prompt.
+AROUND, SHORTEST, LONGEST, MOST_TOKENS = 200, 4, 40, 220
 
 
 def train(steps: int | None, seed: int, suffix: str, workdir: str) -> float:
@@ -63,38 +65,52 @@ def gaps(workdir: str, n: int) -> list[tuple[str, str, str, str]]:
     gap = text[start:stop]
     if line >= AROUND and SHORTEST <= len(gap) <= LONGEST:
       around = text[start - AROUND : start], text[stop : stop + AROUND]
-      found.append((kind, around[0], gap, around[1]))
+      if sum(map(len, map(tokenizer.encode, around))) < MOST_TOKENS:
+        found.append((kind, around[0], gap, around[1]))
   return found
 
 
-def exact(workdir: str, fim: bool, n: int) -> dict[str, float]:
-  """Share of the gaps of each kind that the run fills exactly."""
+def judge(workdir: str, fim: bool, n: int) -> dict[str, tuple[float, float]]:
+  """For each kind of gap: the share that the run fills exactly, and the bits
+  per byte that the gap's text costs.
+  """
   from lm.data import fim as fim_lib
   from lm.sample import sampler as sampler_lib
 
   sampler = sampler_lib.Sampler.from_checkpoint(workdir)
-  tokenizer, requests, wanted = sampler.tokenizer, [], gaps(workdir, n)
+  tokenizer, prompts, wanted = sampler.tokenizer, [], gaps(workdir, n)
   for _, prefix, _, suffix in wanted:
     ids = [tokenizer.bos, *tokenizer.encode(prefix)]
-    if fim:
-      ids = fim_lib.fim_ids(tokenizer, prefix, suffix)
-    requests.append(
+    prompts.append(fim_lib.fim_ids(tokenizer, prefix, suffix) if fim else ids)
+  results = sampler.generate(
+    [
       sampler_lib.Request(ids, temperature=0.0, max_new_tokens=32)
-    )
+      for ids in prompts
+    ]
+  )
   hits: dict[str, list[bool]] = {"line": [], "token": []}
-  for (kind, _, gap, _), result in zip(
-    wanted, sampler.generate(requests), strict=True
+  bits: dict[str, list[float]] = {"line": [], "token": []}
+  n_bytes = dict.fromkeys(hits, 0)
+  for (kind, _, gap, _), ids, result in zip(
+    wanted, prompts, results, strict=True
   ):
     text = tokenizer.decode(result.token_ids)
     hits[kind].append(text == gap if fim else text.split("\n")[0] == gap)
-  return {kind: sum(each) / len(each) for kind, each in hits.items()}
+    middle = tokenizer.encode(gap)
+    logs = sampler.score([*ids, *middle]).log_probabilities[-len(middle) :]
+    bits[kind].append(-sum(logs) / math.log(2))
+    n_bytes[kind] += len(gap.encode())
+  return {
+    kind: (sum(hits[kind]) / len(hits[kind]), sum(bits[kind]) / n_bytes[kind])
+    for kind in hits
+  }
 
 
 def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--steps", type=int)
-  parser.add_argument("--gaps", type=int, default=400)
+  parser.add_argument("--gaps", type=int, default=200)
   parser.add_argument("--workdir", help="where runs are kept and resumed")
   options = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:
@@ -104,8 +120,11 @@ def main() -> None:
       for name, suffix in (("causal", "|causal"), ("fim", "|fim")):
         workdir = os.path.join(folder, f"{name}-{seed}")
         losses[name] = train(options.steps, seed, suffix, workdir)
-        shares = exact(workdir, name == "fim", options.gaps)
-        said = ", ".join(f"{kind} {x:.1%}" for kind, x in shares.items())
+        found = judge(workdir, name == "fim", options.gaps)
+        said = ", ".join(
+          f"{kind} {share:.1%} ({bits:.2f} bits per byte)"
+          for kind, (share, bits) in found.items()
+        )
         print(
           f"seed {seed} {name}: causal loss {losses[name]:.4f}, "
           f"exact gaps: {said}",
