@@ -513,8 +513,9 @@ UNDER = (
 # a dead one would not multiply to the devices of the tests above.
 READERS = {
   "": "train/init_from.py",
-  "tokenizer": "data/store.py data/tokenizer.py",
-  "data": "data/pipeline.py data/sources.py data/store.py",
+  "tokenizer": "data/tokenizer.py data/tokenizer_cache.py",
+  "data": "data/packing.py data/pipeline.py data/sources.py data/store.py "
+  "data/tokenizing.py",
   "optimizer": "train/optimizer.py train/step.py",
   "mesh": "train/__main__.py train/step.py",
   "train": "data/pipeline.py train/loop.py train/report.py",
