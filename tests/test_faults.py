@@ -5,6 +5,7 @@ recovers from every fault.
 import json
 import pathlib
 import shutil
+import signal
 
 import doors
 import pytest
@@ -81,6 +82,18 @@ def test_wrappers_call_the_action_at_the_injection_point():
   Owner().work()
   Owner().work()
   assert calls == ["work", "after", "before", "work"]
+
+
+def test_a_background_job_heeds_the_signals_of_faults():
+  before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGHUP)}
+  try:
+    for which in before:
+      signal.signal(which, signal.SIG_IGN)  # as nohup does
+    inject._heed_signals()
+    assert all(signal.getsignal(s) != signal.SIG_IGN for s in before)
+  finally:
+    for which, handler in before.items():
+      signal.signal(which, handler)
 
 
 @pytest.mark.slow

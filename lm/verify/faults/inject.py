@@ -230,6 +230,14 @@ def _write_compilation_cache() -> None:
   compiler.distributed = types.SimpleNamespace(global_state=state)  # type: ignore
 
 
+def _heed_signals() -> None:
+  """Undoes what nohup, and a shell of its background jobs, make of signals that
+  faults send: processes ignore them, and their children, too.
+  """
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+  signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def train(
   arguments: list[str],
   fault: Fault | None,
@@ -250,6 +258,7 @@ def train(
   os.dup2(output, 1)
   os.dup2(output, 2)
   _join_process_group(os.getpid() if leader is None else leader)
+  _heed_signals()
   os.environ |= environment
   import jax
 
