@@ -16,6 +16,12 @@ optimizer state of 3.5 MB, not 13.4), in as many steps, 18.4:
     --config.model.lora.rank=32 --config.model.lora.alpha=64 \\
     --config.optimizer.name=adamw --config.optimizer.peak_lr=1e-2 \\
     --config.optimizer.adam_peak_lr=3e-3
+
+What was before is measured by
+
+  python -m lm.evaluate --workdir=runs/quickstart \\
+    --chat_template=configs/chat.jinja \\
+    --source='instruct:python_stdlib:validation|chat'
 """
 
 import pathlib

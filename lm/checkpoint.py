@@ -234,6 +234,18 @@ def load_meta(workdir: str, step: int | None = None) -> Meta:
     raise schema.ConfigError(f"checkpoint file {path}: {error}") from error
 
 
+def last_undamaged(workdir: str) -> Meta | None:
+  """Metadata of the last checkpoint of which it can be read; None without one.
+  The restore reports the damage of later ones.
+  """
+  for step in reversed(steps(workdir)):
+    try:
+      return load_meta(workdir, step)
+    except files.Damaged:
+      continue
+  return None
+
+
 def load_params(
   workdir: str,
   model: config_lib.ModelConfig,

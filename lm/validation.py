@@ -45,6 +45,7 @@ def check(config: config_lib.Config) -> config_lib.Config:
   """
   schema.check_types(config, config_lib.Config, "config")
   _validate_model(config.model)
+  _validate_data(config.data)
   _validate_run(config)
   return config
 
@@ -104,7 +105,7 @@ def _validate_model(m: config_lib.ModelConfig) -> None:
 
 
 def _validate_run(config: config_lib.Config) -> None:
-  m, t, o, d = config.model, config.train, config.optimizer, config.data
+  m, t, o = config.model, config.train, config.optimizer
   schema.require(
     t.sequence_length <= m.context_length,
     "config.train.sequence_length",
@@ -139,18 +140,6 @@ def _validate_run(config: config_lib.Config) -> None:
     f"must be (first step, number of steps), within train.steps={t.steps}",
   )
   schema.require(
-    len(d.train) > 0, "config.data.train", d.train, "names no source"
-  )
-  for source in (*d.train, *d.validation):
-    objective_lib.split_source(source)  # raises on an unknown objective
-  schema.require(
-    len(d.train_weights) in (0, len(d.train))
-    and all(w > 0 for w in d.train_weights),
-    "config.data.train_weights",
-    d.train_weights,
-    f"must be () or {len(d.train)} positive numbers, one per training source",
-  )
-  schema.require(
     0 < o.decay_fraction <= 1,
     "config.optimizer.decay_fraction",
     o.decay_fraction,
@@ -176,6 +165,21 @@ def _validate_run(config: config_lib.Config) -> None:
     "config.mesh",
     axes,
     f"mode pmap is pure data parallel: set {remedy}",
+  )
+
+
+def _validate_data(d: config_lib.DataConfig) -> None:
+  schema.require(
+    len(d.train) > 0, "config.data.train", d.train, "names no source"
+  )
+  for source in (*d.train, *d.validation):
+    objective_lib.split_source(source)  # raises on an unknown objective
+  schema.require(
+    len(d.train_weights) in (0, len(d.train))
+    and all(w > 0 for w in d.train_weights),
+    "config.data.train_weights",
+    d.train_weights,
+    f"must be () or {len(d.train)} positive numbers, one per training source",
   )
 
 

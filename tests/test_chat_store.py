@@ -44,6 +44,11 @@ ROWS = [
 ]
 
 
+def part(store, start, stop):
+  """(tokens, targets) [start, stop) of a store."""
+  return store.pieces(np.array([start]), np.array([stop - start]))
+
+
 @pytest.fixture
 def prepare(tmp_path):
   """Writes rows, tokenizes them as chats and gives the store."""
@@ -74,7 +79,7 @@ def test_a_store_holds_what_encode_gives(prepare, monkeypatch):
     start = int(store.ends[i - 1]) if i else 0
     stop = int(store.ends[i])
     assert store.document(i).tolist() == ids.tolist()
-    tokens, flags = store.tokens(start, stop), store.scored(start, stop)
+    tokens, flags = part(store, start, stop)
     assert tokens.dtype == np.int32 and flags.dtype == bool
     assert tokens.tolist() == ids.tolist()
     assert flags.tolist() == scored.tolist()
@@ -85,7 +90,7 @@ def test_a_store_holds_what_encode_gives(prepare, monkeypatch):
   assert store.n_scored == sum(int(scored.sum()) for _, scored in encoded)
   # Of a part of the store, over the end of a document.
   everything = np.concatenate([scored for _, scored in encoded])
-  assert store.scored(7, 151).tolist() == everything[7:151].tolist()
+  assert part(store, 7, 151)[1].tolist() == everything[7:151].tolist()
 
 
 def test_the_command_tells_the_share_of_targets(prepare, monkeypatch, capsys):
@@ -98,24 +103,6 @@ def test_the_command_tells_the_share_of_targets(prepare, monkeypatch, capsys):
     config_lib.Config(data=config_lib.DataConfig(validation=()))
   )
   assert "  training targets: 15 (25%)" in capsys.readouterr().out
-
-
-def test_windows_count_conversations_not_bos(prepare):
-  """A template may write bos in every turn, as Llama 2's does."""
-  template = (
-    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}"
-    "{{ m.content }}{% else %}{{ m.content ~ eos_token }}{% endif %}"
-    "{% endfor %}"
-  )
-  store = prepare(
-    [{"messages": say("a", "b", "c", "d")}, {"messages": say("e", "f")}],
-    template,
-    (),
-  )
-  tokens, documents = store.window(1, 14)
-  bos = tokenizer_lib.Tokenizer().bos
-  assert (tokens == bos).tolist().count(True) == 2
-  assert documents.tolist() == [1] * 7 + [2] * 4 + [0] * 3
 
 
 def test_the_template_names_the_stores_of_chats_and_of_nothing_else(
@@ -155,9 +142,8 @@ def test_stores_of_texts_are_as_they_were(prepare, tmp_path):
   manifest = json.loads(pathlib.Path(store.path, "manifest.json").read_text())
   assert manifest["version"] == 2 and "n_scored" not in manifest
   assert store.n_scored is None
-  assert store.tokens(0, 3).tolist() == store.document(0)[:3].tolist()
-  with pytest.raises(schema.ConfigError, match="holds texts, which have no"):
-    store.scored(0, 3)
+  tokens, scored = part(store, 0, 3)
+  assert tokens.tolist() == store.document(0)[:3].tolist() and scored is None
 
 
 def test_damage_of_the_targets_is_seen(prepare):
@@ -364,7 +350,8 @@ def test_the_embedded_pairs_are_functions(tmp_path):
   (store,) = store_lib.prepare_sources([f"{spec}|chat"], t, data)
   assert store.n_documents == len(source)
   start, stop = int(store.ends[6]), int(store.ends[7])
-  ids = store.tokens(start, stop)[store.scored(start, stop)]
+  tokens, scored = part(store, start, stop)
+  ids = tokens[scored]
   assert t.decode(ids.tolist()) == source[7].messages[1]["content"]
   assert ids[-1] == t.end_of_turn and t.end_of_turn in chat.stop_ids(t)
 

@@ -57,13 +57,15 @@ def stop_ids(tokenizer: tokenizer_lib.Tokenizer) -> list[int]:
   <system>, each only if named in the chat template, and every token that ends
   a turn in training.
   """
+  template = tokenizer.chat_template
+  if template is None:
+    return []
   names = ["<end_of_turn>", "<user>", "<system>"]
-  template = tokenizer.chat_template or ""
   found = [tokenizer.reserved[name] for name in names if name in template]
   try:
     found += [tokenizer.named[x] for x in chat_layout.layout(tokenizer).ends]
-  except schema.ConfigError:  # No template, or one that cannot be trained on.
-    pass
+  except schema.ConfigError:
+    pass  # a template that cannot be trained on may still lay out a prompt
   return [i for i in dict.fromkeys(found) if i != tokenizer.eos]
 
 

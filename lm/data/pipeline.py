@@ -48,6 +48,7 @@ def train_batches(
   order = training_order(config, prepared)
   n_batches = n_train_batches(config, prepared)
   windows = training_windows(config, prepared)
+  ahead = config.data.looks_ahead  # parses the sources
 
   def row(i: int) -> batch_lib.Batch | None:
     if i >= len(order) or (source := order[i]) is None:
@@ -57,7 +58,7 @@ def train_batches(
 
   def make(step: int) -> batch_lib.Batch:
     at = range(step * t.batch_size + first, step * t.batch_size + last)
-    return _stacked(map(row, at), t.sequence_length, config.data.looks_ahead)
+    return _stacked(map(row, at), t.sequence_length, ahead)
 
   yield from _prefetched(config, make, start_step, n_batches)
 

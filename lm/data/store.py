@@ -96,22 +96,7 @@ class TokenStore:
   def document(self, i: int) -> np.ndarray:
     """Tokens of document `i`, int32, from bos to eos."""
     start = int(self.ends[i - 1]) if i else 0
-    return self.tokens(start, int(self.ends[i]))
-
-  def tokens(self, start: int, stop: int) -> np.ndarray:
-    """Tokens [start, stop) of the store, over all documents: int32."""
-    return self._tokens.read(start, stop).astype(np.int32)
-
-  def scored(self, start: int, stop: int) -> np.ndarray:
-    """Whether each of the tokens [start, stop) is itself a training target:
-    bool. Raises ConfigError if the store holds texts and not chats.
-    """
-    if self._scored is None:
-      raise schema.ConfigError(
-        f"token store {self.path}: holds texts, which have no turns; read its "
-        f"source {self.spec!r} as chats"
-      )
-    return self._scored.read(start, stop).astype(bool)
+    return self._tokens.read(start, int(self.ends[i])).astype(np.int32)
 
   def pieces(
     self, starts: np.ndarray, sizes: np.ndarray
@@ -138,11 +123,8 @@ class TokenStore:
     if n:
       tokens[:n] = self._tokens.read(start, start + n)
     documents = np.zeros(length, np.int32)
-    if self._scored is not None:  # A chat template may write bos in each turn.
-      at = np.arange(start, start + n)
-      opened = np.searchsorted(self.ends, at, side="right")
-    else:  # Text never holds bos: each bos starts a document.
-      opened = np.cumsum(tokens[:n] == self._bos)
+    # Text never holds bos: each bos starts a document.
+    opened = np.cumsum(tokens[:n] == self._bos)
     documents[:n] = opened - opened[:1] + 1
     return tokens, documents
 

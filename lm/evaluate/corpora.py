@@ -69,9 +69,7 @@ class Evaluation:
   @property
   def totals(self) -> perplexity.Totals:
     """Sums over the causal sources; over all, if none is causal."""
-    causal = [r for r in self.results if r.is_causal]
-    parts = [r.totals for r in causal or self.results]
-    return sum(parts, perplexity.Totals())
+    return perplexity.overall([(r.source, r.totals) for r in self.results])
 
 
 def evaluate(

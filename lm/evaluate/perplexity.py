@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from lm import batch as batch_lib
 from lm import chips, sharding
 from lm import config as config_lib
+from lm import objective as objective_lib
 from lm.data import sources, windows
 from lm.data import tokenizer as tokenizer_lib
 from lm.model import decoder, scoring
@@ -127,6 +128,18 @@ class Totals:
   @property
   def bits_per_byte(self) -> float:
     return _ratio(self.nll / math.log(2), self.n_bytes)
+
+
+def overall(parts: Sequence[tuple[str, Totals]]) -> Totals:
+  """Sum over (source, totals) of causal sources; over all, if none is causal:
+  objectives have other denominators.
+  """
+  causal = [
+    totals
+    for source, totals in parts
+    if objective_lib.of(source) == objective_lib.Causal()
+  ]
+  return sum(causal or [totals for _, totals in parts], Totals())
 
 
 def _ratio(numerator: float, denominator: int | float) -> float:

@@ -71,7 +71,7 @@ def tokenizer(
   if config.init_from is None:
     return None
   where = workdir
-  meta = None if workdir is None else _last_undamaged(workdir)
+  meta = None if workdir is None else checkpoint.last_undamaged(workdir)
   if meta is None:
     source = find(config.init_from)
     _check_model(config, source)
@@ -152,15 +152,6 @@ def load(
   for line in _differences(config, source):
     say(f"another model than at {source.workdir}: {line}")
   return loaded
-
-
-def _last_undamaged(workdir: str) -> checkpoint.Meta | None:
-  for step in reversed(checkpoint.steps(workdir)):
-    try:
-      return checkpoint.load_meta(workdir, step)
-    except files.Damaged:  # the restore reports the damage
-      continue
-  return None
 
 
 def _check_model(config: config_lib.Config, source: Source) -> None:

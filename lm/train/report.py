@@ -13,7 +13,6 @@ import numpy as np
 
 from lm import checkpoint, locks, schema
 from lm import config as config_lib
-from lm import objective as objective_lib
 from lm.data import pipeline, store
 from lm.evaluate import perplexity
 from lm.model import counts
@@ -206,10 +205,7 @@ def evaluation(
   Without a causal source the sums are over all. Of several sources, each is
   reported with its loss and its denominator: the weight of its scored tokens.
   """
-  causal = [
-    part for source, part in parts if source.objective == objective_lib.Causal()
-  ]
-  totals = sum(causal or [part for _, part in parts], perplexity.Totals())
+  totals = perplexity.overall([(source.spec, part) for source, part in parts])
   said = {
     "eval/loss": totals.loss,
     "eval/perplexity": totals.perplexity,
@@ -239,6 +235,8 @@ def say_what_runs(
     f"{tokens:,} training tokens, {config.tokens_per_step:,} a step; "
     f"from step {start} to {last_step}"
   )
+  if start:
+    return
   for s, source in enumerate(prepared.train):
     scored, padding = pipeline.shares(config, prepared, s)
     say(

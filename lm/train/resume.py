@@ -57,11 +57,8 @@ def earlier_config(workdir: str) -> config_lib.Config | None:
   """The config of the run in `workdir`, from the last undamaged checkpoint, or
   else from config.json; None if config.json is absent or damaged, too.
   """
-  for step in reversed(checkpoint.steps(workdir)):
-    try:
-      return checkpoint.load_meta(workdir, step).config
-    except files.Damaged:  # the restore reports the damage
-      continue
+  if (meta := checkpoint.last_undamaged(workdir)) is not None:
+    return meta.config
   path = epath.Path(workdir) / "config.json"
   if not path.exists():
     return None
