@@ -45,7 +45,11 @@ setuptools.setup(
     # Runs on TPUs; compiles for them anywhere.
     "tpu": ["jax[tpu]"],
     # Runs on NVIDIA GPUs.
-    "cuda12": ["jax[cuda12]"],
+    "cuda12": [
+      "jax[cuda12]",
+      # Attention for Hopper and Blackwell, by an interface that is not public.
+      "tokamax==0.0.17; python_version >= '3.12'",
+    ],
     # Run directories in Google Cloud Storage (gs://) and in S3 (s3://).
     "gcs": ["gcsfs"],
     "s3": ["s3fs"],

@@ -113,8 +113,8 @@ class ModelConfig:
   lora: LoraConfig | None = None
 
   dtype: Literal["float32", "bfloat16"] = "float32"
-  # `auto`: splash on TPU, cudnn on GPU, else reference.
-  attention: Literal["auto", "reference", "cudnn", "splash"] = "auto"
+  # `auto`: splash on TPU, mosaic or cudnn on GPU, else reference.
+  attention: Literal["auto", "reference", "cudnn", "mosaic", "splash"] = "auto"
   remat: Literal["none", "dots", "full"] = "none"
   # False runs the layers as a Python loop: slower to compile, same numbers.
   scan_layers: bool = True

@@ -1,6 +1,7 @@
 """The choice of a kernel, and TPU's, interpreted, against the plain form."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,8 @@ def test_auto_takes_what_the_platform_and_the_model_allow(
   ("fields", "length", "message"),
   [
     ({"attention": "cudnn", "dtype": "float32"}, 128, "bfloat16 only"),
+    ({"attention": "mosaic", "dtype": "float32"}, 128, "bfloat16 only"),
+    ({"attention": "mosaic"}, 128, "tokamax is not installed"),
     (
       {"attention": "cudnn", "attention_softcap": 5.0},
       128,
@@ -55,6 +58,48 @@ def test_auto_takes_what_the_platform_and_the_model_allow(
 def test_a_named_kernel_that_cannot_is_refused(fields, length, message):
   with pytest.raises(schema.ConfigError, match=message):
     kernels.choose(_config(**fields), length=length)
+
+
+@pytest.mark.parametrize(
+  ("capability", "installed", "kernel"),
+  [
+    *(("9.0", True, "mosaic"), ("10.0", True, "mosaic")),
+    *(("8.0", True, "cudnn"), ("9.0", False, "cudnn")),
+  ],
+)
+def test_newer_gpus_run_mosaic_where_it_is_installed(
+  capability, installed, kernel, monkeypatch
+):
+  device = types.SimpleNamespace(compute_capability=capability)
+  monkeypatch.setattr(attention.sharding, "platform", lambda: "gpu")
+  monkeypatch.setattr(jax, "local_devices", lambda: [device])
+  found = {"tokamax": object()} if installed else {}
+  monkeypatch.setattr(kernels.importlib.util, "find_spec", found.get)
+  assert kernels.choose(_config(), length=100) == kernel
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 9])
+@pytest.mark.parametrize("prefixes", [None, (3, 0, 5, 2), (1, 4, 6, 0)])
+def test_the_keys_of_a_query_are_the_range_that_mosaic_is_given(
+  prefixes, window
+):
+  lengths = (5, 4, 6, 3)  # of documents, of which the last is padding
+  positions = np.concatenate([np.arange(n) for n in lengths])[None]
+  segments = np.repeat([1, 2, 3, 0], lengths)[None]
+  prefix = None
+  if prefixes is not None:
+    pairs = zip(lengths, prefixes, strict=True)
+    prefix = jnp.concatenate([jnp.arange(n) < p for n, p in pairs])[None]
+  first, stop = kernels.key_ranges(jnp.asarray(segments), prefix, window)
+  keys = np.arange(sum(lengths))
+  stop = keys + 1 if stop is None else stop
+  got = (first[..., None] <= keys) & (keys < stop[..., None])
+  tokens = attention.Tokens(*map(jnp.asarray, (positions, segments)), prefix)
+  real = segments[0] > 0
+  wanted = attention.visible(tokens, tokens, window)
+  np.testing.assert_array_equal(got[0, real], wanted[0, real])
+  # Padding sees itself, so that no softmax is empty.
+  assert not got[0, ~real][:, real].any() and got[0].any(1).all()
 
 
 @pytest.mark.parametrize(

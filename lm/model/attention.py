@@ -74,9 +74,11 @@ def attend(
   """
   # A query may attend to keys of the whole row: all-gather along the length.
   k, v, keys = sharding.gather((k, v, keys), None, "length")
+  where = queries.segments, keys.prefix
   if kernel == "splash":
-    where = queries.segments, keys.prefix
     return kernels.splash(q * scale, k, v, *where, window, softcap)
+  if kernel == "mosaic":
+    return kernels.mosaic(q, k, v, *where, window, softcap, scale)
   seen = visible(queries, keys, window)
   if kernel == "cudnn":
     return kernels.cudnn(q, k, v, seen, scale)

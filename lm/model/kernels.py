@@ -1,10 +1,11 @@
-"""Attention kernels: which one a model can use, calls of cuDNN and splash, and
-the blocked form in XLA's own operations.
+"""Attention kernels: which one a model can use, calls of Mosaic, cuDNN and
+splash, and the blocked form in XLA's own operations.
 
 B batch, T query length, S key length, C queries of a block, N query heads, K kv
 heads, G = N / K, H head.
 """
 
+import importlib.util
 from typing import Any
 
 import jax
@@ -24,38 +25,124 @@ _LANES = 128
 
 
 def choose(cfg: config_lib.ModelConfig, *, length: int) -> str:
-  """Resolves `auto` to a kernel for the platform being compiled for.
+  """Resolves `auto` to a kernel for the platform being compiled for: the first
+  that supports the model and the row length.
 
-  Raises ConfigError if a named kernel does not support the model or the row
-  length.
+  Raises ConfigError if a named kernel does not support them.
   """
-  kernel = cfg.attention
-  if kernel == "auto":
-    kernel = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(
-      sharding.platform(), "reference"
-    )
-    if kernel == "cudnn" and (
-      cfg.attention_softcap is not None or cfg.dtype == "float32"
-    ):
-      kernel = "reference"  # cuDNN supports neither soft-caps nor float32
-    if kernel == "splash" and length % _LANES:
-      kernel = "reference"  # splash has whole tiles
-  if kernel == "cudnn" and cfg.attention_softcap is not None:
-    raise schema.ConfigError(
-      "config.model.attention='cudnn': cuDNN has no attention_softcap; set "
-      "attention='reference'"
-    )
-  if kernel == "cudnn" and cfg.dtype == "float32":
-    raise schema.ConfigError(
-      "config.model.attention='cudnn': cuDNN attention is bfloat16 only; set "
-      "dtype='bfloat16' or attention='reference'"
-    )
+  if cfg.attention != "auto":
+    if reason := _unsupported(cfg.attention, cfg, length):
+      raise schema.ConfigError(
+        f"config.model.attention={cfg.attention!r}: {reason}, or set "
+        "attention='reference'"
+      )
+    return cfg.attention
+  on_gpu = ("mosaic", "cudnn")
+  candidates = {"tpu": ("splash",), "gpu": on_gpu, "cuda": on_gpu}
+  for kernel in candidates.get(sharding.platform(), ()):
+    if _unsupported(kernel, cfg, length) is None:
+      return kernel
+  return "reference"
+
+
+def _unsupported(
+  kernel: str, cfg: config_lib.ModelConfig, length: int
+) -> str | None:
+  """Why `kernel` cannot run, and what to change; None if it can."""
   if kernel == "splash" and length % _LANES:
-    raise schema.ConfigError(
-      f"config.model.attention='splash': rows of {length} tokens are no "
-      f"multiple of {_LANES}; change the length or set attention='reference'"
+    return (
+      f"rows of {length} tokens are no multiple of {_LANES}; change the length"
     )
-  return kernel
+  if kernel in ("cudnn", "mosaic") and cfg.dtype == "float32":
+    return "the kernel is bfloat16 only; set dtype='bfloat16'"
+  if kernel == "cudnn" and cfg.attention_softcap is not None:
+    return "cuDNN has no attention_softcap; set it to None"
+  if kernel == "mosaic" and importlib.util.find_spec("tokamax") is None:
+    return (
+      "tokamax is not installed; on Python 3.12 or newer, pip install "
+      "'next-token[cuda12]'"
+    )
+  if kernel == "mosaic" and _capability() not in ("9", "10"):
+    return (
+      "the kernel's gradient is for GPUs of compute capability 9 and 10 "
+      "(Hopper and Blackwell); use one"
+    )
+  return None
+
+
+def _capability() -> str | None:
+  """Major compute capability of an NVIDIA GPU; None for another device."""
+  version = getattr(jax.local_devices()[0], "compute_capability", None)
+  return None if version is None else str(version).split(".")[0]
+
+
+def key_ranges(
+  segments: Int[Array, "B T"],
+  prefix: Bool[Array, "B T"] | None,
+  window: int | None,
+) -> tuple[Int[Array, "B T"], Int[Array, "B T"] | None]:
+  """Keys that the query at each place of a row sees: places [first, stop).
+
+  `stop` None is the place after the query. A prefix opens its document; then
+  the keys of a query are a range (`attention.visible`). Padding is a document.
+  """
+  T = segments.shape[1]
+  places = jnp.arange(T, dtype=jnp.int32)[None]
+  opens = jnp.concatenate(
+    [jnp.ones_like(segments[:, :1]), jnp.diff(segments)], axis=1
+  )
+  first = jax.lax.cummax(jnp.where(opens != 0, places, 0), axis=1)
+  if window is not None:
+    first = jnp.maximum(first, places - window + 1)
+  if prefix is None:
+    return first, None
+  # The place of the next token outside of the prefix.
+  ends = jnp.where(prefix & (opens == 0), T, places)
+  after = jnp.concatenate([ends[:, 1:], jnp.full_like(ends[:, :1], T)], axis=1)
+  after = jax.lax.cummin(after, axis=1, reverse=True)
+  stop = jnp.where(prefix, after, places + 1)
+  if window is not None:
+    stop = jnp.minimum(stop, places + window)
+  return first, stop
+
+
+def mosaic(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B T K H"],
+  v: Float[Array, "B T K H"],
+  segments: Int[Array, "B T"],
+  prefix: Bool[Array, "B T"] | None,
+  window: int | None,
+  softcap: float | None,
+  scale: float,
+) -> Float[Array, "B T N H"]:
+  """tokamax's FlashAttention for Hopper and Blackwell GPUs, in Pallas's Mosaic;
+  bfloat16 only. It takes the range of keys of each query: no array [T, T].
+  """
+  from tokamax._src.ops.attention import base, pallas_mosaic_gpu
+
+  def local(q, k, v, segments, prefix=None):
+    first, stop = key_ranges(segments, prefix, window)
+    mask = base.Mask(
+      k_start=first[:, None],
+      k_end=None if stop is None else stop[:, None],
+      is_causal=stop is None,
+    )
+    return pallas_mosaic_gpu.PallasMosaicGpuFlashAttention()(
+      q, k, v, mask=mask, logits_scale=scale, logits_soft_cap=softcap
+    )
+
+  return _per_shard(local, q, k, v, segments, prefix)
+
+
+def _per_shard(local, q, k, v, segments, prefix):
+  """Runs `local` on each device's rows and heads; None is left out."""
+  heads = ("batch", None, "heads", None)
+  kv = ("batch", None, "kv_heads", None)
+  rows = [x for x in (segments, prefix) if x is not None]
+  axes = [("batch", None)] * len(rows)
+  run = sharding.per_shard(local, heads, kv, kv, *axes, out_axes=heads)
+  return run(q, k, v, *rows)
 
 
 def cudnn(
@@ -142,14 +229,7 @@ def splash(
     assert isinstance(out, jax.Array)  # no residuals requested
     return jnp.swapaxes(out, 1, 2)
 
-  heads = ("batch", None, "heads", None)
-  kv = ("batch", None, "kv_heads", None)
-  rows = ("batch", None)
-  if prefix is None:
-    run = sharding.per_shard(local, heads, kv, kv, rows, out_axes=heads)
-    return run(q, k, v, segments)
-  run = sharding.per_shard(local, heads, kv, kv, rows, rows, out_axes=heads)
-  return run(q, k, v, segments, prefix)
+  return _per_shard(local, q, k, v, segments, prefix)
 
 
 def _two_way_mask(masks: Any, T: int, window: int | None) -> Any:

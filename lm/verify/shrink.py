@@ -90,7 +90,8 @@ def config_to_check(
     checked = shrink(config)
   checked.init_from = None
   kernel, platform = config.model.attention, sharding.platform()
-  if {"splash": "tpu", "cudnn": "gpu"}.get(kernel, platform) != platform:
+  of = {"splash": "tpu", "cudnn": "gpu", "mosaic": "gpu"}
+  if of.get(kernel, platform) != platform:
     checked.model.attention = "reference"
   changed = changes(config, checked)
   return checked, f"changed: {changed}" if changed else "as it stands"

@@ -43,8 +43,8 @@ def sensitive(config: config_lib.Config) -> config_lib.Config:
 def exact(config: config_lib.Config) -> config_lib.Config:
   """`sensitive` in float32, since bfloat16 rounding would hide errors."""
   config = sensitive(config)
-  if config.model.attention == "cudnn":
-    config.model.attention = "reference"  # cuDNN has no float32
+  if config.model.attention in ("cudnn", "mosaic"):
+    config.model.attention = "reference"  # these have no float32
   config.model.dtype = "float32"
   return config
 
