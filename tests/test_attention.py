@@ -92,8 +92,9 @@ def test_the_keys_of_a_query_are_the_range_that_mosaic_is_given(
     prefix = jnp.concatenate([jnp.arange(n) < p for n, p in pairs])[None]
   first, stop = kernels.key_ranges(jnp.asarray(segments), prefix, window)
   keys = np.arange(sum(lengths))
-  stop = keys + 1 if stop is None else stop
-  got = (first[..., None] <= keys) & (keys < stop[..., None])
+  first = np.asarray(first)[..., None]
+  stop = keys[:, None] + 1 if stop is None else np.asarray(stop)[..., None]
+  got = (first <= keys) & (keys < stop)
   tokens = attention.Tokens(*map(jnp.asarray, (positions, segments)), prefix)
   real = segments[0] > 0
   wanted = attention.visible(tokens, tokens, window)
