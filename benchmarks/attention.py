@@ -121,9 +121,12 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--small", action="store_true", help="for a CPU")
   parser.add_argument("--errors", action="store_true", help="no times")
+  parser.add_argument("--kernel", action="append", help="default: all")
   parser.add_argument("--json", action="store_true")
   options = parser.parse_args()
-  names = ("reference",) if options.small else ("mosaic", "cudnn")
+  names = options.kernel
+  if names is None:
+    names = ["reference"] if options.small else ["mosaic", "cudnn"]
   errors, times = {}, {}
   for name in names:
     for kind, how in KINDS.items():
