@@ -121,7 +121,7 @@ def jobs_for(found: dict, small: bool, notes: list[str]) -> list[Job]:
   n_layers = 2 if small else MODELS["llama_1b"][0]
   asks = tuple((n, *lengths) for n in batches)
   decoding = Job("decoding", "llama_1b", n_layers, small, asks)
-  return [job for job in (first, decoding, second) if job is not None]
+  return [job for job in (first, second, decoding) if job is not None]
 
 
 def ask_all(
@@ -287,7 +287,7 @@ def run(options) -> dict:
   makers = {"training": training_results, "decoding": decoding_results}
   for job in jobs:
     results[job.work] += makers[job.work](found, job, card)
-  packages = "jax", "jaxlib", "flax", "torch", "transformers"
+  packages = "jax", "jaxlib", "flax", "tokamax", "torch", "transformers"
   return {
     "machine": {**turns.machine(*packages), **card},
     **results,
