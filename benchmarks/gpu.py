@@ -250,7 +250,7 @@ def print_rates(title: str, results: list[dict], unit: str, of: str) -> None:
 
 def print_checks(results: list[dict]) -> None:
   names = ("compilations_after_warmup", "state_donated", "alias_bytes")
-  names += ("attention", "attention_is_cudnn", "attention_calls")
+  names += ("attention", "attention_is_fused", "attention_calls")
   rows = []
   for found in results:
     what = (found["model"], found["batch_size"], found.get("sequence_length"))

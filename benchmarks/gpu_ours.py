@@ -58,16 +58,16 @@ def compile_lightest(job, rows: int, length: int):
 
 
 def attention_used(config, mesh, compiled) -> dict:
-  """The kernel chosen, and the calls of cuDNN's attention in the program."""
+  """The kernel chosen, and the calls of fused attention in the program."""
   with jax.set_mesh(mesh):
     kernel = kernels.choose(config.model, length=config.train.sequence_length)
   targets = re.findall(r'custom_call_target="([^"]*)"', compiled.as_text())
-  calls = sorted({target for target in targets if "fmha" in target})
+  calls = sorted({t for t in targets if "fmha" in t or "mosaic" in t})
   on_gpu = jax.default_backend() == "gpu"
   return {
     "attention": kernel,
     "attention_calls": calls,
-    "attention_is_cudnn": bool(calls) if on_gpu else None,
+    "attention_is_fused": bool(calls) if on_gpu else None,
   }
 
 
