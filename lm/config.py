@@ -181,7 +181,8 @@ class DataConfig:
   # Directory of token stores and TFDS builds. A token store's name is a hash of
   # the contents of its source and its tokenizer.
   cache_dir: str = "data"
-  # Passes over the training sources; None: endless.
+  # Passes over the training sources, after which the run and its schedule end,
+  # if before train.steps; None: endless.
   epochs: (
     Annotated[Count, AtMost(10**6, "since an int64 must count their windows")]
     | None
@@ -271,6 +272,7 @@ class MeshConfig:
 class TrainConfig:
   """Length and shape of a run."""
 
+  # Optimizer steps, over which the schedule runs; data.epochs may give fewer.
   steps: Count = 1000
   # Sequences in one optimizer step, over all devices.
   batch_size: Count = 8

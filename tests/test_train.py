@@ -327,9 +327,7 @@ def test_retention(make, tmp_path):
   kept.close()
 
 
-def test_epochs_end_the_run_with_evaluation_and_checkpoint(
-  make, tmp_path, capsys
-):
+def test_epochs_end_the_run_and_its_schedule(make, tmp_path, capsys):
   config = make(
     data__epochs=1,
     train__steps=100_000,
@@ -345,7 +343,12 @@ def test_epochs_end_the_run_with_evaluation_and_checkpoint(
   assert step < 100_000 and "eval/loss" in last
   assert checkpoint.load_meta(str(tmp_path)).step == step
   said = capsys.readouterr().err
-  assert f"the data end at step {step}, before train.steps=100000" in said
+  assert f"the data end at step {step}, and the schedule with them" in said
+  # The last step has the learning rate of a run of so many steps.
+  o = config.optimizer
+  rate = optimizer.rate_at(o, step, step - 1)
+  assert last["lr"] == pytest.approx(rate)
+  assert rate < o.peak_lr / 4
   (tmp_path / "curves.png").unlink()  # as if killed just before it was drawn
   assert loop.train(config, str(tmp_path)) == 0
   assert f"is at step {step}: complete" in capsys.readouterr().err

@@ -119,7 +119,11 @@ def mosaic(
   """tokamax's FlashAttention for Hopper and Blackwell GPUs, in Pallas's Mosaic;
   bfloat16 only. It takes the range of keys of each query: no array [T, T].
   """
-  from tokamax._src.ops.attention import base, pallas_mosaic_gpu
+  # Needs a newer Python than this project: pyright may not find it.
+  from tokamax._src.ops.attention import (  # pyright: ignore[reportMissingImports]
+    base,
+    pallas_mosaic_gpu,
+  )
 
   def local(q, k, v, segments, prefix=None):
     first, stop = key_ranges(segments, prefix, window)

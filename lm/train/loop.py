@@ -16,7 +16,7 @@ from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lm import checkpoint, locks, sharding
+from lm import checkpoint, locks, sharding, validation
 from lm import config as config_lib
 from lm.data import pipeline, prefetch, store
 from lm.evaluate import perplexity
@@ -60,6 +60,7 @@ def train(
       "preparing the corpus", functools.partial(_prepare, config, workdir)
     )
     resume.check_processes_read_alike(config, prepared, workdir)
+    config = _ending_with_data(config, prepared)
     epath.Path(workdir).mkdir(parents=True, exist_ok=True)
     lock = None
     if jax.process_index() == 0:
@@ -90,6 +91,19 @@ def _prepare(config: config_lib.Config, workdir: str) -> store.Prepared:
   return store.prepare(config, init_from.tokenizer(config, workdir))
 
 
+def _ending_with_data(
+  config: config_lib.Config, prepared: store.Prepared
+) -> config_lib.Config:
+  """The config with at most the steps that data.epochs gives: the schedule ends
+  with the data. Raises ConfigError as `validate`.
+  """
+  n = pipeline.n_train_batches(config, prepared)
+  if config.train.steps <= n:
+    return config
+  train = dataclasses.replace(config.train, steps=n)
+  return validation.validate(dataclasses.replace(config, train=train))
+
+
 class _Run:
   """A run: state shared by set-up, steps, evaluation and saving."""
 
@@ -106,10 +120,7 @@ class _Run:
       fingerprint=resume.fingerprint(prepared.train, prepared.tokenizer),
       validation=resume.fingerprint(prepared.validation, prepared.tokenizer),
     )
-    # Last step of the run, or of its data if the data end earlier.
-    self.last_step = min(
-      config.train.steps, pipeline.n_train_batches(config, prepared)
-    )
+    self.last_step = config.train.steps
     self.rows = programs.batch_sharding(config, mesh)
     # Mode pmap has no mesh in context: the result sharding must be given.
     whole = NamedSharding(mesh, P()) if config.mesh.mode == "pmap" else None
@@ -129,7 +140,7 @@ class _Run:
         plot.draw_if_missing(self.workdir)
       self.progress.say(f"{self.workdir} is at step {self.start}: complete")
       return 0
-    now = self.config, self.mesh, self.prepared, self.start, self.last_step
+    now = self.config, self.mesh, self.prepared, self.start
     report.say_what_runs(*now, self.progress.say)
     train_step, state = self._set_up()
     step, evaluated = self.start, None

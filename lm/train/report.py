@@ -223,7 +223,6 @@ def say_what_runs(
   mesh: jax.sharding.Mesh,
   prepared: store.Prepared,
   start: int,
-  last_step: int,
   say: Callable[[str], None],
 ) -> None:
   """Prints the size of the model, the mesh, and the steps of this start."""
@@ -233,7 +232,7 @@ def say_what_runs(
     f"{counts.parameter_count(config.model):,} parameters on {mesh.size} "
     f"{jax.devices()[0].device_kind} device(s), {config.mesh.mode} {shape}; "
     f"{tokens:,} training tokens, {config.tokens_per_step:,} a step; "
-    f"from step {start} to {last_step}"
+    f"from step {start} to {config.train.steps}"
   )
   if start:
     return
@@ -243,8 +242,8 @@ def say_what_runs(
       f"{source.spec}: {scored:.0%} of the positions are scored, {padding:.0%} "
       "are padding"
     )
-  if last_step < config.train.steps:
+  if pipeline.n_train_batches(config, prepared) == config.train.steps:
     say(
-      f"the data end at step {last_step}, before "
-      f"train.steps={config.train.steps}: data.epochs={config.data.epochs}"
+      f"data.epochs={config.data.epochs}: the data end at step "
+      f"{config.train.steps}, and the schedule with them"
     )
