@@ -16,7 +16,7 @@ import turns
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-OBJECTIVES = ("causal", "prefix", "span_corruption", "fim", "masked")
+OBJECTIVES = ("causal", "prefix", "span_corruption", "fim", "masked", "chat")
 ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
@@ -25,14 +25,19 @@ def side(config_path: str, objective: str):
   import jax
 
   from lm import cli, sharding
-  from lm.data import pipeline, store
+  from lm.data import pipeline, store, tokenizer
   from lm.train import programs
 
   config = cli.load(config_path)
-  config.data.train = (f"{config.data.train[0]}|{objective}",)
   config.data.validation = ()
+  source, made = config.data.train[0], None
+  if objective == "chat":
+    text = tokenizer.read_template("configs/chat.jinja", "template")
+    made = store.prepare(config).tokenizer.with_template(text)
+    source = "instruct:python_stdlib:train"
+  config.data.train = (f"{source}|{objective}",)
   mesh = sharding.make_mesh(config)
-  batches = pipeline.train_batches(config, store.prepare(config))
+  batches = pipeline.train_batches(config, store.prepare(config, made))
   step = programs.compile_step(config, mesh)
   state = programs.create_state(config, mesh)
   where = programs.batch_sharding(config, mesh)
