@@ -35,7 +35,7 @@ def shapes(cfg: config_lib.ModelConfig) -> dict:
   N, K, H = cfg.n_heads, cfg.n_kv_heads, cfg.d_head
 
   def norm(*lead: int) -> dict:
-    biased = cfg.norm == "layernorm" and cfg.bias
+    biased = "norm" in cfg.biases
     return {"scale": (*lead, D)} | ({"bias": (*lead, D)} if biased else {})
 
   attention: dict = {
@@ -47,23 +47,28 @@ def shapes(cfg: config_lib.ModelConfig) -> dict:
   mlp: dict = {"up": (L, D, F), "down": (L, F, D)}
   if cfg.gated:
     mlp["gate"] = (L, D, F)
-  if cfg.bias:
+  if "qkv" in cfg.biases:
     attention |= {"q_bias": (L, N, H), "k_bias": (L, K, H)}
-    attention |= {"v_bias": (L, K, H), "o_bias": (L, D)}
+    attention |= {"v_bias": (L, K, H)}
+  if "o" in cfg.biases:
+    attention |= {"o_bias": (L, D)}
+  if "mlp" in cfg.biases:
     mlp |= {"up_bias": (L, F), "down_bias": (L, D)}
     if cfg.gated:
       mlp["gate_bias"] = (L, F)
-  if cfg.qk_norm:
+  if cfg.qk_norm == "head":
     attention |= {"q_norm": {"scale": (L, H)}, "k_norm": {"scale": (L, H)}}
-  layers = {
-    "attention_norm": norm(L),
-    "attention": attention,
-    "mlp_norm": norm(L),
-    "mlp": mlp,
-  }
-  if cfg.post_norm:
+  if cfg.qk_norm == "projection":
+    attention |= {"q_norm": {"scale": (L, N, H)}}
+    attention |= {"k_norm": {"scale": (L, K, H)}}
+  layers: dict = {"attention": attention, "mlp": mlp}
+  if cfg.norm_placement in ("pre", "both"):
+    layers |= {"attention_norm": norm(L), "mlp_norm": norm(L)}
+  if cfg.norm_placement != "pre":
     layers |= {"attention_post_norm": norm(L), "mlp_post_norm": norm(L)}
-  tree = {"embed": (V, D), "layers": layers, "final_norm": norm()}
+  tree = {"embed": (V, D), "layers": layers}
+  if cfg.norm_placement != "residual":
+    tree["final_norm"] = norm()
   if cfg.positions == "learned":
     tree["position_embed"] = (cfg.context_length, D)
   if not cfg.tied_embedding:
@@ -126,8 +131,11 @@ def normalize(
 def rms_normalize_heads(
   x: np.ndarray, scale: np.ndarray, cfg: config_lib.ModelConfig
 ) -> np.ndarray:
-  """RMSNorm over H of [B, T, heads, H], whatever `cfg.norm` is."""
-  y = x / np.sqrt((x * x).mean(-1, keepdims=True) + cfg.norm_epsilon)
+  """RMSNorm of [B, T, heads, H], whatever `cfg.norm` is: over H, or where the
+  scale is of a whole projection, over heads and H.
+  """
+  axes = (-1,) if cfg.qk_norm == "head" else (-2, -1)
+  y = x / np.sqrt((x * x).mean(axes, keepdims=True) + cfg.norm_epsilon)
   return y * (scale + (1.0 if cfg.norm_unit_offset else 0.0))
 
 
@@ -241,6 +249,23 @@ def mlp(x: np.ndarray, p: dict, cfg: config_lib.ModelConfig) -> np.ndarray:
   return hidden @ p["down"] + p.get("down_bias", 0.0)
 
 
+def before(
+  x: np.ndarray, name: str, p: dict, cfg: config_lib.ModelConfig
+) -> np.ndarray:
+  """What a sub-layer reads: the residual, normalised or as it is."""
+  return normalize(x, p[name], cfg) if name in p else x
+
+
+def after(
+  x: np.ndarray, y: np.ndarray, name: str, p: dict, cfg: config_lib.ModelConfig
+) -> tuple[np.ndarray, np.ndarray]:
+  """(The residual with a sub-layer's output y, what was added to it)."""
+  if cfg.norm_placement == "residual":
+    return normalize(x + y, p[name], cfg), y
+  y = normalize(y, p[name], cfg) if name in p else y
+  return x + y, y
+
+
 def forward(
   params: dict,
   cfg: config_lib.ModelConfig,
@@ -264,18 +289,15 @@ def forward(
     window = cfg.windows[i % len(cfg.windows)]
     mask = visible(batch.segments, prefix, window)
     frequencies = inverse_frequencies(cfg, window is not None)
-    y = normalize(x, p["attention_norm"], cfg)
+    y = before(x, "attention_norm", p, cfg)
     y = attention(y, p["attention"], cfg, mask, batch.positions, frequencies)
-    if cfg.post_norm:
-      y = normalize(y, p["attention_post_norm"], cfg)
-    x, attended = x + y, y
-    y = mlp(normalize(x, p["mlp_norm"], cfg), p["mlp"], cfg)
-    if cfg.post_norm:
-      y = normalize(y, p["mlp_post_norm"], cfg)
-    x = x + y
+    x, attended = after(x, y, "attention_post_norm", p, cfg)
+    y = mlp(before(x, "mlp_norm", p, cfg), p["mlp"], cfg)
+    x, fed = after(x, y, "mlp_post_norm", p, cfg)
     if seen is not None:
-      seen.append({"residual": x, "attention": attended, "mlp": y})
-  x = normalize(x, params["final_norm"], cfg)
+      seen.append({"residual": x, "attention": attended, "mlp": fed})
+  if cfg.norm_placement != "residual":
+    x = normalize(x, params["final_norm"], cfg)
   head = params["embed"].T if cfg.tied_embedding else params["head"]
   logits = x @ head
   if cfg.logit_softcap is not None:

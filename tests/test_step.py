@@ -36,7 +36,7 @@ def _config(name="adamw", mesh=(1, 1, 1), mode="jit", **fields):
     d_head=6,
     d_mlp=24,
     context_length=T,
-    qk_norm=True,
+    qk_norm="head",
     loss_chunk=7,
   )
   c.optimizer = config_lib.OptimizerConfig(
@@ -453,10 +453,10 @@ OTHER = {
   "model.norm": "layernorm",
   "model.norm_epsilon": 1e-3,
   "model.norm_unit_offset": True,
-  "model.post_norm": True,
-  "model.qk_norm": False,
+  "model.norm_placement": "both",
+  "model.qk_norm": "projection",
   "model.mlp": "geglu",
-  "model.bias": True,
+  "model.biases": ("qkv",),
   "model.positions": "learned",
   "model.rope_theta": 500.0,
   "model.rope_scaling": config_lib.RopeScaling(),

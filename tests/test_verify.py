@@ -137,7 +137,10 @@ CLEAN = [
   ("layers", {"model__residual_dropout": 0.1}),
   ("initial_loss", {}),
   ("dtypes", {}),
-  ("parameters", {"model__bias": True, "model__qk_norm": True}),
+  (
+    "parameters",
+    {"model__biases": ("qkv", "o", "mlp"), "model__qk_norm": "head"},
+  ),
   ("batches", {"tokenizer__kind": "sentencepiece"}),
 ]
 

@@ -28,17 +28,25 @@ Aux = dict[str, Any]
 
 
 class Block(nnx.Module):
-  """Layer: pre-norm attention and feed-forward, each added to the residual."""
+  """Layer: attention and feed-forward, each added to the residual, with norms
+  as cfg.norm_placement says.
+  """
 
   def __init__(self, cfg: config_lib.ModelConfig, rngs: nnx.Rngs):
     D = cfg.d_model
     self.dropout = cfg.residual_dropout
-    self.attention_norm = layers.Norm(D, cfg)
+    self.placement = cfg.norm_placement
+
+    def norm(*placements):
+      return layers.Norm(D, cfg) if self.placement in placements else None
+
+    before, after = ("pre", "both"), ("both", "post", "residual")
+    self.attention_norm = norm(*before)
     self.attention = attention.Attention(cfg, rngs=rngs)
-    self.attention_post_norm = layers.Norm(D, cfg) if cfg.post_norm else None
-    self.mlp_norm = layers.Norm(D, cfg)
+    self.attention_post_norm = norm(*after)
+    self.mlp_norm = norm(*before)
     self.mlp = layers.MLP(cfg, rngs=rngs)
-    self.mlp_post_norm = layers.Norm(D, cfg) if cfg.post_norm else None
+    self.mlp_post_norm = norm(*after)
     # Last, so that the other weights start as without adapters.
     parts = {"attention": self.attention, "mlp": self.mlp}
     self.lora = lora.Adapters(cfg, parts, rngs) if cfg.lora else None
@@ -65,17 +73,13 @@ class Block(nnx.Module):
     )
     adapters = {} if self.lora is None else self.lora.updates(keys)
     with jax.named_scope("attention"):
-      attended, new = self.attention(
-        self.attention_norm(x), tokens, angles, window, extend, adapters
-      )
-      if self.attention_post_norm is not None:
-        attended = self.attention_post_norm(attended)
-      x += layers.dropout(attended, self.dropout, rows[0])
+      y = x if self.attention_norm is None else self.attention_norm(x)
+      y, new = self.attention(y, tokens, angles, window, extend, adapters)
+      x, attended = self._add(x, y, self.attention_post_norm, rows[0])
     with jax.named_scope("mlp"):
-      fed = self.mlp(self.mlp_norm(x), adapters)
-      if self.mlp_post_norm is not None:
-        fed = self.mlp_post_norm(fed)
-      x += layers.dropout(fed, self.dropout, rows[1])
+      y = x if self.mlp_norm is None else self.mlp_norm(x)
+      y = self.mlp(y, adapters)
+      x, fed = self._add(x, y, self.mlp_post_norm, rows[1])
     aux: Aux = {}
     if statistics:
       parts = {"residual": x, "attention": attended, "mlp": fed}
@@ -83,6 +87,14 @@ class Block(nnx.Module):
         name: _sum_of_squares(part, tokens) for name, part in parts.items()
       }
     return x, new, aux
+
+  def _add(self, x, y, norm, keys):
+    """(residual with the update y, what was added to the residual)."""
+    if norm is None or self.placement == "residual":
+      x += layers.dropout(y, self.dropout, keys)
+      return (x if norm is None else norm(x)), y
+    y = norm(y)
+    return x + layers.dropout(y, self.dropout, keys), y
 
 
 @jax.named_scope("statistics")
@@ -111,7 +123,8 @@ class Decoder(nnx.Module):
       return Block(cfg, rngs)
 
     self.layers = stacked(rngs)
-    self.final_norm = layers.Norm(D, cfg)
+    ends = cfg.norm_placement != "residual"
+    self.final_norm = layers.Norm(D, cfg) if ends else None
     if not cfg.tied_embedding:
       axes = ("embed", "vocab")
       self.head = weights.matrix(rngs, (D, V), axes, scale, role="head")
@@ -158,7 +171,7 @@ class Decoder(nnx.Module):
 
   @jax.named_scope("final_norm")
   def finish(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    return self.final_norm(x)
+    return x if self.final_norm is None else self.final_norm(x)
 
   def head_weight(self) -> Float[Array, "V D"]:
     """Weight of the output head; the embedding table if tied."""

@@ -26,7 +26,8 @@ def add_bias(x: Array, bias: nnx.Param | None) -> Array:
 
 
 class Norm(nnx.Module):
-  """RMSNorm (arXiv:1910.07467) or LayerNorm of the last dimension, in float32.
+  """RMSNorm (arXiv:1910.07467) or LayerNorm over the dimensions of its scale,
+  the last ones, in float32.
 
   `norm_unit_offset` multiplies by 1 + scale, as Gemma does.
   """
@@ -36,7 +37,7 @@ class Norm(nnx.Module):
     self.offset = 1.0 if cfg.norm_unit_offset else 0.0
     self.epsilon = cfg.norm_epsilon
     self.scale = weights.vector(1.0 - self.offset, (size,), (None,))
-    has_bias = self.centred and cfg.bias
+    has_bias = self.centred and "norm" in cfg.biases
     self.bias = weights.vector(0.0, (size,), (None,)) if has_bias else None
 
   def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
@@ -47,24 +48,30 @@ class Norm(nnx.Module):
   @functools.partial(jax.checkpoint, static_argnums=0)
   def _normalise(self, x, scale, bias):
     y = x.astype(jnp.float32)
+    axes = tuple(range(x.ndim - scale.ndim, x.ndim))
     if self.centred:
-      y -= jnp.mean(y, axis=-1, keepdims=True)
+      y -= jnp.mean(y, axis=axes, keepdims=True)
     y *= jax.lax.rsqrt(
-      jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon
+      jnp.mean(jnp.square(y), axis=axes, keepdims=True) + self.epsilon
     )
-    lead = (None,) * (x.ndim - 1)
+    lead = (None,) * (x.ndim - scale.ndim)
     y *= scale[(*lead, ...)]
     if bias is not None:
       y += bias[(*lead, ...)]
     return y.astype(x.dtype)
 
 
-class RMSNorm(Norm):
-  """RMSNorm regardless of `cfg.norm`, for queries and keys (QK norm)."""
+class QkNorm(Norm):
+  """RMSNorm of queries or keys, whatever `cfg.norm` is: of each head, or of all
+  heads together (the sum of squares then crosses the devices that share them).
+  """
 
-  def __init__(self, size: int, cfg: config_lib.ModelConfig):
-    super().__init__(size, cfg)
+  def __init__(self, heads: int, axis: str, cfg: config_lib.ModelConfig):
+    super().__init__(cfg.d_head, cfg)
     self.centred, self.bias = False, None
+    if cfg.qk_norm == "projection":
+      shape, axes = (heads, cfg.d_head), (axis, None)
+      self.scale = weights.vector(1.0 - self.offset, shape, axes)
 
 
 class MLP(nnx.Module):
@@ -85,7 +92,8 @@ class MLP(nnx.Module):
     self.down = weights.matrix(rngs, (F, D), ("mlp", "embed"), out_scale)
 
     def bias(size, axis):
-      return weights.vector(0.0, (size,), (axis,)) if cfg.bias else None
+      has = "mlp" in cfg.biases
+      return weights.vector(0.0, (size,), (axis,)) if has else None
 
     self.up_bias = bias(F, "mlp")
     self.gate_bias = bias(F, "mlp") if cfg.gated else None
@@ -118,7 +126,8 @@ class MLP(nnx.Module):
     elif self.activation == "relu2":
       y = jnp.square(jax.nn.relu(x))
     else:
-      y = jax.nn.gelu(x, approximate=True)
+      approximate = not self.activation.endswith("_exact")
+      y = jax.nn.gelu(x, approximate=approximate)
     return y if gate is None else y * up
 
 

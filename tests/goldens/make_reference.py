@@ -189,7 +189,7 @@ def llama_state(params: dict, cfg: config_lib.ModelConfig) -> dict:
   # Gemma's post_attention_layernorm is what its name says; Llama's stands
   # before the MLP.
   norms = {"input_layernorm": "attention_norm"}
-  if cfg.post_norm:
+  if cfg.norm_placement == "both":
     norms |= {
       "post_attention_layernorm": "attention_post_norm",
       "pre_feedforward_layernorm": "mlp_norm",
