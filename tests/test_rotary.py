@@ -60,7 +60,7 @@ CASES = {
 
 
 def theirs(cfg: config_lib.ModelConfig):
-  """(frequencies, attention factor) by transformers, at the context's length."""
+  """(frequencies, attention factor) by transformers, at the full context."""
   s = cfg.rope_scaling
   parameters = {
     "rope_type": s.kind,
