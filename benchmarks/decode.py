@@ -48,7 +48,7 @@ GPT2 = config_lib.ModelConfig(
   context_length=1024,
   norm="layernorm",
   mlp="gelu",
-  bias=True,
+  biases=("qkv", "o", "mlp", "norm"),
   positions="learned",
 )
 

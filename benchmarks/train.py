@@ -77,7 +77,7 @@ def our_config(shape: Shape, dtype: str, optimizer: str):
     context_length=shape.T,
     norm="layernorm",
     mlp="gelu",
-    bias=True,
+    biases=("qkv", "o", "mlp", "norm"),
     positions="learned",
     dtype=dtype,
     scan_layers=False,

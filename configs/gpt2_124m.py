@@ -25,7 +25,7 @@ def get_config() -> config_lib.Config:
   model.norm = "layernorm"
   model.norm_epsilon = 1e-5
   model.mlp = "gelu"
-  model.bias = True
+  model.biases = ("qkv", "o", "mlp", "norm")
   model.positions = "learned"
   model.tied_embedding = True
   model.dtype = "bfloat16"

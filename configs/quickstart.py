@@ -21,7 +21,7 @@ def get_config() -> config_lib.Config:
   model.d_mlp = 768
   model.context_length = 256
   model.mlp = "relu2"
-  model.qk_norm = True
+  model.qk_norm = "head"
   model.tied_embedding = False
 
   # Four layers compile as fast unrolled, and run a little faster on a CPU.

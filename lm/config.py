@@ -8,6 +8,7 @@ an impossible config before compilation.
 
 import dataclasses
 import json
+import math
 from typing import Annotated, Any, Literal
 
 from lm import objective
@@ -19,17 +20,39 @@ from lm.schema import (
   NotNegative,
   Positive,
   Seed,
+  Within,
 )
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class RopeScaling:
-  """RoPE scaling of Llama 3.1: stretches low frequencies (arXiv:2407.21783)."""
+  """RoPE scaling: lower frequencies, for texts longer than `original_length`.
+  lm/model/rotary.py has the formulas.
+  """
 
+  # `llama3` divides low frequencies by `factor` (Llama 3.1, arXiv:2407.21783),
+  # `linear` all of them (arXiv:2306.15595), `yarn` those that turn less than
+  # beta_fast times in original_length (arXiv:2309.00071), `longrope` each by a
+  # number of its own (arXiv:2402.13753).
+  kind: Literal["llama3", "linear", "yarn", "longrope"] = "llama3"
+  # `longrope` reads `factor` for the attention factor alone.
   factor: Positive = 8.0
+  # Length of the texts before the scaling. `linear` does not read it.
+  original_length: Count = 8192
   low_frequency_factor: Positive = 1.0
   high_frequency_factor: Positive = 4.0
-  original_length: Count = 8192
+  # `yarn` blends between this many turns in original_length, and beta_slow;
+  # `truncate` rounds both ends of the blend to whole frequencies.
+  beta_fast: Positive = 32.0
+  beta_slow: Positive = 1.0
+  truncate: bool = True
+  # Divisors of `longrope`, one per frequency: the short ones for all texts
+  # where context_length is at most original_length, else the long ones for all.
+  short_factors: tuple[Positive, ...] = ()
+  long_factors: tuple[Positive, ...] = ()
+  # `yarn` and `longrope` multiply rotated queries and keys by it; None:
+  # 0.1 ln(factor) + 1, and sqrt(1 + ln(factor) / ln(original_length)).
+  attention_factor: Positive | None = None
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -57,7 +80,8 @@ class LoraConfig:
 # Hashable: the model config is a key in lookups of compiled programs.
 @dataclasses.dataclass(unsafe_hash=True)
 class ModelConfig:
-  """A decoder; the fields select GPT-2, Llama, Qwen3, Gemma and more.
+  """A decoder; the fields select GPT-2, Llama, Qwen3, Gemma and more, and by
+  `causal=False` encoders: BERT, ModernBERT.
 
   Parameters are stored in float32. Norms, softmax and loss run in float32
   for any `dtype`.
@@ -74,20 +98,43 @@ class ModelConfig:
   d_mlp: Count = 768
   # Longest sequence that the model reads, in tokens.
   context_length: Count = 256
+  # False: every token sees its whole document (an encoder, as BERT). Only
+  # sources of the objective `masked` train, and nothing can be generated.
+  causal: bool = True
 
   norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
   norm_epsilon: Positive = 1e-6
   # Norms multiply by 1 + scale (Gemma) in place of scale.
   norm_unit_offset: bool = False
-  # Also normalise each sub-layer's output before the residual sum (Gemma 2, 3).
-  post_norm: bool = False
-  # RMSNorm of queries and keys, per head (Qwen3, Gemma 3).
-  qk_norm: bool = False
-  mlp: Literal["gelu", "relu2", "swiglu", "geglu"] = "swiglu"
-  bias: bool = False
+  # Norms of a sub-layer f: `pre` is x + f(norm(x)); `both` x + norm(f(norm(x)))
+  # (Gemma 2, 3); `post` x + norm(f(x)) (OLMo 2, 3); `residual` norm(x + f(x)),
+  # and no final norm (the Transformer of arXiv:1706.03762).
+  norm_placement: Literal["pre", "both", "post", "residual"] = "pre"
+  # Norm of the embeddings (BERT, ModernBERT).
+  embedding_norm: bool = False
+  # False: attention in the first layer reads the residual itself (ModernBERT);
+  # the scale of its norm is there, and not read.
+  first_attention_norm: bool = True
+  # RMSNorm of queries and keys, for each `head` (Qwen3, Gemma 3) or over all of
+  # them, the whole `projection` (OLMo 2, 3).
+  qk_norm: Literal["head", "projection"] | None = None
+  # `gelu` and `geglu` approximate GELU by tanh; the exact ones use erf.
+  mlp: Literal[
+    "gelu", "gelu_exact", "relu2", "swiglu", "geglu", "geglu_exact"
+  ] = "swiglu"
+  # Which parts have biases: queries, keys and values; the attention's output;
+  # the MLP's matrices; LayerNorms.
+  biases: tuple[Literal["qkv", "o", "mlp", "norm"], ...] = ()
 
   positions: Literal["rope", "learned"] = "rope"
   rope_theta: Positive = 10_000.0
+  # Layer i has rotary positions if rope_layers[i % len(rope_layers)] (SmolLM3:
+  # every fourth layer has none, arXiv:2501.18795).
+  rope_layers: tuple[bool, ...] = (True,)
+  # Share of each head that rotates, the first dimensions (Phi-4-mini).
+  rotary_fraction: Annotated[
+    float, Within(0, 1, "1 rotates whole heads", open_below=True)
+  ] = 1.0
   rope_scaling: RopeScaling | None = None
   # RoPE base in layers with a window (Gemma 3), used without rope_scaling;
   # None: rope_theta and rope_scaling, as in layers without a window.
@@ -102,6 +149,11 @@ class ModelConfig:
   logit_softcap: Positive | None = None
 
   tied_embedding: bool = True
+  # Before the head, norm(gelu(dense x)), and a bias per id of the vocabulary
+  # (the masked-LM heads of BERT and ModernBERT). The dense layer has a bias if
+  # the MLP has.
+  head_transform: bool = False
+  head_bias: bool = False
   # Gemma multiplies embeddings by sqrt(d_model).
   scale_embedding: bool = False
   # Standard deviation of the normal initialiser. Matrices that write to the
@@ -124,7 +176,27 @@ class ModelConfig:
 
   @property
   def gated(self) -> bool:
-    return self.mlp in ("swiglu", "geglu")
+    return self.mlp in ("swiglu", "geglu", "geglu_exact")
+
+  @property
+  def layer_pattern(self) -> tuple[tuple[int | None, bool], ...]:
+    """(window, whether positions are rotary) of the first layers; layer i has
+    entry i % len(layer_pattern).
+    """
+    period = math.lcm(len(self.windows), len(self.rope_layers))
+    rope = self.positions == "rope"
+    return tuple(
+      (
+        self.windows[i % len(self.windows)],
+        rope and self.rope_layers[i % len(self.rope_layers)],
+      )
+      for i in range(min(period, self.n_layers))
+    )
+
+  @property
+  def d_rotary(self) -> int:
+    """Dimensions of a head that rotate."""
+    return int(self.d_head * self.rotary_fraction)
 
 
 @dataclasses.dataclass

@@ -5,6 +5,7 @@ remedy. Rules of one field alone are its annotation in lm/config.py. This module
 does not import JAX.
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,6 +29,15 @@ def validate(config: config_lib.Config) -> config_lib.Config:
     f"must be at most {flat:.0f}: schedule='wsd' decays from that step on, "
     f"the last decay_fraction={o.decay_fraction} of train.steps={steps}",
   )
+  for source in (*config.data.train, *config.data.validation):
+    schema.require(
+      config.model.causal
+      or isinstance(objective_lib.of(source), objective_lib.Masked),
+      "config.model.causal",
+      False,
+      f"every token sees the one that it should predict in source {source!r}; "
+      "write SOURCE|masked",
+    )
   for path, value, default, reader in _without_effect(config):
     schema.require(
       value == default,
@@ -71,18 +81,19 @@ def _validate_model(m: config_lib.ModelConfig) -> None:
     f"must be a multiple of n_kv_heads={m.n_kv_heads}",
   )
   schema.require(
-    m.positions != "rope" or m.d_head % 2 == 0,
-    "config.model.d_head",
-    m.d_head,
-    "must be even, since rotary positions turn pairs",
+    len(set(m.biases)) == len(m.biases),
+    "config.model.biases",
+    m.biases,
+    "must name each part at most once",
   )
-  r = m.rope_scaling
   schema.require(
-    r is None or r.low_frequency_factor < r.high_frequency_factor,
-    "config.model.rope_scaling",
-    r,
-    "low_frequency_factor must be below high_frequency_factor",
+    m.norm == "layernorm" or "norm" not in m.biases,
+    "config.model.biases",
+    m.biases,
+    "only norm='layernorm' has biases; leave 'norm' out",
   )
+  if m.positions == "rope":
+    _validate_rope(m)
   schema.require(
     len(m.windows) > 0 and all(w is None or w >= 1 for w in m.windows),
     "config.model.windows",
@@ -101,6 +112,64 @@ def _validate_model(m: config_lib.ModelConfig) -> None:
       "config.model.lora.targets",
       m.lora.targets,
       f"mlp={m.mlp!r} has no matrix 'gate'; leave it out",
+    )
+
+
+def _validate_rope(m: config_lib.ModelConfig) -> None:
+  schema.require(
+    m.rotary_fraction < 1 or m.d_head % 2 == 0,
+    "config.model.d_head",
+    m.d_head,
+    "must be even, since rotary positions turn pairs",
+  )
+  schema.require(
+    m.d_rotary > 0 and m.d_rotary % 2 == 0,
+    "config.model.rotary_fraction",
+    m.rotary_fraction,
+    f"times d_head={m.d_head} must be an even number of dimensions, at least "
+    "2, since rotary positions turn pairs",
+  )
+  schema.require(
+    len(m.rope_layers) > 0,
+    "config.model.rope_layers",
+    m.rope_layers,
+    "needs at least one entry",
+  )
+  r = m.rope_scaling
+  if r is None:
+    return
+  for name, low, high in (
+    ("llama3", "low_frequency_factor", "high_frequency_factor"),
+    ("yarn", "beta_slow", "beta_fast"),
+  ):
+    schema.require(
+      r.kind != name or getattr(r, low) < getattr(r, high),
+      "config.model.rope_scaling",
+      r,
+      f"{low} must be below {high}",
+    )
+  if r.kind == "yarn":
+    schema.require(
+      m.rope_theta > 1,
+      "config.model.rope_theta",
+      m.rope_theta,
+      "must be above 1 with rope_scaling.kind='yarn', which divides by its log",
+    )
+  if r.kind == "longrope":
+    for name in ("short_factors", "long_factors"):
+      schema.require(
+        len(getattr(r, name)) == m.d_rotary // 2,
+        f"config.model.rope_scaling.{name}",
+        getattr(r, name),
+        f"must be {m.d_rotary // 2} numbers, one per pair of the "
+        f"{m.d_rotary} dimensions that rotate",
+      )
+    schema.require(
+      r.original_length > 1 or r.factor <= 1 or r.attention_factor is not None,
+      "config.model.rope_scaling.original_length",
+      r.original_length,
+      "must be above 1, since the attention factor divides by its log; or set "
+      "attention_factor",
     )
 
 
@@ -193,14 +262,40 @@ _ROWS = ("jsonl:", "parquet:", "csv:", "instruct:")
 # says whether a config reads the fields; the reader is named in the error.
 _READERS: tuple[tuple[str, Callable[[config_lib.Config], bool], str], ...] = (
   (
-    "model.rope_theta model.rope_scaling",
+    "model.first_attention_norm",
+    lambda c: c.model.norm_placement in ("pre", "both"),
+    "model.norm_placement='pre' or 'both'",
+  ),
+  (
+    "model.rope_layers",
     lambda c: c.model.positions == "rope",
     "model.positions='rope'",
   ),
   (
+    "model.rope_theta model.rope_scaling model.rotary_fraction",
+    lambda c: any(rope for _, rope in c.model.layer_pattern),
+    "model.positions='rope' in a layer of model.rope_layers",
+  ),
+  (
     "model.rope_theta_windowed",
-    lambda c: c.model.positions == "rope" and any(c.model.windows),
+    lambda c: any(w is not None and rope for w, rope in c.model.layer_pattern),
     "model.positions='rope' in a layer with one of model.windows",
+  ),
+  *(
+    (
+      " ".join(f"model.rope_scaling.{field}" for field in fields.split()),
+      lambda c, kinds=kinds: (
+        c.model.rope_scaling is None or c.model.rope_scaling.kind in kinds
+      ),
+      " or ".join(f"model.rope_scaling.kind={kind!r}" for kind in kinds),
+    )
+    for kinds, fields in (
+      (("llama3",), "low_frequency_factor high_frequency_factor"),
+      (("llama3", "yarn", "longrope"), "original_length"),
+      (("yarn",), "beta_fast beta_slow truncate"),
+      (("longrope",), "short_factors long_factors"),
+      (("yarn", "longrope"), "attention_factor"),
+    )
   ),
   (
     "tokenizer.path",
@@ -271,18 +366,43 @@ def _without_effect(
   for paths, has_effect, reader in _READERS:
     if has_effect(config):
       continue
-    for room, field in (path.split(".") for path in paths.split()):
-      nodes = (getattr(tree, room) for tree in (config, config_lib.Config()))
-      value, default = (getattr(node, field) for node in nodes)
-      yield f"config.{room}.{field}", value, default, reader
+    for path in paths.split():
+      *rooms, field = path.split(".")
+      node = functools.reduce(getattr, rooms, config)
+      if node is not None:
+        default = getattr(type(node)(), field)
+        yield f"config.{path}", getattr(node, field), default, reader
 
 
 # --- stored configs ----------------------------------------------------------
 
 
+# Fields of the model that earlier versions stored as a bool: name -> the field
+# of today, and its value for False and True.
+_FORMER: dict[str, tuple[str, dict[bool, Any]]] = {
+  "bias": ("biases", {False: [], True: ["qkv", "o", "mlp", "norm"]}),
+  "post_norm": ("norm_placement", {False: "pre", True: "both"}),
+  "qk_norm": ("qk_norm", {False: None, True: "head"}),
+}
+
+
+def _translate(model: dict[str, Any]) -> dict[str, Any]:
+  """A stored model config of any version, in the fields of today."""
+  today = dict(model)
+  for former, (name, values) in _FORMER.items():
+    value = model.get(former)
+    if isinstance(value, bool) and (name == former or name not in model):
+      del today[former]
+      today[name] = values[value]
+  if model.get("bias") is True and model.get("norm") != "layernorm":
+    today["biases"] = today["biases"][:-1]  # an RMSNorm never had a bias
+  return today
+
+
 def from_json(text: str | bytes) -> config_lib.Config:
-  """Inverse of `config.to_json`. A stored config may set fields without effect.
-  Raises ConfigError if `text` is not a valid config.
+  """Inverse of `config.to_json`; also reads configs of earlier versions. A
+  stored config may set fields without effect. Raises ConfigError if `text` is
+  not a valid config.
   """
   try:
     tree = json.loads(text)
@@ -290,6 +410,8 @@ def from_json(text: str | bytes) -> config_lib.Config:
     raise schema.ConfigError(
       f"config={text[:40]!r}...: not JSON: {error}"
     ) from error
+  if isinstance(tree, dict) and isinstance(tree.get("model"), dict):
+    tree["model"] = _translate(tree["model"])
   return check(schema.from_dict(config_lib.Config, tree, "config"))
 
 

@@ -3,6 +3,7 @@
 V 37, F 29, T <= 23; G differs from K; the smallest windows and caps that bite.
 """
 
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -22,7 +23,7 @@ GPT2 = config_lib.ModelConfig(
   norm="layernorm",
   norm_epsilon=1e-5,
   mlp="gelu",
-  bias=True,
+  biases=("qkv", "o", "mlp", "norm"),
   positions="learned",
 )
 
@@ -59,7 +60,7 @@ QWEN3 = config_lib.ModelConfig(
   d_mlp=29,
   context_length=23,
   norm_epsilon=1e-5,
-  qk_norm=True,
+  qk_norm="head",
   mlp="swiglu",
   rope_theta=100.0,
 )
@@ -74,7 +75,7 @@ GEMMA2 = config_lib.ModelConfig(
   d_mlp=29,
   context_length=23,
   norm_unit_offset=True,
-  post_norm=True,
+  norm_placement="both",
   mlp="geglu",
   rope_theta=100.0,
   windows=(5, None),
@@ -95,8 +96,8 @@ GEMMA3 = config_lib.ModelConfig(
   d_mlp=29,
   context_length=23,
   norm_unit_offset=True,
-  post_norm=True,
-  qk_norm=True,
+  norm_placement="both",
+  qk_norm="head",
   mlp="geglu",
   rope_theta=100.0,
   rope_scaling=LLAMA3.rope_scaling,
@@ -106,6 +107,81 @@ GEMMA3 = config_lib.ModelConfig(
   scale_embedding=True,
 )
 
+QWEN2 = dataclasses.replace(QWEN3, qk_norm=None, biases=("qkv",))
+
+STARCODER2 = dataclasses.replace(
+  QWEN2,
+  norm="layernorm",
+  mlp="gelu",
+  biases=("qkv", "o", "mlp", "norm"),
+  windows=(5,),
+)
+
+# The windowed layers have a base of their own, which is the same, and so none
+# of YaRN. Its blend is of two of the five planes.
+OLMO3 = dataclasses.replace(
+  QWEN2,
+  n_layers=5,
+  biases=(),
+  norm_placement="post",
+  qk_norm="projection",
+  rope_scaling=config_lib.RopeScaling(
+    kind="yarn", factor=8.0, beta_fast=4.0, beta_slow=0.5, original_length=64
+  ),
+  rope_theta_windowed=100.0,
+  windows=(5, 5, 5, None),
+  tied_embedding=False,
+)
+
+# Three of five planes rotate, with the long divisors: rows are longer than 16.
+PHI3 = dataclasses.replace(
+  QWEN2,
+  d_model=20,
+  n_heads=2,
+  n_kv_heads=1,
+  biases=(),
+  rotary_fraction=0.6,
+  rope_scaling=config_lib.RopeScaling(
+    kind="longrope",
+    factor=23 / 16,
+    original_length=16,
+    short_factors=(1.0, 1.5, 2.0),
+    long_factors=(1.0, 3.0, 7.0),
+  ),
+  windows=(11,),
+)
+
+SMOLLM3 = dataclasses.replace(
+  QWEN2, n_layers=6, biases=(), rope_layers=(True, True, True, False)
+)
+
+BERT = dataclasses.replace(
+  GPT2,
+  causal=False,
+  norm_placement="residual",
+  embedding_norm=True,
+  mlp="gelu_exact",
+  head_transform=True,
+  head_bias=True,
+)
+
+MODERNBERT = dataclasses.replace(
+  BERT,
+  n_layers=5,
+  d_model=20,
+  n_heads=2,
+  n_kv_heads=2,
+  d_head=10,
+  norm_placement="pre",
+  first_attention_norm=False,
+  mlp="geglu_exact",
+  biases=(),
+  positions="rope",
+  rope_theta=100.0,
+  rope_theta_windowed=20.0,
+  windows=(None, 5, 5),
+)
+
 # Families that transformers implements too: the golden file has their logits.
 PUBLISHED = {
   "gpt2": GPT2,
@@ -113,6 +189,13 @@ PUBLISHED = {
   "qwen3": QWEN3,
   "gemma2": GEMMA2,
   "gemma3": GEMMA3,
+  "qwen2": QWEN2,
+  "starcoder2": STARCODER2,
+  "olmo3": OLMO3,
+  "phi3": PHI3,
+  "smollm3": SMOLLM3,
+  "bert": BERT,
+  "modernbert": MODERNBERT,
 }
 
 # What no single family has together: LayerNorm without biases, one kv head.
@@ -126,7 +209,7 @@ RELU2 = config_lib.ModelConfig(
   d_mlp=29,
   context_length=23,
   norm="layernorm",
-  qk_norm=True,
+  qk_norm="head",
   mlp="relu2",
   rope_theta=100.0,
 )
@@ -142,16 +225,32 @@ BIASED = config_lib.ModelConfig(
   d_mlp=29,
   context_length=23,
   norm="layernorm",
-  post_norm=True,
-  qk_norm=True,
+  norm_placement="both",
+  qk_norm="head",
   mlp="geglu",
-  bias=True,
+  biases=("qkv", "o", "mlp", "norm"),
   rope_theta=100.0,
   windows=(3, None, 2),
   tied_embedding=False,
 )
 
-ALL = PUBLISHED | {"relu2": RELU2, "biased": BIASED}
+# Norms after the sum, exact GELU; two patterns, of three and of two layers.
+RESIDUAL = dataclasses.replace(
+  STARCODER2,
+  n_layers=8,
+  norm_placement="residual",
+  qk_norm="projection",
+  mlp="gelu_exact",
+  biases=("o", "norm"),
+  rope_layers=(False, True, True),
+  rope_scaling=config_lib.RopeScaling(kind="linear", factor=3.0),
+  windows=(5, None),
+)
+
+ALL = PUBLISHED | {"relu2": RELU2, "biased": BIASED, "residual": RESIDUAL}
+
+
+DECODERS = {name: cfg for name, cfg in ALL.items() if cfg.causal}
 
 
 def packed_batch(

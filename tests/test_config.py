@@ -1,5 +1,6 @@
 """Config tree, JSON, mesh rules, command line, and the shipped configs."""
 
+import copy
 import dataclasses
 import functools
 import gzip
@@ -118,7 +119,10 @@ def test_literal_takes_its_choices_and_names_the_nearest(case):
 @pytest.mark.parametrize(
   "changes, expected",
   [
-    ({"model.bias": 1}, "config.model.bias=1: must be of type bool, not int"),
+    (
+      {"model.scan_layers": 1},
+      "config.model.scan_layers=1: must be of type bool, not int",
+    ),
     (
       {"model.n_layers": True},
       "config.model.n_layers=True: must be of type int, not bool",
@@ -157,7 +161,7 @@ def changed(changes: dict) -> config_lib.Config:
   config = full_config()
   for field, value in changes.items():
     parent, _, name = f"config.{field}".rpartition(".")
-    setattr(dict(nodes(config))[parent], name, value)
+    setattr(dict(nodes(config))[parent], name, copy.deepcopy(value))
   return config
 
 
@@ -195,10 +199,83 @@ RULES = [
         low_frequency_factor=4.0, high_frequency_factor=4.0
       )
     },
-    "config.model.rope_scaling=RopeScaling(factor=8.0,"
-    " low_frequency_factor=4.0, high_frequency_factor=4.0,"
-    " original_length=8192): low_frequency_factor must be below"
-    " high_frequency_factor",
+    "config.model.rope_scaling=RopeScaling(kind='llama3', factor=8.0,"
+    " original_length=8192, low_frequency_factor=4.0,"
+    " high_frequency_factor=4.0, beta_fast=32.0, beta_slow=1.0, truncate=True,"
+    " short_factors=(), long_factors=(), attention_factor=None):"
+    " low_frequency_factor must be below high_frequency_factor",
+  ),
+  (
+    {"model.rope_scaling.kind": "yarn", "model.rope_scaling.beta_slow": 32.0},
+    "config.model.rope_scaling=RopeScaling(kind='yarn', factor=8.0,"
+    " original_length=8192, low_frequency_factor=1.0,"
+    " high_frequency_factor=4.0, beta_fast=32.0, beta_slow=32.0,"
+    " truncate=True, short_factors=(), long_factors=(), attention_factor=None):"
+    " beta_slow must be below beta_fast",
+  ),
+  (
+    {"model.rope_scaling.kind": "yarn", "model.rope_theta": 1.0},
+    "config.model.rope_theta=1.0: must be above 1 with"
+    " rope_scaling.kind='yarn', which divides by its log",
+  ),
+  (
+    {
+      "model.rope_scaling.kind": "longrope",
+      "model.rope_scaling.short_factors": (1.0,) * 12,
+      "model.rope_scaling.long_factors": (2.0, 3.0),
+      "model.rotary_fraction": 0.75,
+    },
+    "config.model.rope_scaling.long_factors=(2.0, 3.0): must be 12 numbers, one"
+    " per pair of the 24 dimensions that rotate",
+  ),
+  (
+    {
+      "model.rope_scaling": config_lib.RopeScaling(
+        kind="longrope",
+        short_factors=(1.0,) * 16,
+        long_factors=(1.0,) * 16,
+        original_length=1,
+      )
+    },
+    "config.model.rope_scaling.original_length=1: must be above 1, since the"
+    " attention factor divides by its log; or set attention_factor",
+  ),
+  (
+    {"model.rotary_fraction": 0.1},
+    "config.model.rotary_fraction=0.1: times d_head=32 must be an even number"
+    " of dimensions, at least 2, since rotary positions turn pairs",
+  ),
+  (
+    {"model.rotary_fraction": 1.5},
+    "config.model.rotary_fraction=1.5: must be in (0, 1]; 1 rotates whole"
+    " heads",
+  ),
+  (
+    {"model.rope_layers": ()},
+    "config.model.rope_layers=(): needs at least one entry",
+  ),
+  (
+    {"model.biases": ("qkv", "o", "qkv")},
+    "config.model.biases=('qkv', 'o', 'qkv'): must name each part at most once",
+  ),
+  (
+    {"model.biases": ("norm",)},
+    "config.model.biases=('norm',): only norm='layernorm' has biases; leave"
+    " 'norm' out",
+  ),
+  (
+    {"model.biases": ("kv",)},
+    "config.model.biases[0]='kv': unknown; did you mean 'qkv'? Known: qkv, o,"
+    " mlp, norm",
+  ),
+  (
+    {
+      "model.causal": False,
+      "data.train": ("text:a|masked",),
+      "data.validation": ("text:b|masked", "text:c|prefix"),
+    },
+    "config.model.causal=False: every token sees the one that it should"
+    " predict in source 'text:c|prefix'; write SOURCE|masked",
   ),
   (
     {"model.windows": ()},
@@ -320,14 +397,47 @@ def test_number_with_too_many_digits_to_print_is_refused():
 
 # Set, and read by nothing: (what makes it so, the field, who would read it).
 LEARNED = {"model.positions": "learned", "model.rope_scaling": None}
+NOPE = (False, False)
+ROTARY = "model.positions='rope' in a layer of model.rope_layers"
 BYTES = {"tokenizer.kind": "bytes"}
 UNREAD = [
-  (LEARNED, "model.rope_theta", 5e5, "model.positions='rope'"),
+  (LEARNED, "model.rope_layers", (True, False), "model.positions='rope'"),
   (
-    LEARNED,
-    "model.rope_scaling",
-    config_lib.RopeScaling(),
-    "model.positions='rope'",
+    {"model.norm_placement": "post"},
+    "model.first_attention_norm",
+    False,
+    "model.norm_placement='pre' or 'both'",
+  ),
+  *(
+    (also, f"model.{name}", value, ROTARY)
+    for also in (
+      LEARNED,
+      {"model.rope_scaling": None, "model.rope_layers": NOPE},
+    )
+    for name, value in (
+      ("rope_theta", 5e5),
+      ("rope_scaling", config_lib.RopeScaling()),
+      ("rotary_fraction", 0.5),
+    )
+  ),
+  *(
+    ({}, f"model.rope_scaling.{name}", value, f"model.rope_scaling.{reader}")
+    for name, value, reader in (
+      ("beta_fast", 7.0, "kind='yarn'"),
+      ("truncate", False, "kind='yarn'"),
+      ("short_factors", (2.0,), "kind='longrope'"),
+      (
+        "attention_factor",
+        1.5,
+        "kind='yarn' or model.rope_scaling.kind='longrope'",
+      ),
+    )
+  ),
+  (
+    {"model.rope_scaling": config_lib.RopeScaling(kind="linear")},
+    "model.rope_scaling.high_frequency_factor",
+    5.0,
+    "model.rope_scaling.kind='llama3'",
   ),
   (
     {},
@@ -378,8 +488,7 @@ UNREAD = [
 @pytest.mark.parametrize("also, field, value, reader", UNREAD, ids=str)
 def test_field_that_nothing_reads_is_refused(also, field, value, reader):
   plain = validation.validate(changed(also))
-  room, name = field.split(".")
-  default = getattr(getattr(config_lib.Config(), room), name)
+  default = functools.reduce(getattr, field.split("."), plain)
   config = changed({**also, field: value})
   assert message(config) == (
     f"config.{field}={value!r}: has no effect: only {reader} reads it; leave"
@@ -566,6 +675,62 @@ def test_json_round_trip_keeps_every_field():
   assert validation.differences(back, config) == {}
 
 
+# The model of a config as stored before biases, norm_placement and a kind of
+# qk_norm, in part: (stored, today).
+FORMER = [
+  (
+    '{"norm": "layernorm", "post_norm": false, "qk_norm": false, "bias": true}',
+    {"norm": "layernorm", "biases": ("qkv", "o", "mlp", "norm")},
+  ),
+  ('{"bias": true}', {"biases": ("qkv", "o", "mlp")}),
+  ('{"bias": false, "norm": "layernorm"}', {"norm": "layernorm"}),
+  ('{"post_norm": true}', {"norm_placement": "both"}),
+  ('{"qk_norm": true}', {"qk_norm": "head"}),
+  ('{"qk_norm": false}', {}),
+  (
+    '{"norm_unit_offset": true, "post_norm": true, "qk_norm": true, "mlp": '
+    '"geglu", "bias": false, "positions": "rope", "rope_theta": 1000000.0, '
+    '"rope_scaling": {"factor": 8.0, "low_frequency_factor": 1.0, '
+    '"high_frequency_factor": 4.0, "original_length": 8192}, '
+    '"rope_theta_windowed": 10000.0, "windows": [512, null]}',
+    {
+      "norm_unit_offset": True,
+      "norm_placement": "both",
+      "qk_norm": "head",
+      "mlp": "geglu",
+      "rope_theta": 1e6,
+      "rope_scaling": config_lib.RopeScaling(kind="llama3"),
+      "rope_theta_windowed": 1e4,
+      "windows": (512, None),
+    },
+  ),
+]
+
+
+@pytest.mark.parametrize("stored, today", FORMER, ids=str)
+def test_config_of_an_earlier_version_is_translated(stored, today):
+  found = validation.from_json(f'{{"seed": 5, "model": {stored}}}')
+  assert found == config_lib.Config(
+    seed=5, model=config_lib.ModelConfig(**today)
+  )
+  assert validation.from_json(config_lib.to_json(found)) == found
+
+
+@pytest.mark.parametrize(
+  "model, expected",
+  [
+    ('{"bias": 1}', "config.model.bias: unknown; did you mean 'biases'?"),
+    ('{"bias": true, "biases": []}', "config.model.bias: unknown"),
+    ('{"post_norm": "yes"}', "config.model.post_norm: unknown"),
+    ('{"qk_norm": 1}', "config.model.qk_norm=1: unknown"),
+  ],
+)
+def test_other_values_of_former_fields_are_refused(model, expected):
+  with pytest.raises(schema.ConfigError) as info:
+    validation.from_json(f'{{"model": {model}}}')
+  assert str(info.value).startswith(expected)
+
+
 @pytest.mark.parametrize(
   "text, expected",
   [
@@ -634,7 +799,7 @@ def plain(tmp_path) -> str:
     ("optimizer.clip_norm=None", None),
     ("optimizer.clip_norm=0.5", 0.5),
     ("optimizer.name=lion", "lion"),
-    ("model.bias=true", True),
+    ("model.scale_embedding=true", True),
     ("model.scan_layers=False", False),
     ("model.windows=(64,None)", (64, None)),
     ("model.windows=64", (64,)),

@@ -36,7 +36,7 @@ def _config(name="adamw", mesh=(1, 1, 1), mode="jit", **fields):
     d_head=6,
     d_mlp=24,
     context_length=T,
-    qk_norm=True,
+    qk_norm="head",
     loss_chunk=7,
   )
   c.optimizer = config_lib.OptimizerConfig(
@@ -144,6 +144,56 @@ def test_same_numbers_however_it_is_computed(
   want, _, reference = one_device
   assert want.shape == (2, 2 + 5 * config.model.n_layers)
   np.testing.assert_allclose(numbers, want, rtol=1e-5)
+  for (path, ours), theirs in zip(
+    jax.tree_util.tree_leaves_with_path(first[0].mu),
+    jax.tree.leaves(reference[0].mu),
+    strict=True,
+  ):
+    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max(), path
+  assert "rematerialization" not in capfd.readouterr().err
+
+
+# A norm over all heads sums over the devices of the tensor axis. Two patterns
+# of layers, of which neither stops where a model of three layers does.
+SWITCHES = {
+  "model__norm_placement": "post",
+  "model__qk_norm": "projection",
+  "model__biases": ("qkv", "o"),
+  "model__mlp": "geglu_exact",
+  "model__rotary_fraction": 2 / 3,
+  "model__rope_layers": (True, True, False),
+  "model__windows": (5, None),
+}
+
+
+def test_an_encoder_on_a_mesh_under_muon():
+  """Its head has a matrix, vectors, and a bias that the vocabulary's devices
+  share.
+  """
+  fields = {
+    "model__causal": False,
+    "model__norm": "layernorm",
+    "model__norm_placement": "residual",
+    "model__biases": ("mlp", "norm"),
+    "model__embedding_norm": True,
+    "model__head_transform": True,
+    "model__head_bias": True,
+    "data__train": ("text:a|masked",),
+    "data__validation": (),
+  }
+  want, _, _ = _run(_config("muon", **fields), prefix=True)
+  got, state, _ = _run(_config("muon", mesh=(2, 2, 2), **fields), prefix=True)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  assert np.abs(np.asarray(state.params["head_bias"])).max() > 1e-3
+
+
+def test_switches_of_families_on_a_mesh(capfd, compiled_anew):
+  config = _config(optimizer__clip_norm=None, **SWITCHES)
+  want, _, reference = _run(config)
+  got, _, first = _run(
+    _config(mesh=(2, 2, 2), optimizer__clip_norm=None, **SWITCHES)
+  )
+  np.testing.assert_allclose(got, want, rtol=1e-5)
   for (path, ours), theirs in zip(
     jax.tree_util.tree_leaves_with_path(first[0].mu),
     jax.tree.leaves(reference[0].mu),
@@ -452,11 +502,16 @@ OTHER = {
   "model.context_length": 13,
   "model.norm": "layernorm",
   "model.norm_epsilon": 1e-3,
+  "model.causal": False,
+  "model.embedding_norm": True,
+  "model.first_attention_norm": False,
+  "model.head_transform": True,
+  "model.head_bias": True,
   "model.norm_unit_offset": True,
-  "model.post_norm": True,
-  "model.qk_norm": False,
+  "model.norm_placement": "both",
+  "model.qk_norm": "projection",
   "model.mlp": "geglu",
-  "model.bias": True,
+  "model.biases": ("qkv",),
   "model.positions": "learned",
   "model.rope_theta": 500.0,
   "model.rope_scaling": config_lib.RopeScaling(),
@@ -464,6 +519,15 @@ OTHER = {
   "model.rope_scaling.low_frequency_factor": 2.0,
   "model.rope_scaling.high_frequency_factor": 7.0,
   "model.rope_scaling.original_length": 7,
+  "model.rope_scaling.kind": "linear",
+  "model.rope_scaling.beta_fast": 400.0,
+  "model.rope_scaling.beta_slow": 7.0,
+  "model.rope_scaling.truncate": False,
+  "model.rope_scaling.short_factors": (2.0, 2.0, 2.0),
+  "model.rope_scaling.long_factors": (2.0, 2.0, 2.0),
+  "model.rope_scaling.attention_factor": 2.0,
+  "model.rope_layers": (True, False),
+  "model.rotary_fraction": 0.67,
   "model.rope_theta_windowed": 500.0,
   "model.windows": (3, None),
   "model.query_scale_dim": 7,
@@ -491,10 +555,21 @@ OTHER = {
   "train.z_loss": 0.1,
   "train.statistics_every": 7,
 }
+YARN = config_lib.RopeScaling(kind="yarn", original_length=10_000)
+LONGROPE = {
+  f"{name}_factors": config_lib.RopeScaling(
+    kind="longrope",
+    original_length=original,
+    short_factors=(1.0, 2.0, 3.0),
+    long_factors=(3.0, 2.0, 1.0),
+  )
+  for name, original in (("short", T), ("long", T - 1))
+}
 # Settings under which a field is read.
 UNDER = (
   {
     "model.context_length": {"model.positions": "learned"},
+    "model.causal": {"data.train": ("text:a|masked",), "data.validation": ()},
     "model.rope_theta_windowed": {"model.windows": (3,)},
   }
   | {
@@ -506,6 +581,14 @@ UNDER = (
       "model.rope_scaling": config_lib.RopeScaling()
     }
     for field in dataclasses.fields(config_lib.RopeScaling)
+  }
+  | {
+    f"model.rope_scaling.{name}": {"model.rope_scaling": YARN}
+    for name in ("beta_fast", "beta_slow", "truncate", "attention_factor")
+  }
+  | {
+    f"model.rope_scaling.{name}": {"model.rope_scaling": scaling}
+    for name, scaling in LONGROPE.items()
   }
 )
 # Readers of fields that the program of a step does not show, or that
@@ -537,7 +620,8 @@ def _program(settings) -> str:
 
   batch = batch_lib.empty(config.train.batch_size, config.train.sequence_length)
   step = jax.make_jaxpr(step_lib.train_step(config))
-  return f"{jax.make_jaxpr(first)()}{step(jax.eval_shape(first), batch)}"
+  made = jax.make_jaxpr(first)(), step(jax.eval_shape(first), batch)
+  return "".join(f"{jaxpr}{jaxpr.consts}" for jaxpr in made)
 
 
 @pytest.mark.slow

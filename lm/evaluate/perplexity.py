@@ -50,10 +50,12 @@ def score(
 ) -> Scores:
   """Scores a batch, with or without a mesh in context."""
   hidden, _ = decoder.forward(cfg, params, batch)
+  head, bias = decoder.bind(cfg, params).head_parts()
   nll = scoring.token_nll(
     hidden,
-    decoder.bind(cfg, params).head_weight(),
+    head,
     batch.targets,
+    bias=bias,
     chunk=cfg.loss_chunk,
     softcap=cfg.logit_softcap,
   )

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lm import config as config_lib
 from lm import sharding
-from lm.model import kernels, layers, weights
+from lm.model import kernels, layers, rotary, weights
 
 
 @functools.partial(
@@ -106,16 +106,17 @@ class Attention(nnx.Module):
     o_axes = ("heads", None, "embed")
     self.o = weights.matrix(rngs, (N, H, D), o_axes, out_scale, n_inputs=2)
 
-    def bias(*shape_and_axes):
+    def bias(part, *shape_and_axes):
       shape, axes = zip(*shape_and_axes, strict=True)
-      return weights.vector(0.0, shape, axes) if cfg.bias else None
+      return weights.vector(0.0, shape, axes) if part in cfg.biases else None
 
-    self.q_bias = bias((N, "heads"), (H, None))
-    self.k_bias = bias((K, "kv_heads"), (H, None))
-    self.v_bias = bias((K, "kv_heads"), (H, None))
-    self.o_bias = bias((D, None))
-    self.q_norm = layers.RMSNorm(H, cfg) if cfg.qk_norm else None
-    self.k_norm = layers.RMSNorm(H, cfg) if cfg.qk_norm else None
+    self.q_bias = bias("qkv", (N, "heads"), (H, None))
+    self.k_bias = bias("qkv", (K, "kv_heads"), (H, None))
+    self.v_bias = bias("qkv", (K, "kv_heads"), (H, None))
+    self.o_bias = bias("o", (D, None))
+    normed = cfg.qk_norm is not None
+    self.q_norm = layers.QkNorm(N, "heads", cfg) if normed else None
+    self.k_norm = layers.QkNorm(K, "kv_heads", cfg) if normed else None
 
   def __call__(
     self,
@@ -145,7 +146,7 @@ class Attention(nnx.Module):
     if self.q_norm is not None and self.k_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
     if angles is not None:
-      q, k = layers.rotate(q, angles), layers.rotate(k, angles)
+      q, k = rotary.rotate(q, angles), rotary.rotate(k, angles)
     how = {
       "scale": (cfg.query_scale_dim or cfg.d_head) ** -0.5,
       "window": window,

@@ -1,6 +1,6 @@
-"""Norms, feed-forward (MLP), embedding look-up, rotary positions, dropout.
+"""Norms, feed-forward (MLP), embedding look-up, dropout.
 
-B batch, T query length, D model, F mlp, H head, V vocabulary.
+B batch, T query length, D model, F mlp, V vocabulary.
 """
 
 import functools
@@ -26,7 +26,8 @@ def add_bias(x: Array, bias: nnx.Param | None) -> Array:
 
 
 class Norm(nnx.Module):
-  """RMSNorm (arXiv:1910.07467) or LayerNorm of the last dimension, in float32.
+  """RMSNorm (arXiv:1910.07467) or LayerNorm over the dimensions of its scale,
+  the last ones, in float32.
 
   `norm_unit_offset` multiplies by 1 + scale, as Gemma does.
   """
@@ -36,7 +37,7 @@ class Norm(nnx.Module):
     self.offset = 1.0 if cfg.norm_unit_offset else 0.0
     self.epsilon = cfg.norm_epsilon
     self.scale = weights.vector(1.0 - self.offset, (size,), (None,))
-    has_bias = self.centred and cfg.bias
+    has_bias = self.centred and "norm" in cfg.biases
     self.bias = weights.vector(0.0, (size,), (None,)) if has_bias else None
 
   def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
@@ -47,24 +48,30 @@ class Norm(nnx.Module):
   @functools.partial(jax.checkpoint, static_argnums=0)
   def _normalise(self, x, scale, bias):
     y = x.astype(jnp.float32)
+    axes = tuple(range(x.ndim - scale.ndim, x.ndim))
     if self.centred:
-      y -= jnp.mean(y, axis=-1, keepdims=True)
+      y -= jnp.mean(y, axis=axes, keepdims=True)
     y *= jax.lax.rsqrt(
-      jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon
+      jnp.mean(jnp.square(y), axis=axes, keepdims=True) + self.epsilon
     )
-    lead = (None,) * (x.ndim - 1)
+    lead = (None,) * (x.ndim - scale.ndim)
     y *= scale[(*lead, ...)]
     if bias is not None:
       y += bias[(*lead, ...)]
     return y.astype(x.dtype)
 
 
-class RMSNorm(Norm):
-  """RMSNorm regardless of `cfg.norm`, for queries and keys (QK norm)."""
+class QkNorm(Norm):
+  """RMSNorm of queries or keys, whatever `cfg.norm` is: of each head, or of all
+  heads together (the sum of squares then crosses the devices that share them).
+  """
 
-  def __init__(self, size: int, cfg: config_lib.ModelConfig):
-    super().__init__(size, cfg)
+  def __init__(self, heads: int, axis: str, cfg: config_lib.ModelConfig):
+    super().__init__(cfg.d_head, cfg)
     self.centred, self.bias = False, None
+    if cfg.qk_norm == "projection":
+      shape, axes = (heads, cfg.d_head), (axis, None)
+      self.scale = weights.vector(1.0 - self.offset, shape, axes)
 
 
 class MLP(nnx.Module):
@@ -85,7 +92,8 @@ class MLP(nnx.Module):
     self.down = weights.matrix(rngs, (F, D), ("mlp", "embed"), out_scale)
 
     def bias(size, axis):
-      return weights.vector(0.0, (size,), (axis,)) if cfg.bias else None
+      has = "mlp" in cfg.biases
+      return weights.vector(0.0, (size,), (axis,)) if has else None
 
     self.up_bias = bias(F, "mlp")
     self.gate_bias = bias(F, "mlp") if cfg.gated else None
@@ -118,8 +126,28 @@ class MLP(nnx.Module):
     elif self.activation == "relu2":
       y = jnp.square(jax.nn.relu(x))
     else:
-      y = jax.nn.gelu(x, approximate=True)
+      approximate = not self.activation.endswith("_exact")
+      y = jax.nn.gelu(x, approximate=approximate)
     return y if gate is None else y * up
+
+
+class HeadTransform(nnx.Module):
+  """norm(gelu(dense x)): between a masked LM and its head (BERT)."""
+
+  def __init__(self, cfg: config_lib.ModelConfig, *, rngs: nnx.Rngs):
+    D, axes = cfg.d_model, ("embed", None)
+    self.approximate = cfg.mlp in ("gelu", "geglu")
+    self.dense = weights.matrix(rngs, (D, D), axes, cfg.init_scale)
+    has_bias = "mlp" in cfg.biases
+    self.dense_bias = weights.vector(0.0, (D,), (None,)) if has_bias else None
+    self.norm = Norm(D, cfg)
+
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    outer = ("batch", "length", None)
+    y = add_bias(
+      weights.dot("BTD,DE->BTE", x, self.dense, *outer), self.dense_bias
+    )
+    return self.norm(jax.nn.gelu(y, approximate=self.approximate))
 
 
 def look_up(
@@ -137,38 +165,6 @@ def look_up(
   if sharding.has_mesh():
     table = jax.sharding.reshard(table, sharding.partition(axis, None))
   return table.at[ids].get(out_sharding=sharding.spec("batch", "length", None))
-
-
-def rotary_angles(
-  positions: Int[Array, "B T"],
-  d_head: int,
-  theta: float,
-  scaling: config_lib.RopeScaling | None,
-) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
-  """RoPE: cos and sin of position times frequency (arXiv:2104.09864)."""
-  pair = jnp.arange(0, d_head, 2, dtype=jnp.float32)
-  frequency = theta ** (-pair / d_head)
-  if scaling is not None:
-    # Llama 3.1: stretch wavelengths above original_length / low by `factor`,
-    # keep wavelengths below original_length / high, blend in between.
-    turns = scaling.original_length * frequency / (2 * jnp.pi)
-    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-    keep = jnp.clip((turns - low) / (high - low), 0, 1)
-    frequency = frequency * (keep + (1 - keep) / scaling.factor)
-  angle = positions[..., None].astype(jnp.float32) * frequency[None, None, :]
-  return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(
-  x: Float[Array, "B T heads H"],
-  angles: tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]],
-) -> Float[Array, "B T heads H"]:
-  """RoPE: rotates each pair (x[i], x[i + H/2]) by the angle of the position."""
-  cos, sin = (a[:, :, None, :].astype(x.dtype) for a in angles)
-  left, right = jnp.split(x, 2, axis=-1)
-  return jnp.concatenate(
-    [left * cos - right * sin, right * cos + left * sin], axis=-1
-  )
 
 
 def fold_rows(keys: Key[Array, "B"], data: int | Array) -> Key[Array, "B"]:

@@ -112,6 +112,8 @@ _AXES: dict[str, tuple[str | None, ...]] = {
   "down": ("mlp", "embed"),
   "up_bias": ("mlp",),
   "gate_bias": ("mlp",),
+  "dense": ("embed", None),
+  "head_bias": ("vocab",),
 }
 
 
@@ -195,6 +197,8 @@ def _axes_of(path: Any, otherwise: tuple[None, ...]) -> tuple[str | None, ...]:
     n_inputs = 2 if matrix == "o" else 1
     inputs, outputs = _AXES[matrix][:n_inputs], _AXES[matrix][n_inputs:]
     return (*inputs, None) if name == "a" else (None, *outputs)
+  if name == "scale" and len(otherwise) == 2:  # QK norm of all heads
+    return _AXES[path[-2].key.replace("norm", "bias")]
   return _AXES.get(name, otherwise)
 
 
