@@ -1,6 +1,5 @@
 """Vocabularies of others, and ours for others: equal ids, exact bytes."""
 
-import importlib.util
 import re
 import unicodedata
 
@@ -25,18 +24,9 @@ def ours(folders):
   return {n: tokenizer_lib.from_files(str(p)) for n, p in folders.items()}
 
 
-def theirs(folder):
-  """transformers' tokenizer of a folder."""
-  if importlib.util.find_spec("transformers") is None:
-    pytest.fail("needs the extra `test`")
-  import transformers
-
-  return transformers.AutoTokenizer.from_pretrained(folder)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_ids_are_those_of_transformers(folders, ours, name):
-  own, other = ours[name], theirs(folders[name])
+  own, other = ours[name], vocabularies.auto_tokenizer(folders[name])
   texts = vocabularies.hostile(1000, names=False)
   want = [other.encode(text, add_special_tokens=False) for text in texts]
   got = [ids.tolist() for ids in own.encode_batch(texts)]
@@ -97,7 +87,7 @@ def test_bytes_are_exact_or_it_says_why_not(ours, name):
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "bert"])
 def test_decoding_is_that_of_transformers(folders, ours, name):
-  t, other = ours[name], theirs(folders[name])
+  t, other = ours[name], vocabularies.auto_tokenizer(folders[name])
   for text in vocabularies.hostile(300, names=False):
     ids = t.encode(text)
     want = other.decode(ids, clean_up_tokenization_spaces=False)

@@ -4,10 +4,12 @@ Each is trained here, on files of this repository: nothing is downloaded.
 """
 
 import functools
+import importlib.util
 import json
 import pathlib
 import random
 
+import pytest
 import tokenizers
 from tokenizers import (
   AddedToken,
@@ -262,6 +264,15 @@ def folder(path: pathlib.Path, name: str) -> pathlib.Path:
   for file, content in files(name).items():
     (where / file).write_text(content)
   return where
+
+
+def auto_tokenizer(path):
+  """transformers' tokenizer of a folder."""
+  if importlib.util.find_spec("transformers") is None:
+    pytest.fail("needs the extra `test`")
+  import transformers
+
+  return transformers.AutoTokenizer.from_pretrained(path)
 
 
 # --- hostile texts -----------------------------------------------------------
