@@ -1,13 +1,11 @@
 """Vocabularies that transformers reads: equal ids and text, on hostile text."""
 
 import functools
-import io
 import json
 import random
 
 import chat_templates
 import pytest
-import sentencepiece
 import vocabularies
 from vocabularies import auto_tokenizer
 
@@ -31,25 +29,6 @@ def trained(special=(), size=901) -> bytes:
   return model
 
 
-def foreign(**options) -> bytes:
-  """A model as Llama 2's (`add_dummy_prefix`) or Gemma's."""
-  model = io.BytesIO()
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(" ".join(vocabularies.CORPUS).splitlines()),
-    model_writer=model,
-    minloglevel=2,
-    **{
-      "vocab_size": 800,
-      "model_type": "bpe",
-      "byte_fallback": True,
-      "normalization_rule_name": "identity",
-      "remove_extra_whitespaces": False,
-      **options,
-    },
-  )
-  return model.getvalue()
-
-
 OURS = {
   "bytes": lambda: tokenizer_lib.Tokenizer(None, None, SPECIAL),
   "trained": lambda: tokenizer_lib.Tokenizer(trained()),
@@ -57,12 +36,14 @@ OURS = {
     trained(SPECIAL), None, SPECIAL
   ),
   "loaded_special": lambda: tokenizer_lib.Tokenizer(trained(), None, SPECIAL),
-  "foreign": lambda: tokenizer_lib.Tokenizer(foreign()),
+  "foreign": lambda: tokenizer_lib.Tokenizer(
+    vocabularies.sentencepiece_model()
+  ),
   "foreign_plain": lambda: tokenizer_lib.Tokenizer(
-    foreign(), None, SPECIAL, plain=True
+    vocabularies.sentencepiece_model(), None, SPECIAL, plain=True
   ),
   "foreign_symbols": lambda: tokenizer_lib.Tokenizer(
-    foreign(
+    vocabularies.sentencepiece_model(
       add_dummy_prefix=False,
       user_defined_symbols=["<table>", "\u2581\u2581", "\n\n", "<|im_end|>"],
     ),
@@ -158,6 +139,22 @@ def test_chats_are_laid_out_alike(tmp_path, style):
   assert got == want[:n].tolist()
 
 
+def test_the_files_are_read_again_with_the_config_beside_them(tmp_path):
+  """transformers has a tokenizer of its own for some model types."""
+  t = tokenizer_lib.Tokenizer(trained())
+  export.write(t, str(tmp_path))
+  for family in ("llama", "gpt2", "qwen3", "gemma2", "bert", "phi3"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    export.verify(t, str(tmp_path))
+  (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+  with pytest.raises(schema.RunError, match="as Qwen2Tokenizer and makes"):
+    export.verify(t, str(tmp_path))
+  # Of its own vocabulary that tokenizer is the true one.
+  t = tokenizer_lib.from_files(str(vocabularies.folder(tmp_path, "qwen")))
+  export.write(t, str(tmp_path))
+  export.verify(t, str(tmp_path))
+
+
 def test_what_a_tokenizer_json_cannot_express_is_refused():
   joint = tokenizer_lib.Tokenizer(trained()).decode([400])
   assert len(joint) > 1
@@ -171,6 +168,6 @@ def test_what_a_tokenizer_json_cannot_express_is_refused():
     ({"remove_extra_whitespaces": True}, "has a normaliser"),
     ({"user_defined_symbols": ["<t>"]}, "user-defined symbols and a prefix"),
   ):
-    t = tokenizer_lib.Tokenizer(foreign(**options))
+    t = tokenizer_lib.Tokenizer(vocabularies.sentencepiece_model(**options))
     with pytest.raises(schema.ConfigError, match=why):
       export.contents(t)

@@ -5,11 +5,13 @@ Each is trained here, on files of this repository: nothing is downloaded.
 
 import functools
 import importlib.util
+import io
 import json
 import pathlib
 import random
 
 import pytest
+import sentencepiece
 import tokenizers
 from tokenizers import (
   AddedToken,
@@ -232,6 +234,25 @@ def unigram():
   )
   t.add_special_tokens(special(["<pad>", "<unk>", "<s>", "</s>"]))
   return t, {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+
+def sentencepiece_model(**options) -> bytes:
+  """A model as Llama 2's (`add_dummy_prefix`) or Gemma's."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(" ".join(CORPUS).splitlines()),
+    model_writer=model,
+    minloglevel=2,
+    **{
+      "vocab_size": 800,
+      "model_type": "bpe",
+      "byte_fallback": True,
+      "normalization_rule_name": "identity",
+      "remove_extra_whitespaces": False,
+      **options,
+    },
+  )
+  return model.getvalue()
 
 
 MAKERS = {

@@ -27,6 +27,13 @@ from lm.data.vocabulary import SPACE
 # comment takes the newline with it.
 _BOS_FIRST = "{{ bos_token }}{# each document begins with it #}\n"
 
+# What tokenizers differ on: spaces, newlines, digits, marks, bytes, case.
+_TEXTS = (
+  *("Hello world", " two  spaces   three", "a\n\n  b\r\n\tc ", "12345 3.14"),
+  *("I'LL don't", "e\u0301 \u00e9 \ufb01", "\u2581a \u2581", "\0\x1f\ufeff"),
+  *("\U0001f468\u200d\U0001f469 \u4e2d\u6587 \u05e9", "def f(x):\n  return x"),
+)
+
 
 def write(tokenizer: tokenizer_lib.Tokenizer, folder: str) -> None:
   """Writes tokenizer.json and tokenizer_config.json, with the chat template if
@@ -62,6 +69,35 @@ def contents(tokenizer: tokenizer_lib.Tokenizer) -> dict[str, str]:
     "tokenizer.json": text,
     "tokenizer_config.json": json.dumps(config, indent=2),
   }
+
+
+def verify(tokenizer: tokenizer_lib.Tokenizer, folder: str) -> None:
+  """Reads the folder through transformers and compares the ids of `_TEXTS`.
+
+  transformers chooses a class by the model_type of the config.json that is
+  there: some read a tokenizer.json otherwise than it says. Raises RunError on a
+  difference, ConfigError without transformers.
+  """
+  try:
+    import transformers
+  except ImportError as error:
+    raise schema.ConfigError(
+      "transformers is not installed, so the files cannot be read again; "
+      "install the extra 'bench'"
+    ) from error
+  other = transformers.AutoTokenizer.from_pretrained(
+    folder, trust_remote_code=False
+  )
+  for text, ids in zip(_TEXTS, tokenizer.encode_batch(_TEXTS), strict=True):
+    found = other.encode(text, add_special_tokens=False)
+    if found != ids.tolist():
+      raise schema.RunError(
+        f"{folder}: transformers reads the vocabulary as "
+        f"{type(other).__name__} and makes {found[:8]} of {text!r}, not "
+        f"{ids[:8].tolist()}: it has a class of its own for the model_type in "
+        "config.json. Read the files with transformers."
+        "PreTrainedTokenizerFast, or export as another model_type"
+      )
 
 
 def _check(text: str, tokenizer: tokenizer_lib.Tokenizer) -> None:
