@@ -48,7 +48,9 @@ def score(
   batch: batch_lib.Batch,
   byte_lengths: Int[Array, "V"],
 ) -> Scores:
-  """Scores a batch, with or without a mesh in context."""
+  """Scores a batch, with or without a mesh in context. `byte_lengths` are those
+  of `Tokenizer.target_bytes`.
+  """
   hidden, _ = decoder.forward(cfg, params, batch)
   head, bias = decoder.bind(cfg, params).head_parts()
   nll = scoring.token_nll(
@@ -62,6 +64,8 @@ def score(
   scored = batch.weights > 0
   rows = sharding.spec("batch", "length")
   n_bytes = byte_lengths.at[batch.targets].get(out_sharding=rows)
+  dropped = byte_lengths.at[batch.inputs].get(out_sharding=rows)
+  n_bytes = jnp.maximum(n_bytes + jnp.minimum(dropped, 0), 0)
   scores = Scores(
     jnp.where(scored, nll, 0), batch.weights, jnp.where(scored, n_bytes, 0)
   )
@@ -183,8 +187,8 @@ def evaluate_batches(
 ) -> Totals | None:
   """Totals of batches on the devices; None if `should_stop` returned True.
 
-  `byte_lengths` [V] are the tokenizer's. `should_stop` is called once a batch
-  and must return the same value on every process.
+  `byte_lengths` [V] are the tokenizer's `target_bytes`. `should_stop` is called
+  once a batch and must return the same value on every process.
   """
   table = np.asarray(byte_lengths, np.int32)
   result = Totals()
@@ -214,7 +218,8 @@ def evaluate_source(
 
   A document's log-probability given bos is `-totals.nll`, eos included.
   Documents skipped by the policy on invalid UTF-8 are left out. Reads the
-  source lazily. Raises ValueError if tokens and text differ in bytes.
+  source lazily. Raises ValueError if tokens and text differ in bytes, but for
+  texts that the tokenizer says it changes: bytes are those of the text.
   """
   # Documents in progress, oldest first.
   pending: collections.deque[DocumentScore] = collections.deque()
@@ -226,7 +231,7 @@ def evaluate_source(
         continue
       ids = tokenizer.encode(document.text)
       n_bytes, n_words = len(document.text.encode()), len(document.text.split())
-      if tokenizer.n_bytes(ids) != n_bytes:
+      if tokenizer.lossy is None and tokenizer.n_bytes(ids) != n_bytes:
         raise ValueError(
           f"{document.name}: its tokens stand for {tokenizer.n_bytes(ids)} "
           f"bytes and it has {n_bytes}: the tokenizer's byte_lengths are wrong"
@@ -235,7 +240,7 @@ def evaluate_source(
       pending.append(DocumentScore(document.name, known))
       yield np.array([tokenizer.bos, *ids, tokenizer.eos], np.int32)
 
-  table = np.asarray(tokenizer.byte_lengths, np.int32)
+  table = np.asarray(tokenizer.target_bytes, np.int32)
   results = _ahead(
     (places, step(params, place_rows(batch), table).nll)
     for batch, places in windows.pack(documents(), n_rows, context, stride)
