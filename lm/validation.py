@@ -51,6 +51,17 @@ def check(config: config_lib.Config) -> config_lib.Config:
   return config
 
 
+def check_model(
+  m: config_lib.ModelConfig, path: str = "config.model"
+) -> config_lib.ModelConfig:
+  """Returns `m` if valid by itself; raises ConfigError with the first broken
+  rule, about the field at `path` if a value is of the wrong type.
+  """
+  schema.check_types(m, config_lib.ModelConfig, path)
+  _validate_model(m)
+  return m
+
+
 def _validate_model(m: config_lib.ModelConfig) -> None:
   for others, size in (
     ("vocab_size", m.vocab_size),

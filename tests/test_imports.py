@@ -25,6 +25,7 @@ ORDER = (
   ("locks",),
   ("batch", "chips", "digest", "cli", "processes", "sharding"),
   ("model", "data"),
+  ("huggingface",),
   ("checkpoint",),
   ("sample",),
   ("evaluate",),
