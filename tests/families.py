@@ -3,6 +3,7 @@
 V 37, F 29, T <= 23; G differs from K; the smallest windows and caps that bite.
 """
 
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -106,6 +107,54 @@ GEMMA3 = config_lib.ModelConfig(
   scale_embedding=True,
 )
 
+QWEN2 = dataclasses.replace(QWEN3, qk_norm=None, biases=("qkv",))
+
+STARCODER2 = dataclasses.replace(
+  QWEN2,
+  norm="layernorm",
+  mlp="gelu",
+  biases=("qkv", "o", "mlp", "norm"),
+  windows=(5,),
+)
+
+# The windowed layers have a base of their own, which is the same, and so none
+# of YaRN. Its blend is of two of the five planes.
+OLMO3 = dataclasses.replace(
+  QWEN2,
+  n_layers=5,
+  biases=(),
+  norm_placement="post",
+  qk_norm="projection",
+  rope_scaling=config_lib.RopeScaling(
+    kind="yarn", factor=8.0, beta_fast=4.0, beta_slow=0.5, original_length=64
+  ),
+  rope_theta_windowed=100.0,
+  windows=(5, 5, 5, None),
+  tied_embedding=False,
+)
+
+# Three of five planes rotate, with the long divisors: rows are longer than 16.
+PHI3 = dataclasses.replace(
+  QWEN2,
+  d_model=20,
+  n_heads=2,
+  n_kv_heads=1,
+  biases=(),
+  rotary_fraction=0.6,
+  rope_scaling=config_lib.RopeScaling(
+    kind="longrope",
+    factor=23 / 16,
+    original_length=16,
+    short_factors=(1.0, 1.5, 2.0),
+    long_factors=(1.0, 3.0, 7.0),
+  ),
+  windows=(11,),
+)
+
+SMOLLM3 = dataclasses.replace(
+  QWEN2, n_layers=6, biases=(), rope_layers=(True, True, True, False)
+)
+
 # Families that transformers implements too: the golden file has their logits.
 PUBLISHED = {
   "gpt2": GPT2,
@@ -113,6 +162,11 @@ PUBLISHED = {
   "qwen3": QWEN3,
   "gemma2": GEMMA2,
   "gemma3": GEMMA3,
+  "qwen2": QWEN2,
+  "starcoder2": STARCODER2,
+  "olmo3": OLMO3,
+  "phi3": PHI3,
+  "smollm3": SMOLLM3,
 }
 
 # What no single family has together: LayerNorm without biases, one kv head.
@@ -151,7 +205,20 @@ BIASED = config_lib.ModelConfig(
   tied_embedding=False,
 )
 
-ALL = PUBLISHED | {"relu2": RELU2, "biased": BIASED}
+# Norms after the sum, exact GELU; two patterns, of three and of two layers.
+RESIDUAL = dataclasses.replace(
+  STARCODER2,
+  n_layers=8,
+  norm_placement="residual",
+  qk_norm="projection",
+  mlp="gelu_exact",
+  biases=("o", "norm"),
+  rope_layers=(False, True, True),
+  rope_scaling=config_lib.RopeScaling(kind="linear", factor=3.0),
+  windows=(5, None),
+)
+
+ALL = PUBLISHED | {"relu2": RELU2, "biased": BIASED, "residual": RESIDUAL}
 
 
 def packed_batch(

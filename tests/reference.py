@@ -22,6 +22,7 @@ K kv heads, G = N / K, H head, V vocabulary, L layers.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -142,36 +143,75 @@ def rms_normalize_heads(
 def inverse_frequencies(
   cfg: config_lib.ModelConfig, windowed: bool
 ) -> np.ndarray:
-  """Radians per position of each of the H / 2 planes (arXiv:2104.09864).
+  """Radians per position of each of the planes that turn (arXiv:2104.09864).
 
-  Llama 3.1 keeps planes that turn at least `high_frequency_factor` times in
-  the original length, divides by `factor` those that turn at most
-  `low_frequency_factor` times, and goes linearly from one to the other
-  between. A base of their own exempts windowed layers (Gemma 3).
+  A base of their own exempts windowed layers from scaling (Gemma 3, OLMo 3).
   """
   own_base = windowed and cfg.rope_theta_windowed is not None
   theta = cfg.rope_theta_windowed if own_base else cfg.rope_theta
+  rotary = round(cfg.rotary_fraction * cfg.d_head)
+  planes = [theta ** (-2.0 * i / rotary) for i in range(rotary // 2)]
   scaling = None if own_base else cfg.rope_scaling
+  if scaling is None:
+    return np.array(planes)
   result = []
-  for i in range(cfg.d_head // 2):
-    frequency = theta ** (-2.0 * i / cfg.d_head)
-    if scaling is not None:
-      turns = scaling.original_length * frequency / (2 * math.pi)
-      low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-      kept = min(max((turns - low) / (high - low), 0.0), 1.0)
-      frequency = kept * frequency + (1 - kept) * frequency / scaling.factor
-    result.append(frequency)
+  for i, frequency in enumerate(planes):
+    turns = scaling.original_length * frequency / (2 * math.pi)
+    match scaling.kind:
+      case "llama3":
+        # Keeps planes that turn often in the original length, divides those
+        # that turn little, and goes linearly between, in the number of turns.
+        low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+        kept = min(max((turns - low) / (high - low), 0.0), 1.0)
+      case "yarn":
+        # The same, linearly in the number of the plane. A plane of n turns is
+        # log(L / 2 pi n) / log(theta) of the way to the last.
+        fast, slow = (
+          rotary / 2 * math.log(scaling.original_length / (2 * math.pi * n))
+          / math.log(theta)
+          for n in (scaling.beta_fast, scaling.beta_slow)
+        )  # fmt: skip
+        if scaling.truncate:
+          fast, slow = math.floor(fast), math.ceil(slow)
+        fast, slow = max(fast, 0), min(slow, rotary - 1)
+        kept = 1 - min(max((i - fast) / (slow - fast), 0.0), 1.0)
+      case "linear":
+        kept = 0.0
+      case "longrope":
+        long = cfg.context_length > scaling.original_length
+        divisors = scaling.long_factors if long else scaling.short_factors
+        result.append(frequency / divisors[i])
+        continue
+    result.append(kept * frequency + (1 - kept) * frequency / scaling.factor)
   return np.array(result)
 
 
+def rotary_scale(cfg: config_lib.ModelConfig, windowed: bool) -> float:
+  """Factor of the rotated dimensions of queries and keys."""
+  scaling = cfg.rope_scaling
+  if scaling is None or windowed and cfg.rope_theta_windowed is not None:
+    return 1.0
+  match scaling.kind, scaling.attention_factor:
+    case "yarn", None:
+      return max(1.0, 1 + math.log(scaling.factor) / 10)
+    case "longrope", None:
+      log = math.log(max(1.0, scaling.factor))
+      return math.sqrt(1 + log / math.log(scaling.original_length))
+    case "yarn" | "longrope", given:
+      return given
+  return 1.0
+
+
 def rotate(
-  x: np.ndarray, positions: np.ndarray, frequencies: np.ndarray
+  x: np.ndarray, positions: np.ndarray, frequencies: np.ndarray, scale: float
 ) -> np.ndarray:
-  """Turns plane (i, i + H / 2) of [B, T, heads, H] by position * frequency."""
-  half = x.shape[-1] // 2
-  turn = np.exp(1j * positions[:, :, None, None] * frequencies)
-  plane = (x[..., :half] + 1j * x[..., half:]) * turn
-  return np.concatenate([plane.real, plane.imag], axis=-1)
+  """Turns plane (i, i + R) of [B, T, heads, H] by position * frequency, for
+  each of R frequencies, times `scale`; the rest of H passes.
+  """
+  R = len(frequencies)
+  turn = scale * np.exp(1j * positions[:, :, None, None] * frequencies)
+  plane = (x[..., :R] + 1j * x[..., R : 2 * R]) * turn
+  return np.concatenate([plane.real, plane.imag, x[..., 2 * R :]], axis=-1)
 
 
 def visible(
@@ -196,8 +236,7 @@ def attention(
   p: dict,
   cfg: config_lib.ModelConfig,
   mask: np.ndarray,
-  positions: np.ndarray,
-  frequencies: np.ndarray,
+  turn: Callable[[np.ndarray], np.ndarray],
 ) -> np.ndarray:
   """Grouped-query attention (arXiv:2305.13245); a query without keys adds 0."""
   q = np.einsum("BTD,DNH->BTNH", x, p["q"]) + p.get("q_bias", 0.0)
@@ -206,9 +245,7 @@ def attention(
   if cfg.qk_norm:
     q = rms_normalize_heads(q, p["q_norm"]["scale"], cfg)
     k = rms_normalize_heads(k, p["k_norm"]["scale"], cfg)
-  if cfg.positions == "rope":
-    q = rotate(q, positions, frequencies)
-    k = rotate(k, positions, frequencies)
+  q, k = turn(q), turn(k)
   scale_dim = cfg.query_scale_dim or cfg.d_head
   group = cfg.n_heads // cfg.n_kv_heads
   out = np.zeros_like(x)
@@ -232,6 +269,11 @@ def gelu(x: np.ndarray) -> np.ndarray:
   return 0.5 * x * (1 + np.tanh(inner))
 
 
+def gelu_exact(x: np.ndarray) -> np.ndarray:
+  """x times the normal distribution's share below x, as BERT uses it."""
+  return x * np.vectorize(math.erfc)(-x / math.sqrt(2)) / 2
+
+
 def mlp(x: np.ndarray, p: dict, cfg: config_lib.ModelConfig) -> np.ndarray:
   """Feed-forward: plain, or gated as in arXiv:2002.05202."""
   up = x @ p["up"] + p.get("up_bias", 0.0)
@@ -240,13 +282,30 @@ def mlp(x: np.ndarray, p: dict, cfg: config_lib.ModelConfig) -> np.ndarray:
   match cfg.mlp:
     case "gelu":
       hidden = gelu(up)
+    case "gelu_exact":
+      hidden = gelu_exact(up)
     case "relu2":
       hidden = np.maximum(up, 0.0) ** 2
     case "swiglu":
       hidden = gate / (1 + np.exp(-gate)) * up
     case "geglu":
       hidden = gelu(gate) * up
+    case "geglu_exact":
+      hidden = gelu_exact(gate) * up
   return hidden @ p["down"] + p.get("down_bias", 0.0)
+
+
+def turn_of(
+  cfg: config_lib.ModelConfig, layer: int, positions: np.ndarray
+) -> Callable[[np.ndarray], np.ndarray]:
+  """What positions do to the queries and keys of a layer."""
+  rotary = cfg.rope_layers[layer % len(cfg.rope_layers)]
+  if cfg.positions != "rope" or not rotary:
+    return lambda x: x
+  windowed = cfg.windows[layer % len(cfg.windows)] is not None
+  frequencies = inverse_frequencies(cfg, windowed)
+  scale = rotary_scale(cfg, windowed)
+  return lambda x: rotate(x, positions, frequencies, scale)
 
 
 def before(
@@ -288,9 +347,9 @@ def forward(
     p = map_tree(lambda _, a, i=i: a[i], params["layers"])
     window = cfg.windows[i % len(cfg.windows)]
     mask = visible(batch.segments, prefix, window)
-    frequencies = inverse_frequencies(cfg, window is not None)
+    turn = turn_of(cfg, i, batch.positions)
     y = before(x, "attention_norm", p, cfg)
-    y = attention(y, p["attention"], cfg, mask, batch.positions, frequencies)
+    y = attention(y, p["attention"], cfg, mask, turn)
     x, attended = after(x, y, "attention_post_norm", p, cfg)
     y = mlp(before(x, "mlp_norm", p, cfg), p["mlp"], cfg)
     x, fed = after(x, y, "mlp_post_norm", p, cfg)

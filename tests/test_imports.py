@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import jaxtyping
 import pytest
 
-from lm.model import layers
+from lm import config as config_lib
+from lm.model import rotary
 
 LM = pathlib.Path(__file__).parent.parent / "lm"
 
@@ -108,7 +109,7 @@ def test_shape_annotations_are_executed():
   assert importlib.util.find_spec("beartype"), "needs the extra `test`"
   positions = jnp.zeros((2, 3, 5), jnp.int32)
   with pytest.raises(jaxtyping.TypeCheckError, match="positions"):
-    layers.rotary_angles(positions, d_head=4, theta=10_000.0, scaling=None)
+    rotary.angles(config_lib.ModelConfig(), positions)
 
 
 def test_the_readme_counts_lines_as_they_are():

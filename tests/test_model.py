@@ -38,6 +38,18 @@ def test_logits_equal_the_reference(name):
   np.testing.assert_allclose(logits[read], expected[read], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["olmo3", "residual"])
+def test_unrolled_layers_equal_the_reference(name):
+  """`residual` has a pattern of six layers, and eight layers."""
+  cfg = dataclasses.replace(families.ALL[name], scan_layers=False)
+  params = reference.random_params(cfg)
+  batch = families.packed_batch(LENGTHS, 19, cfg.vocab_size)
+  logits = np.asarray(run(cfg, params, batch))
+  read = batch.segments != 0
+  expected = reference.forward(params, cfg, batch)
+  np.testing.assert_allclose(logits[read], expected[read], rtol=0, atol=1e-5)
+
+
 def test_fewer_layers_than_windows_are_laid_out_on_a_mesh():
   """The scan then has a group for all of them, not one of no layers."""
   cfg = families.BIASED

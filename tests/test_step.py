@@ -153,6 +153,35 @@ def test_same_numbers_however_it_is_computed(
   assert "rematerialization" not in capfd.readouterr().err
 
 
+# A norm over all heads sums over the devices of the tensor axis. Two patterns
+# of layers, of which neither stops where a model of three layers does.
+SWITCHES = {
+  "model__norm_placement": "post",
+  "model__qk_norm": "projection",
+  "model__biases": ("qkv", "o"),
+  "model__mlp": "geglu_exact",
+  "model__rotary_fraction": 2 / 3,
+  "model__rope_layers": (True, True, False),
+  "model__windows": (5, None),
+}
+
+
+def test_switches_of_families_on_a_mesh(capfd, compiled_anew):
+  config = _config(optimizer__clip_norm=None, **SWITCHES)
+  want, _, reference = _run(config)
+  got, _, first = _run(
+    _config(mesh=(2, 2, 2), optimizer__clip_norm=None, **SWITCHES)
+  )
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  for (path, ours), theirs in zip(
+    jax.tree_util.tree_leaves_with_path(first[0].mu),
+    jax.tree.leaves(reference[0].mu),
+    strict=True,
+  ):
+    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max(), path
+  assert "rematerialization" not in capfd.readouterr().err
+
+
 def test_a_new_mesh_axis_is_a_field_and_a_rule(monkeypatch):
   """As context parallelism will add one; of size 1 it changes no number."""
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lm import config as config_lib
 from lm import sharding
-from lm.model import kernels, layers, weights
+from lm.model import kernels, layers, rotary, weights
 
 
 @functools.partial(
@@ -144,7 +144,7 @@ class Attention(nnx.Module):
     if self.q_norm is not None and self.k_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
     if angles is not None:
-      q, k = layers.rotate(q, angles), layers.rotate(k, angles)
+      q, k = rotary.rotate(q, angles), rotary.rotate(k, angles)
     how = {
       "scale": (cfg.query_scale_dim or cfg.d_head) ** -0.5,
       "window": window,

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from lm import batch as batch_lib
 from lm import config as config_lib
-from lm.model import attention, layers, lora, weights
+from lm.model import attention, layers, lora, rotary, weights
 
 Params = Any  # nested dict of arrays; `layers` arrays have a leading axis L
 # What layers report beside their output: name -> float32 array, [] of a layer
@@ -152,7 +152,7 @@ class Decoder(nnx.Module):
     """
     cfg = self.cfg
     x = self.embedded(inputs, tokens, keys)
-    angles = rotary_angles(cfg, tokens)
+    angles = rotary.angles(cfg, tokens.positions)
     if not cfg.scan_layers and not isinstance(self.layers, nnx.List):
       self.unroll()
     run = functools.partial(
@@ -162,7 +162,7 @@ class Decoder(nnx.Module):
       said = []
       for i, layer in enumerate(self.layers):
         graph, state = nnx.split(layer)
-        x, aux = run(graph, x, state, i % len(cfg.windows), _at(keys, i))
+        x, aux = run(graph, x, state, i % len(angles), _at(keys, i))
         said.append(aux)
       aux = _stacked(said)
     else:
@@ -200,35 +200,15 @@ def _at(keys, i):
   return None if keys is None else layers.fold_rows(keys, i)
 
 
-def rotary_angles(
-  cfg: config_lib.ModelConfig, tokens: attention.Tokens
-) -> list[tuple[Array, Array] | None]:
-  """Rotary angles for each entry of cfg.windows; None without rope."""
-  if cfg.positions != "rope":
-    return [None] * len(cfg.windows)
-  kinds = {
-    False: (cfg.rope_theta, cfg.rope_scaling),
-    True: (cfg.rope_theta, cfg.rope_scaling)
-    if cfg.rope_theta_windowed is None
-    else (cfg.rope_theta_windowed, None),
-  }
-  windowed = [window is not None for window in cfg.windows]
-  made = {
-    kind: layers.rotary_angles(tokens.positions, cfg.d_head, *kinds[kind])
-    for kind in set(windowed)
-  }
-  return [made[kind] for kind in windowed]
-
-
 def _run_layer(
   graph, x, state, which, keys, *, cfg, tokens, angles, statistics
 ):
-  """(residual, aux) of a layer under cfg.remat, with window
-  cfg.windows[which].
+  """(residual, aux) of a layer under cfg.remat, with the window and the angles
+  of cfg.layer_pattern[which].
   """
 
   def layer(x, state, keys, tokens, angles):
-    window, block = cfg.windows[which], nnx.merge(graph, state)
+    (window, _), block = cfg.layer_pattern[which], nnx.merge(graph, state)
     y, _, aux = block(x, tokens, angles, window, keys, statistics=statistics)
     return y, aux
 
@@ -241,13 +221,14 @@ def _run_layer(
 
 
 def _scan(run, stacked, x, keys, cfg):
-  """Scans over groups of len(cfg.windows) layers, then runs leftover layers.
+  """Scans over groups of len(cfg.layer_pattern) layers, then runs leftover
+  layers.
 
   Grouping makes each layer's window a compile-time constant. Returns (residual,
   aux with a leading axis L).
   """
   graph, state = nnx.split(stacked)
-  period = min(len(cfg.windows), cfg.n_layers)
+  period = len(cfg.layer_pattern)
   whole = cfg.n_layers - cfg.n_layers % period
 
   def group(x, group_and_states):

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from lm import config as config_lib
 from lm import schema, sharding
-from lm.model import attention, decoder, kv_cache, lora, weights
+from lm.model import attention, decoder, kv_cache, lora, rotary, weights
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "int8"))
@@ -102,14 +102,13 @@ def extend(
 def _layer_by_layer(model, inputs, tokens, cache):
   cfg = model.cfg
   x = model.embedded(inputs, tokens)
-  angles, kept, attend = decoder.rotary_angles(cfg, tokens), [], None
+  angles, kept, attend = rotary.angles(cfg, tokens.positions), [], None
   for i, layer in enumerate(model.layers):
-    which = i % len(cfg.windows)
+    which = i % len(angles)
+    window, _ = cfg.layer_pattern[which]
     if cache is not None:
       pair = cache.keys[i], cache.values[i]
       attend = functools.partial(kv_cache.extend, pair, cache.lengths)
-    x, new, _ = layer(
-      x, tokens, angles[which], cfg.windows[which], extend=attend
-    )
+    x, new, _ = layer(x, tokens, angles[which], window, extend=attend)
     kept.append(new)
   return model.finish(x), kept

@@ -1,6 +1,6 @@
-"""Norms, feed-forward (MLP), embedding look-up, rotary positions, dropout.
+"""Norms, feed-forward (MLP), embedding look-up, dropout.
 
-B batch, T query length, D model, F mlp, H head, V vocabulary.
+B batch, T query length, D model, F mlp, V vocabulary.
 """
 
 import functools
@@ -146,38 +146,6 @@ def look_up(
   if sharding.has_mesh():
     table = jax.sharding.reshard(table, sharding.partition(axis, None))
   return table.at[ids].get(out_sharding=sharding.spec("batch", "length", None))
-
-
-def rotary_angles(
-  positions: Int[Array, "B T"],
-  d_head: int,
-  theta: float,
-  scaling: config_lib.RopeScaling | None,
-) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
-  """RoPE: cos and sin of position times frequency (arXiv:2104.09864)."""
-  pair = jnp.arange(0, d_head, 2, dtype=jnp.float32)
-  frequency = theta ** (-pair / d_head)
-  if scaling is not None:
-    # Llama 3.1: stretch wavelengths above original_length / low by `factor`,
-    # keep wavelengths below original_length / high, blend in between.
-    turns = scaling.original_length * frequency / (2 * jnp.pi)
-    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-    keep = jnp.clip((turns - low) / (high - low), 0, 1)
-    frequency = frequency * (keep + (1 - keep) / scaling.factor)
-  angle = positions[..., None].astype(jnp.float32) * frequency[None, None, :]
-  return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(
-  x: Float[Array, "B T heads H"],
-  angles: tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]],
-) -> Float[Array, "B T heads H"]:
-  """RoPE: rotates each pair (x[i], x[i + H/2]) by the angle of the position."""
-  cos, sin = (a[:, :, None, :].astype(x.dtype) for a in angles)
-  left, right = jnp.split(x, 2, axis=-1)
-  return jnp.concatenate(
-    [left * cos - right * sin, right * cos + left * sin], axis=-1
-  )
 
 
 def fold_rows(keys: Key[Array, "B"], data: int | Array) -> Key[Array, "B"]:

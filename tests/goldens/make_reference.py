@@ -4,7 +4,7 @@
 
 It needs torch and transformers, which the tests do not. Remake the file only
 when a family is added or its tiny config in tests/families.py changes; never
-because a test disagrees with it. Last made with transformers 5.23.0.
+because a test disagrees with it. Last made with transformers 5.24.0.
 
 The modelling code casts to float32 within norms, rotary angles and softmax.
 Here `torch.float32` itself is replaced by float64 before the models are
@@ -73,20 +73,95 @@ def _common(cfg: config_lib.ModelConfig) -> dict:
 def _rope(theta: float, scaling: config_lib.RopeScaling | None) -> dict:
   if scaling is None:
     return {"rope_type": "default", "rope_theta": theta}
-  return {
-    "rope_type": "llama3",
+  common = {
+    "rope_type": scaling.kind,
     "rope_theta": theta,
     "factor": scaling.factor,
-    "low_freq_factor": scaling.low_frequency_factor,
-    "high_freq_factor": scaling.high_frequency_factor,
     "original_max_position_embeddings": scaling.original_length,
   }
+  return (
+    common
+    | {
+      "llama3": {
+        "low_freq_factor": scaling.low_frequency_factor,
+        "high_freq_factor": scaling.high_frequency_factor,
+      },
+      "yarn": {
+        "beta_fast": scaling.beta_fast,
+        "beta_slow": scaling.beta_slow,
+        "truncate": scaling.truncate,
+      },
+      "longrope": {
+        "short_factor": [*scaling.short_factors],
+        "long_factor": [*scaling.long_factors],
+      },
+    }[scaling.kind]
+  )
 
 
 def llama3(cfg: config_lib.ModelConfig):
   return transformers.LlamaForCausalLM(
     transformers.LlamaConfig(
       **_common(cfg),
+      rope_parameters=_rope(cfg.rope_theta, cfg.rope_scaling),
+    )
+  )
+
+
+def qwen2(cfg: config_lib.ModelConfig):
+  return transformers.Qwen2ForCausalLM(
+    transformers.Qwen2Config(
+      **_common(cfg),
+      rope_parameters=_rope(cfg.rope_theta, cfg.rope_scaling),
+    )
+  )
+
+
+def starcoder2(cfg: config_lib.ModelConfig):
+  return transformers.Starcoder2ForCausalLM(
+    transformers.Starcoder2Config(
+      **_common(cfg),
+      norm_epsilon=cfg.norm_epsilon,
+      sliding_window=cfg.windows[0],
+      rope_parameters=_rope(cfg.rope_theta, cfg.rope_scaling),
+    )
+  )
+
+
+def olmo3(cfg: config_lib.ModelConfig):
+  return transformers.Olmo3ForCausalLM(
+    transformers.Olmo3Config(
+      **_common(cfg),
+      rope_parameters={
+        "full_attention": _rope(cfg.rope_theta, cfg.rope_scaling),
+        "sliding_attention": _rope(cfg.rope_theta_windowed, None),
+      },
+      sliding_window=cfg.windows[0],
+      layer_types=_layer_types(cfg),
+    )
+  )
+
+
+def phi3(cfg: config_lib.ModelConfig):
+  return transformers.Phi3ForCausalLM(
+    transformers.Phi3Config(
+      **_common(cfg),
+      original_max_position_embeddings=cfg.rope_scaling.original_length,
+      rope_parameters=_rope(cfg.rope_theta, cfg.rope_scaling)
+      | {"partial_rotary_factor": cfg.rotary_fraction},
+      sliding_window=cfg.windows[0],
+    )
+  )
+
+
+def smollm3(cfg: config_lib.ModelConfig):
+  period = len(cfg.rope_layers)
+  return transformers.SmolLM3ForCausalLM(
+    transformers.SmolLM3Config(
+      **_common(cfg),
+      no_rope_layers=[
+        int(cfg.rope_layers[i % period]) for i in range(cfg.n_layers)
+      ],
       rope_parameters=_rope(cfg.rope_theta, cfg.rope_scaling),
     )
   )
@@ -188,41 +263,86 @@ def llama_state(params: dict, cfg: config_lib.ModelConfig) -> dict:
   }
   # Gemma's post_attention_layernorm is what its name says; Llama's stands
   # before the MLP.
-  norms = {"input_layernorm": "attention_norm"}
-  if cfg.norm_placement == "both":
-    norms |= {
+  norms = {
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "mlp_norm",
+  }
+  if cfg.norm_placement in ("post", "both"):
+    norms = {
+      "input_layernorm": "attention_norm",
       "post_attention_layernorm": "attention_post_norm",
       "pre_feedforward_layernorm": "mlp_norm",
       "post_feedforward_layernorm": "mlp_post_norm",
     }
-  else:
-    norms |= {"post_attention_layernorm": "mlp_norm"}
   for i in range(cfg.n_layers):
-    a = L["attention"]
-    layer = {k: L[v]["scale"][i] for k, v in norms.items()}
+    a, m = L["attention"], L["mlp"]
+    layer = {k: L[v]["scale"][i] for k, v in norms.items() if v in L}
     for n in "qkv":
       layer[f"self_attn.{n}_proj"] = a[n][i].reshape(D, -1).T
     layer["self_attn.o_proj"] = a["o"][i].reshape(-1, D).T
     for n in ("q_norm", "k_norm") if cfg.qk_norm else ():
-      layer[f"self_attn.{n}"] = a[n]["scale"][i]
-    for n in ("gate", "up", "down"):
-      layer[f"mlp.{n}_proj"] = L["mlp"][n][i].T
+      layer[f"self_attn.{n}"] = a[n]["scale"][i].reshape(-1)
+    for n in ("gate", "up", "down") if cfg.gated else ("up", "down"):
+      layer[f"mlp.{n}_proj"] = m[n][i].T
+    biases = {
+      f"self_attn.{n}_proj": a[f"{n}_bias"][i].reshape(-1)
+      for n in "qkvo"
+      if f"{n}_bias" in a
+    }
     state |= {f"model.layers.{i}.{k}.weight": v for k, v in layer.items()}
+    state |= {f"model.layers.{i}.{k}.bias": v for k, v in biases.items()}
   return state
+
+
+def starcoder2_state(params: dict, cfg: config_lib.ModelConfig) -> dict:
+  """Llama's names, but for the MLP; and biases everywhere."""
+  state, L = llama_state(params, cfg), params["layers"]
+  state["model.norm.bias"] = params["final_norm"]["bias"]
+  for i in range(cfg.n_layers):
+    layer = f"model.layers.{i}"
+    for theirs, ours in (("c_fc", "up"), ("c_proj", "down")):
+      weight = state.pop(f"{layer}.mlp.{ours}_proj.weight")
+      state[f"{layer}.mlp.{theirs}.weight"] = weight
+      state[f"{layer}.mlp.{theirs}.bias"] = L["mlp"][f"{ours}_bias"][i]
+    for theirs, ours in (
+      ("input_layernorm", "attention_norm"),
+      ("post_attention_layernorm", "mlp_norm"),
+    ):
+      state[f"{layer}.{theirs}.bias"] = L[ours]["bias"][i]
+  return state
+
+
+def phi3_state(params: dict, cfg: config_lib.ModelConfig) -> dict:
+  """Llama's, with q, k and v in one, and gate and up."""
+  state = llama_state(params, cfg)
+  for i in range(cfg.n_layers):
+    for part, fused, names in (
+      ("self_attn", "qkv_proj", "qkv"),
+      ("mlp", "gate_up_proj", ("gate", "up")),
+    ):
+      layer = f"model.layers.{i}.{part}"
+      whole = [state.pop(f"{layer}.{n}_proj.weight") for n in names]
+      state[f"{layer}.{fused}.weight"] = np.concatenate(whole)
+  return state
+
+
+MODELS = {
+  model.__name__: model
+  for model in (
+    gpt2, llama3, qwen3, gemma2, gemma3, qwen2, starcoder2, olmo3, phi3, smollm3
+  )
+}  # fmt: skip
+STATES = {
+  "gpt2": gpt2_state, "starcoder2": starcoder2_state, "phi3": phi3_state
+}  # fmt: skip
 
 
 def main() -> None:
   arrays = {}
   for seed, (name, cfg) in enumerate(families.PUBLISHED.items()):
     params = reference.random_params(cfg, seed)
-    model = {
-      "gpt2": gpt2,
-      "llama3": llama3,
-      "qwen3": qwen3,
-      "gemma2": gemma2,
-      "gemma3": gemma3,
-    }[name](cfg).eval()
-    state = (gpt2_state if name == "gpt2" else llama_state)(params, cfg)
+    model = MODELS[name](cfg).eval()
+    state = STATES.get(name, llama_state)(params, cfg)
     state = {
       k: torch.tensor(np.ascontiguousarray(v), dtype=torch.float64)
       for k, v in state.items()

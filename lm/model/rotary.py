@@ -1,0 +1,124 @@
+"""Rotary positions (RoPE, arXiv:2104.09864): frequencies, scaling, rotation.
+
+B batch, T query length, H head, R pairs of a head that rotate: d_rotary / 2.
+The kinds of scaling compute what `modeling_rope_utils` of transformers does.
+"""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lm import config as config_lib
+
+Angles = tuple[Float[Array, "B T R"], Float[Array, "B T R"]]
+
+
+def angles(
+  cfg: config_lib.ModelConfig, positions: Int[Array, "B T"]
+) -> list[Angles | None]:
+  """Cos and sin for each entry of cfg.layer_pattern; None in a layer without
+  rotary positions.
+  """
+  pattern = [(window is not None, rope) for window, rope in cfg.layer_pattern]
+  made = {
+    windowed: _angles(cfg, positions, windowed)
+    for windowed in {windowed for windowed, rope in pattern if rope}
+  }
+  return [made[windowed] if rope else None for windowed, rope in pattern]
+
+
+def _angles(cfg, positions, windowed) -> Angles:
+  theta, scaling = cfg.rope_theta, cfg.rope_scaling
+  if windowed and cfg.rope_theta_windowed is not None:
+    theta, scaling = cfg.rope_theta_windowed, None
+  pair = jnp.arange(0, cfg.d_rotary, 2, dtype=jnp.float32)
+  frequency = theta ** (-pair / cfg.d_rotary)
+  if scaling is not None:
+    frequency = _scaled(frequency, theta, scaling, cfg.context_length)
+  angle = positions[..., None].astype(jnp.float32) * frequency[None, None, :]
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  if scaling is not None and (factor := attention_factor(scaling)) != 1:
+    cos, sin = cos * factor, sin * factor
+  return cos, sin
+
+
+def _scaled(
+  frequency: Float[Array, "R"],
+  theta: float,
+  scaling: config_lib.RopeScaling,
+  context_length: int,
+) -> Float[Array, "R"]:
+  """The frequencies after scaling.
+
+  transformers takes the long divisors of `longrope` where the positions of a
+  call go beyond original_length, so that a KV cache must be made anew when a
+  text grows beyond it. Here the model's context decides: logits are those of
+  transformers for texts beyond original_length if context_length is beyond it,
+  and for the others if it is not.
+  """
+  if scaling.kind == "longrope":
+    long = context_length > scaling.original_length
+    divisors = scaling.long_factors if long else scaling.short_factors
+    return frequency / jnp.asarray(divisors, jnp.float32)
+  if scaling.kind == "linear":
+    return frequency / scaling.factor
+  if scaling.kind == "yarn":
+    keep = 1 - _ramp(2 * len(frequency), theta, scaling)
+  else:
+    # Llama 3.1: stretch wavelengths above original_length / low by `factor`,
+    # keep wavelengths below original_length / high, blend in between.
+    turns = scaling.original_length * frequency / (2 * jnp.pi)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    keep = jnp.clip((turns - low) / (high - low), 0, 1)
+  return frequency * (keep + (1 - keep) / scaling.factor)
+
+
+def _ramp(
+  d_rotary: int, theta: float, scaling: config_lib.RopeScaling
+) -> Float[Array, "R"]:
+  """YaRN's share of each frequency that is divided: from 0 at the pair of
+  beta_fast turns in original_length, up to 1 at the one of beta_slow.
+  """
+
+  def pair_of(turns: float) -> float:
+    wavelength = scaling.original_length / (turns * 2 * math.pi)
+    return d_rotary * math.log(wavelength) / (2 * math.log(theta))
+
+  low, high = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
+  if scaling.truncate:
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, d_rotary - 1)
+  if low == high:
+    high += 0.001
+  pair = jnp.arange(d_rotary // 2, dtype=jnp.float32)
+  return jnp.clip((pair - low) / (high - low), 0, 1)
+
+
+def attention_factor(scaling: config_lib.RopeScaling) -> float:
+  """Multiplies rotated queries and keys, so that scores grow by its square."""
+  if scaling.kind not in ("yarn", "longrope"):
+    return 1.0
+  if scaling.attention_factor is not None:
+    return scaling.attention_factor
+  if scaling.factor <= 1:
+    return 1.0
+  if scaling.kind == "yarn":
+    return 0.1 * math.log(scaling.factor) + 1
+  ratio = math.log(scaling.factor) / math.log(scaling.original_length)
+  return math.sqrt(1 + ratio)
+
+
+def rotate(
+  x: Float[Array, "B T heads H"], angles: Angles
+) -> Float[Array, "B T heads H"]:
+  """Rotates each pair (x[i], x[i + R]) by the angle of the position; dimensions
+  from 2 R on pass.
+  """
+  cos, sin = (a[:, :, None, :].astype(x.dtype) for a in angles)
+  R = cos.shape[-1]
+  left, right, rest = x[..., :R], x[..., R : 2 * R], x[..., 2 * R :]
+  parts = [left * cos - right * sin, right * cos + left * sin]
+  if rest.shape[-1]:
+    parts.append(rest)
+  return jnp.concatenate(parts, axis=-1)
