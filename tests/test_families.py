@@ -1,16 +1,25 @@
 """Families of Hugging Face against transformers: logits, gradients, tokens."""
 
+import copy
 import functools
+import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
+import safetensors.torch
 import torch
 import transformers
 
 from lm import batch as batch_lib
+from lm import sharding
+from lm.data import tokenizer as tokenizer_lib
 from lm.huggingface import folder
 from lm.model import decoder
+from lm.sample import request as request_lib
+from lm.sample import sampler as sampler_lib
 
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
 COMMON = SPECIAL | {
@@ -51,9 +60,9 @@ def longrope(rotary):
   }
 
 
-def case(name, change=None, **fields):
+def case(name, **fields):
   """A config of transformers: the class `name`, with `fields` over COMMON."""
-  return name, {**COMMON, **fields}, change
+  return name, {**COMMON, **fields}
 
 
 CASES = {
@@ -69,7 +78,6 @@ CASES = {
       "n_inner": 29,
       "initializer_range": 0.3,
     },
-    None,
   ),
   "llama1": case("Llama", num_key_value_heads=6),
   "llama3": case("Llama", rope_parameters=LLAMA3, head_dim=10),
@@ -133,11 +141,11 @@ CASES = {
 }
 
 
-def reference(name, path, seed=0):
+def reference(name, path, seed=0, dtype=torch.float32, **changed):
   """A random model of transformers, saved in `path`; every array matters."""
-  kind, fields, _ = CASES[name]
+  kind, fields = CASES[name]
   config = getattr(transformers, f"{kind}Config")(
-    **fields, attn_implementation="eager"
+    **{**copy.deepcopy(fields), **changed}, attn_implementation="eager"
   )
   torch.manual_seed(seed)
   model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -147,6 +155,7 @@ def reference(name, path, seed=0):
         x += 0.3 * torch.randn_like(x)
       if "embed" in parameter_name or "wte" in parameter_name:
         x *= 2
+  model = model.to(dtype)
   model.save_pretrained(path)
   return model
 
@@ -182,3 +191,132 @@ def test_logits_equal_those_of_transformers(name, tmp_path):
   got = ours(tmp_path, inputs)
   scale = max(1.0, want.std())
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * scale)
+
+
+# --- round trip ---------------------------------------------------------------
+
+
+def bits(path):
+  """name -> (dtype, shape, bytes) by the library's own reader."""
+  found = {}
+  for file in pathlib.Path(path).glob("*.safetensors"):
+    for name, part in safetensors.deserialize(file.read_bytes()):
+      found[name] = part["dtype"], part["shape"], bytes(part["data"])
+  return found
+
+
+@pytest.mark.parametrize(
+  ("name", "dtype"),
+  [
+    *((name, "bfloat16") for name in CASES),
+    *(("llama3", "float32"), ("gpt2", "float32"), ("phi3", "float16")),
+  ],
+)
+def test_round_trip_is_bit_identical(name, dtype, tmp_path):
+  """Tensors, and the model that transformers makes of config.json."""
+  theirs, back = tmp_path / "theirs", tmp_path / "back"
+  reference(name, theirs, dtype=getattr(torch, dtype))
+  back.mkdir()
+  found = folder.find(str(theirs))
+  assert found.dtype == dtype
+  params = folder.load_on(found)
+  assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}
+  family = found.family.model_type
+  folder.write(str(back), found.model, params, dtype=dtype, family=family)
+  assert bits(back) == bits(theirs)
+  assert folder.read_config(str(back))[1] == found.model
+  models = [
+    transformers.AutoModelForCausalLM.from_pretrained(
+      path, dtype="auto", attn_implementation="eager"
+    )
+    for path in (theirs, back)
+  ]
+  assert type(models[0]) is type(models[1])
+  inputs = torch.tensor(tokens(), dtype=torch.int64)
+  with torch.no_grad():
+    want, got = (model(inputs).logits for model in models)
+  assert got.dtype == want.dtype and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["llama3", "gpt2", "phi4_mini", "gemma3"])
+@pytest.mark.parametrize("shape", [(1, 4, 1), (2, 2, 2), (8, 1, 1)])
+def test_parameters_come_in_shards(name, shape, tmp_path):
+  """The same numbers, each array laid out as training lays it out."""
+  fields = {"hidden_size": 48, "intermediate_size": 28, "vocab_size": 38}
+  if name == "gpt2":
+    fields = {"n_embd": 24, "n_head": 4, "n_inner": 28, "vocab_size": 38}
+  reference(name, tmp_path, **fields)
+  found = folder.find(str(tmp_path))
+  mesh = jax.make_mesh(shape, sharding.MESH_AXES, devices=jax.devices())
+  want = folder.load_on(found)
+  got = folder.load_on(found, mesh)
+  make = functools.partial(decoder.init_params, found.model)
+  like = sharding.abstract(make, jax.random.key(0), mesh=mesh)
+  for x, y, z in zip(*map(jax.tree.leaves, (got, want, like)), strict=True):
+    assert x.sharding == z.sharding
+    np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+  written = tmp_path / "back"
+  written.mkdir()
+  folder.write(str(written), found.model, got, family=found.family.model_type)
+  assert bits(written) == bits(tmp_path)
+
+
+# --- gradients and tokens -----------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "gemma3"])
+def test_gradients_equal_those_of_transformers(name, tmp_path):
+  """Of the mean loss per token, over every parameter."""
+  model = reference(name, tmp_path)
+  inputs = torch.tensor(tokens(2, 24), dtype=torch.int64)
+  model(inputs, labels=inputs).loss.backward()
+  grads = tmp_path / "grads"
+  grads.mkdir()
+  state = {
+    k: p.grad.contiguous() for k, p in model.named_parameters() if k != "x"
+  }
+  safetensors.torch.save_file(state, grads / "model.safetensors")
+  (grads / "config.json").write_text((tmp_path / "config.json").read_text())
+  found = folder.find(str(tmp_path))
+  want = folder.load_on(folder.find(str(grads)))
+
+  def loss(params, batch):
+    x, _ = decoder.forward(found.model, params, batch)
+    logits = decoder.bind(found.model, params).logits(x)[:, :-1]
+    picked = jax.nn.log_softmax(logits)
+    targets = jax.nn.one_hot(batch.inputs[:, 1:], logits.shape[-1])
+    return -jnp.sum(picked * targets) / targets[..., 0].size
+
+  got = jax.jit(jax.grad(loss))(
+    folder.load_on(found), batch_lib.unscored(tokens(2, 24))
+  )
+  for path, x in jax.tree_util.tree_leaves_with_path(got):
+    y = functools.reduce(lambda node, key: node[key.key], path, want)
+    scale = max(1.0, float(np.abs(y).max()))
+    np.testing.assert_allclose(x, y, rtol=0, atol=1e-4 * scale, err_msg=path)
+
+
+@pytest.mark.parametrize(
+  "name", ["gpt2", "llama3", "mistral", "gemma2", "gemma3", "olmo3", "smollm3"]
+)
+def test_greedy_tokens_equal_those_of_transformers(name, tmp_path):
+  """64 tokens, by the KV cache and past every window, unpadded and padded."""
+  tokenizer = tokenizer_lib.Tokenizer()
+  longer = {"n_positions" if name == "gpt2" else "max_position_embeddings": 96}
+  model = reference(name, tmp_path, vocab_size=tokenizer.size, **longer)
+  found = folder.find(str(tmp_path))
+  loaded = sampler_lib.Sampler(found.model, folder.load_on(found), tokenizer)
+  prompts = tokens(3, 13)
+  model.generation_config.eos_token_id = tokenizer.eos
+  for prompt in (prompts[0], prompts[1][:5], prompts[2][:1]):
+    want = model.generate(
+      torch.tensor(prompt[None], dtype=torch.int64),
+      attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+      max_new_tokens=64,
+      do_sample=False,
+    )[0, len(prompt) :].numpy()
+    request = request_lib.Request(
+      prompt=prompt.tolist(), max_new_tokens=64, temperature=0.0
+    )
+    (got,) = loaded.generate([request])
+    assert got.token_ids == want.tolist()

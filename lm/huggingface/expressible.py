@@ -51,7 +51,7 @@ def lost(
   """What the family cannot express of the model: path -> (value, what it would
   become); {} if it can express the model.
   """
-  return differences(m, family.read(family.write(m)))
+  return differences(m, family.map(family.write(m)))
 
 
 def of(m: config_lib.ModelConfig, name: str | None = None) -> families.Family:

@@ -39,6 +39,11 @@ class Family:
           f"{self.model_type!r}, and may change the model; remove it if it "
           "does not"
         )
+    model = self.map(content)
+    return validation.check_model(model, "config.json, as config.model")
+
+  def map(self, content: parts.Content) -> config_lib.ModelConfig:
+    """`read` without any check between fields."""
     fields: dict[str, Any] = {}
     biases: tuple[Any, ...] = ()
     try:
@@ -52,10 +57,9 @@ class Family:
       ) from error
     fields["biases"] = tuple(part for part in ALL_BIASES if part in biases)
     kind = config_lib.ModelConfig
-    model = kind(
+    return kind(
       **{name: parts.as_declared(kind, name, x) for name, x in fields.items()}
     )
-    return validation.check_model(model, "config.json, as config.model")
 
   def write(self, model: config_lib.ModelConfig) -> dict[str, Any]:
     """config.json of the model, as far as the family has it."""

@@ -157,7 +157,9 @@ def write(
   found = expressible.of(model, family)
   wanted = table.places(found.rows, model)
   content = found.write(model)
-  content |= {"dtype": dtype, "torch_dtype": dtype, **(more or {})}
+  # Without a value the family's own would hold, maybe beyond the vocabulary.
+  ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+  content |= {"dtype": dtype, "torch_dtype": dtype, **ids, **(more or {})}
   files.replace(os.path.join(path, CONFIG), json.dumps(content, indent=2))
   planned = table.planned(wanted, params)
   tensors.write(path, planned, dtype, shard_bytes)

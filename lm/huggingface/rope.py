@@ -47,14 +47,16 @@ def everywhere(theta: float, *, partial: bool = False) -> parts.Part:
   """Rotary positions, the same in all layers, with base `theta` by default.
 
   Reads and writes the form of transformers 4 (rope_theta, rope_scaling) and of
-  transformers 5 (rope_parameters). `partial` families may rotate a share of the
-  head.
+  transformers 5 (rope_parameters). `partial` is Phi-3, which may rotate a share
+  of the head, and has no scaling but longrope.
   """
 
   def read(c: parts.Content) -> dict[str, Any]:
     base, fraction, scaling = _flat(c, theta)
     if not partial:
       parts.check(_FRACTION, fraction, (1.0,))
+    elif scaling is not None:
+      parts.check("rope_type", scaling.kind, ("longrope",))
     return {
       "rope_theta": base,
       "rope_scaling": scaling,
@@ -63,12 +65,15 @@ def everywhere(theta: float, *, partial: bool = False) -> parts.Part:
 
   def write(m: config_lib.ModelConfig) -> dict[str, Any]:
     share = {_FRACTION: m.rotary_fraction} if partial else {}
+    scaling = m.rope_scaling
+    if partial and scaling is not None and scaling.kind != "longrope":
+      scaling = None
     return {
       **share,
       _THETA: m.rope_theta,
-      "rope_scaling": _former(m, m.rope_scaling, partial),
-      "rope_parameters": {**_today(m, m.rope_theta, m.rope_scaling), **share},
-      **_outside(m, partial),
+      "rope_scaling": _former(m, scaling, partial),
+      "rope_parameters": {**_today(m, m.rope_theta, scaling), **share},
+      **({_ORIGINAL: _original(m, scaling)} if partial else {}),
     }
 
   keys = (_THETA, "rope_scaling", "rope_parameters", _FRACTION, _ORIGINAL)
@@ -236,8 +241,7 @@ def _former(
   return found
 
 
-def _outside(m: config_lib.ModelConfig, partial: bool) -> dict[str, Any]:
-  if not partial:
-    return {}
-  longest, scaling = m.context_length, m.rope_scaling
-  return {_ORIGINAL: scaling.original_length if scaling else longest}
+def _original(
+  m: config_lib.ModelConfig, scaling: config_lib.RopeScaling | None
+) -> int:
+  return m.context_length if scaling is None else scaling.original_length
