@@ -40,6 +40,8 @@ setuptools.setup(
     "tensorboardX>=2.6.5",
     "tensorflow-datasets>=4.9.10",
     "tensorstore>=0.1.86",
+    # Vocabularies of Hugging Face, and byte-level BPE.
+    "tokenizers>=0.23",
   ],
   extras_require={
     # Runs on TPUs; compiles for them anywhere.

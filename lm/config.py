@@ -190,10 +190,14 @@ class TokenizerConfig:
   """The tokenizer; its size must be `model.vocab_size`.
 
   `sentencepiece` uses the `.model` file at `path`; without `path`, a tokenizer
-  is trained on the training sources. `bytes` has an id per byte.
+  is trained on the training sources. So is `bpe`, a byte-level BPE.
+  `huggingface` uses the tokenizer.json at `path`, or of the folder `path`, and
+  the files beside it. `bytes` has an id per byte.
   """
 
-  kind: Literal["sentencepiece", "bytes"] = "sentencepiece"
+  kind: Literal["sentencepiece", "bpe", "huggingface", "bytes"] = (
+    "sentencepiece"
+  )
   path: str | None = None
   # Chat template: file with a Jinja template that lays out a conversation. Chat
   # needs the template; the checkpoint stores the text of the template.

@@ -178,6 +178,15 @@ def _validate_rope(m: config_lib.ModelConfig) -> None:
 def _validate_run(config: config_lib.Config) -> None:
   m, t, o = config.model, config.train, config.optimizer
   schema.require(
+    config.tokenizer.kind != "huggingface"
+    or config.tokenizer.path is not None
+    or config.init_from is not None,
+    "config.tokenizer.path",
+    config.tokenizer.path,
+    "must name a tokenizer.json, or a folder that has one, for "
+    "tokenizer.kind='huggingface'",
+  )
+  schema.require(
     t.sequence_length <= m.context_length,
     "config.train.sequence_length",
     t.sequence_length,
@@ -296,13 +305,16 @@ _READERS: tuple[tuple[str, Callable[[config_lib.Config], bool], str], ...] = (
   ),
   (
     "tokenizer.path",
-    lambda c: c.tokenizer.kind == "sentencepiece",
-    "tokenizer.kind='sentencepiece'",
+    lambda c: c.tokenizer.kind in ("sentencepiece", "huggingface"),
+    "tokenizer.kind='sentencepiece' or 'huggingface'",
   ),
   (
     "tokenizer.train_bytes",
-    lambda c: c.tokenizer.kind == "sentencepiece" and c.tokenizer.path is None,
-    "tokenizer.kind='sentencepiece' without tokenizer.path",
+    lambda c: (
+      c.tokenizer.kind == "bpe"
+      or (c.tokenizer.kind == "sentencepiece" and c.tokenizer.path is None)
+    ),
+    "tokenizer.kind='bpe', or 'sentencepiece' without tokenizer.path",
   ),
   (
     "data.text_unit",

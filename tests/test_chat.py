@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lm import config as config_lib
 from lm import schema
 from lm.chat import talk as talk_lib
-from lm.data import chat, fim
+from lm.data import chat, fim, tokenizer_training
 from lm.data import template as template_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.model import decoder
@@ -72,7 +72,7 @@ def bytes_tokenizer(template=TEMPLATE):
 def trained_tokenizer():
   config = config_lib.Config()
   config.model.vocab_size = 503
-  model = tokenizer_lib.train(config, [inspect.getsource(json)]).model
+  model = tokenizer_training.train(config, [inspect.getsource(json)]).model
   return tokenizer_lib.Tokenizer(model, TEMPLATE)
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from lm import config as config_lib
 from lm import schema
-from lm.data import chat
+from lm.data import chat, tokenizer_training
 from lm.data import tokenizer as tokenizer_lib
 
 CHATML = STYLES["chatml"]
@@ -34,7 +34,7 @@ def trained_model(special) -> bytes:
   config = config_lib.Config()
   config.model.vocab_size = 503
   config.tokenizer.special_tokens = special
-  model = tokenizer_lib.train(config, [inspect.getsource(json)]).model
+  model = tokenizer_training.train(config, [inspect.getsource(json)]).model
   assert model is not None
   return model
 

@@ -436,18 +436,23 @@ UNREAD = [
     5e5,
     "model.positions='rope' in a layer with one of model.windows",
   ),
-  (BYTES, "tokenizer.path", "a.model", "tokenizer.kind='sentencepiece'"),
+  (
+    BYTES,
+    "tokenizer.path",
+    "a.model",
+    "tokenizer.kind='sentencepiece' or 'huggingface'",
+  ),
   (
     BYTES,
     "tokenizer.train_bytes",
     7,
-    "tokenizer.kind='sentencepiece' without tokenizer.path",
+    "tokenizer.kind='bpe', or 'sentencepiece' without tokenizer.path",
   ),
   (
     {"tokenizer.path": "a.model"},
     "tokenizer.train_bytes",
     7,
-    "tokenizer.kind='sentencepiece' without tokenizer.path",
+    "tokenizer.kind='bpe', or 'sentencepiece' without tokenizer.path",
   ),
   (
     {"data.train": ("jsonl:a#text",)},

@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 from lm import batch as batch_lib
 from lm import checkpoint, schema, sharding
 from lm import config as config_lib
-from lm.data import sources, windows
+from lm.data import sources, tokenizer_training, windows
 from lm.data import tokenizer as tokenizer_lib
 from lm.evaluate import corpora, perplexity
 from lm.model import decoder
@@ -309,7 +309,7 @@ def test_bytes_are_those_of_the_text_whatever_the_tokenizer():
   text = "naïve café → ▁ <eos> 日本\n\t" * 3
   config = config_lib.Config()
   config.model.vocab_size = 390
-  pieces = tokenizer_lib.train(config, [text * 20])
+  pieces = tokenizer_training.train(config, [text * 20])
   for tokenizer in (BYTES, pieces):
     model = dataclasses.replace(MODEL, vocab_size=tokenizer.size)
     params = reference.random_params(model)

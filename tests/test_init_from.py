@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 
 from lm import checkpoint, schema, sharding, validation
-from lm.data import store
+from lm.data import store, tokenizer_training
 from lm.data import tokenizer as tokenizer_lib
 from lm.train import init_from, loop, programs
 from lm.train import metrics as metrics_lib
@@ -242,7 +242,7 @@ def test_a_trained_tokenizer_comes_with_the_parameters(
   stored = tokenizer_lib.Tokenizer.from_json(
     checkpoint.load_meta(str(workdir)).tokenizer
   )
-  monkeypatch.setattr(tokenizer_lib, "train", None)
+  monkeypatch.setattr(tokenizer_training, "train", None)
   tuned = copy.deepcopy(config)
   tuned.data.train, tuned.init_from = config.data.validation, str(workdir)
   prepared = loop._prepare(tuned, str(tmp_path / "new"))

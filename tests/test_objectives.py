@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from lm import config as config_lib
 from lm import objective as objective_lib
 from lm import schema
-from lm.data import fim, objectives, packing, pipeline, show
+from lm.data import fim, objectives, packing, pipeline, show, tokenizer_training
 from lm.data import store as store_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.evaluate import corpora
@@ -282,7 +282,7 @@ def test_a_middle_starts_inside_a_token():
   config = config_lib.Config()
   config.model.vocab_size = 400
   text = "the model reads the tokens of the text and then the next one. " * 40
-  tokenizer = tokenizer_lib.train(config, [text])
+  tokenizer = tokenizer_training.train(config, [text])
   tokens = np.array(
     [tokenizer.bos, *tokenizer.encode(text[:60]), tokenizer.eos]
   )

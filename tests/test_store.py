@@ -15,7 +15,7 @@ import tensorstore
 from lm import config as config_lib
 from lm import schema
 from lm.data import __main__ as data_command
-from lm.data import arrays
+from lm.data import arrays, tokenizer_training
 from lm.data import store as store_lib
 from lm.data import tokenizer as tokenizer_lib
 
@@ -124,13 +124,13 @@ def test_the_tokenizer_is_trained_once_on_a_spread_of_documents(
   config.model.vocab_size = 397
   config.tokenizer.train_bytes = 5000
   read = []
-  train = tokenizer_lib.train
+  train = tokenizer_training.train
 
   def spy(config, texts):
     read.extend(texts)
     return train(config, texts)
 
-  monkeypatch.setattr(tokenizer_lib, "train", spy)
+  monkeypatch.setattr(tokenizer_training, "train", spy)
   prepared = store_lib.prepare(config)
   again = store_lib.prepare(config)
   assert again.tokenizer.fingerprint == prepared.tokenizer.fingerprint
@@ -144,7 +144,7 @@ def test_the_tokenizer_is_trained_once_on_a_spread_of_documents(
   other = store_lib.prepare(config)
   assert other.tokenizer.fingerprint != prepared.tokenizer.fingerprint
   # A chat template needs no other training.
-  monkeypatch.setattr(tokenizer_lib, "train", None)
+  monkeypatch.setattr(tokenizer_training, "train", None)
   template = tmp_path / "chat.jinja"
   template.write_text("<user>")
   config.tokenizer.chat_template = str(template)
@@ -352,7 +352,7 @@ def test_special_tokens_make_another_tokenizer_once(tmp_path, monkeypatch):
   assert now.tokenizer.named["<|im_end|>"] == 111
   assert now.tokenizer.size == 390
   assert now.train[0].path != before.train[0].path
-  monkeypatch.setattr(tokenizer_lib, "train", None)
+  monkeypatch.setattr(tokenizer_training, "train", None)
   again = store_lib.prepare(config)
   assert again.tokenizer.fingerprint == now.tokenizer.fingerprint
   config.tokenizer.special_tokens = ()

@@ -61,7 +61,12 @@ def stop_ids(tokenizer: tokenizer_lib.Tokenizer) -> list[int]:
   if template is None:
     return []
   names = ["<end_of_turn>", "<user>", "<system>"]
-  found = [tokenizer.reserved[name] for name in names if name in template]
+  known = set(tokenizer.marked_tokens) & set(tokenizer.named)
+  found = [
+    tokenizer.named[name]
+    for name in names
+    if name in known and name in template
+  ]
   try:
     found += [tokenizer.named[x] for x in chat_layout.layout(tokenizer).ends]
   except schema.ConfigError:
@@ -161,8 +166,8 @@ def _pieces(
 ) -> list[_Piece]:
   """Splits a rendered text at its marks; checks what the template wrote."""
   pieces, inside = [], False
-  names = chat_layout.names(tokenizer.special_tokens)
-  chat_layout.check_whole(text, messages, tokenizer.special_tokens)
+  names = chat_layout.names(tokenizer.marked_tokens)
+  chat_layout.check_whole(text, messages, tokenizer.template_tokens)
   for part in _SURROGATE.split(text):
     if part in chat_layout.TARGETS:
       inside = part == chat_layout.TARGETS[0]
@@ -180,22 +185,76 @@ def _assemble(
   conversations: Sequence[list[_Piece]],
   threads: int = 1,
 ) -> list[Encoded]:
-  """Token ids and targets of pieces; bos comes first."""
-  names = chat_layout.names(tokenizer.special_tokens)
-  texts = [t for pieces in conversations for t, _ in pieces if t not in names]
-  encoded = iter(tokenizer.encode_batch(texts, threads) if texts else [])
+  """Token ids and targets of pieces. bos comes first, but of a vocabulary whose
+  templates write what they were trained with.
+  """
+  names = chat_layout.names(tokenizer.marked_tokens)
   ids = {
     mark: np.array([tokenizer.named[name]], np.int32)
     for mark, name in names.items()
   }
+  vocabulary = tokenizer.vocabulary
+
+  def going_on(pieces: list[_Piece]) -> list[bool]:
+    """Of each piece, whether its text would get no dummy prefix."""
+    before = ["", *(text for text, _ in pieces)]
+    return [
+      vocabulary.prefix_once if text in names else text != ""
+      for text in before[: len(pieces)]
+    ]
+
+  if vocabulary.strips:
+    marks = {
+      mark: vocabulary.strips.get(int(ids[mark][0]), (False, False))
+      for mark in names
+    }
+    conversations = [_stripped(pieces, marks) for pieces in conversations]
+  # Texts at the start, and texts that go on from earlier text.
+  texts: tuple[list[str], list[str]] = ([], [])
+  for pieces in conversations:
+    for (text, _), goes_on in zip(pieces, going_on(pieces), strict=True):
+      if text not in names:
+        texts[goes_on].append(text)
+  encoded = [
+    iter(tokenizer.encode_batch(some, threads, bool(i)) if some else [])
+    for i, some in enumerate(texts)
+  ]
   bos, found = np.array([tokenizer.bos], np.int32), []
   for pieces in conversations:
-    parts = [ids[t] if t in ids else next(encoded) for t, _ in pieces]
+    parts = [
+      ids[text] if text in ids else next(encoded[goes_on])
+      for (text, _), goes_on in zip(pieces, going_on(pieces), strict=True)
+    ]
     inside = [flag for _, flag in pieces]
-    if not parts or parts[0][:1].tolist() != [tokenizer.bos]:
+    opens = parts and parts[0][:1].tolist() == [tokenizer.bos]
+    if not parts or (vocabulary.chats_begin_with_bos and not opens):
       parts, inside = [bos, *parts], [False, *inside]
     scored = np.repeat(inside, [len(part) for part in parts])
     found.append((np.concatenate(parts), scored))
+  return found
+
+
+def _stripped(
+  pieces: list[_Piece], strips: Mapping[str, tuple[bool, bool]]
+) -> list[_Piece]:
+  """Pieces without the spaces that special tokens take with them: before and
+  behind each mark, as `strips` says.
+  """
+  found: list[_Piece] = []
+  behind = False  # Whether the last token takes the spaces behind it.
+  for text, inside in pieces:
+    if text in strips:
+      before, behind = strips[text]
+      while before and found and found[-1][0] not in strips:
+        last, flag = found.pop()
+        if last.rstrip():
+          found.append((last.rstrip(), flag))
+          break
+    elif behind:
+      text = text.lstrip()
+      behind = not text
+    if text:
+      found.append((text, inside))
   return found
 
 

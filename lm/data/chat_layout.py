@@ -44,7 +44,7 @@ _PROBES = (
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """A chat template, with marks in place of tokens, and its turns.
+  """A chat template, with marks in place of `tokens`, and its turns.
 
   `has_blocks` says whether it has `{% generation %}` blocks. `ends` are the
   names of the tokens that end the assistant's turn; () means that the turn is
@@ -52,7 +52,7 @@ class Layout:
   """
 
   template: str
-  special_tokens: tuple[str, ...]
+  tokens: tuple[str, ...]
   has_blocks: bool
   ends: tuple[str, ...]
 
@@ -78,7 +78,7 @@ class Layout:
     if not self.has_blocks:
       text = self._derived(messages, texts, text)
     if not self.ends:
-      eos = marks(self.special_tokens)["<eos>"]
+      eos = marks(self.tokens)["<eos>"]
       # Before the mark that ends the last answer, so that eos is a target.
       text = f"{text.removesuffix(TARGETS[1])}{eos}" + (
         TARGETS[1] if text.endswith(TARGETS[1]) else ""
@@ -120,7 +120,7 @@ class Layout:
     return "".join([*parts, whole[done:]])
 
   def _end_marks(self) -> re.Pattern[str] | None:
-    known = marks(self.special_tokens)
+    known = marks(self.tokens)
     found = "".join(known[name] for name in self.ends)
     return re.compile(f"[{found}]") if found else None
 
@@ -168,17 +168,23 @@ def layout(tokenizer: tokenizer_lib.Tokenizer) -> Layout:
   conversation, does not write the assistant's content, or does not make the
   end of turn a target.
   """
-  return _layout(marked_template(tokenizer), tokenizer.special_tokens)
+  return _layout(
+    marked_template(tokenizer),
+    tokenizer.marked_tokens,
+    tokenizer.template_tokens,
+  )
 
 
 @functools.lru_cache(maxsize=64)
-def _layout(template: str, special_tokens: tuple[str, ...]) -> Layout:
+def _layout(
+  template: str, tokens: tuple[str, ...], all_tokens: tuple[str, ...]
+) -> Layout:
   messages, texts = _probe(template)
   turns = [m for m in messages if m["role"] == "assistant"]
   has_blocks = any(TARGETS[0] in text for text in texts)
   for text in texts:
-    check_whole(text, messages, special_tokens)
-  known = names(special_tokens)
+    check_whole(text, messages, all_tokens)
+  known = names(tokens)
   ends = []
   for turn, text in zip(turns, texts[1::2], strict=True):
     at = text.rfind(turn["content"])
@@ -214,7 +220,7 @@ def _layout(template: str, special_tokens: tuple[str, ...]) -> Layout:
     )
   found = Layout(
     template,
-    special_tokens,
+    tokens,
     has_blocks,
     tuple(dict.fromkeys(end for end in ends if end)),
   )
@@ -226,13 +232,13 @@ def _layout(template: str, special_tokens: tuple[str, ...]) -> Layout:
 
 
 def check_whole(
-  text: str, messages: Sequence[Any], special_tokens: tuple[str, ...]
+  text: str, messages: Sequence[Any], tokens: tuple[str, ...]
 ) -> None:
   """Raises ConfigError if the template assembles a token: `<{{ role }}>`.
 
   Only tokens written whole in the template become ids.
   """
-  for name in spelling(special_tokens).findall(text):
+  for name in spelling(tokens).findall(text):
     if not any(name in value for item in messages for value in item.values()):
       raise schema.ConfigError(
         f"chat template: puts {name} together out of parts, which would be "
@@ -299,7 +305,8 @@ def _turn_cuts(messages: Sequence[Any]) -> list[template_lib.Cut]:
 
 def marked_template(tokenizer: tokenizer_lib.Tokenizer) -> str:
   """The tokenizer's chat template with marks in place of the tokens named in
-  it. Raises ConfigError without a chat template.
+  it. Raises ConfigError without a chat template, or on a template that names
+  a reserved token which the vocabulary lacks.
   """
   if tokenizer.chat_template is None:
     raise schema.ConfigError(
@@ -307,13 +314,20 @@ def marked_template(tokenizer: tokenizer_lib.Tokenizer) -> str:
       "--config.tokenizer.chat_template=FILE.jinja, name one for lm.chat or "
       "lm.serve by --chat_template, or ask for a completion"
     )
-  return _marked(tokenizer.chat_template, tokenizer.special_tokens)
+  for name in tokenizer.marked_tokens:
+    if name not in tokenizer.named:
+      raise schema.ConfigError(
+        f"chat template: writes {name}, for which the vocabulary has no id; "
+        "write a token that it has, or train on a source of chats, with a "
+        "config.model.vocab_size that has room for it"
+      )
+  return _marked(tokenizer.chat_template, tokenizer.marked_tokens)
 
 
 @functools.lru_cache(maxsize=64)
-def _marked(template: str, special_tokens: tuple[str, ...]) -> str:
-  known = marks(special_tokens)
-  return spelling(special_tokens).sub(lambda found: known[found[0]], template)
+def _marked(template: str, tokens: tuple[str, ...]) -> str:
+  known = marks(tokens)
+  return spelling(tokens).sub(lambda found: known[found[0]], template)
 
 
 def render(
@@ -338,20 +352,22 @@ def render(
 
 
 @functools.lru_cache
-def marks(special_tokens: tuple[str, ...]) -> Mapping[str, str]:
-  """Mark of each reserved and each special token."""
-  known = (*tokenizer_lib.RESERVED, *special_tokens)
+def marks(tokens: tuple[str, ...]) -> Mapping[str, str]:
+  """Mark of each token that a template may write; bos and eos are among them
+  wherever it writes `bos_token` and `eos_token`.
+  """
+  known = dict.fromkeys(("<bos>", "<eos>", *tokens))
   return {name: chr(0xDC00 + i) for i, name in enumerate(known)}
 
 
 @functools.lru_cache
-def names(special_tokens: tuple[str, ...]) -> Mapping[str, str]:
+def names(tokens: tuple[str, ...]) -> Mapping[str, str]:
   """Name of the token that each mark stands for."""
-  return {mark: name for name, mark in marks(special_tokens).items()}
+  return {mark: name for name, mark in marks(tokens).items()}
 
 
 @functools.lru_cache
-def spelling(special_tokens: tuple[str, ...]) -> re.Pattern[str]:
-  """Matches reserved and special tokens; a longer one before its parts."""
-  known = sorted(marks(special_tokens), key=len, reverse=True)
-  return re.compile("|".join(map(re.escape, known)))
+def spelling(tokens: tuple[str, ...]) -> re.Pattern[str]:
+  """Matches any of `tokens`; a longer one before its parts."""
+  known = sorted(tokens, key=len, reverse=True)
+  return re.compile("|".join(map(re.escape, known)) or r"(?!)")

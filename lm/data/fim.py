@@ -37,6 +37,7 @@ def reorder(
   encoded together. Where the text is no whole UTF-8, or its cuts add more than
   _SLACK tokens, the cuts are between tokens.
   """
+  opens = tokens[:1].tolist() == [tokenizer.bos]
   text = tokens[(tokens != tokenizer.bos) & (tokens != tokenizer.eos)]
   draws = rng.random(4)
   ends = tokens[-1:][tokens[-1:] == tokenizer.eos]
@@ -45,7 +46,7 @@ def reorder(
   psm, cuts = bool(draws[1] >= objective.spm), np.sort(draws[2:])
   parts: list[np.ndarray] | None = None
   if objective.cut != "token":
-    parts = _cut_text(objective.cut, tokenizer, text, psm, cuts)
+    parts = _cut_text(objective.cut, tokenizer, text, psm, cuts, opens)
   if parts is None:
     first, last = (int(cut * (len(text) + 1)) for cut in cuts)
     before, between, after = text[:first], text[first:last], text[last:]
@@ -64,12 +65,14 @@ def _cut_text(
   ids: np.ndarray,
   psm: bool,
   cuts: np.ndarray,
+  opens: bool,
 ) -> list[np.ndarray] | None:
   """(prefix, suffix, middle) as ids for PSM, else (suffix, prefix + middle); or
-  None if cuts between tokens are needed.
+  None if cuts between tokens are needed. `opens`: a document begins here.
   """
+  raw = tokenizer.decode_bytes(ids.tolist())
   try:
-    text = tokenizer.decode_bytes(ids.tolist()).decode()
+    text = (raw.removeprefix(tokenizer.prefix) if opens else raw).decode()
   except UnicodeDecodeError:  # the piece starts or ends inside a character
     return None
   if where == "line":
@@ -80,7 +83,10 @@ def _cut_text(
     first, last = (int(cut * (len(text) + 1)) for cut in cuts)
   before, between, after = text[:first], text[first:last], text[last:]
   parts = [before, after, between] if psm else [after, text[:last]]
-  encoded = tokenizer.encode_batch(parts)
+  encoded = tokenizer.encode_batch(parts, continues=True)
+  if opens and tokenizer.prefix:
+    place = 0 if psm else 1
+    encoded[place] = tokenizer.encode_batch(parts[place : place + 1])[0]
   if sum(map(len, encoded)) > len(ids) + _SLACK:
     return None
   return encoded
@@ -96,14 +102,15 @@ def fim_ids(
   suffix and prefix ("spm"). The model continues with the text in between, then
   eos.
 
-  Every tokenizer here has the three FIM tokens, but output of a model trained
-  without FIM is worthless. Raises ConfigError on any other `order`.
+  Output of a model trained without FIM is worthless. Raises ConfigError on any
+  other `order`, and if the vocabulary lacks the three FIM tokens.
   """
   if order not in ORDERS:
     raise schema.ConfigError(
       f"order={order!r}: must be 'psm' (prefix first) or 'spm'"
     )
-  before, after = tokenizer.encode(prefix), tokenizer.encode(suffix)
+  before = tokenizer.encode(prefix)
+  after = tokenizer.encode(suffix, continues=True)
   start, hole, end = (
     [tokenizer.bos, tokenizer.fim_prefix],
     [tokenizer.fim_suffix],

@@ -18,7 +18,7 @@ def mask_ids(tokenizer: tokenizer_lib.Tokenizer, text: str) -> list[int]:
   """Token ids of a document for a masked LM: bos, the text with each <mask> as
   the reserved id, eos. A <mask> stands for one token.
 
-  Raises ConfigError unless the text has a <mask>.
+  Raises ConfigError unless the text, and the vocabulary, have a <mask>.
   """
   tokenizer_lib.check_text("fill", text)
   if _MASK.search(text) is None:
@@ -71,7 +71,9 @@ def spans(
       found.setdefault(names[token], ids)
     else:
       ids.append(token)
-  return {name: tokenizer.decode(ids) for name, ids in found.items()}
+  return {
+    name: tokenizer.decode(ids, continues=True) for name, ids in found.items()
+  }
 
 
 def filled(text: str, gaps: dict[str, str]) -> list[tuple[str, bool]]:
@@ -107,5 +109,8 @@ def _encode(
 ) -> list[int]:
   ids = []
   for i, part in enumerate(parts):
-    ids += [tokenizer.reserved[part]] if i % 2 else tokenizer.encode(part)
+    if i % 2:
+      ids.append(tokenizer.require(part))
+    else:
+      ids += tokenizer.encode(part, continues=i > 0)
   return ids

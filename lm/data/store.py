@@ -47,7 +47,10 @@ _CHAT_VERSION = 1
 class TokenStore:
   """Reads a tokenized source; opened by `open_store`."""
 
-  def __init__(self, path: str, manifest: dict[str, Any], pad: int, bos: int):
+  def __init__(
+    self, path: str, manifest: dict[str, Any], pad: int, bos: int | None
+  ):
+    """`bos` starts each document and stands nowhere else; None: it may."""
     self.path = path
     # The source as the config names it; `prepare` adds the objective.
     self.spec: str = manifest["spec"]
@@ -123,9 +126,14 @@ class TokenStore:
     if n:
       tokens[:n] = self._tokens.read(start, start + n)
     documents = np.zeros(length, np.int32)
-    # Text never holds bos: each bos starts a document.
-    opened = np.cumsum(tokens[:n] == self._bos)
-    documents[:n] = opened - opened[:1] + 1
+    if self._bos is not None:
+      # Text never holds bos: each bos starts a document.
+      opened = np.cumsum(tokens[:n] == self._bos)
+      documents[:n] = opened - opened[:1] + 1
+    elif n:
+      places = np.arange(start, start + n)
+      numbers = np.searchsorted(self.ends, places, side="right")
+      documents[:n] = numbers - numbers[0] + 1
     return tokens, documents
 
 
@@ -154,6 +162,7 @@ def prepare(
   # A source that stands in a mixture twice is one text for the tokenizer.
   distinct = list(dict.fromkeys(sources[:n]))
   tokenizer = tokenizer or tokenizer_cache.make(config, distinct)
+  tokenizer = tokenizer_cache.for_sources(config, names, tokenizer)
   stores = _make_stores(names, sources, tokenizer, data)
   return Prepared(tokenizer, stores[:n], stores[n:])
 
@@ -207,7 +216,9 @@ def open_store(path: str, tokenizer: tokenizer_lib.Tokenizer) -> TokenStore:
   there = manifest_lib.array_metadata(path, "n_scored" in manifest)
   if manifest.get("arrays", there) != there:  # Absent in old manifests.
     raise arrays.damaged(path, "a zarr.json is not what was written")
-  return TokenStore(path, manifest, tokenizer.pad, tokenizer.bos)
+  # As of GPT-2, whose one token ends a document and is before the next.
+  bos = None if tokenizer.bos == tokenizer.eos else tokenizer.bos
+  return TokenStore(path, manifest, tokenizer.pad, bos)
 
 
 def _make_stores(
@@ -219,6 +230,8 @@ def _make_stores(
   """Token store of each source; existing stores are only opened. Sources that
   differ in their objective have stores of the same directory.
   """
+  for name in tokenizer_cache.needs(names, tokenizer):
+    tokenizer.require(name)
   directory = sources_lib.cache_directory(data)
   identities = [_identity(source, tokenizer) for source in sources]
   keys = [
@@ -268,7 +281,8 @@ def _build(
 ) -> None:
   """Tokenizes `source` into a new store at `path`; an error leaves no store.
 
-  Prints how many documents were skipped as invalid.
+  Prints how many documents were skipped as invalid, and how many the tokenizer
+  changes.
   """
   partial = path + _PARTIAL
   tokens_dtype = "uint16" if tokenizer.size <= 1 << 16 else "uint32"
@@ -315,6 +329,13 @@ def _build(
     raise
   if skipped.n:
     print(f"source {source.spec!r}: {skipped}", file=sys.stderr)
+  if skipped.n_changed:
+    print(
+      f"source {source.spec!r}: the tokenizer changes the text of "
+      f"{skipped.n_changed} documents ({tokenizer.lossy}); bytes are counted "
+      "over the text as it is",
+      file=sys.stderr,
+    )
 
 
 def _append(

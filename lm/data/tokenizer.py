@@ -1,71 +1,54 @@
-"""Tokenizers: text to token ids and back, without loss.
+"""Tokenizers: text to token ids and back.
 
-Every tokenizer reserves ids for all objectives from the start: a checkpoint can
-later be trained on any objective. Encoding never yields a reserved or special
-id: the text "<eos>" is encoded as ordinary text.
+Every tokenizer reserves ids for the objectives: a checkpoint can later be
+trained on any objective. Encoding never yields a reserved or special id: the
+text "<eos>" is encoded as ordinary text.
 """
 
 import base64
+import functools
 import hashlib
-import io
 import json
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import sentencepiece
 
 from lm import config as config_lib
 from lm import files, schema
-from lm.data import sentencepiece_model
+from lm.data import (
+  huggingface_files,
+  huggingface_vocabulary,
+  sentencepiece_model,
+  vocabulary,
+)
 from lm.data import template as template_lib
 
-SENTINELS = tuple(f"<sentinel_{i}>" for i in range(100))
-RESERVED = (
-  "<pad>",
-  "<bos>",
-  "<eos>",
-  "<mask>",
-  "<fim_prefix>",
-  "<fim_middle>",
-  "<fim_suffix>",
-  *SENTINELS,
-  "<system>",
-  "<user>",
-  "<assistant>",
-  "<end_of_turn>",
-)
-# Vocabulary of the bytes tokenizer: reserved ids and 256 bytes, rounded up to a
-# multiple of 128 to let a mesh axis shard the embedding.
-BYTES_SIZE = 384
+SENTINELS, RESERVED = vocabulary.SENTINELS, vocabulary.RESERVED
+BYTES_SIZE = vocabulary.BYTES_SIZE
 
 # Most special tokens: lm/data/chat_layout.py has 1022 marks, also for RESERVED.
 _MOST_SPECIAL = 900
-# Sentences for the trainer: at most 4096 characters, cut after a newline where
-# possible. Whole lines let the trainer learn newlines and indentation.
-_SENTENCE = re.compile(r"(?s).{1,4096}(?<=\n)|.{1,4096}")
-# Chosen by bits per byte after training (2 layers, 400 steps, 2048 ids), since
-# bytes per token is a bad predictor: 1.80 at 2.98 bytes per token; 1.85 at 3.11
-# if pieces join letters and signs; 2.17 at 3.51 if pieces also join words.
-TRAINER = {
-  "character_coverage": 0.9995,
-  "split_digits": True,
-  "allow_whitespace_only_pieces": True,
-  "max_sentencepiece_length": 32,
-}
+
+
+def _required(name: str) -> Any:
+  """The id of a reserved token; raises ConfigError where there is none."""
+  return property(lambda self: self.require(name))
 
 
 class Tokenizer:
-  """Encodes and decodes text; made by `train`, `load` or `from_json`.
+  """Encodes and decodes text; made by `load`, `from_json` or training.
 
-  `model` is a serialised SentencePiece model, or None for the bytes tokenizer.
-  Reserved tokens absent from the model get ids after the model's own ids.
-  Normalisation is the identity, even if the model asks for another: hence
-  `decode(encode(s)) == s`, and counts of bytes are exact.
+  `model` is a serialised SentencePiece model, the files of a Hugging Face
+  vocabulary, or None for the bytes tokenizer. Bytes and models trained here
+  lose nothing: `decode(encode(s)) == s`, and counts of bytes are exact. Others
+  say in `lossy` which texts they change; `prefix` is a dummy space that they
+  put before a text and that `decode` and `n_bytes` take away.
 
   `chat_template` is the Jinja text by which lm/data/chat.py lays out a
-  conversation. The fingerprint covers the vocabulary only, not the template.
+  conversation; None is the vocabulary's own, if it has one. The fingerprint
+  covers the vocabulary only, not the template.
 
   `special_tokens` are further names with an id of their own, such as
   "<|im_start|>": an id of the model if it has a control or user-defined piece
@@ -73,129 +56,180 @@ class Tokenizer:
   special token is written by a chat template only: text that spells it stays
   text. Raises ConfigError on names that are empty, repeated or reserved, and on
   more names than the bytes tokenizer has spare ids.
+
+  `plain` is of a SentencePiece model, as there.
   """
 
   def __init__(
     self,
-    model: bytes | None = None,
+    model: bytes | huggingface_files.Source | None = None,
     chat_template: str | None = None,
     special_tokens: Sequence[str] = (),
+    plain: bool = False,
   ):
-    _check_special(special_tokens)
-    self.model, self.chat_template = model, chat_template
-    self.special_tokens = tuple(special_tokens)
+    check_special(special_tokens)
+    self.model, self.special_tokens = model, tuple(special_tokens)
+    own_template = None
     if model is None:
-      self._pieces = [b""] * len(RESERVED) + [bytes([i]) for i in range(256)]
-      n_text = len(self._pieces)
-      if (n_spare := BYTES_SIZE - n_text) < len(special_tokens):
-        raise schema.ConfigError(
-          f"config.tokenizer.special_tokens: holds {len(special_tokens)} "
-          f"tokens, and the bytes tokenizer has {n_spare} spare ids; give at "
-          "most as many, or use kind='sentencepiece'"
-        )
-      self._pieces += [b""] * n_spare
-      reserved = {name: i for i, name in enumerate(RESERVED)}
-      special = {name: n_text + i for i, name in enumerate(special_tokens)}
-    else:
-      self._processor, self._pieces, reserved, special = (
-        sentencepiece_model.read(model, RESERVED, special_tokens)
+      self.vocabulary = vocabulary.Bytes(special_tokens)
+    elif isinstance(model, bytes):
+      self.vocabulary = sentencepiece_model.SentencePiece(
+        model, special_tokens, plain
       )
-      self._space_ids = [
-        self._processor.piece_to_id(f"<0x{byte:02X}>")
-        for byte in sentencepiece_model.SPACE.encode()
-      ]
+    else:
+      self.vocabulary = huggingface_vocabulary.HuggingFace(
+        model, special_tokens
+      )
+      own_template = model.template
+    if chat_template is None:
+      chat_template = own_template
+    self.chat_template = chat_template
+    self._pieces = self.vocabulary.pieces
     # Id of each reserved token, and of each reserved or special token.
-    self.reserved = reserved
-    self.named = {**special, **reserved}
-    self._names = {i: name for name, i in self.named.items()}
+    self.reserved = self.vocabulary.reserved
+    self.named = {**self.vocabulary.special, **self.reserved}
+    self._names = self.vocabulary.names()
     # Bytes of text per id: int64 [size], 0 for reserved and special ids.
     self.byte_lengths = np.array([len(p) for p in self._pieces], np.int64)
     self.fingerprint = hashlib.sha256(
       json.dumps(self._vocabulary()).encode()
     ).hexdigest()[:16]
-    self.pad = reserved["<pad>"]
-    self.bos = reserved["<bos>"]
-    self.eos = reserved["<eos>"]
-    self.mask = reserved["<mask>"]
-    self.fim_prefix = reserved["<fim_prefix>"]
-    self.fim_middle = reserved["<fim_middle>"]
-    self.fim_suffix = reserved["<fim_suffix>"]
-    self.sentinels = tuple(reserved[name] for name in SENTINELS)
-    self.system = reserved["<system>"]
-    self.user = reserved["<user>"]
-    self.assistant = reserved["<assistant>"]
-    self.end_of_turn = reserved["<end_of_turn>"]
+    self.pad = self.reserved["<pad>"]
+    self.bos = self.reserved["<bos>"]
+    self.eos = self.reserved["<eos>"]
 
   def with_template(self, chat_template: str | None) -> "Tokenizer":
     """The same vocabulary with another chat template."""
-    return Tokenizer(self.model, chat_template, self.special_tokens)
+    return self._made_anew(self.model, chat_template)
+
+  def _made_anew(self, model, chat_template: str | None) -> "Tokenizer":
+    plain = getattr(self.vocabulary, "plain", False)
+    return Tokenizer(model, chat_template, self.special_tokens, plain)
+
+  def with_reserved(self, names: Sequence[str], room: int) -> "Tokenizer":
+    """A tokenizer that has all reserved `names`: this one, or, of a Hugging
+    Face vocabulary, one with ids for them after the vocabulary's own.
+
+    Raises ConfigError if more than `room` ids would be needed.
+    """
+    if all(name in self.reserved for name in names):
+      return self
+    assert isinstance(self.vocabulary, huggingface_vocabulary.HuggingFace)
+    source = self.vocabulary.with_added(names, room)
+    template = self.chat_template
+    return self._made_anew(
+      source, None if template == source.template else template
+    )
+
+  def require(self, name: str) -> int:
+    """Id of a reserved token. Raises ConfigError if there is none."""
+    if name not in self.reserved:
+      raise schema.ConfigError(
+        f"tokenizer: has no {name}, which neither its vocabulary nor the "
+        "objectives that it was prepared for have; train with an objective "
+        "that needs it, and a config.model.vocab_size that has room for it"
+      )
+    return self.reserved[name]
+
+  mask = _required("<mask>")
+  fim_prefix = _required("<fim_prefix>")
+  fim_middle = _required("<fim_middle>")
+  fim_suffix = _required("<fim_suffix>")
+  system = _required("<system>")
+  user = _required("<user>")
+  assistant = _required("<assistant>")
+  end_of_turn = _required("<end_of_turn>")
+
+  @functools.cached_property
+  def sentinels(self) -> tuple[int, ...]:
+    return tuple(self.require(name) for name in SENTINELS)
+
+  @property
+  def kind(self) -> str:
+    return self.vocabulary.kind
+
+  @property
+  def lossy(self) -> str | None:
+    """Which texts do not come back from their ids; None: all do."""
+    return self.vocabulary.lossy
+
+  @property
+  def prefix(self) -> bytes:
+    return self.vocabulary.prefix
+
+  @functools.cached_property
+  def template_tokens(self) -> tuple[str, ...]:
+    """Names that become ids where a chat template writes them. A template that
+    came with a vocabulary writes no reserved name of this program.
+    """
+    if not isinstance(self.model, huggingface_files.Source):
+      return (*RESERVED, *self.special_tokens)
+    own = self.chat_template == self.model.template
+    return (*self.vocabulary.special, *(() if own else RESERVED))
+
+  @functools.cached_property
+  def marked_tokens(self) -> tuple[str, ...]:
+    """Those of `template_tokens` that may stand in the template: all, or of a
+    Hugging Face vocabulary, which may have thousands, those that do.
+    """
+    if not isinstance(self.model, huggingface_files.Source):
+      return self.template_tokens
+    template = self.chat_template or ""
+    return tuple(name for name in self.template_tokens if name in template)
 
   @property
   def size(self) -> int:
     return len(self._pieces)
 
-  def encode(self, text: str) -> list[int]:
+  def encode(self, text: str, continues: bool = False) -> list[int]:
     """Token ids of `text`, without bos and eos."""
-    return self.encode_batch([text])[0].tolist()
+    return self.encode_batch([text], continues=continues)[0].tolist()
 
   def encode_batch(
-    self, texts: Sequence[str], threads: int = 1
+    self, texts: Sequence[str], threads: int = 1, continues: bool = False
   ) -> list[np.ndarray]:
     """Token ids of each text, int32; SentencePiece uses `threads` threads.
 
-    Raises ConfigError on text that is invalid in UTF-8 (surrogates).
+    Texts that go on from earlier text, `continues`, get no dummy prefix. Raises
+    ConfigError on text that is invalid in UTF-8 (surrogates).
     """
     try:
-      return self._encode_batch(texts, threads)
+      return self.vocabulary.encode(texts, threads, continues)
     except (TypeError, UnicodeEncodeError) as error:
       for text in texts:
         check_text("text", text)
       raise error
 
-  def _encode_batch(
-    self, texts: Sequence[str], threads: int
-  ) -> list[np.ndarray]:
-    if self.model is None:
-      return [
-        np.frombuffer(text.encode(), np.uint8).astype(np.int32) + len(RESERVED)
-        for text in texts
-      ]
-    parts = [text.split(sentencepiece_model.SPACE) for text in texts]
-    encoded = iter(
-      self._processor.encode(
-        [part for split in parts for part in split],
-        return_type="numpy",
-        num_threads=threads,
-      )
-    )
-    space = np.array(self._space_ids, np.int32)
-    rows = []
-    for split in parts:
-      row = [next(encoded)]
-      for _ in split[1:]:
-        row += [space, next(encoded)]
-      rows.append(row[0] if len(row) == 1 else np.concatenate(row))
-    return rows
-
-  def decode(self, ids: Iterable[int]) -> str:
-    """Text of `ids`; incomplete or invalid UTF-8 becomes U+FFFD."""
-    return self.decode_bytes(ids).decode(errors="replace")
+  def decode(self, ids: Iterable[int], continues: bool = False) -> str:
+    """Text of `ids`, encoded with `continues`; incomplete or invalid UTF-8
+    becomes U+FFFD.
+    """
+    raw = self.decode_bytes(ids)
+    if not continues:
+      raw = raw.removeprefix(self.prefix)
+    return raw.decode(errors="replace")
 
   def decode_bytes(self, ids: Iterable[int]) -> bytes:
-    """Bytes of `ids`; reserved ids add no bytes."""
+    """Bytes of `ids`, dummy prefix included; reserved ids add no bytes."""
     return b"".join(self._pieces[i] for i in ids)
 
   def n_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
-    return int(self.byte_lengths[np.asarray(ids, np.int64)].sum())
+    """UTF-8 bytes of the text whose ids, from its start on, `ids` are."""
+    lengths = self.byte_lengths[np.asarray(ids, np.int64)]
+    n = int(lengths.sum())
+    if n and self.prefix:
+      first = ids[int(np.flatnonzero(lengths)[0])]
+      n -= len(self.prefix) * self._pieces[first].startswith(self.prefix)
+    return n
 
   def piece(self, i: int) -> str:
     """Text of id `i`, escaped to print on one line; partial UTF-8 as <0xNN>, an
     id that only pads a model's vocabulary as <i>.
     """
-    if i >= self.size:
-      return f"<{i}>"
     if i in self._names:
       return self._names[i]
+    if i >= self.size:
+      return f"<{i}>"
     try:
       return repr(self._pieces[i].decode())[1:-1]
     except UnicodeDecodeError:
@@ -204,15 +238,15 @@ class Tokenizer:
   def to_json(self) -> str:
     """Serialises the tokenizer for a checkpoint; `from_json` is the inverse."""
     content = self._vocabulary()
-    if self.chat_template is not None:
+    own = getattr(self.model, "template", None)
+    if own is not None:
+      content["own_template"] = own
+    if self.chat_template != own:
       content["chat_template"] = self.chat_template
     return json.dumps(content)
 
   def _vocabulary(self) -> dict[str, Any]:
-    content: dict[str, Any] = {"kind": "bytes"}
-    if self.model is not None:
-      model = base64.b64encode(self.model).decode()
-      content = {"kind": "sentencepiece", "model": model}
+    content = dict(self.vocabulary.content())
     if self.special_tokens:  # Absent in tokenizers of earlier versions.
       content["special_tokens"] = list(self.special_tokens)
     return content
@@ -223,7 +257,7 @@ class Tokenizer:
     try:
       content = json.loads(text)
       template = content.get("chat_template")
-      if content["kind"] not in ("bytes", "sentencepiece"):
+      if content["kind"] not in ("bytes", "sentencepiece", "huggingface"):
         raise ValueError(f"kind {content['kind']!r}")
       if not isinstance(template, str | None):
         raise ValueError("chat_template is not text")
@@ -235,7 +269,9 @@ class Tokenizer:
       model = None
       if content["kind"] == "sentencepiece":
         model = base64.b64decode(content["model"], validate=True)
-      return cls(model, template, special)
+      elif content["kind"] == "huggingface":
+        model = huggingface_files.from_content(content)
+      return cls(model, template, special, content.get("rules") != "own")
     except (
       *sentencepiece_model.UNREADABLE,
       AttributeError,
@@ -248,7 +284,7 @@ class Tokenizer:
       ) from error
 
 
-def _check_special(names: Sequence[str]) -> None:
+def check_special(names: Sequence[str]) -> None:
   """Raises ConfigError unless `names` can be special tokens."""
   where = "config.tokenizer.special_tokens"
   for i, name in enumerate(names):
@@ -279,11 +315,16 @@ def check_text(name: str, text: str) -> None:
 
 
 def load(config: config_lib.Config) -> Tokenizer:
-  """Loads the bytes tokenizer, or the SentencePiece `.model` of the config."""
+  """Loads the bytes tokenizer, the SentencePiece `.model` or the Hugging Face
+  vocabulary of the config.
+  """
   path, template = config.tokenizer.path, config_template(config)
   special = config.tokenizer.special_tokens
   if config.tokenizer.kind == "bytes":
     tokenizer = Tokenizer(None, template, special)
+  elif config.tokenizer.kind == "huggingface":
+    assert path is not None, "checked with the config"
+    tokenizer = from_files(path, template, special)
   else:
     assert path is not None, "a tokenizer without a path is trained"
     path = files.local_path(path, "config.tokenizer.path")
@@ -305,6 +346,21 @@ def load(config: config_lib.Config) -> Tokenizer:
       ) from error
   check_vocabulary(config, tokenizer)
   return tokenizer
+
+
+def from_files(
+  path: str, template: str | None = None, special_tokens: Sequence[str] = ()
+) -> Tokenizer:
+  """The tokenizer of a Hugging Face folder, or of a tokenizer.json; `template`
+  replaces its chat template. Raises ConfigError that quotes the path.
+  """
+  source = huggingface_files.read(path)
+  try:
+    return Tokenizer(source, template, special_tokens)
+  except schema.ConfigError as error:
+    raise schema.ConfigError(
+      f"config.tokenizer.path={path!r}: {error}"
+    ) from error
 
 
 def read_template(path: str | None, name: str) -> str | None:
@@ -336,7 +392,7 @@ def config_template(config: config_lib.Config) -> str | None:
 def check_vocabulary(config: config_lib.Config, tokenizer: Tokenizer) -> None:
   """Raises ConfigError unless the model has an embedding row for each id.
 
-  With a loaded `.model` rows may be left over; trained and bytes tokenizers
+  With a loaded vocabulary rows may be left over; trained and bytes tokenizers
   must fit exactly.
   """
   wanted, size = config.model.vocab_size, tokenizer.size
@@ -347,57 +403,3 @@ def check_vocabulary(config: config_lib.Config, tokenizer: Tokenizer) -> None:
       f"vocabulary mismatch: config.model.vocab_size={wanted}, but the "
       f"tokenizer has {size} ids; set it to {rule} {size}"
     )
-
-
-def train(config: config_lib.Config, texts: Iterable[str]) -> Tokenizer:
-  """Trains byte-pair encoding (BPE) of `model.vocab_size` ids on `texts`.
-
-  The same texts give the same tokenizer. Raises ConfigError if the size is
-  below the minimum or out of reach of the texts.
-  """
-  size, special = config.model.vocab_size, config.tokenizer.special_tokens
-  _check_special(special)
-  smallest = len(RESERVED) + len(special) + 256 + 1
-  if size < smallest:
-    raise schema.ConfigError(
-      f"config.model.vocab_size={size}: {smallest - 1} ids are taken by bytes, "
-      f"reserved and special tokens; set it to at least {smallest}"
-    )
-  model = io.BytesIO()
-  sentences = (m.group() for t in texts for m in _SENTENCE.finditer(t))
-  try:
-    sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=sentences,
-      model_writer=model,
-      model_type="bpe",
-      vocab_size=size,
-      pad_id=0,
-      pad_piece=RESERVED[0],
-      bos_id=1,
-      bos_piece=RESERVED[1],
-      eos_id=2,
-      eos_piece=RESERVED[2],
-      # SentencePiece requires an unknown token. With byte fallback no text is
-      # unknown: <mask> takes the id.
-      unk_id=3,
-      unk_piece=RESERVED[3],
-      control_symbols=[*RESERVED[4:], *special],
-      byte_fallback=True,
-      normalization_rule_name="identity",
-      add_dummy_prefix=False,
-      remove_extra_whitespaces=False,
-      max_sentence_length=1 << 30,
-      minloglevel=3,
-      **TRAINER,
-    )
-  except RuntimeError as error:
-    # Strips SentencePiece's source file and line.
-    reason = " ".join(str(error).rpartition("] ")[2].split())
-    raise schema.ConfigError(
-      f"config.model.vocab_size={size}: the training sources are too small "
-      f"or too varied for it ({reason}); change it, give more text, "
-      "or set tokenizer.kind='bytes'"
-    ) from error
-  tokenizer = Tokenizer(model.getvalue(), special_tokens=special)
-  check_vocabulary(config, tokenizer)
-  return tokenizer

@@ -11,8 +11,10 @@ import rich.console
 
 from lm import config as config_lib
 from lm import files, locks, schema
+from lm import objective as objective_lib
 from lm.data import sources as sources_lib
 from lm.data import tokenizer as tokenizer_lib
+from lm.data import tokenizer_training, vocabulary
 
 _VERSION = 2
 
@@ -31,7 +33,7 @@ def make(
     )
   made_of = [
     _VERSION,
-    tokenizer_lib.TRAINER,
+    tokenizer_training.TRAINER,
     config.model.vocab_size,
     config.tokenizer.train_bytes,
     [source.fingerprint() for source in sources],
@@ -50,7 +52,7 @@ def make(
         texts = list(_sample(sources, config.tokenizer.train_bytes))
         _require_text(texts, sources)
         with rich.console.Console(stderr=True).status("training tokenizer"):
-          tokenizer = tokenizer_lib.train(config, texts)
+          tokenizer = tokenizer_training.train(config, texts)
         sealed = files.seal(json.loads(tokenizer.to_json()))
         files.replace(path, json.dumps(sealed, indent=2))
   model = _read_tokenizer(path).model
@@ -100,3 +102,40 @@ def _require_text(
   if not any(texts):
     specs = ", ".join(repr(source.spec) for source in sources)
     raise schema.ConfigError(f"sources {specs}: empty, hold no text")
+
+
+def for_sources(
+  config: config_lib.Config,
+  names: Sequence[str],
+  tokenizer: tokenizer_lib.Tokenizer,
+) -> tokenizer_lib.Tokenizer:
+  """The tokenizer with the reserved tokens that the sources `names` need, of
+  their objectives and, for chats, of the chat template.
+
+  Raises ConfigError where the vocabulary and `model.vocab_size` have no room.
+  """
+  needed = needs(names, tokenizer)
+  return tokenizer.with_reserved(needed, config.model.vocab_size)
+
+
+def needs(
+  names: Sequence[str], tokenizer: tokenizer_lib.Tokenizer
+) -> list[str]:
+  """Reserved tokens that the sources `names` need, in the order of RESERVED."""
+  objectives = [objective_lib.of(name) for name in names]
+  found = {token for o in objectives for token in _needed_by(o)}
+  if any(isinstance(o, objective_lib.Chat) for o in objectives):
+    found |= set(tokenizer.marked_tokens)
+  return [name for name in vocabulary.RESERVED if name in found]
+
+
+def _needed_by(objective: objective_lib.Causal) -> Sequence[str]:
+  match objective:
+    case objective_lib.SpanCorruption():
+      return vocabulary.SENTINELS
+    case objective_lib.Fim():
+      return vocabulary.FIM
+    case objective_lib.Masked():
+      return ("<mask>",)
+    case _:
+      return ()

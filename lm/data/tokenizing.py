@@ -27,10 +27,13 @@ class Encoded(NamedTuple):
 
 @dataclasses.dataclass
 class Skipped:
-  """Number of documents skipped as invalid, and a reason, where it is known."""
+  """Number of documents skipped as invalid, and a reason, where it is known;
+  and of documents that their tokens do not give back.
+  """
 
   n: int = 0
   first: str | None = None
+  n_changed: int = 0
 
   def add(self, reason: str | None) -> None:
     self.n += 1
@@ -58,7 +61,7 @@ def encode(
   threads = data.workers or os.cpu_count() or 1
   texts = [d for d in documents if isinstance(d, sources_lib.Document)]
   if texts:
-    return _texts(texts, tokenizer, threads)
+    return _texts(texts, tokenizer, threads, skipped)
   chats = [d for d in documents if isinstance(d, sources_lib.Conversation)]
   if not chats:
     return []
@@ -94,10 +97,17 @@ def _texts(
   texts: Sequence[sources_lib.Document],
   tokenizer: tokenizer_lib.Tokenizer,
   threads: int,
+  skipped: Skipped,
 ) -> list[Encoded]:
   encoded = tokenizer.encode_batch([d.text for d in texts], threads=threads)
   n_bytes = [len(document.text.encode()) for document in texts]
-  assert sum(n_bytes) == sum(tokenizer.n_bytes(ids) for ids in encoded)
+  if tokenizer.lossy is None:
+    assert sum(n_bytes) == sum(tokenizer.n_bytes(ids) for ids in encoded)
+  else:
+    skipped.n_changed += sum(
+      tokenizer.decode(ids.tolist()) != document.text
+      for document, ids in zip(texts, encoded, strict=True)
+    )
   bos, eos = np.array([[tokenizer.bos], [tokenizer.eos]], np.int32)
   unscored = np.zeros(0, bool)
   return [

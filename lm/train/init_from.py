@@ -16,6 +16,7 @@ import jax
 
 from lm import checkpoint, files, schema, validation
 from lm import config as config_lib
+from lm.data import huggingface_files
 from lm.data import tokenizer as tokenizer_lib
 from lm.model import decoder, lora, weights
 from lm.train import programs
@@ -79,17 +80,17 @@ def tokenizer(
   stored = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
   c = config.tokenizer
   if c.kind == "bytes" or c.path is not None:
-    named = tokenizer_lib.load(_with_special(config, stored)).fingerprint
+    named = _named(config, stored).fingerprint
     remedy = "name that run's tokenizer"
   else:
-    named = None if stored.model is None else stored.fingerprint
-    remedy = "set tokenizer.kind='bytes'"
+    kind = "huggingface" if c.kind == "bpe" else c.kind
+    named = stored.fingerprint if stored.kind == kind else None
+    remedy = f"set tokenizer.kind={stored.kind!r}"
   if named != stored.fingerprint:
-    kind = "bytes" if stored.model is None else "sentencepiece"
     raise schema.ConfigError(
       f"config.tokenizer.kind={c.kind!r}, path={c.path!r}: not the tokenizer "
-      f"of {where} (kind {kind!r}, fingerprint {stored.fingerprint}), with "
-      "which the parameters of config.init_from were trained; "
+      f"of {where} (kind {stored.kind!r}, fingerprint {stored.fingerprint}), "
+      "with which the parameters of config.init_from were trained; "
       f"{remedy}"
     )
   if c.special_tokens not in ((), stored.special_tokens):
@@ -101,13 +102,19 @@ def tokenizer(
   return stored.with_template(template)
 
 
-def _with_special(
+def _named(
   config: config_lib.Config, stored: tokenizer_lib.Tokenizer
-) -> config_lib.Config:
-  named = dataclasses.replace(
-    config.tokenizer, special_tokens=stored.special_tokens
-  )
-  return dataclasses.replace(config, tokenizer=named)
+) -> tokenizer_lib.Tokenizer:
+  """The tokenizer that the config names, with the ids that `stored` added."""
+  special = stored.special_tokens
+  fields = dataclasses.replace(config.tokenizer, special_tokens=special)
+  named = tokenizer_lib.load(dataclasses.replace(config, tokenizer=fields))
+  if isinstance(stored.model, huggingface_files.Source) and isinstance(
+    named.model, huggingface_files.Source
+  ):
+    added = dataclasses.replace(named.model, added=stored.model.added)
+    return tokenizer_lib.Tokenizer(added, None, special)
+  return named
 
 
 def load(
