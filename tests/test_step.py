@@ -493,6 +493,15 @@ OTHER = {
   "model.rope_scaling.low_frequency_factor": 2.0,
   "model.rope_scaling.high_frequency_factor": 7.0,
   "model.rope_scaling.original_length": 7,
+  "model.rope_scaling.kind": "linear",
+  "model.rope_scaling.beta_fast": 400.0,
+  "model.rope_scaling.beta_slow": 7.0,
+  "model.rope_scaling.truncate": False,
+  "model.rope_scaling.short_factors": (2.0, 2.0, 2.0),
+  "model.rope_scaling.long_factors": (2.0, 2.0, 2.0),
+  "model.rope_scaling.attention_factor": 2.0,
+  "model.rope_layers": (True, False),
+  "model.rotary_fraction": 0.67,
   "model.rope_theta_windowed": 500.0,
   "model.windows": (3, None),
   "model.query_scale_dim": 7,
@@ -520,6 +529,16 @@ OTHER = {
   "train.z_loss": 0.1,
   "train.statistics_every": 7,
 }
+YARN = config_lib.RopeScaling(kind="yarn", original_length=10_000)
+LONGROPE = {
+  f"{name}_factors": config_lib.RopeScaling(
+    kind="longrope",
+    original_length=original,
+    short_factors=(1.0, 2.0, 3.0),
+    long_factors=(3.0, 2.0, 1.0),
+  )
+  for name, original in (("short", T), ("long", T - 1))
+}
 # Settings under which a field is read.
 UNDER = (
   {
@@ -535,6 +554,14 @@ UNDER = (
       "model.rope_scaling": config_lib.RopeScaling()
     }
     for field in dataclasses.fields(config_lib.RopeScaling)
+  }
+  | {
+    f"model.rope_scaling.{name}": {"model.rope_scaling": YARN}
+    for name in ("beta_fast", "beta_slow", "truncate", "attention_factor")
+  }
+  | {
+    f"model.rope_scaling.{name}": {"model.rope_scaling": scaling}
+    for name, scaling in LONGROPE.items()
   }
 )
 # Readers of fields that the program of a step does not show, or that
@@ -566,7 +593,8 @@ def _program(settings) -> str:
 
   batch = batch_lib.empty(config.train.batch_size, config.train.sequence_length)
   step = jax.make_jaxpr(step_lib.train_step(config))
-  return f"{jax.make_jaxpr(first)()}{step(jax.eval_shape(first), batch)}"
+  made = jax.make_jaxpr(first)(), step(jax.eval_shape(first), batch)
+  return "".join(f"{jaxpr}{jaxpr.consts}" for jaxpr in made)
 
 
 @pytest.mark.slow

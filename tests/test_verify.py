@@ -104,7 +104,7 @@ def caught(name, c):
   ("name", "fields"),
   [
     ("accumulation", {"model__residual_dropout": 0.1}),
-    ("shardings", {"model__bias": True}),
+    ("shardings", {"model__biases": ("qkv", "o", "mlp")}),
     ("checkpoint", {"optimizer__skip": config_lib.SkipConfig()}),
   ],
 )
@@ -129,11 +129,28 @@ def test_a_clean_config_with_adapters_passes(name):
 
 BFLOAT16 = {"model__dtype": "bfloat16"}
 WINDOWED = {"model__windows": (5, None), "model__n_layers": 3}
+# Of OLMo 3, SmolLM 3 and Phi 4, with two patterns of layers.
+SWITCHES = WINDOWED | {
+  "model__norm_placement": "post",
+  "model__qk_norm": "projection",
+  "model__biases": ("qkv",),
+  "model__mlp": "geglu_exact",
+  "model__rope_layers": (True, False, True),
+  "model__rotary_fraction": 0.67,
+  "model__rope_scaling": config_lib.RopeScaling(
+    kind="longrope",
+    original_length=12,
+    short_factors=(1.0, 2.0),
+    long_factors=(1.0, 4.0),
+  ),
+}
 CLEAN = [
   ("causality", BFLOAT16 | WINDOWED),
-  ("packing", {"model__positions": "learned", "model__bias": True}),
-  ("padding", {}),
+  ("packing", {"model__positions": "learned", "model__biases": ("qkv", "mlp")}),
+  ("padding", {"model__norm_placement": "residual"}),
   ("decode", BFLOAT16 | {"model__windows": (5,)}),
+  ("decode", SWITCHES),
+  ("shardings", SWITCHES),
   ("layers", {"model__residual_dropout": 0.1}),
   ("initial_loss", {}),
   ("dtypes", {}),
@@ -146,7 +163,7 @@ CLEAN = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "fields"), CLEAN, ids=[n for n, _ in CLEAN])
+@pytest.mark.parametrize(("name", "fields"), CLEAN)
 def test_clean_config_passes(name, fields):
   found = list(checks.CHECKS[name](config(**fields)))
   assert found and all(r.passed for r in found), found
@@ -530,6 +547,36 @@ def test_shrinking_keeps_groups_remainder_and_rope_scaling():
   assert model.n_layers == 7 and model.windows == (8, 8, None)
   assert model.rope_scaling.original_length == 16
   assert model.context_length == 128 and model.query_scale_dim == 24
+
+
+@pytest.mark.parametrize("context", [4096, 131_072])
+def test_shrinking_keeps_patterns_and_divisors(context):
+  """Of Phi-4-mini, with NoPE layers."""
+  c = config(
+    model__d_head=128,
+    model__rotary_fraction=0.75,
+    model__n_layers=32,
+    model__windows=(512, None),
+    model__rope_layers=(True, True, False),
+    model__rope_scaling=config_lib.RopeScaling(
+      kind="longrope",
+      factor=32.0,
+      original_length=4096,
+      short_factors=(1.0,) * 48,
+      long_factors=tuple(1 + i / 2 for i in range(48)),
+    ),
+    model__context_length=context,
+    train__sequence_length=2048,
+  )
+  model = shrink.shrink(c).model
+  assert model.n_layers == 13 and model.windows == (16, None)
+  assert model.rope_layers == (True, True, False)
+  assert (model.d_head, model.d_rotary) == (8, 6)
+  scaling = model.rope_scaling
+  assert scaling.short_factors == (1.0,) * 3
+  assert scaling.long_factors == (1.0, 9.0, 17.0)
+  long = model.context_length > scaling.original_length
+  assert long == (context > 4096) and scaling.factor == 32
 
 
 def test_kernels_of_other_platforms_are_replaced():

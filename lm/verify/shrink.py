@@ -51,16 +51,16 @@ def shrink(config: config_lib.Config) -> config_lib.Config:
   m.windows = tuple(
     None if w is None else min(w, max(2, round(w * ratio))) for w in m.windows
   )
-  if m.rope_scaling is not None:
-    original = round(m.rope_scaling.original_length * ratio)
-    m.rope_scaling = dataclasses.replace(
-      m.rope_scaling, original_length=max(1, original)
-    )
-  m.n_layers = _layers(m.n_layers, len(m.windows))
+  m.n_layers = _layers(m.n_layers, math.lcm(len(m.windows), len(m.rope_layers)))
   m.vocab_size = _narrow(m.vocab_size, 256)
   m.d_model = _narrow(m.d_model, 56)
   m.d_mlp = _narrow(m.d_mlp, 120)
   m.d_head = min(m.d_head, 8 - m.d_head % 2)
+  if m.rotary_fraction < 1:
+    pairs = max(1, round(m.d_head * m.rotary_fraction / 2))
+    m.rotary_fraction = 2 * pairs / m.d_head
+  if m.rope_scaling is not None:
+    m.rope_scaling = _scaling(before, m, ratio)
   if m.query_scale_dim is not None:
     scaled = m.query_scale_dim * m.d_head / before.d_head
     m.query_scale_dim = max(1, round(scaled))
@@ -119,9 +119,34 @@ def _narrow(size: int, about: int) -> int:
   return min(size, about + (common if common > 1 else 3))
 
 
+def _scaling(
+  before: config_lib.ModelConfig, small: config_lib.ModelConfig, ratio: float
+) -> config_lib.RopeScaling:
+  """The RoPE scaling of `small`: lengths times `ratio`, and for `longrope` as
+  many divisors as pairs rotate, of the same list: short or long.
+  """
+  scaling = before.rope_scaling
+  assert scaling is not None
+  original = max(1, round(scaling.original_length * ratio))
+  if scaling.kind != "longrope":
+    return dataclasses.replace(scaling, original_length=original)
+  if before.context_length > scaling.original_length:
+    original = min(original, small.context_length - 1)
+  else:
+    original = max(original, small.context_length)
+  n, pairs = before.d_rotary // 2, small.d_rotary // 2
+  some = [i * n // pairs for i in range(pairs)]
+  return dataclasses.replace(
+    scaling,
+    original_length=max(2, original),
+    short_factors=tuple(scaling.short_factors[i] for i in some),
+    long_factors=tuple(scaling.long_factors[i] for i in some),
+  )
+
+
 def _layers(n: int, period: int) -> int:
-  """At most two periods of windows, and one more layer if `n` layers are not a
-  multiple of the period.
+  """At most two periods of the pattern of layers, and one more layer if `n`
+  layers are not a multiple of the period.
   """
   if n < period:
     return n

@@ -195,6 +195,8 @@ def _axes_of(path: Any, otherwise: tuple[None, ...]) -> tuple[str | None, ...]:
     n_inputs = 2 if matrix == "o" else 1
     inputs, outputs = _AXES[matrix][:n_inputs], _AXES[matrix][n_inputs:]
     return (*inputs, None) if name == "a" else (None, *outputs)
+  if name == "scale" and len(otherwise) == 2:  # QK norm of all heads
+    return _AXES[path[-2].key.replace("norm", "bias")]
   return _AXES.get(name, otherwise)
 
 
