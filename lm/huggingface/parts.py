@@ -87,20 +87,21 @@ def check(key: str, value: Any, values: tuple[Any, ...]) -> None:
 
 
 def choice(
-  theirs: str, ours: str, values: Mapping[str, Any], default: str | None = None
+  theirs: str, ours: str, values: Mapping[str, Any], default: str
 ) -> Part:
-  """A key whose values stand for values of one of our fields."""
+  """A key whose values stand for values of one of our fields; of several with
+  one meaning, the default is written.
+  """
 
   def read(c: Content) -> dict[str, Any]:
-    value = get(c, theirs, *([] if default is None else [default]))
+    value = get(c, theirs, default)
     check(theirs, value, tuple(values))
     return {ours: values[value]}
 
   def write(m: config_lib.ModelConfig) -> dict[str, Any]:
-    named = [
-      name for name, value in values.items() if value == getattr(m, ours)
-    ]
-    return {theirs: (named or [*values])[0]}
+    names = [default, *values]
+    named = [name for name in names if values[name] == getattr(m, ours)]
+    return {theirs: (named or names)[0]}
 
   return Part((theirs,), read, write)
 
