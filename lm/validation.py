@@ -51,13 +51,11 @@ def check(config: config_lib.Config) -> config_lib.Config:
   return config
 
 
-def check_model(
-  m: config_lib.ModelConfig, path: str = "config.model"
-) -> config_lib.ModelConfig:
+def check_model(m: config_lib.ModelConfig) -> config_lib.ModelConfig:
   """Returns `m` if valid by itself; raises ConfigError with the first broken
-  rule, about the field at `path` if a value is of the wrong type.
+  rule.
   """
-  schema.check_types(m, config_lib.ModelConfig, path)
+  schema.check_types(m, config_lib.ModelConfig, "config.model")
   _validate_model(m)
   return m
 

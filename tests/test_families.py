@@ -16,7 +16,7 @@ import transformers
 from lm import batch as batch_lib
 from lm import sharding
 from lm.data import tokenizer as tokenizer_lib
-from lm.huggingface import folder
+from lm.huggingface import config_json, folder
 from lm.model import decoder
 from lm.sample import request as request_lib
 from lm.sample import sampler as sampler_lib
@@ -162,17 +162,20 @@ def reference(name, path, seed=0, dtype=torch.float32, **changed):
 
 @functools.lru_cache
 def _forward(cfg):
-  def logits(params, batch):
+  def forward(params, batch):
     x, _ = decoder.forward(cfg, params, batch)
     return decoder.bind(cfg, params).logits(x)
 
-  return jax.jit(logits)
+  return jax.jit(forward)
+
+
+def logits(cfg, params, inputs):
+  return np.asarray(_forward(cfg)(params, batch_lib.unscored(inputs)))
 
 
 def ours(path, inputs):
   found = folder.find(str(path))
-  params = folder.load_on(found)
-  return np.asarray(_forward(found.model)(params, batch_lib.unscored(inputs)))
+  return logits(found.model, folder.load_on(found), inputs)
 
 
 def tokens(rows=2, length=40, seed=1):
@@ -224,7 +227,7 @@ def test_round_trip_is_bit_identical(name, dtype, tmp_path):
   family = found.family.model_type
   folder.write(str(back), found.model, params, dtype=dtype, family=family)
   assert bits(back) == bits(theirs)
-  assert folder.read_config(str(back))[1] == found.model
+  assert config_json.read(str(back))[1] == found.model
   models = [
     transformers.AutoModelForCausalLM.from_pretrained(
       path, dtype="auto", attn_implementation="eager"

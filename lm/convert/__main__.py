@@ -22,7 +22,7 @@ from etils import epath
 
 from lm import checkpoint, cli, files, schema
 from lm.convert import huggingface
-from lm.huggingface import families, folder, tensors
+from lm.huggingface import config_json, families, tensors
 from lm.model import lora, peft
 from lm.sample import load
 
@@ -116,11 +116,11 @@ def _asked() -> tuple[str, str, str]:
     return _FROM.value, "huggingface", output
   files.local_path(_FROM.value, "--from")
   if not os.path.isdir(_FROM.value) or not os.path.lexists(
-    os.path.join(_FROM.value, folder.CONFIG)
+    os.path.join(_FROM.value, config_json.NAME)
   ):
     raise schema.ConfigError(
       f"--from={_FROM.value}: neither a run with a checkpoint nor a folder "
-      f"with {folder.CONFIG}; download a checkpoint, as by hf download NAME "
+      f"with {config_json.NAME}; download a checkpoint, as by hf download NAME "
       "--local-dir FOLDER"
     )
   return _FROM.value, "run", output

@@ -10,7 +10,7 @@ from typing import Any
 
 from lm import config as config_lib
 from lm import files, schema, validation
-from lm.huggingface import parts, rope, table, tables
+from lm.huggingface import parts, rope, tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Family:
   model_type: str
   architecture: str
   settings: tuple[parts.Part, ...]
-  rows: tuple[table.Row, ...]
+  rows: tuple[tables.Row, ...]
   prefix: str = "model."
   extras: str = r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 
@@ -39,8 +39,11 @@ class Family:
           f"{self.model_type!r}, and may change the model; remove it if it "
           "does not"
         )
-    model = self.map(content)
-    return validation.check_model(model, "config.json, as config.model")
+    try:
+      return validation.check_model(self.map(content))
+    except schema.ConfigError as error:
+      said = str(error).removeprefix("config.json: ")
+      raise schema.ConfigError(f"config.json: {said}") from error
 
   def map(self, content: parts.Content) -> config_lib.ModelConfig:
     """`read` without any check between fields."""

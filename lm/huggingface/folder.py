@@ -15,11 +15,9 @@ import jax
 
 from lm import config as config_lib
 from lm import files, schema, sharding
-from lm.huggingface import expressible, families, table, tensors
+from lm.huggingface import config_json, expressible, families, table, tensors
 from lm.model import decoder
 
-CONFIG = "config.json"
-_MOST_CONFIG = 10_000_000  # bytes
 _HEAD = "lm_head.weight"
 
 
@@ -41,54 +39,13 @@ class Folder:
     return tensors.DTYPES[next(iter(self.stored.values()))[0].dtype].name
 
 
-def is_one(path: str) -> bool:
-  """Whether `path` is a local folder with a config.json of Hugging Face's."""
-  try:
-    return "model_type" in read_json(path, CONFIG)
-  except (schema.ConfigError, OSError):
-    return False
-
-
-def read_json(path: str, name: str) -> dict[str, Any]:
-  """The object in the JSON file `name` of the folder `path`. Raises ConfigError
-  if there is none.
-  """
-  where = os.path.join(path, name)
-  try:
-    with open(where, encoding="utf-8") as file:
-      content = json.loads(file.read(_MOST_CONFIG))
-    if not isinstance(content, dict):
-      raise ValueError("not an object")
-  except OSError as error:
-    raise schema.ConfigError(f"{where}: {error.strerror}") from error
-  except (ValueError, RecursionError) as error:
-    raise schema.ConfigError(
-      f"{where}: not a config ({files.first_line(error)})"
-    ) from error
-  return content
-
-
-def read_config(
-  path: str,
-) -> tuple[families.Family, config_lib.ModelConfig]:
-  """(family, model) of a folder's config.json. Raises ConfigError if it is
-  missing, of no family here, or asks for what the family here lacks.
-  """
-  content = read_json(path, CONFIG)
-  try:
-    family = families.find(content.get("model_type"))
-    return family, family.read(content)
-  except schema.ConfigError as error:
-    raise schema.ConfigError(f"{path}: {error}") from error
-
-
 def find(path: str) -> Folder:
   """The checkpoint in the folder `path`; its tensors are not read.
 
-  Raises ConfigError as `read_config`, if a file is corrupt or missing, and with
-  a list of all tensors that do not fit.
+  Raises ConfigError as `config_json.read`, if a file is corrupt or missing, and
+  with a list of all tensors that do not fit.
   """
-  family, model = read_config(path)
+  family, model = config_json.read(path)
   stored = tensors.find(path)
   if not any(name.startswith(family.prefix) for name in stored):
     # Files of the model without its head leave the prefix out.
@@ -160,7 +117,9 @@ def write(
   # Without a value the family's own would hold, maybe beyond the vocabulary.
   ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
   content |= {"dtype": dtype, "torch_dtype": dtype, **ids, **(more or {})}
-  files.replace(os.path.join(path, CONFIG), json.dumps(content, indent=2))
+  files.replace(
+    os.path.join(path, config_json.NAME), json.dumps(content, indent=2)
+  )
   planned = table.planned(wanted, params)
   tensors.write(path, planned, dtype, shard_bytes)
   return found

@@ -18,30 +18,11 @@ from flax import traverse_util
 
 from lm import config as config_lib
 from lm import schema
-from lm.huggingface import tensors
+from lm.huggingface import tables, tensors
 from lm.model import decoder, weights
 
 # Most lines of an error that lists tensors.
 _MOST_LINES = 30
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """One of their tensors and the parameters in it, side by side if several.
-
-  `theirs` has "{}" for the layer. A matrix is [outputs, inputs] there, as in
-  torch.nn.Linear, or [inputs, outputs] if not `linear`, as in GPT-2's Conv1D.
-  Heads and head width are one axis there; vectors have one axis. A row of
-  parameters that a model does not have, as a bias, holds nothing.
-  """
-
-  theirs: str
-  ours: tuple[str, ...]
-  linear: bool = True
-
-
-def row(theirs: str, *ours: str, linear: bool = True) -> Row:
-  return Row(theirs, ours, linear)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +64,7 @@ def leaves(cfg: config_lib.ModelConfig) -> dict[str, Leaf]:
 class Place:
   """A tensor of theirs in a model: a row of the table, in `layer` if any."""
 
-  row: Row
+  row: tables.Row
   layer: int | None
   parts: tuple[Leaf, ...]
 
@@ -138,7 +119,7 @@ class Place:
 
 
 def places(
-  table: Sequence[Row], cfg: config_lib.ModelConfig
+  table: Sequence[tables.Row], cfg: config_lib.ModelConfig
 ) -> dict[str, Place]:
   """Every tensor that a checkpoint of `cfg` has, by name.
 

@@ -1,6 +1,25 @@
 """The tensors of each family, by name: one table for both directions."""
 
-from lm.huggingface.table import Row, row
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One of their tensors and the parameters in it, side by side if several.
+
+  `theirs` has "{}" for the layer. A matrix is [outputs, inputs] there, as in
+  torch.nn.Linear, or [inputs, outputs] if not `linear`, as in GPT-2's Conv1D.
+  Heads and head width are one axis there; vectors have one axis. A row of
+  parameters that a model does not have, as a bias, holds nothing.
+  """
+
+  theirs: str
+  ours: tuple[str, ...]
+  linear: bool = True
+
+
+def row(theirs: str, *ours: str, linear: bool = True) -> Row:
+  return Row(theirs, ours, linear)
 
 
 def _layers(prefix: str, *rows: Row) -> tuple[Row, ...]:
