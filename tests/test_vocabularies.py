@@ -1,15 +1,22 @@
-"""Vocabularies of others, and ours for others: equal ids, exact bytes."""
+"""Vocabularies of others: equal ids, exact bytes, and what objectives need."""
 
-import importlib.util
+import dataclasses
+import json
 import re
 import unicodedata
 
+import jax
+import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 import vocabularies
 
-from lm import schema
+from lm import schema, validation
+from lm.data import chat, pipeline, store, tokenizer_cache
 from lm.data import tokenizer as tokenizer_lib
+from lm.evaluate import perplexity
+from lm.model import decoder
 
 NAMES = list(vocabularies.MAKERS)
 
@@ -25,18 +32,9 @@ def ours(folders):
   return {n: tokenizer_lib.from_files(str(p)) for n, p in folders.items()}
 
 
-def theirs(folder):
-  """transformers' tokenizer of a folder."""
-  if importlib.util.find_spec("transformers") is None:
-    pytest.fail("needs the extra `test`")
-  import transformers
-
-  return transformers.AutoTokenizer.from_pretrained(folder)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_ids_are_those_of_transformers(folders, ours, name):
-  own, other = ours[name], theirs(folders[name])
+  own, other = ours[name], vocabularies.auto_tokenizer(folders[name])
   texts = vocabularies.hostile(1000, names=False)
   want = [other.encode(text, add_special_tokens=False) for text in texts]
   got = [ids.tolist() for ids in own.encode_batch(texts)]
@@ -97,7 +95,7 @@ def test_bytes_are_exact_or_it_says_why_not(ours, name):
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "bert"])
 def test_decoding_is_that_of_transformers(folders, ours, name):
-  t, other = ours[name], theirs(folders[name])
+  t, other = ours[name], vocabularies.auto_tokenizer(folders[name])
   for text in vocabularies.hostile(300, names=False):
     ids = t.encode(text)
     want = other.decode(ids, clean_up_tokenization_spaces=False)
@@ -159,3 +157,297 @@ def test_reserved_tokens_are_the_vocabularys_own(folders, ours):
   t = ours["bert"]
   want = own("bert", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "[unused0]")
   assert [t.bos, t.eos, t.pad, t.mask, t.fim_prefix] == want
+
+
+# --- files -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "files, message",
+  [
+    ({}, "tokenizer.json'.*No such file.*name a tokenizer.json, or a folder"),
+    ({"tokenizer.json": "{"}, "not JSON"),
+    ({"tokenizer.json": "[]"}, "must hold an object"),
+    ({"tokenizer.json": "{}"}, "not a tokenizer.json .KeyError"),
+    ({"tokenizer.json": b"\xff"}, "not UTF-8"),
+    (
+      {"tokenizer.json": '{"model": {"type": "X", "vocab": {"</s>": 0}}}'},
+      "not a tokenizer.json",
+    ),
+    (
+      {"tokenizer.json": '{"model": {"type": "BPE", "vocab": {"a": 0}}}'},
+      "no token ends a text; name the vocabulary's eos_token",
+    ),
+    ({"tokenizer_config.json": "]"}, "tokenizer_config.json: not JSON"),
+    ({"chat_template.jinja": "{% if %}"}, "jinja: chat template, line 1"),
+    (
+      {"tokenizer_config.json": '{"chat_template": 3}'},
+      "chat_template must be a text",
+    ),
+  ],
+)
+def test_folders_that_hold_no_vocabulary(tmp_path, files, message):
+  if files and "tokenizer.json" not in files:
+    files = vocabularies.files("llama_3") | files
+  for name, content in files.items():
+    raw = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / name).write_bytes(raw)
+  with pytest.raises(schema.ConfigError, match=message) as error:
+    tokenizer_lib.from_files(str(tmp_path))
+  assert "config.tokenizer.path=" in str(error.value)
+
+
+def test_a_tokenizer_json_alone(tmp_path):
+  """Without files that say which tokens begin and end a text."""
+  for name in ("llama_3", "gpt_2", "llama_2", "gemma", "bert"):
+    path = tmp_path / f"{name}.json"
+    path.write_text(vocabularies.files(name)["tokenizer.json"])
+    t = tokenizer_lib.from_files(str(path))
+    own = t.vocabulary.names()
+    assert (own[t.bos], own[t.eos]) == {
+      "llama_3": ("<|begin_of_text|>", "<|end_of_text|>"),
+      "gpt_2": ("<|endoftext|>", "<|endoftext|>"),
+      "llama_2": ("<s>", "</s>"),
+      "gemma": ("<bos>", "<eos>"),
+      "bert": ("[CLS]", "[SEP]"),
+    }[name]
+    path.unlink()
+
+
+def test_templates_and_settings_beside_it(tmp_path):
+  """A file chat_template.jinja wins; of named templates, `default`; dropout,
+  truncation and padding of a tokenizer.json are not for pretraining.
+  """
+  folder = vocabularies.folder(tmp_path, "llama_3")
+  config = json.loads((folder / "tokenizer_config.json").read_text())
+  config["chat_template"] = [
+    {"name": "tool_use", "template": "no"},
+    {"name": "default", "template": "{{ 'yes' }}"},
+  ]
+  (folder / "tokenizer_config.json").write_text(json.dumps(config))
+  before = tokenizer_lib.from_files(str(folder))
+  assert before.chat_template == "{{ 'yes' }}"
+  (folder / "chat_template.jinja").write_text("{{ 'file' }}")
+  tree = json.loads((folder / "tokenizer.json").read_text())
+  tree["model"]["dropout"] = 0.9
+  tree["truncation"] = {
+    **{"max_length": 3, "stride": 0, "direction": "Right"},
+    "strategy": "LongestFirst",
+  }
+  (folder / "tokenizer.json").write_text(json.dumps(tree))
+  t = tokenizer_lib.from_files(str(folder))
+  assert t.chat_template == "{{ 'file' }}"
+  text = vocabularies.CORPUS[0]
+  assert t.encode(text) == before.encode(text)
+
+
+# --- SentencePiece models of others ------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {},  # As Llama 2's.
+    {"add_dummy_prefix": False},  # As Gemma's.
+    {"remove_extra_whitespaces": True},
+    {"normalization_rule_name": "nmt_nfkc"},
+    {"model_type": "unigram", "normalization_rule_name": "nfkc_cf"},
+    {"user_defined_symbols": ["<table>", "\u2581\u2581"]},
+  ],
+)
+def test_a_models_ids_are_those_of_sentencepiece(options):
+  model = vocabularies.sentencepiece_model(**options)
+  own = sentencepiece.SentencePieceProcessor(model_proto=model)
+  t = tokenizer_lib.Tokenizer(model)
+  plain = len(options) < 2 and "norm" not in str(options)
+  for text in vocabularies.hostile(1000):
+    ids = t.encode(text)
+    assert ids == own.encode(text), repr(text)
+    same = t.decode(ids) == text
+    if same:
+      assert t.n_bytes(ids) == len(text.encode())
+    if not same and plain and "remove_extra_whitespaces" not in options:
+      assert "\u2581" in text
+  again = tokenizer_lib.Tokenizer.from_json(t.to_json())
+  assert again.fingerprint == t.fingerprint
+  assert again.encode(" \ufb01 x") == own.encode(" \ufb01 x")
+  # Text that goes on from other text gets no space of its own.
+  if options == {}:
+    assert t.decode(t.encode("ing", continues=True), continues=True) == "ing"
+
+
+def test_a_checkpoint_of_an_earlier_version_keeps_its_ids():
+  """Then each model was used without its normaliser and its dummy prefix."""
+  model = vocabularies.sentencepiece_model(normalization_rule_name="nmt_nfkc")
+  t = tokenizer_lib.Tokenizer(model)
+  content = json.loads(t.to_json())
+  assert content.pop("rules") == "own"
+  old = tokenizer_lib.Tokenizer.from_json(json.dumps(content))
+  assert old.lossy is None and json.loads(old.to_json()) == content
+  assert old.fingerprint != t.fingerprint
+  assert old.with_template("x").fingerprint == old.fingerprint
+  for text in vocabularies.hostile(300):
+    assert old.decode(old.encode(text)) == text
+
+
+# --- objectives, stores, evaluation ------------------------------------------
+
+
+def config_of(make, folders, name, source="text:{}/*.py", **fields):
+  config = make()
+  corpus = config.data.train[0].removeprefix("text:").removesuffix("/*.py")
+  config.tokenizer.kind, config.tokenizer.path = (
+    "huggingface",
+    str(folders[name]),
+  )
+  config.model.vocab_size = 1024
+  config.data.train = (source.format(corpus),)
+  config.data.validation = ("text:" + corpus + "/cli.py",)
+  for path, value in fields.items():
+    room, field = path.split("__")
+    setattr(getattr(config, room), field, value)
+  return validation.validate(config)
+
+
+@pytest.mark.parametrize(
+  "objective, needed",
+  [("fim", 3), ("masked", 1), ("span_corruption", 100), ("prefix", 0)],
+)
+def test_ids_are_added_where_an_objective_needs_them(
+  make, folders, objective, needed
+):
+  source = "text:{}/*.py|" + objective
+  config = config_of(make, folders, "gpt_2", source, model__vocab_size=601)
+  size = 601
+  if needed:
+    message = (
+      rf"vocab_size=601: .* need {needed} tokens .* least {601 + needed}"
+    )
+    with pytest.raises(schema.ConfigError, match=message):
+      store.prepare(config)
+  config.model.vocab_size = size + needed
+  prepared = store.prepare(config)
+  assert prepared.tokenizer.size == size + needed
+  again = tokenizer_lib.Tokenizer.from_json(prepared.tokenizer.to_json())
+  assert again.named == prepared.tokenizer.named
+  row = next(pipeline.train_batches(config, prepared))
+  text = [*prepared.tokenizer.named.values()]
+  assert row.inputs.max() < config.model.vocab_size
+  assert needed == 0 or set(np.unique(row.inputs)) & set(text[-needed:])
+  # Another run, from that checkpoint, of an objective that it was not made for.
+  data = config.data
+  if objective == "prefix":
+    with pytest.raises(schema.ConfigError, match="has no <mask>"):
+      store.prepare_sources(["text:" + __file__ + "|masked"], again, data)
+
+
+def test_a_vocabulary_with_unused_tokens_needs_no_room(make, folders):
+  for name in ("llama_3", "gemma", "bert"):
+    config = config_of(make, folders, name, "text:{}/*.py|span_corruption")
+    t = store.prepare(config).tokenizer
+    assert t.size == tokenizer_lib.from_files(str(folders[name])).size or (
+      name == "gemma"  # Which has 99, and a hundred sentinels need more.
+    )
+
+
+@pytest.mark.parametrize("name", ["gpt_2", "llama_2", "qwen", "bert"])
+def test_windows_and_validation_count_documents_and_bytes(
+  make, folders, name, capsys, tmp_path
+):
+  config = config_of(make, folders, name, train__eval_batches=None)
+  config.data.cache_dir = str(tmp_path)
+  prepared = store.prepare(config)
+  said = capsys.readouterr().err
+  assert ("the tokenizer changes the text of" in said) == (name == "bert")
+  found = prepared.train[0]
+  tokens, documents = found.window(0, found.n_tokens)
+  assert documents.max() == found.n_documents
+  want = np.searchsorted(found.ends, np.arange(found.n_tokens), side="right")
+  np.testing.assert_array_equal(documents, want + 1)
+  assert tokens[documents == 2].tolist() == found.document(1).tolist()
+  totals = perplexity.evaluate_batches(
+    perplexity.eval_step(config.model),
+    decoder.init_params(config.model, jax.random.key(0)),
+    (batch for _, batch in pipeline.validation_batches(config, prepared)),
+    prepared.tokenizer.target_bytes,
+  )
+  assert totals is not None
+  if name != "bert":
+    assert totals.n_bytes == prepared.validation[0].n_bytes
+  assert totals.n_eos >= prepared.validation[0].n_documents
+
+
+# --- chats -------------------------------------------------------------------
+
+MESSAGES = [
+  {"role": "user", "content": "Gr\u00fc\u00df dich \U0001f642! 12345"},
+  {"role": "assistant", "content": "Hi."},
+  {"role": "user", "content": "and now?"},
+  {"role": "assistant", "content": "caf\u00e9 \U0001f600 def f(x):\n  x"},
+]
+
+
+@pytest.mark.parametrize("name", ["llama_3", "qwen"])
+def test_chats_are_those_of_transformers(folders, ours, name):
+  t, other = ours[name], vocabularies.auto_tokenizer(folders[name])
+  out = other.apply_chat_template(
+    MESSAGES, return_assistant_tokens_mask=True, return_dict=True
+  )
+  ids, scored = chat.encode(t, MESSAGES)
+  assert ids.tolist() == out["input_ids"]
+  assert scored.tolist() == [bool(x) for x in out["assistant_masks"]]
+  prompt = other.apply_chat_template(MESSAGES[:1], add_generation_prompt=True)
+  assert chat.chat_ids(t, MESSAGES[:1]) == prompt["input_ids"]
+  # A message cannot write a special token.
+  end = {"llama_3": "<|eot_id|>", "qwen": "<|im_end|>"}[name]
+  messages = [{"role": "user", "content": end}, *MESSAGES[1:2]]
+  assert chat.encode(t, messages)[0].tolist().count(t.named[end]) == 2
+  again = tokenizer_lib.Tokenizer.from_json(t.to_json())
+  assert chat.encode(again, MESSAGES)[0].tolist() == ids.tolist()
+
+
+def test_a_template_of_this_program_needs_ids(ours):
+  template = (
+    "{% for m in messages %}<user>{{ m.content }}<end_of_turn>{% endfor %}"
+  )
+  t = ours["gpt_2"].with_template(template)
+  with pytest.raises(schema.ConfigError, match="writes <user>, for which"):
+    chat.chat_ids(t, MESSAGES[:1])
+  need = tokenizer_cache.needs(["jsonl:a.jsonl|chat"], t)
+  assert need == ["<user>", "<end_of_turn>"]
+  t = t.with_reserved(need, 603)
+  ids = chat.chat_ids(t, MESSAGES[:1])
+  assert [ids[0], ids[-1]] == [t.user, t.end_of_turn] == [601, 602]
+  # In a vocabulary's own template such a name is text.
+  own = dataclasses.replace(ours["gpt_2"].model, template=template)
+  t = tokenizer_lib.Tokenizer(own)
+  assert t.decode(chat.chat_ids(t, MESSAGES[:1])).startswith("<user>Gr")
+
+
+def test_chats_of_a_vocabulary_with_a_prefix_and_greedy_tokens(tmp_path, ours):
+  """Behind a special token Llama 2's normaliser puts a space; some tokens take
+  the spaces behind them; text cut at the targets gets no space of its own.
+  """
+  template = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' "
+    "+ m.content + ' [/INST]' }}{% else %}{% generation %}{{ ' ' + m.content "
+    "+ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+  )
+  for strips in (False, True):
+    folder = vocabularies.folder(tmp_path / str(strips), "llama_2")
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    for token in tree["added_tokens"]:
+      token["rstrip"] = token["lstrip"] = strips
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    other = vocabularies.auto_tokenizer(folder)
+    t = tokenizer_lib.from_files(str(folder), template)
+    messages = [
+      {"role": "user", "content": " Hello  "},
+      {"role": "assistant", "content": "well "},
+      {"role": "user", "content": "x"},
+      {"role": "assistant", "content": "y"},
+    ]
+    want = other.apply_chat_template(
+      messages, chat_template=template, return_dict=True
+    )["input_ids"]
+    assert chat.encode(t, messages)[0].tolist() == want

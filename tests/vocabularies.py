@@ -4,10 +4,14 @@ Each is trained here, on files of this repository: nothing is downloaded.
 """
 
 import functools
+import importlib.util
+import io
 import json
 import pathlib
 import random
 
+import pytest
+import sentencepiece
 import tokenizers
 from tokenizers import (
   AddedToken,
@@ -232,6 +236,25 @@ def unigram():
   return t, {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
 
+def sentencepiece_model(**options) -> bytes:
+  """A model as Llama 2's (`add_dummy_prefix`) or Gemma's."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(" ".join(CORPUS).splitlines()),
+    model_writer=model,
+    minloglevel=2,
+    **{
+      "vocab_size": 800,
+      "model_type": "bpe",
+      "byte_fallback": True,
+      "normalization_rule_name": "identity",
+      "remove_extra_whitespaces": False,
+      **options,
+    },
+  )
+  return model.getvalue()
+
+
 MAKERS = {
   f.__name__: f
   for f in (llama_3, gpt_2, qwen, llama_2, code_llama, gemma, bert, unigram)
@@ -262,6 +285,15 @@ def folder(path: pathlib.Path, name: str) -> pathlib.Path:
   for file, content in files(name).items():
     (where / file).write_text(content)
   return where
+
+
+def auto_tokenizer(path):
+  """transformers' tokenizer of a folder."""
+  if importlib.util.find_spec("transformers") is None:
+    pytest.fail("needs the extra `test`")
+  import transformers
+
+  return transformers.AutoTokenizer.from_pretrained(path)
 
 
 # --- hostile texts -----------------------------------------------------------

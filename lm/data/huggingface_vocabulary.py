@@ -72,7 +72,8 @@ class HuggingFace(vocabulary_lib.Vocabulary):
     steps = pretokenizing.read(tree, ids)
     self.prefix, self.prefix_once = steps.prefix, steps.prefix_once
     self.lossy = steps.lossy
-    self._size = 1 + max(ids.values())  # Of the vocabulary's own.
+    # The vocabulary's own tokens, and the first id after them.
+    self.tokens, self.n_own = ids, 1 + max(ids.values())
     added = {x["content"]: x for x in tree.get("added_tokens") or []}
     self.special = {n: ids[n] for n, x in added.items() if x.get("special")}
     self.reserved = _reserved(ids, source.roles, set(self.special))
@@ -85,7 +86,7 @@ class HuggingFace(vocabulary_lib.Vocabulary):
     for role, name in source.roles.items():
       if role != "unk" or steps.unknown is None:
         self.special[name] = ids[name]
-    n = self._size
+    n = self.n_own
     for name in special_tokens:
       self.special[name] = ids.get(name, n)
       n += name not in ids

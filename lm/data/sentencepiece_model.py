@@ -3,7 +3,7 @@
 import base64
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -24,6 +24,16 @@ def parse(model: bytes) -> Any:
   proto: Any = vars(model_pb2)["ModelProto"]()
   proto.ParseFromString(model)
   return proto
+
+
+class Piece(NamedTuple):
+  """Spaces are U+2581. `kind`: normal, unknown, control, user_defined, byte or
+  unused.
+  """
+
+  text: str
+  score: float
+  kind: str
 
 
 class SentencePiece(vocabulary_lib.Vocabulary):
@@ -150,6 +160,27 @@ class SentencePiece(vocabulary_lib.Vocabulary):
     proto.CopyFrom(self._proto)
     proto.normalizer_spec.add_dummy_prefix = False
     return _processor(proto)
+
+  @property
+  def is_bpe(self) -> bool:
+    spec = self._proto.trainer_spec
+    return spec.model_type == type(spec).BPE
+
+  @property
+  def changes_text(self) -> bool:
+    """Whether the normaliser does more than to put a space first."""
+    normalizer = self._proto.normalizer_spec
+    return bool(
+      normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
+    )
+
+  def model_pieces(self) -> list[Piece]:
+    """The pieces of the model itself; a special token is a control piece."""
+    kinds = vars(model_pb2)["ModelProto"].SentencePiece.Type
+    return [
+      Piece(piece.piece, piece.score, kinds.Name(piece.type).lower())
+      for piece in self._proto.pieces
+    ]
 
   def content(self) -> Mapping[str, Any]:
     content = {

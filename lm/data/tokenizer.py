@@ -222,6 +222,17 @@ class Tokenizer:
       n -= len(self.prefix) * self._pieces[first].startswith(self.prefix)
     return n
 
+  @functools.cached_property
+  def target_bytes(self) -> np.ndarray:
+    """Bytes that each id stands for as a target: int64 [size]. That of bos, if
+    negative, is added to those of the target behind bos: the dummy prefix is no
+    text.
+    """
+    lengths = self.byte_lengths.copy()
+    if self.prefix:
+      lengths[self.bos] = -len(self.prefix)
+    return lengths
+
   def piece(self, i: int) -> str:
     """Text of id `i`, escaped to print on one line; partial UTF-8 as <0xNN>, an
     id that only pads a model's vocabulary as <i>.

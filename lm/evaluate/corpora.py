@@ -180,7 +180,7 @@ def _score_rows(
     step,
     params,
     (perplexity.place_rows(batch) for _, batch in batches),
-    tokenizer.byte_lengths,
+    tokenizer.target_bytes,
   )
   assert totals is not None, "nothing stops it"
   rows = f"rows of {config.train.sequence_length} tokens"

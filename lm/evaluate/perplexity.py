@@ -48,7 +48,9 @@ def score(
   batch: batch_lib.Batch,
   byte_lengths: Int[Array, "V"],
 ) -> Scores:
-  """Scores a batch, with or without a mesh in context."""
+  """Scores a batch, with or without a mesh in context. `byte_lengths` are those
+  of `Tokenizer.target_bytes`.
+  """
   hidden, _ = decoder.forward(cfg, params, batch)
   nll = scoring.token_nll(
     hidden,
@@ -60,6 +62,8 @@ def score(
   scored = batch.weights > 0
   rows = sharding.spec("batch", "length")
   n_bytes = byte_lengths.at[batch.targets].get(out_sharding=rows)
+  dropped = byte_lengths.at[batch.inputs].get(out_sharding=rows)
+  n_bytes = jnp.maximum(n_bytes + jnp.minimum(dropped, 0), 0)
   scores = Scores(
     jnp.where(scored, nll, 0), batch.weights, jnp.where(scored, n_bytes, 0)
   )
@@ -181,8 +185,8 @@ def evaluate_batches(
 ) -> Totals | None:
   """Totals of batches on the devices; None if `should_stop` returned True.
 
-  `byte_lengths` [V] are the tokenizer's. `should_stop` is called once a batch
-  and must return the same value on every process.
+  `byte_lengths` [V] are the tokenizer's `target_bytes`. `should_stop` is called
+  once a batch and must return the same value on every process.
   """
   table = np.asarray(byte_lengths, np.int32)
   result = Totals()
@@ -234,7 +238,7 @@ def evaluate_source(
       pending.append(DocumentScore(document.name, known))
       yield np.array([tokenizer.bos, *ids, tokenizer.eos], np.int32)
 
-  table = np.asarray(tokenizer.byte_lengths, np.int32)
+  table = np.asarray(tokenizer.target_bytes, np.int32)
   results = _ahead(
     (places, step(params, place_rows(batch), table).nll)
     for batch, places in windows.pack(documents(), n_rows, context, stride)

@@ -224,7 +224,7 @@ class _Run:
           self.eval_step,
           params,
           (self._place(batch) for _, batch in pairs),
-          self.prepared.tokenizer.byte_lengths,
+          self.prepared.tokenizer.target_bytes,
           should_stop=self.stop.agreed,
         )
         if part is None:
