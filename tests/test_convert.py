@@ -27,8 +27,12 @@ from lm.huggingface import (
 )
 from lm.model import decoder
 from lm.sample import load
+from lm.train import loop
 
 TEXTS = ["def main():\n  return 1\n", "the quick brown fox", "ünïcode ▁ 漢字"]
+
+# Text that spells a special token stays text, as it does here.
+PLAIN = {"add_special_tokens": False, "split_special_tokens": True}
 
 
 def save_tokenizer(path, size=300):
@@ -81,8 +85,7 @@ def test_a_folder_becomes_a_run_and_a_run_a_folder(llama, tmp_path):
   tokenizer = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
   theirs = transformers.AutoTokenizer.from_pretrained(path)
   for text in TEXTS:
-    want = theirs.encode(text, add_special_tokens=False)
-    assert tokenizer.encode(text) == want
+    assert tokenizer.encode(text) == theirs.encode(text, **PLAIN)
   sampled = doors.run(
     "lm.sample",
     ["--workdir=run", "--prompt=def", "--max_new_tokens=5", "--temperature=0"],
@@ -100,9 +103,13 @@ def test_a_folder_becomes_a_run_and_a_run_a_folder(llama, tmp_path):
   assert (ended.code, ended.err) == (0, ""), ended
   back = tmp_path / "back"
   assert test_families.bits(back) == test_families.bits(path)
-  assert {"README.md", "config.json", "generation_config.json"} <= {
-    *os.listdir(back)
-  }
+  again = transformers.AutoTokenizer.from_pretrained(back)
+  for text in TEXTS:
+    assert again.encode(text, **PLAIN) == tokenizer.encode(text)
+  generation = transformers.GenerationConfig.from_pretrained(back)
+  assert generation.eos_token_id == [tokenizer.eos]
+  card = (back / "README.md").read_text()
+  assert "A `llama` with" in card and '"vocab_size": 320' in card
   again = convert(tmp_path, "--from=run", "--to=back")
   assert again.code == 2 and "exists already" in again.err
   assert sorted(os.listdir(tmp_path)) == ["back", "run"]
@@ -407,7 +414,7 @@ def test_shards_have_an_index_that_transformers_reads(llama, tmp_path):
   )
   assert max((tmp_path / name).stat().st_size for name in names) < 34_000
   assert test_families.bits(tmp_path) == test_families.bits(llama[0])
-  assert recheck.compare(str(tmp_path), found.model, params, "float32") < 1e-5
+  assert recheck.compare(str(tmp_path), found.model, params, "float32") < 1e-4
   again = folder.load_on(folder.find(str(tmp_path)))
   assert all(jax.tree.leaves(jax.tree.map(np.array_equal, again, params)))
 
@@ -466,3 +473,48 @@ def test_trained_models_are_exported_as_their_family(name, family):
 
   assert expressible.of(tiny.PUBLISHED[name]).model_type == family
   assert decoder.declared(tiny.PUBLISHED[name])
+
+
+HOSTILE = [
+  "",
+  " ",
+  "\u2581x",
+  "<bos><eos><fim_prefix>",
+  "e\u0301 \u00e9 \u202e",
+  "\0\t\r\n",
+]
+
+
+@pytest.mark.parametrize("objective", ["causal", "fim", "prefix"])
+def test_a_model_trained_here_has_the_same_losses_in_transformers(
+  objective, make, tmp_path
+):
+  """Per token, to 1e-5, on the ids that both make of the same text."""
+  config = make(train__steps=3, optimizer__ema_decay=None)
+  config.data.train = tuple(f"{s}|{objective}" for s in config.data.train)
+  run, out = str(tmp_path / "run"), str(tmp_path / "out")
+  assert loop.train(config, run) == 0
+  meta = checkpoint.load_meta(run)
+  huggingface.from_run(run, meta, out)
+  theirs = transformers.AutoTokenizer.from_pretrained(out)
+  model = transformers.AutoModelForCausalLM.from_pretrained(out)
+  ours = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
+  for text in (*HOSTILE, *TEXTS):
+    ids = ours.encode(text)
+    assert theirs.encode(text, **PLAIN) == ids
+  cfg, params = load.model(run, meta)
+  ids = np.array([ours.encode("def f(x): return 'x\u00fc' + x[1:]")[:30]])
+  scores = torch.log_softmax(
+    torch.tensor(test_families.logits(cfg, params, ids)), -1
+  )
+  with torch.no_grad():
+    got = torch.log_softmax(model.eval()(torch.tensor(ids)).logits, -1)
+  picked = torch.tensor(ids[:, 1:, None])
+  np.testing.assert_allclose(
+    got[:, :-1].gather(2, picked),
+    scores[:, :-1].gather(2, picked),
+    rtol=0,
+    atol=1e-5,
+  )
+  losses = (tmp_path / "out" / "README.md").read_text()
+  assert "- train/loss: " in losses and config.data.train[0] in losses

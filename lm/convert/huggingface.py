@@ -11,7 +11,8 @@ from etils import epath
 
 from lm import checkpoint, files, schema
 from lm import config as config_lib
-from lm.convert import card, recheck
+from lm.convert import card, recheck, vocabulary
+from lm.data import chat
 from lm.data import tokenizer as tokenizer_lib
 from lm.huggingface import folder as folder_lib
 from lm.huggingface import imported
@@ -53,10 +54,10 @@ def from_run(
   """Writes a Hugging Face checkpoint of a run: config.json, tensors, tokenizer,
   generation_config.json, and README.md.
 
-  With `check`, reads it with transformers and compares the logits with ours;
-  says so if transformers is not installed. Raises ConfigError if `output` is no
-  local path or no family can express the model, RunError if logits differ; then
-  nothing is left.
+  With `check`, reads it with transformers and compares logits and ids with
+  ours; says so if transformers is not installed. Raises ConfigError if `output`
+  is no local path or no family can express the model, RunError if they differ;
+  then nothing is left.
   """
   files.local_path(output, "--output")
   cfg, params = load.model(workdir, meta)
@@ -66,13 +67,17 @@ def from_run(
     "eos_token_id": tokenizer.eos,
     "pad_token_id": tokenizer.pad,
   }
+  # A conversation also ends where a turn does.
+  ends = [tokenizer.eos, *chat.stop_ids(tokenizer)]
+  generation = {**ids, "eos_token_id": ends}
   with _made(output) as partial:
     written = folder_lib.write(
       partial, cfg, params, dtype=dtype, family=family, more=ids
     )
-    _write(partial, "generation_config.json", json.dumps(ids, indent=2))
+    _write(partial, "generation_config.json", json.dumps(generation, indent=2))
     text = card.text(workdir, meta, written.model_type, dtype)
     _write(partial, "README.md", text)
+    vocabulary.write(tokenizer, partial)
     if not check:
       return
     if (missing := recheck.missing()) is not None:
@@ -83,6 +88,7 @@ def from_run(
       )
       return
     recheck.compare(partial, cfg, params, dtype)
+    vocabulary.verify(tokenizer, partial)
 
 
 def _write(where: str, name: str, content: str) -> None:
