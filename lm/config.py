@@ -398,9 +398,10 @@ class CheckpointConfig:
 class Config:
   seed: Seed = 0
   # `RUN` or `RUN@STEP`, a run directory and one of its checkpoints (default:
-  # the last): a fresh run starts from the parameters there, with a fresh
-  # optimizer, schedule and order of data. Where a tokenizer would be trained,
-  # that run's is used. None: parameters are drawn from `seed`.
+  # the last), or a folder with a Hugging Face checkpoint: a fresh run starts
+  # from the parameters there, with a fresh optimizer, schedule and order of
+  # data. Where a tokenizer would be trained, the one from there is used. None:
+  # parameters are drawn from `seed`.
   init_from: str | None = None
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   tokenizer: TokenizerConfig = dataclasses.field(

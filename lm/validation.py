@@ -60,6 +60,15 @@ def check(config: config_lib.Config) -> config_lib.Config:
   return config
 
 
+def check_model(m: config_lib.ModelConfig) -> config_lib.ModelConfig:
+  """Returns `m` if valid by itself; raises ConfigError with the first broken
+  rule.
+  """
+  schema.check_types(m, config_lib.ModelConfig, "config.model")
+  _validate_model(m)
+  return m
+
+
 def _validate_model(m: config_lib.ModelConfig) -> None:
   for others, size in (
     ("vocab_size", m.vocab_size),

@@ -27,6 +27,7 @@ ORDER = (
   ("batch", "chips", "digest", "cli", "processes", "sharding"),
   ("model", "data"),
   ("checkpoint",),
+  ("huggingface",),
   ("sample",),
   ("evaluate",),
   ("train",),

@@ -7,11 +7,16 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import test_convert
+import test_families
 from etils import epath
 
 from lm import checkpoint, schema, sharding, validation
+from lm import config as config_lib
 from lm.data import store, tokenizer_training
 from lm.data import tokenizer as tokenizer_lib
+from lm.huggingface import config_json, folder, published
+from lm.model import counts
 from lm.train import init_from, loop, programs
 from lm.train import metrics as metrics_lib
 
@@ -283,3 +288,97 @@ def test_a_tokenizer_that_is_named_must_be_the_sources(trained, tmp_path):
     init_from.tokenizer(tuned, str(tmp_path / "new"))
   assert f"fingerprint {stored.fingerprint}" in str(error.value)
   assert "name that run's tokenizer" in str(error.value)
+
+
+# --- folders of Hugging Face --------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+  """A folder with a small Llama and its tokenizer, as transformers saves it."""
+  path = tmp_path_factory.mktemp("hub") / "llama"
+  test_families.reference(
+    "llama3", path, vocab_size=320, intermediate_size=28, hidden_size=48
+  )
+  test_convert.save_tokenizer(path)
+  return path
+
+
+def from_hub(make, hub, **fields):
+  config = make(optimizer__ema_decay=None)
+  config.model = config_json.read(str(hub))[1]
+  config.init_from, config.tokenizer.kind = str(hub), "huggingface"
+  for name, value in fields.items():
+    setattr(config.model, name, value)
+  return config
+
+
+@pytest.mark.parametrize(
+  ("mode", "fsdp"), [("jit", 1), ("jit", 2), ("pmap", 1)]
+)
+def test_a_run_starts_from_a_folder_of_hugging_face(mode, fsdp, hub, make):
+  config = from_hub(make, hub, context_length=40)
+  config.mesh.mode, config.mesh.fsdp = mode, fsdp
+  state, said = started(config, hub)
+  want = folder.load_on(folder.find(str(hub)))
+  assert_same(state.params, want)
+  assert f"parameters of {hub} at step 0: " in said
+  assert "config.model.context_length is 40, was 48" in said
+
+
+def test_it_trains_from_there_and_goes_on_without(hub, make, tmp_path):
+  copied = tmp_path / "hub"
+  shutil.copytree(hub, copied)
+  config = from_hub(make, copied)
+  config.train.steps = 3
+  assert loop.train(config, str(tmp_path / "run")) == 0
+  meta = checkpoint.load_meta(str(tmp_path / "run"))
+  stored = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
+  assert stored.kind == "huggingface"
+  shutil.rmtree(copied)
+  longer = copy.deepcopy(config)
+  longer.train.steps = 6
+  assert loop.train(config, str(tmp_path / "run")) == 0
+
+
+def test_low_rank_updates_of_a_folder(hub, make):
+  config = from_hub(make, hub, lora=config_lib.LoraConfig(rank=2))
+  state, said = started(config, hub)
+  assert "fresh: adapters of rank 2" in said
+  want = folder.load_on(folder.find(str(hub)))
+  assert_same(state.frozen, want)
+
+
+def test_a_folder_of_another_model_is_refused(hub, make, tmp_path):
+  for fields, says in (
+    ({"norm_epsilon": 1e-3}, "norm_epsilon=0.001, must be 1e-06"),
+    ({"rope_theta": 7.0}, "config.model.rope_theta=7.0, must be 100.0"),
+    ({"rope_scaling": None}, "rope_scaling.factor=None, must be 8.0"),
+    ({"d_mlp": 32}, "config.model.d_mlp=32, must be 28"),
+  ):
+    config = from_hub(make, hub, **fields)
+    with pytest.raises(schema.ConfigError) as error:
+      loop.train(config, str(tmp_path / "run"))
+    assert says in str(error.value)
+  config = from_hub(make, hub)
+  config.tokenizer.kind = "bytes"
+  with pytest.raises(schema.ConfigError, match="vocabulary mismatch"):
+    loop.train(config, str(tmp_path / "run"))
+  broken = tmp_path / "broken"
+  shutil.copytree(hub, broken)
+  (broken / "model.safetensors").write_bytes(b"x")
+  config = from_hub(make, hub)
+  config.init_from = str(broken)
+  with pytest.raises(schema.ConfigError, match="config.init_from=.*not a safe"):
+    loop.train(config, str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3.2-1b", "qwen3-0.6b"])
+def test_published_models_have_their_published_sizes(name):
+  sizes = {
+    "gpt2": 124_439_808,
+    "llama3.2-1b": 1_235_814_400,
+    "qwen3-0.6b": 596_049_920,
+  }
+  assert counts.parameter_count(published.model(name)) == sizes[name]

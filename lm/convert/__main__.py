@@ -1,11 +1,16 @@
-"""`python -m lm.convert --workdir=RUN --to=FORMAT --output=FOLDER`.
+"""Checkpoints in other formats.
 
+  python -m lm.convert --from=FOLDER --to=runs/a
+  python -m lm.convert --from=runs/a --to=FOLDER
   python -m lm.convert --workdir=runs/tuned --to=peft --output=adapter
   python -m lm.convert --workdir=runs/tuned --to=merged --output=runs/merged
 
-`peft` writes the adapters of a LoRA run in the file format of Hugging Face's
-PEFT; `merged` writes a run directory of one checkpoint, with plain weights in
-which the adapters are merged in float32.
+The first writes a run directory of one checkpoint from a folder with a Hugging
+Face checkpoint, for lm.sample, lm.serve, lm.evaluate and `config.init_from`;
+the second the other way (in long: --workdir=runs/a --to=huggingface
+--output=FOLDER), with adapters merged. `peft` writes the adapters of a LoRA run
+in the file format of Hugging Face's PEFT; `merged` writes a run directory of
+one checkpoint, with plain weights in which the adapters are merged in float32.
 """
 
 import copy
@@ -16,34 +21,109 @@ from absl import flags
 from etils import epath
 
 from lm import checkpoint, cli, files, schema
-from lm import config as config_lib
+from lm.convert import huggingface
+from lm.huggingface import config_json, families, tensors
 from lm.model import lora, peft
 from lm.sample import load
 
-_WORKDIR = cli.define_path("workdir", "Run of lm.train with model.lora.")
+_FORMATS = ("huggingface", "merged", "peft")
+_FROM = cli.define_path(
+  "from", "Folder of a Hugging Face checkpoint, or a run."
+)
+_WORKDIR = cli.define_path(
+  "workdir", "Run of lm.train, where --from is not set."
+)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default: the last.")
-_TO = flags.DEFINE_enum("to", None, ["peft", "merged"], "What to write.")
+_TO = flags.DEFINE_string(
+  "to",
+  None,
+  "With --from, the folder or run to write; else what to write of --workdir: "
+  f"{' | '.join(_FORMATS)}.",
+)
 _OUTPUT = cli.define_path("output", "Folder to write; it must not exist.")
+_DTYPE = flags.DEFINE_enum(
+  "dtype",
+  "float32",
+  [dtype.name for dtype in tensors.DTYPES.values()],
+  "Type of the tensors of a Hugging Face checkpoint that is written.",
+)
+_FAMILY = flags.DEFINE_enum(
+  "family",
+  None,
+  sorted(families.BY_NAME),
+  "Family of the Hugging Face checkpoint that is written; default: the first "
+  "that can express the model.",
+)
+_CHECK = flags.DEFINE_bool(
+  "check",
+  True,
+  "Read a written Hugging Face checkpoint with transformers, and compare its "
+  "logits with ours.",
+)
 
 
 def main() -> None:
-  for flag in (_WORKDIR, _TO, _OUTPUT):
-    if flag.value is None:
-      raise schema.ConfigError(f"--{flag.name}: missing; see --help")
-  files.check_directory(_OUTPUT.value, "--output")
-  if epath.Path(_OUTPUT.value).exists():
+  source, to, output = _asked()
+  files.check_directory(output, "--output")
+  if epath.Path(output).exists():
     raise schema.ConfigError(
-      f"--output={_OUTPUT.value}: exists already; name a new folder"
+      f"--output={output}: exists already; name a new folder"
     )
-  meta = checkpoint.load_meta(_WORKDIR.value, _STEP.value)
-  if meta.config.model.lora is None:
+  if to == "run":
+    huggingface.to_run(source, output)
+    print(f"{source}: written to {output}")
+    return
+  meta = checkpoint.load_meta(source, _STEP.value)
+  if to == "huggingface":
+    huggingface.from_run(
+      source,
+      meta,
+      output,
+      dtype=_DTYPE.value,
+      family=_FAMILY.value,
+      check=_CHECK.value,
+    )
+  elif meta.config.model.lora is None:
     raise schema.ConfigError(
-      f"--workdir={_WORKDIR.value}: has no adapters: it was trained without "
-      "model.lora"
+      f"--workdir={source}: has no adapters: it was trained without model.lora"
     )
-  write = to_peft if _TO.value == "peft" else to_merged
-  write(_WORKDIR.value, meta, _OUTPUT.value)
-  print(f"{_WORKDIR.value} at step {meta.step}: written to {_OUTPUT.value}")
+  else:
+    (to_peft if to == "peft" else to_merged)(source, meta, output)
+  print(f"{source} at step {meta.step}: written to {output}")
+
+
+def _asked() -> tuple[str, str, str]:
+  """(what to read, "run" or a format, what to write), by the flags."""
+  if _FROM.value is None:
+    for flag in (_WORKDIR, _TO, _OUTPUT):
+      if flag.value is None:
+        raise schema.ConfigError(f"--{flag.name}: missing; see --help")
+    if _TO.value not in _FORMATS:
+      raise schema.ConfigError(
+        f"--to={schema.shown(_TO.value)}: {schema.unknown(_TO.value, _FORMATS)}"
+      )
+    return _WORKDIR.value, _TO.value, _OUTPUT.value
+  for flag in (_WORKDIR, _OUTPUT):
+    if flag.value is not None:
+      raise schema.ConfigError(
+        f"--{flag.name}={flag.value}: --from and --to name what is read and "
+        f"written; leave --{flag.name} out"
+      )
+  if _TO.value is None:
+    raise schema.ConfigError("--to: missing; name the folder to write")
+  output = files.user_path(_TO.value, "--to")
+  if checkpoint.steps(_FROM.value):
+    return _FROM.value, "huggingface", output
+  files.local_path(_FROM.value, "--from")
+  if not os.path.isdir(_FROM.value) or not os.path.lexists(
+    os.path.join(_FROM.value, config_json.NAME)
+  ):
+    raise schema.ConfigError(
+      f"--from={_FROM.value}: neither a run with a checkpoint nor a folder "
+      f"with {config_json.NAME}; download a checkpoint, as by hf download NAME "
+      "--local-dir FOLDER"
+    )
+  return _FROM.value, "run", output
 
 
 def to_peft(workdir: str, meta: checkpoint.Meta, output: str) -> None:
@@ -64,11 +144,7 @@ def to_merged(workdir: str, meta: checkpoint.Meta, output: str) -> None:
   _, params = load.model(workdir, meta)
   config = copy.deepcopy(meta.config)
   config.model.lora = config.init_from = None
-  saved = checkpoint.Checkpoints(output, config.checkpoint)
-  saved.save({"params": params}, dataclasses.replace(meta, config=config))
-  saved.close()
-  path = epath.Path(os.path.join(output, "config.json"))
-  files.replace(path, config_lib.to_json(config))
+  huggingface.save_run(output, params, dataclasses.replace(meta, config=config))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Starts a run from the parameters of another run: `config.init_from`.
 
 Only a fresh run reads the source run: the averages if that run keeps an
-average, as sampling does, and the tokenizer. Optimizer, schedule, data and step
+average, as sampling does, and the tokenizer. A folder with a Hugging Face
+checkpoint counts as a run of one checkpoint, but its model must be the
+config's. Optimizer, schedule, data and step
 start afresh. A run that has a checkpoint goes on without the source run, which
 may be gone.
 """
@@ -18,6 +20,8 @@ from lm import checkpoint, files, schema, validation
 from lm import config as config_lib
 from lm.data import huggingface_files
 from lm.data import tokenizer as tokenizer_lib
+from lm.huggingface import config_json, expressible, imported
+from lm.huggingface import folder as folder_lib
 from lm.model import decoder, lora, weights
 from lm.train import programs
 
@@ -25,11 +29,12 @@ from lm.train import programs
 @dataclasses.dataclass
 class Source:
   """The checkpoint that `config.init_from` names: its run directory and
-  metadata.
+  metadata; `folder` of a Hugging Face checkpoint.
   """
 
   workdir: str
   meta: checkpoint.Meta
+  folder: folder_lib.Folder | None = None
 
   @property
   def model(self) -> config_lib.ModelConfig:
@@ -37,9 +42,10 @@ class Source:
 
 
 def find(name: str) -> Source:
-  """The checkpoint `RUN` or `RUN@STEP`; its arrays are not read.
+  """The checkpoint `RUN`, `RUN@STEP` or `FOLDER`; its arrays are not read.
 
-  Raises ConfigError if the run has no checkpoint, or none of that step.
+  Raises ConfigError if the run has no checkpoint, or none of that step, or as
+  `folder.find`.
   """
   workdir, step = name, None
   if found := re.fullmatch(r"(.*)@([0-9]{1,18})", name, re.DOTALL):
@@ -47,10 +53,16 @@ def find(name: str) -> Source:
   said = f"config.init_from={schema.shown(name)}"
   workdir = files.user_path(workdir, "config.init_from")
   steps = checkpoint.steps(workdir)
+  if not steps and config_json.is_there(workdir):
+    try:
+      folder = folder_lib.find(workdir)
+      return Source(workdir, imported.meta(folder), folder)
+    except schema.ConfigError as error:
+      raise schema.ConfigError(f"{said}: {error}") from error
   if not steps:
     raise schema.ConfigError(
       f"{said}: {workdir} has no checkpoint; name a run directory of lm.train, "
-      "RUN or RUN@STEP"
+      "RUN or RUN@STEP, or a folder with a Hugging Face checkpoint"
     )
   if step is not None and step not in steps:
     raise schema.ConfigError(
@@ -136,12 +148,13 @@ def load(
   _check_model(config, source)
   theirs = dataclasses.replace(config, model=source.model)
   state = programs.abstract_state(theirs, mesh)
-  loaded = checkpoint.restore_params(
-    source.workdir,
-    source.meta,
-    source.model,
-    weights.join(state.params, state.frozen),
-  )
+  like = weights.join(state.params, state.frozen)
+  if source.folder is not None:
+    loaded = folder_lib.load(source.folder, like)
+  else:
+    loaded = checkpoint.restore_params(
+      source.workdir, source.meta, source.model, like
+    )
   arrays = jax.tree.leaves(loaded)
   which = "averages" if "ema" in source.meta.digests else "parameters"
   merged, fresh = "", "optimizer, schedule, data, step"
@@ -163,8 +176,12 @@ def load(
 
 def _check_model(config: config_lib.Config, source: Source) -> None:
   """Raises ConfigError unless the arrays of both models have the same names and
-  shapes, adapters aside if only one has them. Computes and reads nothing.
+  shapes, adapters aside if only one has them, and of a Hugging Face checkpoint
+  unless the models compute the same. Computes and reads nothing.
   """
+  if source.folder is not None:
+    _check_same(config, source)
+    return
   models = [source.model, config.model]
   if None in (model.lora for model in models):
     models = [lora.base(model) for model in models]
@@ -184,6 +201,28 @@ def _check_model(config: config_lib.Config, source: Source) -> None:
   )
 
 
+def _check_same(config: config_lib.Config, source: Source) -> None:
+  """Raises ConfigError unless the models have the same arrays and logits. The
+  context may be another one where positions are rotary.
+  """
+  different = expressible.differences(config.model, source.model)
+  scaling = source.model.rope_scaling
+  if source.model.positions == "rope" and not (
+    scaling is not None and scaling.kind == "longrope"
+  ):
+    different.pop("config.model.context_length", None)
+  lines = [
+    f"{name}={mine!r}, must be {theirs!r}"
+    for name, (mine, theirs) in different.items()
+  ]
+  if lines:
+    raise schema.ConfigError(
+      f"config.init_from={config.init_from}: config.model is another model "
+      f"than config.json there: {'; '.join(lines)}. Set these fields, or all "
+      "by config.model = config_json.read(FOLDER)[1] of lm.huggingface"
+    )
+
+
 def _shapes(model: config_lib.ModelConfig) -> dict[str, Any]:
   make = functools.partial(decoder.init_params, model)
   shapes = jax.eval_shape(make, jax.random.key(0))
@@ -197,7 +236,10 @@ def _differences(config: config_lib.Config, source: Source) -> list[str]:
   """Fields of the model with other values than in the source run; of adapters
   only if both models have them.
   """
-  changed = validation.differences(source.meta.config, config)
+  if source.folder is not None:
+    changed = expressible.differences(source.model, config.model)
+  else:
+    changed = validation.differences(source.meta.config, config)
   both = None not in (source.model.lora, config.model.lora)
   return [
     f"{name} is {new!r}, was {old!r}"

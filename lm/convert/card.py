@@ -1,0 +1,76 @@
+"""The model card, README.md, of a checkpoint that is exported."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+
+from lm import checkpoint
+from lm.model import counts
+from lm.train import metrics
+
+_LOSSES = ("train/loss", "eval/loss", "eval/bits_per_byte")
+
+
+def text(
+  workdir: str, meta: checkpoint.Meta, model_type: str, dtype: str
+) -> str:
+  """What the model is, what it was trained on, its losses, and the commit."""
+  config = meta.config
+  parameters = counts.parameter_count(config.model)
+  started = f" from `{config.init_from}`" if config.init_from else ""
+  lines = [
+    "---",
+    "library_name: transformers",
+    "pipeline_tag: text-generation",
+    "---",
+    "",
+    f"A `{model_type}` with {parameters:,} parameters in {dtype}, at step "
+    f"{meta.step} of the run `{workdir}`{started}.",
+    "",
+    "## Data",
+    "",
+    *(f"- training: `{source}`" for source in config.data.train),
+    *(f"- validation: `{source}`" for source in config.data.validation),
+    "",
+    "## Losses",
+    "",
+    *(_losses(workdir, meta) or ["None were reported."]),
+    "",
+    "## Config",
+    "",
+    "```json",
+    json.dumps(dataclasses.asdict(config), indent=2),
+    "```",
+    "",
+    f"Written by next-token, commit {_commit() or 'unknown'}.",
+    "",
+  ]
+  return "\n".join(lines)
+
+
+def _losses(workdir: str, meta: checkpoint.Meta) -> list[str]:
+  """A line for the last report of each loss until the checkpoint."""
+  last: dict[str, tuple[int, float]] = {}
+  for report in metrics.read(workdir):
+    if report["step"] <= meta.step:
+      last |= {k: (report["step"], report[k]) for k in _LOSSES if k in report}
+  return [
+    f"- {name}: {value:.4f}, at step {step}"
+    for name, (step, value) in last.items()
+  ]
+
+
+def _commit() -> str | None:
+  """The commit of this code; None outside a Git work tree."""
+  try:
+    ended = subprocess.run(
+      ["git", "rev-parse", "HEAD"],
+      cwd=pathlib.Path(__file__).parent,
+      capture_output=True,
+      text=True,
+      check=True,
+    )
+  except (OSError, subprocess.CalledProcessError):
+    return None
+  return ended.stdout.strip()

@@ -1,0 +1,116 @@
+"""Runs from folders of Hugging Face checkpoints, and the other way."""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+
+from etils import epath
+
+from lm import checkpoint, files, schema
+from lm import config as config_lib
+from lm.convert import card, recheck, vocabulary
+from lm.data import chat
+from lm.data import tokenizer as tokenizer_lib
+from lm.huggingface import folder as folder_lib
+from lm.huggingface import imported
+from lm.model import decoder
+from lm.sample import load
+
+
+def to_run(source: str, output: str) -> None:
+  """Writes a run directory of one checkpoint, at step 0, of the folder
+  `source`. Raises ConfigError as `folder.find`, or without a tokenizer.
+  """
+  found = folder_lib.find(source)
+  meta = imported.meta(found)
+  params = folder_lib.load_on(found)
+  with _made(output) as partial:
+    save_run(partial, params, meta)
+
+
+def save_run(
+  output: str, params: decoder.Params, meta: checkpoint.Meta
+) -> None:
+  """Writes a run directory of the checkpoint `meta`, of parameters alone."""
+  saved = checkpoint.Checkpoints(output, meta.config.checkpoint)
+  saved.save({"params": params}, meta)
+  saved.close()
+  path = epath.Path(os.path.join(output, "config.json"))
+  files.replace(path, config_lib.to_json(meta.config))
+
+
+def from_run(
+  workdir: str,
+  meta: checkpoint.Meta,
+  output: str,
+  *,
+  dtype: str = "float32",
+  family: str | None = None,
+  check: bool = True,
+) -> None:
+  """Writes a Hugging Face checkpoint of a run: config.json, tensors, tokenizer,
+  generation_config.json, and README.md.
+
+  With `check`, reads it with transformers and compares logits and ids with
+  ours; says so if transformers is not installed. Raises ConfigError if `output`
+  is no local path or no family can express the model, RunError if they differ;
+  then nothing is left.
+  """
+  files.local_path(output, "--output")
+  cfg, params = load.model(workdir, meta)
+  tokenizer = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
+  ids = {
+    "bos_token_id": tokenizer.bos,
+    "eos_token_id": tokenizer.eos,
+    "pad_token_id": tokenizer.pad,
+  }
+  # A conversation also ends where a turn does.
+  ends = [tokenizer.eos, *chat.stop_ids(tokenizer)]
+  generation = {**ids, "eos_token_id": ends}
+  with _made(output) as partial:
+    written = folder_lib.write(
+      partial, cfg, params, dtype=dtype, family=family, more=ids
+    )
+    _write(partial, "generation_config.json", json.dumps(generation, indent=2))
+    text = card.text(workdir, meta, written.model_type, dtype)
+    _write(partial, "README.md", text)
+    vocabulary.write(tokenizer, partial)
+    if not check:
+      return
+    if (missing := recheck.missing()) is not None:
+      print(
+        f"{output}: was not read again: {missing} is not installed; pip "
+        "install torch transformers",
+        file=sys.stderr,
+      )
+      return
+    recheck.compare(partial, cfg, params, dtype)
+    vocabulary.verify(tokenizer, partial)
+
+
+def _write(where: str, name: str, content: str) -> None:
+  files.replace(os.path.join(where, name), content)
+
+
+@contextlib.contextmanager
+def _made(output: str) -> Iterator[str]:
+  """Path to write the new folder `output` at: it is renamed at the end, and
+  removed on an error. In an object store, the path itself.
+  """
+  if not files.is_local(output):
+    yield output
+    return
+  output = output.rstrip(os.sep)
+  partial = f"{output}.{os.getpid()}.partial"
+  os.makedirs(partial)
+  try:
+    yield partial
+    if os.path.lexists(output):
+      raise schema.ConfigError(f"--output={output}: was made meanwhile")
+    os.rename(partial, output)
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise

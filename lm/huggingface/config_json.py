@@ -1,0 +1,60 @@
+"""config.json of a Hugging Face checkpoint, as our model config.
+
+A config file may say `config.model = config_json.read(FOLDER)[1]`, or, without
+a folder at hand, `config.model = published.model("gpt2")`.
+"""
+
+import json
+import os
+from typing import Any
+
+from lm import config as config_lib
+from lm import files, schema
+from lm.huggingface import families
+
+NAME = "config.json"
+_MOST = 10_000_000  # bytes
+
+
+def is_there(path: str) -> bool:
+  """Whether `path` is a local folder with a config.json that is not a run's."""
+  where = os.path.join(path, NAME)
+  if not files.is_local(path) or not os.path.lexists(where):
+    return False
+  try:
+    return "model" not in read_json(path, NAME)
+  except schema.ConfigError:
+    return True  # which then says what is wrong
+
+
+def read_json(path: str, name: str) -> dict[str, Any]:
+  """The object in the JSON file `name` of the folder `path`. Raises ConfigError
+  if there is none.
+  """
+  where = os.path.join(path, name)
+  try:
+    with open(where, encoding="utf-8") as file:
+      content = json.loads(file.read(_MOST))
+    if not isinstance(content, dict):
+      raise ValueError("not an object")
+  except OSError as error:
+    raise schema.ConfigError(f"{where}: {error.strerror}") from error
+  except (ValueError, RecursionError) as error:
+    raise schema.ConfigError(
+      f"{where}: not a config ({files.first_line(error)})"
+    ) from error
+  return content
+
+
+def read(
+  path: str,
+) -> tuple[families.Family, config_lib.ModelConfig]:
+  """(family, model) of a folder's config.json. Raises ConfigError if it is
+  missing, of no family here, or asks for what the family here lacks.
+  """
+  content = read_json(path, NAME)
+  try:
+    family = families.find(content.get("model_type"))
+    return family, family.read(content)
+  except schema.ConfigError as error:
+    raise schema.ConfigError(f"{path}: {error}") from error

@@ -1,0 +1,125 @@
+"""A folder with a checkpoint in Hugging Face's layout: config.json, tensors.
+
+`find` reads config.json and the headers of the tensors, and refuses what does
+not fit; `load` then reads the parameters. No code of a checkpoint is run.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from lm import config as config_lib
+from lm import files, schema, sharding
+from lm.huggingface import config_json, expressible, families, table, tensors
+from lm.model import decoder
+
+_HEAD = "lm_head.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+  """A checkpoint whose tensors fit its config.json. `places` and `stored` have
+  the same names.
+  """
+
+  path: str
+  family: families.Family
+  model: config_lib.ModelConfig
+  places: Mapping[str, table.Place]
+  stored: Mapping[str, list[tensors.Stored]]
+
+  @property
+  def dtype(self) -> str:
+    """Type of its first tensor, such as bfloat16."""
+    return tensors.DTYPES[next(iter(self.stored.values()))[0].dtype].name
+
+
+def find(path: str) -> Folder:
+  """The checkpoint in the folder `path`; its tensors are not read.
+
+  Raises ConfigError as `config_json.read`, if a file is corrupt or missing, and
+  with a list of all tensors that do not fit.
+  """
+  family, model = config_json.read(path)
+  stored = tensors.find(path)
+  if not any(name.startswith(family.prefix) for name in stored):
+    # Files of the model without its head leave the prefix out.
+    stored = {
+      name if name == _HEAD else family.prefix + name: value
+      for name, value in stored.items()
+    }
+  stored = {
+    name: value for name, value in stored.items() if not family.is_extra(name)
+  }
+  wanted = table.places(family.rows, model)
+  spare = None if _HEAD in wanted else stored.pop(_HEAD, None)
+  table.require_none(path, list(table.compare(wanted, stored)))
+  if spare is not None:
+    _check_tied(path, wanted, stored, spare)
+  return Folder(path, family, model, wanted, stored)
+
+
+def _check_tied(path, wanted, stored, spare) -> None:
+  """Raises ConfigError unless the head `spare` equals the embedding."""
+  (name,) = (name for name, p in wanted.items() if p.row.ours == ("embed",))
+  embed, head = stored[name][0], spare[0]
+  if (
+    len(spare) > 1
+    or (embed.dtype, embed.shape) != (head.dtype, head.shape)
+    or embed.read().tobytes() != head.read().tobytes()
+  ):
+    raise schema.ConfigError(
+      f"{path}: {_HEAD} is not {name}, and tie_word_embeddings=True says that "
+      "it is: set it to false if the head is one of its own"
+    )
+
+
+def load(folder: Folder, like: decoder.Params) -> decoder.Params:
+  """The parameters in float32, sharded as the abstract tree `like`."""
+  return table.load(folder.places, folder.stored, like)
+
+
+def load_on(
+  folder: Folder, mesh: jax.sharding.Mesh | None = None
+) -> decoder.Params:
+  """The parameters, sharded on `mesh` (None: whole, on the first device)."""
+  make = functools.partial(decoder.init_params, folder.model)
+  return load(folder, sharding.abstract(make, jax.random.key(0), mesh=mesh))
+
+
+# --- writing -----------------------------------------------------------------
+
+
+def write(
+  path: str,
+  model: config_lib.ModelConfig,
+  params: decoder.Params,
+  *,
+  dtype: str = "float32",
+  family: str | None = None,
+  more: Mapping[str, Any] | None = None,
+  shard_bytes: int = tensors.SHARD_BYTES,
+) -> families.Family:
+  """Writes config.json, with the keys `more`, and the tensors in `dtype` into
+  the existing folder `path`; returns the family.
+
+  `params` are plain: adapters are merged. Raises ConfigError if the family, or
+  without one any family, cannot express the model.
+  """
+  found = expressible.of(model, family)
+  wanted = table.places(found.rows, model)
+  content = found.write(model)
+  # Without a value the family's own would hold, maybe beyond the vocabulary.
+  ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+  content |= {"dtype": dtype, "torch_dtype": dtype, **ids, **(more or {})}
+  files.replace(
+    os.path.join(path, config_json.NAME), json.dumps(content, indent=2)
+  )
+  planned = table.planned(wanted, params)
+  tensors.write(path, planned, dtype, shard_bytes)
+  return found

@@ -1,0 +1,247 @@
+"""Rotary positions in config.json, in the forms of transformers 4 and 5.
+
+Transformers 4 has rope_theta, and rope_scaling or null. Transformers 5 has both
+in rope_parameters, which transformers 4 does not read: a file with the new form
+alone loses its base there (+0.765 nats a token, marin-community/marin#7146). So
+both are read, and both are written.
+"""
+
+import math
+from typing import Any
+
+from lm import config as config_lib
+from lm import schema
+from lm.huggingface import parts
+
+# Keys of a scaling in config.json -> our fields, by kind.
+_ORIGINAL = "original_max_position_embeddings"
+_SCALINGS: dict[str, dict[str, str]] = {
+  "llama3": {
+    "factor": "factor",
+    "low_freq_factor": "low_frequency_factor",
+    "high_freq_factor": "high_frequency_factor",
+    _ORIGINAL: "original_length",
+  },
+  "linear": {"factor": "factor"},
+  "yarn": {
+    "factor": "factor",
+    _ORIGINAL: "original_length",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "truncate": "truncate",
+    "attention_factor": "attention_factor",
+  },
+  "longrope": {
+    "short_factor": "short_factors",
+    "long_factor": "long_factors",
+    "factor": "factor",
+    _ORIGINAL: "original_length",
+    "attention_factor": "attention_factor",
+  },
+}
+_FORMER_KINDS = {"su": "longrope"}
+_FRACTION, _THETA = "partial_rotary_factor", "rope_theta"
+
+
+def everywhere(theta: float, *, partial: bool = False) -> parts.Part:
+  """Rotary positions, the same in all layers, with base `theta` by default.
+
+  Reads and writes the form of transformers 4 (rope_theta, rope_scaling) and of
+  transformers 5 (rope_parameters). `partial` is Phi-3, which may rotate a share
+  of the head, and has no scaling but longrope.
+  """
+
+  def read(c: parts.Content) -> dict[str, Any]:
+    base, fraction, scaling = _flat(c, theta)
+    if not partial:
+      parts.check(_FRACTION, fraction, (1.0,))
+    elif scaling is not None:
+      parts.check("rope_type", scaling.kind, ("longrope",))
+    return {
+      "rope_theta": base,
+      "rope_scaling": scaling,
+      "rotary_fraction": fraction,
+    }
+
+  def write(m: config_lib.ModelConfig) -> dict[str, Any]:
+    share = {_FRACTION: m.rotary_fraction} if partial else {}
+    scaling = m.rope_scaling
+    if partial and scaling is not None and scaling.kind != "longrope":
+      scaling = None
+    return {
+      **share,
+      _THETA: m.rope_theta,
+      "rope_scaling": _former(m, scaling, partial),
+      "rope_parameters": {**_today(m, m.rope_theta, scaling), **share},
+      **({_ORIGINAL: _original(m, scaling)} if partial else {}),
+    }
+
+  keys = (_THETA, "rope_scaling", "rope_parameters", _FRACTION, _ORIGINAL)
+  return parts.Part(keys, read, write)
+
+
+def by_type(
+  theta: float, local: float | None, local_key: str | None = None
+) -> parts.Part:
+  """Rotary positions with a base of their own, and no scaling, in layers with a
+  window: the key `local_key` of transformers 4, by default `local` (None: the
+  base of the other layers).
+  """
+  full, sliding = parts.TYPES[False], parts.TYPES[True]
+
+  def read(c: parts.Content) -> dict[str, Any]:
+    given = c.get("rope_parameters") or {}
+    if given and full not in given and sliding not in given:
+      raise schema.ConfigError(
+        f"config.json: rope_parameters={given!r}: must be by layer type"
+      )
+    outer = {**c, "rope_parameters": given.get(full)}
+    base, fraction, scaling = _flat(outer, theta)
+    parts.check(_FRACTION, fraction, (1.0,))
+    former = None if local_key is None else c.get(local_key)
+    inner = {
+      "rope_parameters": given.get(sliding),
+      _THETA: former,
+      "max_position_embeddings": c.get("max_position_embeddings"),
+    }
+    own, fraction, scaled = _flat(inner, base if local is None else local)
+    parts.check(_FRACTION, fraction, (1.0,))
+    if scaled is not None:
+      raise schema.ConfigError(
+        f"config.json: rope_parameters.{sliding}={given[sliding]!r}: scaling "
+        "in layers with a window is not supported"
+      )
+    return {
+      "rope_theta": base,
+      "rope_scaling": scaling,
+      "rope_theta_windowed": own,
+    }
+
+  def write(m: config_lib.ModelConfig) -> dict[str, Any]:
+    own = m.rope_theta_windowed or m.rope_theta
+    return {
+      _THETA: m.rope_theta,
+      "rope_scaling": _former(m, m.rope_scaling, False),
+      "rope_parameters": {
+        full: _today(m, m.rope_theta, m.rope_scaling),
+        sliding: _today(m, own, None),
+      },
+      **({local_key: own} if local_key else {}),
+    }
+
+  keys = [_THETA, "rope_scaling", "rope_parameters", _FRACTION, _ORIGINAL]
+  return parts.Part((*keys, *([local_key] if local_key else [])), read, write)
+
+
+def _flat(
+  c: parts.Content, default: float
+) -> tuple[float, float, config_lib.RopeScaling | None]:
+  """(theta, rotary fraction, scaling) of settings for all layers.
+
+  Raises ConfigError if the forms of transformers 4 and 5 both stand there and
+  say different things.
+  """
+  forms = [dict(c.get(k) or {}) for k in ("rope_scaling", "rope_parameters")]
+  said = {}
+  for key, value in ((_THETA, default), (_FRACTION, 1.0)):
+    given = [f.pop(key, None) for f in forms] + [c.get(key)]
+    values = {float(x) for x in given if x is not None}
+    if len(values) > 1:
+      raise schema.ConfigError(
+        f"config.json: {key}: is given as {' and as '.join(map(str, values))}"
+      )
+    said[key] = values.pop() if values else value
+  scalings = [_scaling(form, c) for form in forms if form]
+  if len(scalings) == 2 and scalings[0] != scalings[1]:
+    raise schema.ConfigError(
+      f"config.json: rope_scaling={c['rope_scaling']!r} and rope_parameters="
+      f"{c['rope_parameters']!r}: say different things; remove one of them"
+    )
+  return said[_THETA], said[_FRACTION], scalings[0] if scalings else None
+
+
+def _scaling(
+  form: dict[str, Any], c: parts.Content
+) -> config_lib.RopeScaling | None:
+  """The scaling of one form; `c` is all of config.json."""
+  form = {k: v for k, v in form.items() if v is not None}
+  named = {form.pop(key, None) for key in ("rope_type", "type")} - {None}
+  name = " and ".join(map(str, named)) or "default"
+  kind: Any = _FORMER_KINDS.get(name, name)
+  parts.check("rope_type", kind, ("default", *_SCALINGS))
+  if kind == "default":
+    known: dict[str, str] = {}
+    form.pop(_ORIGINAL, None)
+  else:
+    known = _SCALINGS[kind]
+  mscales = [form.pop(key, None) for key in ("mscale", "mscale_all_dim")]
+  if unknown := form.keys() - known.keys():
+    raise schema.ConfigError(
+      f"config.json: rope scaling {kind!r}: {unknown.pop()!r} is not supported"
+    )
+  if kind == "default":
+    return None
+  longest = parts.get(c, "max_position_embeddings")
+  # Phi-3 has it beside the other settings, and this value has precedence.
+  original = c.get(_ORIGINAL) or form.get(_ORIGINAL) or longest
+  if _ORIGINAL in known:
+    form[_ORIGINAL] = original
+    form.setdefault("factor", longest / original)
+  fields = {
+    known[key]: parts.as_declared(config_lib.RopeScaling, known[key], value)
+    for key, value in form.items()
+  }
+  if kind == "yarn" and all(mscales):
+    over, under = (_mscale(fields["factor"], x) for x in mscales)
+    fields.setdefault("attention_factor", over / under)
+  return config_lib.RopeScaling(kind=kind, **fields)
+
+
+def _mscale(factor: float, mscale: float) -> float:
+  return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _today(
+  m: config_lib.ModelConfig,
+  theta: float,
+  scaling: config_lib.RopeScaling | None,
+) -> dict[str, Any]:
+  """The form of transformers 5."""
+  if scaling is None:
+    return {"rope_type": "default", _THETA: theta}
+  found: dict[str, Any] = {"rope_type": scaling.kind, _THETA: theta}
+  for theirs, ours in _SCALINGS[scaling.kind].items():
+    value = getattr(scaling, ours)
+    if value is not None:
+      found[theirs] = list(value) if isinstance(value, tuple) else value
+  if scaling.kind == "longrope" and scaling.factor == (
+    m.context_length / scaling.original_length
+  ):
+    del found["factor"]
+  if scaling.kind == "yarn" and scaling.truncate:
+    del found["truncate"]
+  return found
+
+
+def _former(
+  m: config_lib.ModelConfig,
+  scaling: config_lib.RopeScaling | None,
+  outside: bool,
+) -> dict[str, Any] | None:
+  """The form of transformers 4. There Phi-3's has exactly three keys, and the
+  original length stands `outside`.
+  """
+  if scaling is None:
+    return None
+  found = _today(m, m.rope_theta, scaling)
+  del found[_THETA]
+  if outside:
+    found = {"type": found.pop("rope_type"), **found}
+    del found[_ORIGINAL]
+  return found
+
+
+def _original(
+  m: config_lib.ModelConfig, scaling: config_lib.RopeScaling | None
+) -> int:
+  return m.context_length if scaling is None else scaling.original_length

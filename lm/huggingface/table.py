@@ -1,0 +1,254 @@
+"""Tables of tensors: which of their tensors holds which of our parameters.
+
+A family has one table (lm/huggingface/families.py), read in both directions.
+
+L layers, D model, N heads, H head.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from lm import config as config_lib
+from lm import schema
+from lm.huggingface import tables, tensors
+from lm.model import decoder, weights
+
+# Most lines of an error that lists tensors.
+_MOST_LINES = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+  """Shape of a parameter without its layer axis, and its declaration."""
+
+  shape: tuple[int, ...]
+  declared: weights.Weight
+
+  def flat(self) -> tuple[int, ...]:
+    """[inputs, outputs] of a matrix, [rows, D] of a table, [n] of a vector."""
+    if self.declared.role == "vector":
+      return (math.prod(self.shape),)
+    if self.declared.role == "embedding":
+      return self.shape
+    n = self.declared.n_inputs
+    return math.prod(self.shape[:n]), math.prod(self.shape[n:])
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+  """Leaves of nested dicts by path, as layers/attention/q."""
+  found: Any = traverse_util.flatten_dict(tree, sep="/")
+  return found
+
+
+@functools.lru_cache
+def leaves(cfg: config_lib.ModelConfig) -> dict[str, Leaf]:
+  """The parameters of a model by path."""
+  make = functools.partial(decoder.init_params, cfg)
+  shapes = _flat(jax.eval_shape(make, jax.random.key(0)))
+  declared = _flat(decoder.declared(cfg))
+  return {
+    name: Leaf(x.shape[declared[name].stacked :], declared[name])
+    for name, x in shapes.items()
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """A tensor of theirs in a model: a row of the table, in `layer` if any."""
+
+  row: tables.Row
+  layer: int | None
+  parts: tuple[Leaf, ...]
+
+  @property
+  def name(self) -> str:
+    return self.row.theirs.format(self.layer)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    first, size = self.parts[0].flat(), sum(self._sizes())
+    if len(first) == 1:
+      return (size,)
+    if self.parts[0].declared.role == "embedding":
+      return first
+    return (size, first[0]) if self.row.linear else (first[0], size)
+
+  def _sizes(self) -> list[int]:
+    """Lengths of the parameters where they stand side by side."""
+    if self.parts[0].declared.role == "embedding":
+      return [self.parts[0].shape[0]]
+    return [part.flat()[-1] for part in self.parts]
+
+  def _transposed(self) -> bool:
+    return (
+      self.row.linear
+      and len(self.parts[0].flat()) == 2
+      and (self.parts[0].declared.role != "embedding")
+    )
+
+  def ours(self, theirs: np.ndarray) -> dict[str, np.ndarray]:
+    """Their tensor's parameters by path: views, in their dtype."""
+    if self._transposed():
+      theirs = theirs.T
+    if self.parts[0].declared.role == "embedding":
+      return {self.row.ours[0]: theirs}
+    cuts = list(itertools.accumulate(self._sizes()))[:-1]
+    pieces = np.split(theirs, cuts, axis=-1)
+    return {
+      path: piece.reshape(part.shape)
+      for path, part, piece in zip(
+        self.row.ours, self.parts, pieces, strict=True
+      )
+    }
+
+  def theirs(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+    """Inverse of `ours`."""
+    flat = [
+      x.reshape(part.flat()) for x, part in zip(ours, self.parts, strict=True)
+    ]
+    whole = flat[0] if len(flat) == 1 else np.concatenate(flat, axis=-1)
+    return whole.T if self._transposed() else whole
+
+
+def places(
+  table: Sequence[tables.Row], cfg: config_lib.ModelConfig
+) -> dict[str, Place]:
+  """Every tensor that a checkpoint of `cfg` has, by name.
+
+  Raises ConfigError if the table has no place for a parameter.
+  """
+  there, found = leaves(cfg), {}
+  for line in table:
+    parts = tuple(there[path] for path in line.ours if path in there)
+    if len(parts) != len(line.ours):
+      continue
+    stacked = parts[0].declared.stacked
+    for layer in range(cfg.n_layers) if stacked else [None]:
+      place = Place(line, layer, parts)
+      found[place.name] = place
+  held = {path for place in found.values() for path in place.row.ours}
+  if rest := sorted(there.keys() - held):
+    raise schema.ConfigError(
+      f"config.model: has parameters that the family has no tensors for: {rest}"
+    )
+  return found
+
+
+def compare(
+  wanted: Mapping[str, Place], found: Mapping[str, list[tensors.Stored]]
+) -> Iterator[str]:
+  """Yields a line for each tensor that is missing, unknown, given twice, or of
+  another shape or dtype.
+  """
+  for name in sorted(wanted.keys() | found.keys()):
+    if name not in found:
+      yield f"{name}: missing, {list(wanted[name].shape)}"
+      continue
+    stored = found[name]
+    if name not in wanted:
+      yield f"{name}: unknown, {stored[0].dtype}{list(stored[0].shape)}"
+      continue
+    if len(stored) > 1:
+      yield f"{name}: {len(stored)} times"
+    for one in stored[:1]:
+      if one.shape != wanted[name].shape:
+        yield (
+          f"{name}: shape {list(one.shape)}, must be {list(wanted[name].shape)}"
+        )
+      if one.dtype not in tensors.DTYPES:
+        yield (
+          f"{name}: dtype {one.dtype}, must be one of "
+          f"{', '.join(tensors.DTYPES)}"
+        )
+
+
+def require_none(folder: str, lines: Sequence[str]) -> None:
+  """Raises ConfigError that lists `lines`, if there are some."""
+  if not lines:
+    return
+  more = len(lines) - _MOST_LINES
+  said = [*lines[:_MOST_LINES], *([f"and {more} more"] if more > 0 else [])]
+  raise schema.ConfigError(
+    f"{folder}: {len(lines)} tensors do not fit its config.json: "
+    f"{'; '.join(said)}"
+  )
+
+
+# --- parameters --------------------------------------------------------------
+
+
+def load(
+  wanted: Mapping[str, Place],
+  found: Mapping[str, list[tensors.Stored]],
+  like: decoder.Params,
+) -> decoder.Params:
+  """Parameters in float32, sharded as the abstract tree `like`.
+
+  The host holds one tensor, and what a device takes of it in float32: layers
+  are written into the stacked arrays on the devices.
+  """
+  flat = _flat(like)
+  arrays: dict[str, jax.Array] = {}
+  for name, place in wanted.items():
+    parts = place.ours(found[name][0].read())
+    for path, value in parts.items():
+      if place.layer is None:
+        arrays[path] = _placed(value, flat[path].sharding)
+        continue
+      if path not in arrays:
+        arrays[path] = _empty(flat[path])
+      where = _of_layer(flat[path].sharding)
+      arrays[path] = _put(arrays[path], _placed(value, where), place.layer)
+  return traverse_util.unflatten_dict(arrays, sep="/")
+
+
+def _placed(value: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+  def shard(index: Any) -> np.ndarray:
+    return np.ascontiguousarray(value[index], np.float32)
+
+  return jax.make_array_from_callback(value.shape, where, shard)
+
+
+def _of_layer(where: Any) -> jax.sharding.Sharding:
+  """Sharding of a layer of an array that is sharded as `where`."""
+  if not isinstance(where, jax.sharding.NamedSharding):
+    return where
+  spec = jax.sharding.PartitionSpec(*where.spec[1:])
+  return jax.sharding.NamedSharding(where.mesh, spec)
+
+
+def _empty(like: jax.ShapeDtypeStruct) -> jax.Array:
+  make = functools.partial(jax.numpy.zeros, like.shape, like.dtype)
+  return jax.jit(make, out_shardings=like.sharding)()
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stacked: jax.Array, layer: jax.Array, i: Any) -> jax.Array:
+  return jax.lax.dynamic_update_index_in_dim(stacked, layer, i, 0)
+
+
+def planned(
+  wanted: Mapping[str, Place], params: decoder.Params
+) -> list[tensors.Planned]:
+  """Their tensors of the parameters `params`, to be written one by one."""
+  flat = _flat(params)
+
+  def read(place: Place) -> np.ndarray:
+    ours = [
+      np.asarray(flat[path] if place.layer is None else flat[path][place.layer])
+      for path in place.row.ours
+    ]
+    return place.theirs(ours)
+
+  return [
+    tensors.Planned(name, place.shape, functools.partial(read, place))
+    for name, place in wanted.items()
+  ]

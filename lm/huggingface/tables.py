@@ -1,0 +1,119 @@
+"""The tensors of each family, by name: one table for both directions."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One of their tensors and the parameters in it, side by side if several.
+
+  `theirs` has "{}" for the layer. A matrix is [outputs, inputs] there, as in
+  torch.nn.Linear, or [inputs, outputs] if not `linear`, as in GPT-2's Conv1D.
+  Heads and head width are one axis there; vectors have one axis. A row of
+  parameters that a model does not have, as a bias, holds nothing.
+  """
+
+  theirs: str
+  ours: tuple[str, ...]
+  linear: bool = True
+
+
+def row(theirs: str, *ours: str, linear: bool = True) -> Row:
+  return Row(theirs, ours, linear)
+
+
+def _layers(prefix: str, *rows: Row) -> tuple[Row, ...]:
+  return tuple(
+    Row(
+      f"{prefix}.{{}}.{r.theirs}",
+      tuple(f"layers/{path}" for path in r.ours),
+      r.linear,
+    )
+    for r in rows
+  )
+
+
+def _norms(**ours: str) -> tuple[Row, ...]:
+  """Norms of a layer, with biases if the model has some."""
+  return tuple(
+    row(f"{name}.{theirs}", f"{path}/{part}")
+    for name, path in ours.items()
+    for theirs, part in (("weight", "scale"), ("bias", "bias"))
+  )
+
+
+_ENDS = (
+  row("model.embed_tokens.weight", "embed"),
+  row("model.norm.weight", "final_norm/scale"),
+  row("model.norm.bias", "final_norm/bias"),
+  row("lm_head.weight", "head"),
+)
+_ATTENTION = tuple(
+  row(f"self_attn.{name}_proj.{theirs}", f"attention/{name}{ours}")
+  for name in "qkvo"
+  for theirs, ours in (("weight", ""), ("bias", "_bias"))
+) + tuple(
+  row(f"self_attn.{name}.weight", f"attention/{name}/scale")
+  for name in ("q_norm", "k_norm")
+)
+_MLP = tuple(
+  row(f"mlp.{name}_proj.{theirs}", f"mlp/{name}{ours}")
+  for name in ("gate", "up", "down")
+  for theirs, ours in (("weight", ""), ("bias", "_bias"))
+)
+_PRE = _norms(
+  input_layernorm="attention_norm", post_attention_layernorm="mlp_norm"
+)
+_POST = _norms(
+  post_attention_layernorm="attention_post_norm",
+  post_feedforward_layernorm="mlp_post_norm",
+)
+_BOTH = (
+  *_norms(
+    input_layernorm="attention_norm", pre_feedforward_layernorm="mlp_norm"
+  ),
+  *_POST,
+)
+
+
+def _table(*rows: Row) -> tuple[Row, ...]:
+  return (*_ENDS, *_layers("model.layers", *rows))
+
+
+LLAMA = _table(*_ATTENTION, *_MLP, *_PRE)
+GEMMA = _table(*_ATTENTION, *_MLP, *_BOTH)
+OLMO = _table(*_ATTENTION, *_MLP, *_POST)
+PHI3 = _table(
+  row("self_attn.qkv_proj.weight", *(f"attention/{name}" for name in "qkv")),
+  row("self_attn.o_proj.weight", "attention/o"),
+  row("mlp.gate_up_proj.weight", "mlp/gate", "mlp/up"),
+  row("mlp.down_proj.weight", "mlp/down"),
+  *_PRE,
+)
+STARCODER2 = _table(
+  *_ATTENTION,
+  row("mlp.c_fc.weight", "mlp/up"),
+  row("mlp.c_fc.bias", "mlp/up_bias"),
+  row("mlp.c_proj.weight", "mlp/down"),
+  row("mlp.c_proj.bias", "mlp/down_bias"),
+  *_PRE,
+)
+GPT2 = (
+  row("transformer.wte.weight", "embed"),
+  row("transformer.wpe.weight", "position_embed"),
+  row("transformer.ln_f.weight", "final_norm/scale"),
+  row("transformer.ln_f.bias", "final_norm/bias"),
+  row("lm_head.weight", "head"),
+  *_layers(
+    "transformer.h",
+    row("attn.c_attn.weight", *(f"attention/{n}" for n in "qkv"), linear=False),
+    row("attn.c_attn.bias", *(f"attention/{n}_bias" for n in "qkv")),
+    row("attn.c_proj.weight", "attention/o", linear=False),
+    row("attn.c_proj.bias", "attention/o_bias"),
+    row("mlp.c_fc.weight", "mlp/up", linear=False),
+    row("mlp.c_fc.bias", "mlp/up_bias"),
+    row("mlp.c_proj.weight", "mlp/down", linear=False),
+    row("mlp.c_proj.bias", "mlp/down_bias"),
+    *_norms(ln_1="attention_norm", ln_2="mlp_norm"),
+  ),
+)
