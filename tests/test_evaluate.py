@@ -30,6 +30,7 @@ from lm import config as config_lib
 from lm.data import sources, windows
 from lm.data import tokenizer as tokenizer_lib
 from lm.evaluate import corpora, perplexity
+from lm.evaluate import output as output_lib
 from lm.model import decoder
 
 BYTES = tokenizer_lib.Tokenizer()
@@ -698,7 +699,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
   try:
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
     with pytest.raises(OSError, match="too large: .*eval.json"):
-      corpora.write(evaluation, str(path), documents=False)
+      output_lib.write(evaluation, str(path), documents=False)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
   assert path.read_text() == "old"

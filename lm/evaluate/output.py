@@ -1,0 +1,110 @@
+"""What `python -m lm.evaluate` prints and writes: tables, JSON."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import rich.box
+import rich.console
+import rich.markup
+import rich.table
+
+from lm import files
+from lm.evaluate import corpora, perplexity
+
+# Documents listed at each end of a ranking.
+_N_RANKED = 3
+
+
+def show(
+  evaluation: corpora.Evaluation, console: rich.console.Console, documents: bool
+) -> None:
+  """Prints a table of the sources, and per source a table of the best and worst
+  documents, or of all documents if `documents` is True.
+  """
+  title = f"{evaluation.workdir}, step {evaluation.step}"
+  table = _table(title, "source", "docs")
+  rows = [(r.source, r.totals, len(r.documents)) for r in evaluation.results]
+  if len(rows) > 1 and all(r.is_causal for r in evaluation.results):
+    n = sum(count for _, _, count in rows)
+    rows.append(("total", evaluation.totals, n))
+  for name, totals, count in rows:
+    table.add_row(rich.markup.escape(name), *_cells(totals), f"{count:,}")
+  console.print(table)
+  for result in evaluation.results:
+    title, ranked = "best and worst documents", result.ranked
+    if documents:
+      title, ranked = "documents", result.documents
+    elif len(ranked) > 2 * _N_RANKED:
+      ranked = ranked[:_N_RANKED] + ranked[-_N_RANKED:]
+    table = _table(f"{rich.markup.escape(result.source)}: {title}", "document")
+    for document in ranked:
+      name = rich.markup.escape(document.name)
+      table.add_row(name, *_cells(document.totals))
+    console.print(table)
+
+
+def _table(title: str, first: str, *last: str) -> rich.table.Table:
+  table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, padding=0)
+  table.add_column(first, overflow="fold")
+  measures = ("bits/byte", "loss", "ppl", "word ppl", "tokens", "bytes")
+  for name in (*measures, *last):
+    table.add_column(name, justify="right", no_wrap=True)
+  return table
+
+
+def _cells(totals: perplexity.Totals) -> tuple[str, ...]:
+  return (
+    f"{totals.bits_per_byte:.4f}",
+    f"{totals.loss:.4f}",
+    f"{totals.perplexity:.4g}",
+    f"{totals.word_perplexity:.4g}",
+    f"{totals.n_tokens:,}",
+    f"{totals.n_bytes:,}",
+  )
+
+
+def write(evaluation: corpora.Evaluation, path: str, documents: bool) -> None:
+  """Writes JSON atomically: a reader finds the old file or the new file."""
+  content = {
+    "workdir": evaluation.workdir,
+    "step": evaluation.step,
+    "context": evaluation.context,
+    "stride": evaluation.stride,
+    **evaluation.about,
+    "total": _object(evaluation.totals),
+    "sources": [_source(r, documents) for r in evaluation.results],
+  }
+  files.replace(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def _source(result: corpora.Result, documents: bool) -> dict[str, Any]:
+  def named(scores: Sequence[perplexity.DocumentScore]):
+    return [{"name": s.name} | _object(s.totals) for s in scores]
+
+  ranked = result.ranked
+  return {
+    "source": result.source,
+    "n_documents": len(result.documents),
+    "n_skipped": result.n_skipped,
+    **_object(result.totals),
+    "best": named(ranked[:_N_RANKED]),
+    "worst": named(ranked[: -_N_RANKED - 1 : -1]),
+  } | ({"documents": named(result.documents)} if documents else {})
+
+
+def _object(totals: perplexity.Totals) -> dict[str, float | int | None]:
+  """Rates and sums for JSON; nonfinite numbers are null."""
+  rates = (
+    "bits_per_byte",
+    "bits_per_byte_without_eos",
+    "loss",
+    "perplexity",
+    "perplexity_without_eos",
+    "word_perplexity",
+  )
+  values = {name: getattr(totals, name) for name in rates}
+  values |= dataclasses.asdict(totals)
+  return {k: v if math.isfinite(v) else None for k, v in values.items()}
