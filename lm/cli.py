@@ -220,6 +220,31 @@ def define_paths(name: str, about: str) -> flags.FlagHolder:
   )
 
 
+class _Optional(flags.IntegerParser):
+  """absl parser of an integer that the flag alone, without a value, sets."""
+
+  def __init__(self, alone: int, least: int, most: int):
+    super().__init__(lower_bound=least, upper_bound=most)
+    self._alone = alone
+
+  def parse(self, argument: Any) -> Any:
+    if argument in ("true", "false"):  # absl's, for --NAME and --noNAME
+      return self._alone if argument == "true" else None
+    return super().parse(argument)
+
+
+def define_optional_integer(
+  name: str, alone: int, about: str, *, least: int, most: int
+) -> flags.FlagHolder:
+  """Defines a flag `--NAME[=N]`: `alone` if it has no value, None if absent."""
+  parser = _Optional(alone, least, most)
+  return flags.DEFINE_flag(
+    flags.Flag(
+      parser, flags.ArgumentSerializer(), name, None, about, boolean=True
+    )
+  )
+
+
 # Flags that set the environment variables of lm/processes.py.
 _PROCESSES = {
   "coordinator_address": "Of a run of several processes: host:port of the "

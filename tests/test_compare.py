@@ -1,6 +1,5 @@
 """Comparison of runs: the bootstrap against closed forms, then the command."""
 
-import dataclasses
 import io
 import json
 import math
@@ -8,15 +7,15 @@ import os
 import subprocess
 import sys
 
-import families
 import numpy as np
 import pytest
-import reference
 import rich.console
+import runs as saved
 from scipy import stats
 
 from lm import checkpoint, cli, schema
 from lm import config as config_lib
+from lm.data import overlap_report
 from lm.data import tokenizer as tokenizer_lib
 from lm.evaluate import bootstrap, compare, compare_output, corpora
 from lm.evaluate import output as output_lib
@@ -164,33 +163,6 @@ def test_holm_by_hand():
 # --- runs --------------------------------------------------------------------
 
 
-def save(path, tokenizer, context, sources, *, uniform=True, text_unit="line"):
-  """A run with one checkpoint, of random weights; each prediction uniform over
-  the vocabulary, if `uniform`.
-  """
-  model = dataclasses.replace(
-    families.LLAMA3,
-    vocab_size=tokenizer.size,
-    context_length=context,
-    loss_chunk=5,
-  )
-  params = reference.random_params(model)
-  if uniform:
-    params["head"][:] = 0
-  config = config_lib.Config(
-    model=model,
-    data=config_lib.DataConfig(
-      validation=sources, text_unit=text_unit, cache_dir=str(path / "cache")
-    ),
-    train=config_lib.TrainConfig(batch_size=8, sequence_length=context),
-  )
-  checkpoints = checkpoint.Checkpoints(str(path), config.checkpoint)
-  meta = checkpoint.Meta(7, config, tokenizer.to_json(), "none")
-  checkpoints.save({"params": params, "rest": {"step": np.zeros(())}}, meta)
-  checkpoints.close()
-  return str(path)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
   """Uniform runs `bytes` and `pieces` of other tokenizers and contexts, a run
@@ -209,11 +181,15 @@ def runs(tmp_path_factory):
   text = (folder / "a.txt").read_text()
   pieces = tokenizer_lib.train(config, [text] * 9)
   alphabet = tokenizer_lib.Tokenizer()
-  save(folder / "bytes", alphabet, 11, sources)
-  save(folder / "pieces", pieces, 7, sources)
-  save(folder / "random", alphabet, 11, sources, uniform=False)
-  save(folder / "files", alphabet, 11, sources, text_unit="file")
-  save(folder / "one", alphabet, 11, sources[:1])
+  lines = {"text_unit": "line", "train": (f"text:{folder}/train.txt",)}
+  saved.save(folder / "bytes", alphabet, 11, sources, **lines)
+  saved.save(folder / "pieces", pieces, 7, sources, **lines)
+  saved.save(folder / "random", alphabet, 11, sources, uniform=False, **lines)
+  saved.save(folder / "files", alphabet, 11, sources, text_unit="file")
+  saved.save(folder / "one", alphabet, 11, sources[:1], **lines)
+  # Training has the first three lines of a.txt.
+  text = "\n".join((folder / "a.txt").read_text().split("\n")[:3])
+  (folder / "train.txt").write_text(text)
   return folder
 
 
@@ -327,6 +303,24 @@ def test_three_runs_are_corrected_and_drawn(runs, tmp_path, quick):
     nll / math.log(2) / n_bytes,
     [e.value for e in found.overall.bits_per_byte],
   )
+
+
+def test_overlaps_stand_beside_the_sources(runs, tmp_path, quick):
+  a, b = names(runs, "bytes", "random")
+  config = checkpoint.load_meta(a).config
+  overlap_report.report(config, 2, output=str(tmp_path / "overlap.json"))
+  path = str(tmp_path / "overlap.json")
+  found = compare.compare([a, b], overlap=path)
+  assert list(found.overlap) == list(found.documents)
+  share = found.overlap[found.rows[0].source].of_bytes
+  assert 0 < share < 1
+  console = rich.console.Console(file=io.StringIO(), width=300)
+  compare_output.show(found, console)
+  assert f"({share:.1%} overlap with training text)" in console.file.getvalue()
+  compare_output.write(found, str(tmp_path / "c.json"), documents=False)
+  rows = json.loads((tmp_path / "c.json").read_text())["rows"]
+  assert rows[0]["share_of_bytes_in_training"] == share
+  assert "share_of_bytes_in_training" not in rows[-1]  # the total
 
 
 def test_runs_that_differ_by_luck_are_not_told_apart(quick):

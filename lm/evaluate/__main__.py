@@ -53,6 +53,11 @@ _CHAT_TEMPLATE = cli.define_path(
   "Jinja file that lays out the conversations of a source SPEC|chat; default: "
   "the checkpoint's.",
 )
+_OVERLAP = cli.define_path(
+  "overlap",
+  "File of lm.data --overlap --output: what overlaps with training text stands "
+  "beside each score.",
+)
 _DOCUMENTS = flags.DEFINE_bool(
   "documents", False, "Show and write every document."
 )
@@ -99,6 +104,7 @@ def _evaluate(data: dict[str, Any]) -> None:
     chat_template=tokenizer_lib.read_template(
       _CHAT_TEMPLATE.value, "--chat_template"
     ),
+    overlap=_OVERLAP.value,
   )
   if jax.process_index() == 0:
     output.show(evaluation, rich.console.Console(), _DOCUMENTS.value)
@@ -124,6 +130,7 @@ def _compare(data: dict[str, Any]) -> None:
     stride=_STRIDE.value,
     batch_size=_BATCH_SIZE.value,
     data=data,
+    overlap=_OVERLAP.value,
   )
   if jax.process_index() == 0:
     compare_output.show(comparison, rich.console.Console())

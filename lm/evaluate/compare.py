@@ -16,6 +16,7 @@ import numpy as np
 
 from lm import checkpoint, files, schema
 from lm import objective as objective_lib
+from lm.data import overlap_report
 from lm.data import sources as sources_lib
 from lm.data import store as store_lib
 from lm.evaluate import bootstrap, corpora
@@ -69,6 +70,10 @@ class Comparison:
   rows: list[Row]
   n_resamples: int
   seed: int
+  # By source: what training text has of it; {} if unknown.
+  overlap: dict[str, overlap_report.Shares] = dataclasses.field(
+    default_factory=dict
+  )
 
   @property
   def overall(self) -> Row:
@@ -82,6 +87,7 @@ def compare(
   stride: int | None = None,
   batch_size: int | None = None,
   data: dict[str, Any] | None = None,
+  overlap: str | None = None,
   seed: int = 0,
 ) -> Comparison:
   """Compares `names` with the first of them, each RUN, RUN@STEP or a file that
@@ -97,18 +103,23 @@ def compare(
       f"--compare: {len(names)} run given; name two or more, as in "
       "--compare runs/a runs/b@500"
     )
-  found = [_find(name, stride) for name in names]
-  for i, (run, _) in enumerate(found):
-    for other, _ in found[:i]:
+  inputs = [_find(name, stride) for name in names]
+  for i, (run, _) in enumerate(inputs):
+    for other, _ in inputs[:i]:
       if run.identity == other.identity:
         raise schema.ConfigError(
           f"--compare: {other.name} and {run.name} are the same scores; name "
           "other runs, or other steps (RUN@STEP)"
         )
-  chosen = _specs(found, specs)
+  chosen = _specs(inputs, specs)
   _check_causal(chosen)
+  if overlap is not None and all(meta is None for _, meta in inputs):
+    raise schema.ConfigError(
+      f"--overlap={overlap}: needs a run, whose training sources it is about, "
+      "and --compare names files alone"
+    )
   known: dict[str, list[Document]] = {}
-  for run, meta in found:
+  for run, meta in inputs:
     if meta is not None:
       run.job = corpora.prepare(
         checkpoint.split_name(run.name)[0],
@@ -117,15 +128,18 @@ def compare(
         stride=stride,
         batch_size=batch_size,
         data=data or {},
+        overlap=overlap,
       )
       run.documents = _read_documents(chosen, run.job, known)
-  runs = [run for run, _ in found]
+  runs = [run for run, _ in inputs]
   documents = _check_documents(runs, chosen)
   for run in runs:
     if run.job is not None:
       _score(run, documents)
     _check_finite(run, documents)
-  return summarise(runs, documents, seed)
+  found = summarise(runs, documents, seed)
+  found.overlap = next((r.job.overlap for r in runs if r.job), {})
+  return found
 
 
 def summarise(runs: list[Run], documents: Documents, seed: int) -> Comparison:

@@ -32,7 +32,8 @@ def show(comparison: compare.Comparison, console: rich.console.Console) -> None:
       if found is not None:
         interval = f"{found.low:+.4f} to {found.high:+.4f}"
         cells += [f"{found.value:+.4f}", interval, f"{p:.2g}"]
-      source, run_name = map(rich.markup.escape, (first[0], run.name))
+      name = f"{first[0]}{_overlap(comparison, first[0])}"
+      source, run_name = map(rich.markup.escape, (name, run.name))
       table.add_row(source, run_name, first[1], *cells)
     table.add_section()
   console.print(table)
@@ -42,6 +43,13 @@ def show(comparison: compare.Comparison, console: rich.console.Console) -> None:
   ]
   for line in [*lines, method(comparison)]:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _overlap(comparison: compare.Comparison, source: str) -> str:
+  """What training text has of the source, in words; "" if unknown."""
+  if (shares := comparison.overlap.get(source)) is None:
+    return ""
+  return f" ({shares.of_bytes:.1%} overlap with training text)"
 
 
 def method(comparison: compare.Comparison) -> str:
@@ -96,7 +104,7 @@ def write(comparison: compare.Comparison, path: str, documents: bool) -> None:
 
 
 def _row(comparison: compare.Comparison, row: compare.Row) -> dict[str, Any]:
-  scores = []
+  scores, shares = [], comparison.overlap.get(row.source)
   for k, run in enumerate(comparison.runs):
     bits, found = row.bits_per_byte[k], row.difference[k]
     score = {"name": run.name, "bits_per_byte": _interval(bits)}
@@ -112,7 +120,9 @@ def _row(comparison: compare.Comparison, row: compare.Row) -> dict[str, Any]:
     "n_documents": row.n_documents,
     "n_bytes": row.n_bytes,
     "runs": scores,
-  }
+  } | (
+    {} if shares is None else {"share_of_bytes_in_training": shares.of_bytes}
+  )
 
 
 def _interval(estimate: bootstrap.Estimate) -> dict[str, float]:
@@ -145,7 +155,10 @@ def draw(comparison: compare.Comparison, path: str) -> None:
         _interval_line(right, i + shift, found, colour, "+.3f", told)
   right.axvline(0, color=_COLOURS[0], linewidth=1.2, zorder=0)
   names = [_short(row.source, 34) for row in rows]
-  counts = [f"{row.n_documents:,} documents" for row in rows]
+  counts = [
+    f"{row.n_documents:,} documents{_overlap(comparison, row.source)}"
+    for row in rows
+  ]
   labels = [f"{a}\n{b}" for a, b in zip(names, counts, strict=True)]
   left.set_yticks(range(len(rows)), labels)
   left.set_ylim(len(rows) - 0.5, -0.5)

@@ -13,7 +13,7 @@ import rich.progress
 from lm import checkpoint, files, schema, sharding
 from lm import config as config_lib
 from lm import objective as objective_lib
-from lm.data import pipeline
+from lm.data import overlap_report, pipeline
 from lm.data import sources as sources_lib
 from lm.data import store as store_lib
 from lm.data import tokenizer as tokenizer_lib
@@ -34,6 +34,8 @@ class Result:
   source: str
   documents: list[perplexity.DocumentScore]
   n_skipped: int
+  # What training text has of the source, if it is known.
+  overlap: overlap_report.Shares | None = None
 
   @property
   def is_causal(self) -> bool:
@@ -42,6 +44,17 @@ class Result:
   @property
   def totals(self) -> perplexity.Totals:
     return sum((d.totals for d in self.documents), perplexity.Totals())
+
+  @property
+  def clean(self) -> perplexity.Totals | None:
+    """Sums over the documents that overlap with no training text; None where
+    that is unknown.
+    """
+    if self.overlap is None or not self.is_causal:
+      return None
+    touched = self.overlap.of_bytes_by_document
+    clean = [d.totals for d in self.documents if d.name not in touched]
+    return sum(clean, perplexity.Totals())
 
   @property
   def ranked(self) -> list[perplexity.DocumentScore]:
@@ -79,6 +92,8 @@ class Job:
   n_rows: int
   stride: int
   adapter: str | None
+  # By source, as it is named; {} if unknown.
+  overlap: dict[str, overlap_report.Shares]
 
   @property
   def context(self) -> int:
@@ -96,6 +111,7 @@ def evaluate(
   output: str | None,
   adapter: str | None = None,
   chat_template: str | None = None,
+  overlap: str | None = None,
 ) -> Evaluation:
   """Scores every document of the sources `specs` with a checkpoint; where a
   source names another objective than `causal`, the rows that training has as
@@ -105,7 +121,7 @@ def evaluate(
   (only a document's last window overlaps); the rows of a training microbatch;
   the run's validation sources. `data` changes fields of the run's DataConfig;
   `adapter` is that of `load.model`; the text `chat_template` replaces the
-  checkpoint's.
+  checkpoint's; `overlap` is a file that `lm.data --overlap` wrote.
   Raises ConfigError on bad input before parameters are loaded.
   """
   if output is not None:
@@ -119,6 +135,7 @@ def evaluate(
     data=data,
     adapter=adapter,
     chat_template=chat_template,
+    overlap=overlap,
   )
   return score(job)
 
@@ -133,6 +150,7 @@ def prepare(
   data: dict[str, Any],
   adapter: str | None = None,
   chat_template: str | None = None,
+  overlap: str | None = None,
 ) -> Job:
   """Checks the arguments of `evaluate`, and opens the sources."""
   config = meta.config
@@ -151,13 +169,14 @@ def prepare(
   tokenizer = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
   if chat_template is not None:
     tokenizer = tokenizer.with_template(chat_template)
-  sources = [
-    _open(name, tokenizer, data_config)
-    for name in specs or config.data.validation
-  ]
+  names = specs or config.data.validation
+  sources = [_open(name, tokenizer, data_config) for name in names]
+  shares = {}
+  if overlap is not None:
+    shares = overlap_report.shares(overlap, names, data_config)
   rows = config.train.batch_size // config.train.microbatches
   rows = rows if batch_size is None else batch_size
-  return Job(workdir, meta, tokenizer, sources, rows, stride, adapter)
+  return Job(workdir, meta, tokenizer, sources, rows, stride, adapter, shares)
 
 
 def score(job: Job) -> Evaluation:
@@ -184,6 +203,8 @@ def score(job: Job) -> Evaluation:
         stride=job.stride,
       )
       results.append(_collect(source, scores, progress))
+  for result in results:
+    result.overlap = job.overlap.get(result.source)
   return Evaluation(
     job.workdir, job.meta.step, job.context, job.stride, results, about
   )

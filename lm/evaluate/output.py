@@ -22,28 +22,49 @@ def show(
   evaluation: corpora.Evaluation, console: rich.console.Console, documents: bool
 ) -> None:
   """Prints a table of the sources, and per source a table of the best and worst
-  documents, or of all documents if `documents` is True.
+  documents, or of all documents if `documents` is True. Where it is known what
+  overlaps with training text, its share stands beside the scores.
   """
+  results = evaluation.results
   title = f"{evaluation.workdir}, step {evaluation.step}"
-  table = _table(title, "source", "docs")
-  rows = [(r.source, r.totals, len(r.documents)) for r in evaluation.results]
-  if len(rows) > 1 and all(r.is_causal for r in evaluation.results):
-    n = sum(count for _, _, count in rows)
-    rows.append(("total", evaluation.totals, n))
-  for name, totals, count in rows:
-    table.add_row(rich.markup.escape(name), *_cells(totals), f"{count:,}")
+  overlap = ("overlap", "bits/byte without")
+  known = any(r.overlap is not None for r in results)
+  table = _table(title, "source", "docs", *(overlap if known else ()))
+  for r in results:
+    cells = (f"{len(r.documents):,}", *(_overlap(r) if known else ()))
+    table.add_row(rich.markup.escape(r.source), *_cells(r.totals), *cells)
+  if len(results) > 1 and all(r.is_causal for r in results):
+    n = sum(len(r.documents) for r in results)
+    table.add_row("total", *_cells(evaluation.totals), f"{n:,}")
   console.print(table)
-  for result in evaluation.results:
+  for result in results:
     title, ranked = "best and worst documents", result.ranked
     if documents:
       title, ranked = "documents", result.documents
     elif len(ranked) > 2 * _N_RANKED:
       ranked = ranked[:_N_RANKED] + ranked[-_N_RANKED:]
-    table = _table(f"{rich.markup.escape(result.source)}: {title}", "document")
+    title = f"{rich.markup.escape(result.source)}: {title}"
+    shown = result.overlap if result.is_causal else None
+    table = _table(title, "document", *(["overlap"] if shown else []))
     for document in ranked:
       name = rich.markup.escape(document.name)
-      table.add_row(name, *_cells(document.totals))
+      cells = _cells(document.totals)
+      if shown:
+        share = shown.of_bytes_by_document.get(document.name, 0.0)
+        cells = (*cells, f"{share:.1%}")
+      table.add_row(name, *cells)
     console.print(table)
+
+
+def _overlap(result: corpora.Result) -> tuple[str, str]:
+  """Share of the bytes that overlaps, and bits per byte of the documents of
+  which nothing does.
+  """
+  if result.overlap is None:
+    return "unknown", ""
+  clean = result.clean
+  bits = "" if clean is None else f"{clean.bits_per_byte:.4f}"
+  return f"{result.overlap.of_bytes:.1%}", bits
 
 
 def _table(title: str, first: str, *last: str) -> rich.table.Table:
@@ -90,9 +111,24 @@ def _source(result: corpora.Result, documents: bool) -> dict[str, Any]:
     "n_documents": len(result.documents),
     "n_skipped": result.n_skipped,
     **_object(result.totals),
+    **_overlap_object(result),
     "best": named(ranked[:_N_RANKED]),
     "worst": named(ranked[: -_N_RANKED - 1 : -1]),
   } | ({"documents": named(result.documents)} if documents else {})
+
+
+def _overlap_object(result: corpora.Result) -> dict[str, Any]:
+  """What overlaps with training text, for JSON; {} if that is unknown."""
+  if (shares := result.overlap) is None:
+    return {}
+  found: dict[str, Any] = {
+    "n": shares.n,
+    "share_of_documents": shares.of_documents,
+    "share_of_bytes": shares.of_bytes,
+  }
+  if (clean := result.clean) is not None:
+    found["without_them"] = _object(clean)
+  return {"overlap": found}
 
 
 def _object(totals: perplexity.Totals) -> dict[str, float | int | None]:
