@@ -316,7 +316,7 @@ def test_overlaps_stand_beside_the_sources(runs, tmp_path, quick):
   assert 0 < share < 1
   console = rich.console.Console(file=io.StringIO(), width=300)
   compare_output.show(found, console)
-  assert f"({share:.1%} overlap with training text)" in console.file.getvalue()
+  assert f"{share:.1%} overlap with training text" in console.file.getvalue()
   compare_output.write(found, str(tmp_path / "c.json"), documents=False)
   rows = json.loads((tmp_path / "c.json").read_text())["rows"]
   assert rows[0]["share_of_bytes_in_training"] == share

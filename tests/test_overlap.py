@@ -341,8 +341,11 @@ def test_scores_show_what_overlaps(given, tmp_path):
   console = rich.console.Console(file=io.StringIO(), width=200)
   output_lib.show(evaluation, console, documents=True)
   lines = [line.rstrip() for line in console.file.getvalue().split("\n")]
-  last = [line.split()[-1] for line in lines if f" {share:.1%}" in line]
-  assert last == [f"{clean.bits_per_byte:.4f}", f"{share:.1%}"]
+  table = [line for line in lines if line.endswith(f" {share:.1%}")]
+  assert ["held.txt" in line for line in table[:2]] == [True, True]
+  said = [line for line in lines if f" has {share:.1%} of its bytes" in line]
+  assert f"the other documents: {clean.bits_per_byte:.4f} bits" in said[0]
+  assert said[1].endswith("13 words in 33.3% of its documents.")
   (line,) = [x for x in lines if "held.txt:2" in x]
   covered = content["sources"][0]["documents"][0]
   assert line.endswith(f"{covered['n_covered'] / covered['n_bytes']:.1%}")

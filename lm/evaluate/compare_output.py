@@ -17,26 +17,25 @@ _COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()
 
 
 def show(comparison: compare.Comparison, console: rich.console.Console) -> None:
-  """Prints a line per source and run, then the verdicts over all sources."""
-  table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-  for name in ("source", "run"):
-    table.add_column(name, overflow="fold")
-  measures = ("docs", "bits/byte", "95 %", "difference", "95 %", "p")
-  for name in measures:
-    table.add_column(name, justify="right", no_wrap=True)
+  """Prints a table for each source, then the verdicts over all sources."""
   for row in comparison.rows:
+    about = [
+      f"{row.n_documents:,} documents",
+      *_overlap(comparison, row.source),
+    ]
+    title = f"{rich.markup.escape(row.source)}: {', '.join(about)}"
+    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, padding=0)
+    table.add_column("run", overflow="fold")
+    for name in ("bits/byte", "95 %", "difference", "95 %", "p"):
+      table.add_column(name, justify="right", no_wrap=True)
     for k, run in enumerate(comparison.runs):
-      first = (row.source, f"{row.n_documents:,}") if k == 0 else ("", "")
       bits, found, p = row.bits_per_byte[k], row.difference[k], row.p_holm[k]
       cells = [f"{bits.value:.4f}", f"{bits.low:.4f} to {bits.high:.4f}"]
       if found is not None:
         interval = f"{found.low:+.4f} to {found.high:+.4f}"
         cells += [f"{found.value:+.4f}", interval, f"{p:.2g}"]
-      name = f"{first[0]}{_overlap(comparison, first[0])}"
-      source, run_name = map(rich.markup.escape, (name, run.name))
-      table.add_row(source, run_name, first[1], *cells)
-    table.add_section()
-  console.print(table)
+      table.add_row(rich.markup.escape(run.name), *cells)
+    console.print(table)
   lines = [
     compare.verdict(comparison, comparison.overall, k) + "."
     for k in range(1, len(comparison.runs))
@@ -45,11 +44,11 @@ def show(comparison: compare.Comparison, console: rich.console.Console) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _overlap(comparison: compare.Comparison, source: str) -> str:
-  """What training text has of the source, in words; "" if unknown."""
+def _overlap(comparison: compare.Comparison, source: str) -> list[str]:
+  """What training text has of the source, in words; [] if unknown."""
   if (shares := comparison.overlap.get(source)) is None:
-    return ""
-  return f" ({shares.of_bytes:.1%} overlap with training text)"
+    return []
+  return [f"{shares.of_bytes:.1%} overlap with training text"]
 
 
 def method(comparison: compare.Comparison) -> str:
@@ -154,12 +153,16 @@ def draw(comparison: compare.Comparison, path: str) -> None:
         told = p is not None and p <= 0.05
         _interval_line(right, i + shift, found, colour, "+.3f", told)
   right.axvline(0, color=_COLOURS[0], linewidth=1.2, zorder=0)
-  names = [_short(row.source, 34) for row in rows]
-  counts = [
-    f"{row.n_documents:,} documents{_overlap(comparison, row.source)}"
+  labels = [
+    "\n".join(
+      [
+        _short(row.source, 34),
+        f"{row.n_documents:,} documents",
+        *_overlap(comparison, row.source),
+      ]
+    )
     for row in rows
   ]
-  labels = [f"{a}\n{b}" for a, b in zip(names, counts, strict=True)]
   left.set_yticks(range(len(rows)), labels)
   left.set_ylim(len(rows) - 0.5, -0.5)
   left.set_xlabel("bits per byte, with 95 % intervals")

@@ -27,16 +27,27 @@ def show(
   """
   results = evaluation.results
   title = f"{evaluation.workdir}, step {evaluation.step}"
-  overlap = ("overlap", "bits/byte without")
   known = any(r.overlap is not None for r in results)
-  table = _table(title, "source", "docs", *(overlap if known else ()))
+  table = _table(title, "source", "docs", *(["overlap"] if known else []))
   for r in results:
-    cells = (f"{len(r.documents):,}", *(_overlap(r) if known else ()))
-    table.add_row(rich.markup.escape(r.source), *_cells(r.totals), *cells)
+    cells = [*_cells(r.totals), f"{len(r.documents):,}"]
+    if known:
+      cells.append(f"{r.overlap.of_bytes:.1%}" if r.overlap else "unknown")
+    table.add_row(rich.markup.escape(r.source), *cells)
   if len(results) > 1 and all(r.is_causal for r in results):
     n = sum(len(r.documents) for r in results)
     table.add_row("total", *_cells(evaluation.totals), f"{n:,}")
   console.print(table)
+  lines = [_overlap(r) for r in results if r.overlap is not None]
+  if any(r.is_causal for r in results):
+    totals = evaluation.totals
+    lines.append(
+      "eos is scored, and stands for 0 bytes. Without it: "
+      f"{totals.bits_per_byte_without_eos:.4f} bits/byte, ppl "
+      f"{totals.perplexity_without_eos:.4g}."
+    )
+  for line in lines:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
   for result in results:
     title, ranked = "best and worst documents", result.ranked
     if documents:
@@ -56,15 +67,18 @@ def show(
     console.print(table)
 
 
-def _overlap(result: corpora.Result) -> tuple[str, str]:
-  """Share of the bytes that overlaps, and bits per byte of the documents of
-  which nothing does.
-  """
-  if result.overlap is None:
-    return "unknown", ""
-  clean = result.clean
-  bits = "" if clean is None else f"{clean.bits_per_byte:.4f}"
-  return f"{result.overlap.of_bytes:.1%}", bits
+def _overlap(result: corpora.Result) -> str:
+  """What overlaps of a source, and what the rest of it costs."""
+  shares, clean = result.overlap, result.clean
+  assert shares is not None
+  said = (
+    f"{result.source}: training text has {shares.of_bytes:.1%} of its bytes, "
+    f"in passages of {shares.n} words in {shares.of_documents:.1%} of its "
+    "documents"
+  )
+  if clean is not None:
+    said += f"; the other documents: {clean.bits_per_byte:.4f} bits/byte"
+  return f"{said}."
 
 
 def _table(title: str, first: str, *last: str) -> rich.table.Table:

@@ -131,7 +131,7 @@ class Totals:
 
   @property
   def bits_per_byte_without_eos(self) -> float:
-    """As lm-evaluation-harness has it."""
+    """As in tools that do not score eos."""
     return _ratio((self.nll - self.nll_eos) / math.log(2), self.n_bytes)
 
 

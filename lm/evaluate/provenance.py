@@ -13,8 +13,9 @@ from lm.data import tokenizer as tokenizer_lib
 
 END_OF_DOCUMENT = (
   "bos is read and not scored. eos is scored: nll, n_tokens, loss, perplexity, "
-  "word_perplexity and bits_per_byte include it, and it stands for 0 bytes; "
-  "what is named without_eos leaves it out, as lm-evaluation-harness does."
+  "word_perplexity and bits_per_byte include it, and it stands for 0 bytes. "
+  "What is named without_eos leaves it out of both sums; "
+  "lm-evaluation-harness cuts windows without it, too (lm/data/windows.py)."
 )
 
 
