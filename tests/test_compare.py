@@ -33,7 +33,8 @@ def difference(rng, n_bytes, mean, noise):
 
 def estimate(values, n_bytes, sizes=None, seed=0):
   sizes = [len(n_bytes)] if sizes is None else sizes
-  return bootstrap.ratios(values[None], n_bytes, sizes, seed)[0]
+  n = bootstrap.N_RESAMPLES
+  return bootstrap.ratios(values[None], n_bytes, sizes, n, seed)[0]
 
 
 @pytest.fixture
@@ -132,10 +133,13 @@ def test_rows_share_resamples_and_seeds_are_fixed():
   rng = np.random.default_rng(0)
   n_bytes = documents(rng, 40)
   a, b = (difference(rng, n_bytes, m, 0.1) for m in (1.0, 1.1))
-  both = bootstrap.ratios(np.stack([a, b]), n_bytes, [40])
-  assert both == bootstrap.ratios(np.stack([a, b]), n_bytes, [40])
-  assert both == [estimate(a, n_bytes), estimate(b, n_bytes)]
-  assert both != bootstrap.ratios(np.stack([a, b]), n_bytes, [40], seed=1)
+
+  def ratios(**seed):
+    return bootstrap.ratios(np.stack([a, b]), n_bytes, [40], 9_999, **seed)
+
+  assert ratios() == ratios()
+  assert ratios() == [estimate(a, n_bytes), estimate(b, n_bytes)]
+  assert ratios() != ratios(seed=1)
 
 
 def test_chunks_change_nothing(monkeypatch, quick):
@@ -148,8 +152,8 @@ def test_chunks_change_nothing(monkeypatch, quick):
 
 
 def test_huge_sources_have_fewer_resamples():
-  n = {d: bootstrap.n_resamples(d) for d in (20, 200_000, 10**6, 10**9)}
-  assert n == {20: 9_999, 200_000: 9_999, 10**6: 1_999, 10**9: 999}
+  n = {d: bootstrap.n_resamples(d) for d in (20, 40_000, 200_000, 10**9)}
+  assert n == {20: 9_999, 40_000: 9_999, 200_000: 1_999, 10**9: 999}
 
 
 def test_holm_by_hand():

@@ -223,6 +223,22 @@ def test_a_passage_ends_where_the_training_document_does():
   ]
 
 
+def test_every_document_is_read_once():
+  """In order, and none is kept: training text streams by."""
+  read = []
+
+  class Counted(Listed):
+    def __getitem__(self, i):
+      read.append((self.spec, i))
+      return super().__getitem__(i)
+
+  texts = {"a": QUOTE, "b": "b", "c": QUOTE}
+  specs = ("held", "train", "more")
+  held, *training = (Counted(spec, texts) for spec in specs)
+  overlap.find([held], training)
+  assert read == [(spec, i) for spec in specs for i in range(3)]
+
+
 def test_sources_are_kept_apart():
   held = [Listed("one", {"x": QUOTE, "y": "y"}), Listed("two", {"x": QUOTE})]
   train = [Listed("t1", {"d": "z"}), Listed("t2", {"d": QUOTE})]

@@ -23,7 +23,7 @@ MIN_DOCUMENTS = 20
 # One less than a round number: 5 % of (resamples + 1) is then whole.
 N_RESAMPLES = 9_999
 # Most documents drawn in all: fewer resamples, at least 999, of huge sources.
-_MAX_DRAWN = 2_000_000_000
+_MAX_DRAWN = 400_000_000
 # Documents drawn at a time; bounds the memory.
 _CHUNK = 1 << 22
 
@@ -53,7 +53,7 @@ class _Sums(NamedTuple):
 
 
 def n_resamples(n_documents: int) -> int:
-  """Resamples of a source of `n_documents`: N_RESAMPLES, fewer of many."""
+  """Resamples of `n_documents` in all: N_RESAMPLES, fewer of very many."""
   thousands = max(1, _MAX_DRAWN // n_documents // 1000)
   return min(N_RESAMPLES, 1000 * thousands - 1)
 
@@ -62,10 +62,12 @@ def ratios(
   values: Float[np.ndarray, "K D"],
   n_bytes: Int[np.ndarray, "D"],
   sizes: Sequence[int],
+  n: int,
   seed: int = 0,
 ) -> list[Estimate]:
-  """Estimates of sum(values) / sum(n_bytes) for each of K rows over the same
-  resamples. D documents are those of the sources, in order, `sizes` of each.
+  """Estimates of sum(values) / sum(n_bytes) for each of K rows, over the same
+  `n` resamples. The D documents are those of the sources in order, `sizes` of
+  each.
 
   Raises ValueError if a source has fewer than two documents.
   """
@@ -75,13 +77,12 @@ def ratios(
   found = values.sum(1) / weights.sum()
   residuals = values - found[:, None] * weights
   ends = np.cumsum(sizes)
-  parts = [slice(end - n, end) for end, n in zip(ends, sizes, strict=True)]
+  parts = [slice(e - size, e) for e, size in zip(ends, sizes, strict=True)]
   whole = [
-    _sums(residuals[:, p], weights[p], np.ones((1, n)))
-    for p, n in zip(parts, sizes, strict=True)
+    _sums(residuals[:, p], weights[p], np.ones((1, size)))
+    for p, size in zip(parts, sizes, strict=True)
   ]
   _, error = _delta(whole)
-  n = n_resamples(len(n_bytes))
   rng = np.random.default_rng(seed)
   drawn = [_resample(residuals[:, p], weights[p], n, rng) for p in parts]
   delta, errors = _delta(drawn)

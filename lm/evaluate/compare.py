@@ -149,7 +149,8 @@ def summarise(runs: list[Run], documents: Documents, seed: int) -> Comparison:
   parts = [(source, [source]) for source in documents]
   if len(parts) > 1:
     parts.append((TOTAL, list(documents)))
-  rows = [_row(name, part, runs, documents, seed) for name, part in parts]
+  n = bootstrap.n_resamples(sum(map(len, documents.values())))
+  rows = [_row(name, part, runs, documents, n, seed) for name, part in parts]
   # Two families of hypotheses: the sources, and the total.
   n_sources = len(documents)
   for family in (rows[:n_sources], rows[n_sources:]):
@@ -157,12 +158,16 @@ def summarise(runs: list[Run], documents: Documents, seed: int) -> Comparison:
     p_values = [row.difference[k].p for row, k in places]  # type: ignore
     for (row, k), p in zip(places, bootstrap.holm(p_values), strict=True):
       row.p_holm[k] = p
-  n = bootstrap.n_resamples(rows[-1].n_documents)
   return Comparison(runs, documents, rows, n, seed)
 
 
 def _row(
-  name: str, part: list[str], runs: list[Run], documents: Documents, seed: int
+  name: str,
+  part: list[str],
+  runs: list[Run],
+  documents: Documents,
+  n: int,
+  seed: int,
 ) -> Row:
   sizes = [len(documents[source]) for source in part]
   n_bytes = np.array([d.n_bytes for source in part for d in documents[source]])
@@ -170,7 +175,7 @@ def _row(
     [np.concatenate([r.nll[source] for source in part]) for r in runs]
   ) / math.log(2)
   values = np.concatenate([bits, bits[1:] - bits[:1]])
-  found = bootstrap.ratios(values, n_bytes, sizes, seed)
+  found = bootstrap.ratios(values, n_bytes, sizes, n, seed)
   k = len(runs)
   return Row(
     name,
