@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -198,6 +199,13 @@ def steps(workdir: str) -> list[int]:
     return sorted(ocp.utils.checkpoint_steps(directory)) if found else []
 
   return files.attempt(directory, read)
+
+
+def split_name(name: str) -> tuple[str, int | None]:
+  """(run directory, step) of `RUN@STEP`, and (run directory, None) of `RUN`."""
+  if found := re.fullmatch(r"(.*)@([0-9]{1,18})", name, re.DOTALL):
+    return found[1], int(found[2])
+  return name, None
 
 
 def load_meta(workdir: str, step: int | None = None) -> Meta:

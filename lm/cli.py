@@ -29,14 +29,20 @@ from lm import files, schema, validation
 flags.disclaim_key_flags()
 
 
-def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
+def run(
+  main: Callable[..., int | None],
+  *,
+  takes_config: bool = True,
+  lists: Sequence[str] = (),
+) -> None:
   """Parses the command line, calls `main`, exits with the result of `main`.
 
   `main` gets the validated Config, or no argument if `takes_config` is False
   (the CLI reads the config from a checkpoint). Other flags are absl flags
-  defined by the CLI. An error known to `explain` prints a line on stderr and
-  exits with its exit code; Ctrl-C exits with 130, a closed output pipe with
-  141. Every other exception is a bug and keeps the traceback.
+  defined by the CLI; the repeatable ones named in `lists` also take several
+  values at once, `--NAME A B`. An error known to `explain` prints a line on
+  stderr and exits with its exit code; Ctrl-C exits with 130, a closed output
+  pipe with 141. Every other exception is a bug and keeps the traceback.
   """
   for stream in (sys.stdout, sys.stderr):
     # Text that the terminal's encoding cannot show is printed as escapes.
@@ -44,10 +50,10 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
       stream.reconfigure(errors="backslashreplace")
   _hush_libraries()
   _define_shared_flags()
-  overrides, arguments = [], sys.argv
+  overrides, arguments = [], spread(sys.argv, lists)
   if takes_config:
     define_path("config", "Config file; --config.FIELD=VALUE changes a field.")
-    overrides, arguments = schema.split_arguments(sys.argv, "config")
+    overrides, arguments = schema.split_arguments(arguments, "config")
 
   def parse(argv: list[str]) -> list[str]:
     if {"--help", "-help", "-?"} & {*argv}:
@@ -91,6 +97,24 @@ def run(main: Callable[..., int | None], *, takes_config: bool = True) -> None:
       return _leave(1)
 
   app.run(guarded, argv=arguments, flags_parser=parse)
+
+
+def spread(arguments: Sequence[str], lists: Sequence[str]) -> list[str]:
+  """`arguments` with `--NAME A B` written as `--NAME=A --NAME=B`, for the flags
+  named in `lists`.
+  """
+  found, flag = [], None
+  for i, argument in enumerate(arguments):
+    if argument.startswith("-"):
+      name, has_value, _ = argument.partition("=")
+      flag = name if name in [f"--{flag}" for flag in lists] else None
+      following = arguments[i + 1 : i + 2]
+      if flag and not has_value and following and following[0][:1] != "-":
+        continue
+      found.append(argument)
+    else:
+      found.append(argument if flag is None else f"{flag}={argument}")
+  return found
 
 
 def _define_shared_flags() -> None:
@@ -193,6 +217,31 @@ def define_paths(name: str, about: str) -> flags.FlagHolder:
   """Defines a repeatable path flag, as `define_path`; default []."""
   return flags.DEFINE_multi(
     _Path(name), flags.ArgumentSerializer(), name, [], about
+  )
+
+
+class _Optional(flags.IntegerParser):
+  """absl parser of an integer that the flag alone, without a value, sets."""
+
+  def __init__(self, alone: int, least: int, most: int):
+    super().__init__(lower_bound=least, upper_bound=most)
+    self._alone = alone
+
+  def parse(self, argument: Any) -> Any:
+    if argument in ("true", "false"):  # absl's, for --NAME and --noNAME
+      return self._alone if argument == "true" else None
+    return super().parse(argument)
+
+
+def define_optional_integer(
+  name: str, alone: int, about: str, *, least: int, most: int
+) -> flags.FlagHolder:
+  """Defines a flag `--NAME[=N]`: `alone` if it has no value, None if absent."""
+  parser = _Optional(alone, least, most)
+  return flags.DEFINE_flag(
+    flags.Flag(
+      parser, flags.ArgumentSerializer(), name, None, about, boolean=True
+    )
   )
 
 

@@ -7,6 +7,7 @@ the fraction only, and aggregates that are weighted by something else.
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import json
 import math
@@ -18,6 +19,7 @@ import sys
 import families
 import jax
 import jax.numpy as jnp
+import lm_eval.utils
 import numpy as np
 import pytest
 import reference
@@ -29,7 +31,8 @@ from lm import checkpoint, schema, sharding
 from lm import config as config_lib
 from lm.data import sources, tokenizer_training, windows
 from lm.data import tokenizer as tokenizer_lib
-from lm.evaluate import corpora, perplexity
+from lm.evaluate import corpora, perplexity, provenance
+from lm.evaluate import output as output_lib
 from lm.model import decoder
 
 BYTES = tokenizer_lib.Tokenizer()
@@ -138,22 +141,43 @@ def token_by_token(text, stride):
 # --- windows -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-  ("stride", "expected"),
-  [
-    # As lm-evaluation-harness prints them with context_len 1 and 2, for
-    # tokens 0..9, prefix P and at most 4 inputs.
-    (4, [("P012", "0123"), ("3456", "4567"), ("5678", "89")]),
-    (3, [("P012", "0123"), ("2345", "456"), ("5678", "789")]),
-  ],
-)
-def test_windows_are_those_of_lm_eval(stride, expected):
-  text = "P0123456789"
-  cut = [
-    (text[w.first : w.stop], text[w.stop + 1 - w.n_scored : w.stop + 1])
-    for w in windows.cut(10, 4, stride)
-  ]
-  assert cut == expected
+def test_windows_are_those_of_lm_eval():
+  """Token for token, of every length around a few contexts, at every stride."""
+  for context in range(1, 10):
+    for stride in range(1, context + 1):
+      for n in range(1, 4 * context + 3):
+        tokens = [*range(n)]
+        theirs = lm_eval.utils.get_rolling_token_windows(
+          tokens, -1, max_seq_len=context, context_len=context - stride + 1
+        )
+        text = [-1, *tokens]
+        ours = []
+        for w in windows.cut(n, context, stride):
+          scored = text[w.stop + 1 - w.n_scored : w.stop + 1]
+          ours.append((text[w.first : w.stop], scored))
+        theirs = [*theirs]
+        assert ours == theirs
+        # What its models are given: a context, and what is scored behind it.
+        for (inputs, scored), pair in zip(ours, theirs, strict=True):
+          before, continuation = lm_eval.utils.make_disjoint_window(pair)
+          assert inputs == [*before, *continuation][:-1]
+          assert scored == continuation
+
+
+def test_eos_moves_the_last_window_by_a_token():
+  """Against windows of the text alone, as lm-evaluation-harness cuts them."""
+
+  def cut(text):
+    return [
+      (text[w.first : w.stop], text[w.stop + 1 - w.n_scored : w.stop + 1])
+      for w in windows.cut(len(text) - 1, 4, 4)
+    ]
+
+  first = [("P012", "0123"), ("3456", "4567")]
+  assert cut("P0123456789") == [*first, ("5678", "89")]
+  assert cut("P0123456789E") == [*first, ("6789", "89E")]
+  assert cut("P01234567E") == [*first, ("4567", "E")]
+  assert cut("P012E") == [("P012", "012E")]
 
 
 @pytest.mark.parametrize("stride", range(1, 8))
@@ -539,11 +563,63 @@ def test_command_from_a_checkpoint_to_json(workdir, tmp_path):
     wanted = getattr(total, name)
     np.testing.assert_allclose(content["total"][name], wanted, rtol=1e-5)
   assert (content["step"], content["stride"], content["context"]) == (7, 4, 11)
+  assert content["tokenizer"] == {
+    "kind": "bytes",
+    "fingerprint": BYTES.fingerprint,
+    "size": BYTES.size,
+  }
+  assert content["trained_on"] == {
+    "sources": [*config_lib.DataConfig().train],
+    "fingerprint": "none",
+  }
+  age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(
+    content["date"]
+  )
+  assert datetime.timedelta() <= age < datetime.timedelta(minutes=10)
+  assert content["code"]["jax"] == jax.__version__
+  assert content["code"]["commit"] == provenance.code()["commit"]
+  bare = (total.nll - total.nll_eos) / math.log(2) / total.n_bytes
+  rate = content["total"]["bits_per_byte_without_eos"]
+  np.testing.assert_allclose(rate, bare, rtol=1e-5)
+  assert "eos is scored" in content["end_of_document"]
+  assert f"Without it: {bare:.4f} bits/byte" in stdout
   # The empty document has no bits per byte, so that it is in no ranking.
   assert documents[2]["bits_per_byte"] is None
   assert [d["name"] for d in rest["best"]] == [str(workdir / "b.txt")]
   assert f"{total.bits_per_byte:.4f}" in stdout
   assert list(tmp_path.iterdir()) == [output]
+
+
+def test_commit_of_a_checkout(tmp_path):
+  """Only of one whose top is asked for: code that is installed below another
+  project's checkout is not of it.
+  """
+  root = tmp_path / "root"
+  root.mkdir()
+  assert provenance.commit(str(root)) is None
+
+  def git(*arguments):
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    return subprocess.run(
+      ["git", "-C", str(root), *who, *arguments],
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout.strip()
+
+  git("init", "-q")
+  (root / "lm").mkdir()
+  (root / "lm" / "a.py").write_text("1")
+  git("add", ".")
+  git("commit", "-q", "-m", "one")
+  git("tag", "-a", "v1", "-m", "one")
+  head = git("rev-parse", "HEAD")
+  assert len(head) == 40 and provenance.commit(str(root)) == head
+  assert provenance.commit(str(root / "lm")) is None
+  (root / "lm" / "a.py").write_text("2")
+  assert provenance.commit(str(root)) == f"{head}-dirty"
+  os.symlink(root, tmp_path / "link")
+  assert provenance.commit(str(tmp_path / "link")) == f"{head}-dirty"
 
 
 @pytest.mark.slow
@@ -716,7 +792,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
   try:
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
     with pytest.raises(OSError, match="too large: .*eval.json"):
-      corpora.write(evaluation, str(path), documents=False)
+      output_lib.write(evaluation, str(path), documents=False)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
   assert path.read_text() == "old"

@@ -23,6 +23,7 @@ from lm.data import fim, objectives, packing, pipeline, show, tokenizer_training
 from lm.data import store as store_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.evaluate import corpora
+from lm.evaluate import output as output_lib
 from lm.model import attention, decoder, scoring
 from lm.train import loop, metrics
 
@@ -538,8 +539,8 @@ def test_a_mixture_trains_and_each_objective_has_its_loss(make, tmp_path):
     assert result.totals.loss == pytest.approx(wanted, rel=1e-5)
     assert result.totals.n_tokens == pytest.approx(n_tokens[result.source])
   console = rich.console.Console(file=io.StringIO(), width=200)
-  corpora.show(evaluation, console, documents=False)
-  corpora.write(evaluation, str(tmp_path / "e.json"), documents=True)
+  output_lib.show(evaluation, console, documents=False)
+  output_lib.write(evaluation, str(tmp_path / "e.json"), documents=True)
   for other in ("fim(rate=1)", "masked(rate=0.3)"):
     changed = copy.deepcopy(config)
     changed.data.train = (*config.data.train[:-1], f"{text}|{other}")

@@ -255,6 +255,20 @@ def paths(door: str) -> Iterator[Case]:
   if door == "lm.evaluate":
     for value in ("", "text:absent*", "text:.", "nonesuch", "text:\udce9"):
       yield case(f"--source={value}", says="source")
+    for value in ("absent", "empty", "file", LONG, "GIVEN/run@8"):
+      yield Case(door, ["--compare", "GIVEN/run", value], "--compare", FILE)
+    yield Case(door, ["--compare", "GIVEN/run"], "two or more", FILE)
+    for flag in ("--draw=absent/x", "--draw=.", "--step=7"):
+      compared = ["--compare", "GIVEN/run", "other", flag]
+      yield Case(door, compared, flag.partition("=")[0], FILE)
+    for value in ("absent", "file", ".", "empty", LONG):
+      yield case(f"--overlap={value}", says="--overlap")
+    yield case("--draw=new.png", says="--compare")
+  if door == "lm.data":
+    yield from outputs(functools.partial(case, "--overlap"), "--output")
+    yield case("--output=new", says="--overlap")
+    for value in ("", "text:absent*", "nonesuch"):
+      yield case("--overlap", f"--overlap_source={value}", says="source")
   if door == "lm.explain":
     score = "--score=GIVEN/text.txt"
     yield from outputs(functools.partial(case, score), "--html")

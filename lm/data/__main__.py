@@ -1,6 +1,7 @@
 """`python -m lm.data --config=FILE`: tokenizer and token stores of a config.
 
 python -m lm.data --config=configs/quickstart_objectives.py --show=3
+python -m lm.data --config=configs/quickstart.py --overlap --output=overlap.json
 """
 
 import numpy as np
@@ -9,10 +10,10 @@ import rich.markup
 import rich.table
 from absl import flags
 
-from lm import cli, files
+from lm import cli, files, schema
 from lm import config as config_lib
 from lm import objective as objective_lib
-from lm.data import pipeline, show, store
+from lm.data import overlap, overlap_report, pipeline, show, store
 from lm.train import init_from
 
 _SHOW = flags.DEFINE_integer(
@@ -28,7 +29,34 @@ _DRAW = cli.define_path(
 )
 
 
+_OVERLAP = cli.define_optional_integer(
+  "overlap",
+  overlap.DEFAULT_N,
+  "Contamination: finds what the validation sources share with the training "
+  f"sources, in passages of N words ({overlap.DEFAULT_N} without a value).",
+  least=2,
+  most=1000,
+)
+_OVERLAP_SOURCE = flags.DEFINE_multi_string(
+  "overlap_source",
+  [],
+  "With --overlap: a further source to look for, such as the texts of a task; "
+  "repeatable.",
+)
+_OUTPUT = cli.define_path("output", "With --overlap: JSON file to write.")
+
+
 def main(config: config_lib.Config) -> None:
+  if _OVERLAP.value is not None:
+    overlap_report.report(
+      config, _OVERLAP.value, _OVERLAP_SOURCE.value, _OUTPUT.value
+    )
+    return
+  for flag in (_OVERLAP_SOURCE, _OUTPUT):
+    if flag.value:
+      raise schema.ConfigError(
+        f"--{flag.name}={flag.value}: is about overlaps; add --overlap"
+      )
   describe(config, _SHOW.value, _DRAW.value)
 
 

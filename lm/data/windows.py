@@ -40,8 +40,12 @@ def cut(n_targets: int, context: int, stride: int) -> Iterator[Window]:
 
   The first window scores all of its targets, each later window `stride` more
   targets after `context - stride` unscored tokens. The last window reaches back
-  as far as the context allows, like the rolling windows of
-  lm-evaluation-harness with `context_len` of `context - stride + 1`.
+  as far as the context allows.
+
+  These are lm-evaluation-harness's `get_rolling_token_windows` of the same
+  targets, with `context_len = context - stride + 1`. That harness has no eos
+  among them: its last window of a document that is longer than the context ends
+  a token earlier, and so begins a token earlier.
   """
   stop = scored = min(context, n_targets)
   yield Window(0, stop, scored)

@@ -2,17 +2,20 @@
 
   python -m lm.evaluate --workdir=runs/a --source='text:docs/*.txt' \\
     --output=eval.json
+  python -m lm.evaluate --compare runs/a runs/b@500 --draw=compare.png
 """
+
+from typing import Any
 
 import jax
 import rich.console
 from absl import flags
 from etils import epath
 
-from lm import cli, processes, schema, validation
+from lm import checkpoint, cli, files, processes, schema, validation
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
-from lm.evaluate import corpora
+from lm.evaluate import compare, compare_output, corpora, output
 
 _WORKDIR = cli.define_path("workdir", "Run to evaluate.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default: the last.")
@@ -50,33 +53,91 @@ _CHAT_TEMPLATE = cli.define_path(
   "Jinja file that lays out the conversations of a source SPEC|chat; default: "
   "the checkpoint's.",
 )
+_OVERLAP = cli.define_path(
+  "overlap",
+  "File of lm.data --overlap --output: what overlaps with training text stands "
+  "beside each score.",
+)
 _DOCUMENTS = flags.DEFINE_bool(
   "documents", False, "Show and write every document."
 )
 
 
+_COMPARE = cli.define_paths(
+  "compare",
+  "Two or more of RUN, RUN@STEP and files of --documents --output: compares "
+  "each with the first on the same documents.",
+)
+_DRAW = cli.define_path("draw", "With --compare: PNG file to write.")
+# Flags that are about one run.
+_OF_ONE_RUN = ("workdir", "step", "adapter", "chat_template")
+
+
 def main() -> None:
+  if _OUTPUT.value is not None:
+    files.check_output(_OUTPUT.value, "--output")
+  data = {"text_unit": _TEXT_UNIT.value, "invalid_utf8": _INVALID_UTF8.value}
+  data = {name: value for name, value in data.items() if value is not None}
+  if _COMPARE.value:
+    _compare(data)
+  elif _DRAW.value is not None:
+    raise schema.ConfigError(
+      f"--draw={_DRAW.value}: draws a comparison; add --compare RUN_A RUN_B"
+    )
+  else:
+    _evaluate(data)
+
+
+def _evaluate(data: dict[str, Any]) -> None:
   if _WORKDIR.value is None:
     raise schema.ConfigError("--workdir: missing; write --workdir=RUN")
   processes.join(_heartbeat_seconds(_WORKDIR.value))
-  data = {"text_unit": _TEXT_UNIT.value, "invalid_utf8": _INVALID_UTF8.value}
   evaluation = corpora.evaluate(
     _WORKDIR.value,
     specs=_SOURCE.value,
     step=_STEP.value,
     stride=_STRIDE.value,
     batch_size=_BATCH_SIZE.value,
-    data={name: value for name, value in data.items() if value is not None},
+    data=data,
     output=_OUTPUT.value,
     adapter=_ADAPTER.value,
     chat_template=tokenizer_lib.read_template(
       _CHAT_TEMPLATE.value, "--chat_template"
     ),
+    overlap=_OVERLAP.value,
   )
   if jax.process_index() == 0:
-    corpora.show(evaluation, rich.console.Console(), _DOCUMENTS.value)
+    output.show(evaluation, rich.console.Console(), _DOCUMENTS.value)
     if _OUTPUT.value is not None:
-      corpora.write(evaluation, _OUTPUT.value, _DOCUMENTS.value)
+      output.write(evaluation, _OUTPUT.value, _DOCUMENTS.value)
+
+
+def _compare(data: dict[str, Any]) -> None:
+  for name in _OF_ONE_RUN:
+    if (value := flags.FLAGS[name].value) is not None:
+      raise schema.ConfigError(
+        f"--{name}={value}: is about one run, and --compare about several; "
+        "leave it out (a step is named by RUN@STEP)"
+      )
+  if _DRAW.value is not None:
+    files.check_output(_DRAW.value, "--draw")
+  processes.join(
+    _heartbeat_seconds(checkpoint.split_name(_COMPARE.value[0])[0])
+  )
+  comparison = compare.compare(
+    _COMPARE.value,
+    specs=_SOURCE.value,
+    stride=_STRIDE.value,
+    batch_size=_BATCH_SIZE.value,
+    data=data,
+    overlap=_OVERLAP.value,
+  )
+  if jax.process_index() == 0:
+    compare_output.show(comparison, rich.console.Console())
+    if _OUTPUT.value is not None:
+      compare_output.write(comparison, _OUTPUT.value, _DOCUMENTS.value)
+    if _DRAW.value is not None:
+      compare_output.draw(comparison, _DRAW.value)
 
 
 def _heartbeat_seconds(workdir: str) -> int:
@@ -91,4 +152,4 @@ def _heartbeat_seconds(workdir: str) -> int:
 
 
 if __name__ == "__main__":
-  cli.run(main, takes_config=False)
+  cli.run(main, takes_config=False, lists=["compare"])

@@ -1,32 +1,26 @@
-"""Evaluation of a checkpoint on corpora: results per source, tables, JSON."""
+"""Evaluation of a checkpoint on corpora: results per source."""
 
 import contextlib
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import rich.box
 import rich.console
-import rich.markup
 import rich.progress
-import rich.table
 
 from lm import checkpoint, files, schema, sharding
 from lm import config as config_lib
 from lm import objective as objective_lib
-from lm.data import pipeline
+from lm.data import overlap_report, pipeline
 from lm.data import sources as sources_lib
 from lm.data import store as store_lib
 from lm.data import tokenizer as tokenizer_lib
-from lm.evaluate import perplexity
+from lm.evaluate import perplexity, provenance
 from lm.model import decoder
 from lm.sample import load
 
-# Documents listed at each end of a ranking.
-_N_RANKED = 3
 # Most tokens of a batch: the host holds two batches, about 20 bytes a token.
 _MAX_TOKENS = 1 << 26
 
@@ -40,6 +34,8 @@ class Result:
   source: str
   documents: list[perplexity.DocumentScore]
   n_skipped: int
+  # What training text has of the source, if it is known.
+  overlap: overlap_report.Shares | None = None
 
   @property
   def is_causal(self) -> bool:
@@ -48,6 +44,17 @@ class Result:
   @property
   def totals(self) -> perplexity.Totals:
     return sum((d.totals for d in self.documents), perplexity.Totals())
+
+  @property
+  def clean(self) -> perplexity.Totals | None:
+    """Sums over the documents that overlap with no training text; None where
+    that is unknown.
+    """
+    if self.overlap is None or not self.is_causal:
+      return None
+    touched = self.overlap.of_bytes_by_document
+    clean = [d.totals for d in self.documents if d.name not in touched]
+    return sum(clean, perplexity.Totals())
 
   @property
   def ranked(self) -> list[perplexity.DocumentScore]:
@@ -65,11 +72,32 @@ class Evaluation:
   context: int
   stride: int
   results: list[Result]
+  # See provenance.of.
+  about: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def totals(self) -> perplexity.Totals:
     """Sums over the causal sources; over all, if none is causal."""
     return perplexity.overall([(r.source, r.totals) for r in self.results])
+
+
+@dataclasses.dataclass
+class Job:
+  """An evaluation, checked; no parameters are loaded yet."""
+
+  workdir: str
+  meta: checkpoint.Meta
+  tokenizer: tokenizer_lib.Tokenizer
+  sources: list[sources_lib.Source | store_lib.TokenStore]
+  n_rows: int
+  stride: int
+  adapter: str | None
+  # By source, as it is named; {} if unknown.
+  overlap: dict[str, overlap_report.Shares]
+
+  @property
+  def context(self) -> int:
+    return self.meta.config.model.context_length
 
 
 def evaluate(
@@ -83,6 +111,7 @@ def evaluate(
   output: str | None,
   adapter: str | None = None,
   chat_template: str | None = None,
+  overlap: str | None = None,
 ) -> Evaluation:
   """Scores every document of the sources `specs` with a checkpoint; where a
   source names another objective than `causal`, the rows that training has as
@@ -92,12 +121,38 @@ def evaluate(
   (only a document's last window overlaps); the rows of a training microbatch;
   the run's validation sources. `data` changes fields of the run's DataConfig;
   `adapter` is that of `load.model`; the text `chat_template` replaces the
-  checkpoint's.
+  checkpoint's; `overlap` is a file that `lm.data --overlap` wrote.
   Raises ConfigError on bad input before parameters are loaded.
   """
   if output is not None:
     files.check_output(output, "--output")
-  meta = checkpoint.load_meta(workdir, step)
+  job = prepare(
+    workdir,
+    checkpoint.load_meta(workdir, step),
+    specs=specs,
+    stride=stride,
+    batch_size=batch_size,
+    data=data,
+    adapter=adapter,
+    chat_template=chat_template,
+    overlap=overlap,
+  )
+  return score(job)
+
+
+def prepare(
+  workdir: str,
+  meta: checkpoint.Meta,
+  *,
+  specs: Sequence[str],
+  stride: int | None,
+  batch_size: int | None,
+  data: dict[str, Any],
+  adapter: str | None = None,
+  chat_template: str | None = None,
+  overlap: str | None = None,
+) -> Job:
+  """Checks the arguments of `evaluate`, and opens the sources."""
   config = meta.config
   context = config.model.context_length
   stride = context if stride is None else stride
@@ -123,34 +178,45 @@ def evaluate(
   tokenizer = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
   if chat_template is not None:
     tokenizer = tokenizer.with_template(chat_template)
-  sources = [
-    _open(name, tokenizer, data_config)
-    for name in specs or config.data.validation
-  ]
+  names = specs or config.data.validation
+  sources = [_open(name, tokenizer, data_config) for name in names]
+  shares = {}
+  if overlap is not None:
+    shares = overlap_report.shares(overlap, names, data_config)
   rows = config.train.batch_size // config.train.microbatches
   rows = rows if batch_size is None else batch_size
-  mesh, n_rows = _make_mesh(config, rows)
+  return Job(workdir, meta, tokenizer, sources, rows, stride, adapter, shares)
+
+
+def score(job: Job) -> Evaluation:
+  """Loads the parameters and scores the sources."""
+  config, results = job.meta.config, []
+  about = provenance.of(job.meta, job.tokenizer, job.adapter)
+  mesh, n_rows = _make_mesh(config, job.n_rows)
   with jax.set_mesh(mesh), _progress() as progress:
-    model, params = load.model(workdir, meta, mesh, adapter)
+    model, params = load.model(job.workdir, job.meta, mesh, job.adapter)
     score_step = perplexity.eval_step(model)
-    results = []
-    for source in sources:
+    for source in job.sources:
       if isinstance(source, store_lib.TokenStore):
         results.append(
-          _score_rows(config, n_rows, score_step, params, source, tokenizer)
+          _score_rows(config, n_rows, score_step, params, source, job.tokenizer)
         )
         continue
       scores = perplexity.evaluate_source(
         score_step,
         params,
         source,
-        tokenizer,
+        job.tokenizer,
         n_rows=n_rows,
-        context=context,
-        stride=stride,
+        context=job.context,
+        stride=job.stride,
       )
       results.append(_collect(source, scores, progress))
-  return Evaluation(workdir, meta.step, context, stride, results)
+  for result in results:
+    result.overlap = job.overlap.get(result.source)
+  return Evaluation(
+    job.workdir, job.meta.step, job.context, job.stride, results, about
+  )
 
 
 def _open(
@@ -256,96 +322,3 @@ def _progress() -> Iterator[rich.progress.Progress]:
     disable=jax.process_index() != 0 or not console.is_terminal,
   ) as progress:
     yield progress
-
-
-# --- output ------------------------------------------------------------------
-
-
-def show(
-  evaluation: Evaluation, console: rich.console.Console, documents: bool
-) -> None:
-  """Prints a table of the sources, and per source a table of the best and worst
-  documents, or of all documents if `documents` is True.
-  """
-  title = f"{evaluation.workdir}, step {evaluation.step}"
-  table = _table(title, "source", "docs")
-  rows = [(r.source, r.totals, len(r.documents)) for r in evaluation.results]
-  if len(rows) > 1 and all(r.is_causal for r in evaluation.results):
-    n = sum(count for _, _, count in rows)
-    rows.append(("total", evaluation.totals, n))
-  for name, totals, count in rows:
-    table.add_row(rich.markup.escape(name), *_cells(totals), f"{count:,}")
-  console.print(table)
-  for result in evaluation.results:
-    title, ranked = "best and worst documents", result.ranked
-    if documents:
-      title, ranked = "documents", result.documents
-    elif len(ranked) > 2 * _N_RANKED:
-      ranked = ranked[:_N_RANKED] + ranked[-_N_RANKED:]
-    table = _table(f"{rich.markup.escape(result.source)}: {title}", "document")
-    for document in ranked:
-      name = rich.markup.escape(document.name)
-      table.add_row(name, *_cells(document.totals))
-    console.print(table)
-
-
-def _table(title: str, first: str, *last: str) -> rich.table.Table:
-  table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, padding=0)
-  table.add_column(first, overflow="fold")
-  measures = ("bits/byte", "loss", "ppl", "word ppl", "tokens", "bytes")
-  for name in (*measures, *last):
-    table.add_column(name, justify="right", no_wrap=True)
-  return table
-
-
-def _cells(totals: perplexity.Totals) -> tuple[str, ...]:
-  return (
-    f"{totals.bits_per_byte:.4f}",
-    f"{totals.loss:.4f}",
-    f"{totals.perplexity:.4g}",
-    f"{totals.word_perplexity:.4g}",
-    f"{totals.n_tokens:,}",
-    f"{totals.n_bytes:,}",
-  )
-
-
-def write(evaluation: Evaluation, path: str, documents: bool) -> None:
-  """Writes JSON atomically: a reader finds the old file or the new file."""
-  content = {
-    "workdir": evaluation.workdir,
-    "step": evaluation.step,
-    "context": evaluation.context,
-    "stride": evaluation.stride,
-    "total": _object(evaluation.totals),
-    "sources": [_source(r, documents) for r in evaluation.results],
-  }
-  files.replace(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-def _source(result: Result, documents: bool) -> dict[str, Any]:
-  def named(scores: Sequence[perplexity.DocumentScore]):
-    return [{"name": s.name} | _object(s.totals) for s in scores]
-
-  ranked = result.ranked
-  return {
-    "source": result.source,
-    "n_documents": len(result.documents),
-    "n_skipped": result.n_skipped,
-    **_object(result.totals),
-    "best": named(ranked[:_N_RANKED]),
-    "worst": named(ranked[: -_N_RANKED - 1 : -1]),
-  } | ({"documents": named(result.documents)} if documents else {})
-
-
-def _object(totals: perplexity.Totals) -> dict[str, float | int | None]:
-  """Rates and sums for JSON; nonfinite numbers are null."""
-  rates = (
-    "bits_per_byte",
-    "loss",
-    "perplexity",
-    "perplexity_without_eos",
-    "word_perplexity",
-  )
-  values = {name: getattr(totals, name) for name in rates}
-  values |= dataclasses.asdict(totals)
-  return {k: v if math.isfinite(v) else None for k, v in values.items()}

@@ -135,6 +135,11 @@ class Totals:
   def bits_per_byte(self) -> float:
     return _ratio(self.nll / math.log(2), self.n_bytes)
 
+  @property
+  def bits_per_byte_without_eos(self) -> float:
+    """As in tools that do not score eos."""
+    return _ratio((self.nll - self.nll_eos) / math.log(2), self.n_bytes)
+
 
 def overall(parts: Sequence[tuple[str, Totals]]) -> Totals:
   """Sum over (source, totals) of causal sources; over all, if none is causal:

@@ -10,7 +10,6 @@ may be gone.
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -47,9 +46,7 @@ def find(name: str) -> Source:
   Raises ConfigError if the run has no checkpoint, or none of that step, or as
   `folder.find`.
   """
-  workdir, step = name, None
-  if found := re.fullmatch(r"(.*)@([0-9]{1,18})", name, re.DOTALL):
-    workdir, step = found[1], int(found[2])
+  workdir, step = checkpoint.split_name(name)
   said = f"config.init_from={schema.shown(name)}"
   workdir = files.user_path(workdir, "config.init_from")
   steps = checkpoint.steps(workdir)

@@ -1,0 +1,231 @@
+"""Overlaps as a table and as JSON; the shares that stand beside scores."""
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import rich.console
+import rich.markup
+import rich.progress
+import rich.table
+
+from lm import config as config_lib
+from lm import files, schema
+from lm import objective as objective_lib
+from lm.data import overlap
+from lm.data import sources as sources_lib
+
+# Passages shown of each source.
+_N_SHOWN = 3
+
+
+class Shares(NamedTuple):
+  """What overlaps of a held-out source: of its documents (those that share a
+  passage of `n` words), of its bytes (those in such passages), and of the bytes
+  of each document that overlaps, by name.
+  """
+
+  n: int
+  of_documents: float
+  of_bytes: float
+  of_bytes_by_document: dict[str, float]
+
+
+def report(
+  config: config_lib.Config,
+  n: int,
+  more: Sequence[str] = (),
+  output: str | None = None,
+) -> None:
+  """Prints what the validation sources of a config, and the sources `more`,
+  share with its training sources; writes it to the file `output`.
+  """
+  if output is not None:
+    files.check_output(output, "--output")
+  held_out, training = (
+    [overlap.open_source(spec, config.data) for spec in _specs(names)]
+    for names in ((*config.data.validation, *more), config.data.train)
+  )
+  console = rich.console.Console()
+  with _watch() as watch:
+    found = overlap.find(held_out, training, n, watch)
+  for source in (*held_out, *training):
+    if (changed := source.changed()) is not None:
+      raise schema.RunError(
+        f"{changed}: has changed while it was read; start again"
+      )
+  show(found, n, console)
+  if output is not None:
+    content = to_json(found, training, n)
+    files.replace(output, json.dumps(content, indent=2) + "\n")
+
+
+def _specs(names: Iterable[str]) -> list[str]:
+  """Sources without what their objective makes of them, each once; of chats,
+  which are read in another way, the objective stays.
+  """
+  found = {}
+  for name in names:
+    spec, objective = objective_lib.split_source(name)
+    chat = isinstance(objective, objective_lib.Chat)
+    found[f"{spec}|chat" if chat else spec] = None
+  return list(found)
+
+
+@contextlib.contextmanager
+def _watch() -> Iterator[overlap.Watch]:
+  """A reader of sources that shows a bar in a terminal."""
+  console = rich.console.Console(stderr=True)
+  with rich.progress.Progress(
+    console=console, transient=True, disable=not console.is_terminal
+  ) as progress:
+
+    def watch(source: sources_lib.Source) -> Iterator[overlap.Document]:
+      about = f"reading {rich.markup.escape(source.spec)}"
+      bar = progress.add_task(about, total=len(source))
+      for document in overlap.read(source):
+        yield document
+        progress.advance(bar)
+      progress.update(bar, completed=len(source))
+
+    yield watch
+
+
+def show(
+  found: Sequence[overlap.HeldOut], n: int, console: rich.console.Console
+) -> None:
+  """Prints a line per source, then the longest passages of each."""
+  title = f"passages of {n} words that training text has"
+  table = rich.table.Table(title=title)
+  table.add_column("held out", overflow="fold")
+  for column in ("documents", "overlap", "share", "bytes", "overlap", "share"):
+    table.add_column(column, justify="right")
+  lines = []
+  for part in found:
+    table.add_row(
+      rich.markup.escape(part.source),
+      f"{part.n_documents:,}",
+      f"{len(part.touched):,}",
+      f"{_share(len(part.touched), part.n_documents):.1%}",
+      f"{part.n_bytes:,}",
+      f"{part.n_covered:,}",
+      f"{_share(part.n_covered, part.n_bytes):.1%}",
+    )
+    if part.n_short:
+      lines.append(
+        f"{part.source}: {part.n_short:,} documents have fewer than {n} words, "
+        "and overlap with none"
+      )
+    matches = [(m, d.name) for d in part.touched for m in d.matches]
+    matches.sort(key=lambda pair: -pair[0].n_words)
+    for m, name in matches[:_N_SHOWN]:
+      lines.append(
+        f"{part.source}: {m.n_words:,} words, bytes {m.start} to {m.stop} of "
+        f"{name}, are bytes {m.training_start} to {m.training_stop} of "
+        f"{m.training_document} ({m.training_source})"
+      )
+  console.print(table)
+  for line in lines:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def to_json(
+  found: Sequence[overlap.HeldOut],
+  training: Sequence[sources_lib.Source],
+  n: int,
+) -> dict[str, Any]:
+  return {
+    "n": n,
+    "training": [
+      {"source": overlap.spec_of(source), "fingerprint": source.fingerprint()}
+      for source in training
+    ],
+    "sources": [
+      {
+        "source": part.source,
+        "fingerprint": part.fingerprint,
+        "n_documents": part.n_documents,
+        "n_short": part.n_short,
+        "n_touched": len(part.touched),
+        "share_of_documents": _share(len(part.touched), part.n_documents),
+        "n_bytes": part.n_bytes,
+        "n_covered": part.n_covered,
+        "share_of_bytes": _share(part.n_covered, part.n_bytes),
+        "documents": [
+          {
+            "name": document.name,
+            "n_bytes": document.n_bytes,
+            "n_covered": document.n_covered,
+            "matches": [m._asdict() for m in document.matches],
+          }
+          for document in part.touched
+        ],
+      }
+      for part in found
+    ],
+  }
+
+
+def _share(part: int, whole: int) -> float:
+  return part / whole if whole else 0.0
+
+
+def shares(
+  path: str, names: Sequence[str], config: config_lib.DataConfig
+) -> dict[str, Shares]:
+  """Shares of the sources `names`, out of the JSON file `path` that `lm.data
+  --overlap` wrote; `config` has the training sources and the options for
+  reading. Raises ConfigError if the file is about other sources or contents.
+  """
+  again = (
+    "write it anew: python -m lm.data --config=FILE --overlap "
+    "--overlap_source=SPEC --output=FILE"
+  )
+  where = f"--overlap={path}"
+  try:
+    with open(path, "rb") as file:
+      content = json.load(file)
+    training = [source["source"] for source in content["training"]]
+    parts = {part["source"]: part for part in content["sources"]}
+    found = {name: _read(content["n"], part) for name, part in parts.items()}
+  except OSError as error:
+    raise schema.ConfigError(f"{where}: {error.strerror}; {again}") from error
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise schema.ConfigError(
+      f"{where}: not overlaps ({files.first_line(error)}); {again}"
+    ) from error
+  if training != _specs(config.train):
+    raise schema.ConfigError(
+      f"{where}: is about the training sources {training}, and the run was "
+      f"trained on {_specs(config.train)}; {again}"
+    )
+  result = {}
+  for name in names:
+    (spec,) = _specs([name])
+    if spec not in found:
+      raise schema.ConfigError(
+        f"{where}: has no source {spec!r}, only {', '.join(map(repr, found))}; "
+        f"{again}"
+      )
+    if (
+      overlap.open_source(spec, config).fingerprint()
+      != (parts[spec]["fingerprint"])
+    ):
+      raise schema.ConfigError(
+        f"{where}: {spec!r} has changed since, or is read with other options "
+        f"(text_unit, invalid_utf8); {again}"
+      )
+    result[name] = found[spec]
+  return result
+
+
+def _read(n: int, part: dict[str, Any]) -> Shares:
+  return Shares(
+    n,
+    part["share_of_documents"],
+    part["share_of_bytes"],
+    {
+      d["name"]: _share(d["n_covered"], d["n_bytes"]) for d in part["documents"]
+    },
+  )

@@ -1,0 +1,160 @@
+"""What `python -m lm.evaluate` prints and writes: tables, JSON."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import rich.box
+import rich.console
+import rich.markup
+import rich.table
+
+from lm import files
+from lm.evaluate import corpora, perplexity
+
+# Documents listed at each end of a ranking.
+_N_RANKED = 3
+
+
+def show(
+  evaluation: corpora.Evaluation, console: rich.console.Console, documents: bool
+) -> None:
+  """Prints a table of the sources, and per source a table of the best and worst
+  documents, or of all documents if `documents` is True. Where it is known what
+  overlaps with training text, its share stands beside the scores.
+  """
+  results = evaluation.results
+  title = f"{evaluation.workdir}, step {evaluation.step}"
+  known = any(r.overlap is not None for r in results)
+  table = _table(title, "source", "docs", *(["overlap"] if known else []))
+  for r in results:
+    cells = [*_cells(r.totals), f"{len(r.documents):,}"]
+    if known:
+      cells.append(f"{r.overlap.of_bytes:.1%}" if r.overlap else "unknown")
+    table.add_row(rich.markup.escape(r.source), *cells)
+  if len(results) > 1 and all(r.is_causal for r in results):
+    n = sum(len(r.documents) for r in results)
+    table.add_row("total", *_cells(evaluation.totals), f"{n:,}")
+  console.print(table)
+  lines = [_overlap(r) for r in results if r.overlap is not None]
+  if any(r.is_causal for r in results):
+    totals = evaluation.totals
+    lines.append(
+      "eos is scored, and stands for 0 bytes. Without it: "
+      f"{totals.bits_per_byte_without_eos:.4f} bits/byte, ppl "
+      f"{totals.perplexity_without_eos:.4g}."
+    )
+  for line in lines:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+  for result in results:
+    title, ranked = "best and worst documents", result.ranked
+    if documents:
+      title, ranked = "documents", result.documents
+    elif len(ranked) > 2 * _N_RANKED:
+      ranked = ranked[:_N_RANKED] + ranked[-_N_RANKED:]
+    title = f"{rich.markup.escape(result.source)}: {title}"
+    shown = result.overlap if result.is_causal else None
+    table = _table(title, "document", *(["overlap"] if shown else []))
+    for document in ranked:
+      name = rich.markup.escape(document.name)
+      cells = _cells(document.totals)
+      if shown:
+        share = shown.of_bytes_by_document.get(document.name, 0.0)
+        cells = (*cells, f"{share:.1%}")
+      table.add_row(name, *cells)
+    console.print(table)
+
+
+def _overlap(result: corpora.Result) -> str:
+  """What overlaps of a source, and what the rest of it costs."""
+  shares, clean = result.overlap, result.clean
+  assert shares is not None
+  said = (
+    f"{result.source}: training text has {shares.of_bytes:.1%} of its bytes, "
+    f"in passages of {shares.n} words in {shares.of_documents:.1%} of its "
+    "documents"
+  )
+  if clean is not None:
+    said += f"; the other documents: {clean.bits_per_byte:.4f} bits/byte"
+  return f"{said}."
+
+
+def _table(title: str, first: str, *last: str) -> rich.table.Table:
+  table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, padding=0)
+  table.add_column(first, overflow="fold")
+  measures = ("bits/byte", "loss", "ppl", "word ppl", "tokens", "bytes")
+  for name in (*measures, *last):
+    table.add_column(name, justify="right", no_wrap=True)
+  return table
+
+
+def _cells(totals: perplexity.Totals) -> tuple[str, ...]:
+  return (
+    f"{totals.bits_per_byte:.4f}",
+    f"{totals.loss:.4f}",
+    f"{totals.perplexity:.4g}",
+    f"{totals.word_perplexity:.4g}",
+    f"{totals.n_tokens:,}",
+    f"{totals.n_bytes:,}",
+  )
+
+
+def write(evaluation: corpora.Evaluation, path: str, documents: bool) -> None:
+  """Writes JSON atomically: a reader finds the old file or the new file."""
+  content = {
+    "workdir": evaluation.workdir,
+    "step": evaluation.step,
+    "context": evaluation.context,
+    "stride": evaluation.stride,
+    **evaluation.about,
+    "total": _object(evaluation.totals),
+    "sources": [_source(r, documents) for r in evaluation.results],
+  }
+  files.replace(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def _source(result: corpora.Result, documents: bool) -> dict[str, Any]:
+  def named(scores: Sequence[perplexity.DocumentScore]):
+    return [{"name": s.name} | _object(s.totals) for s in scores]
+
+  ranked = result.ranked
+  return {
+    "source": result.source,
+    "n_documents": len(result.documents),
+    "n_skipped": result.n_skipped,
+    **_object(result.totals),
+    **_overlap_object(result),
+    "best": named(ranked[:_N_RANKED]),
+    "worst": named(ranked[: -_N_RANKED - 1 : -1]),
+  } | ({"documents": named(result.documents)} if documents else {})
+
+
+def _overlap_object(result: corpora.Result) -> dict[str, Any]:
+  """What overlaps with training text, for JSON; {} if that is unknown."""
+  if (shares := result.overlap) is None:
+    return {}
+  found: dict[str, Any] = {
+    "n": shares.n,
+    "share_of_documents": shares.of_documents,
+    "share_of_bytes": shares.of_bytes,
+  }
+  if (clean := result.clean) is not None:
+    found["without_them"] = _object(clean)
+  return {"overlap": found}
+
+
+def _object(totals: perplexity.Totals) -> dict[str, float | int | None]:
+  """Rates and sums for JSON; nonfinite numbers are null."""
+  rates = (
+    "bits_per_byte",
+    "bits_per_byte_without_eos",
+    "loss",
+    "perplexity",
+    "perplexity_without_eos",
+    "word_perplexity",
+  )
+  values = {name: getattr(totals, name) for name in rates}
+  values |= dataclasses.asdict(totals)
+  return {k: v if math.isfinite(v) else None for k, v in values.items()}
