@@ -2,6 +2,9 @@
 
   python -m lm.evaluate --workdir=runs/a --source='text:docs/*.txt' \\
     --output=eval.json
+  python -m lm.evaluate --workdir=runs/a --tasks=docstring_bodies
+
+With --tasks, how well it does tasks of lm-evaluation-harness (extra `eval`).
 """
 
 import jax
@@ -12,7 +15,7 @@ from etils import epath
 from lm import cli, processes, schema, validation
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
-from lm.evaluate import corpora
+from lm.evaluate import corpora, harness
 
 _WORKDIR = cli.define_path("workdir", "Run to evaluate.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default: the last.")
@@ -53,12 +56,49 @@ _CHAT_TEMPLATE = cli.define_path(
 _DOCUMENTS = flags.DEFINE_bool(
   "documents", False, "Show and write every document."
 )
+_TASKS = flags.DEFINE_list(
+  "tasks",
+  None,
+  "Tasks of lm-evaluation-harness, in place of sources: names, groups or "
+  "patterns, as docstring_bodies,arc_*.",
+)
+_INCLUDE_PATH = cli.define_path(
+  "include_path", "Folder with the .yaml files of your own tasks."
+)
+_LIMIT = flags.DEFINE_integer(
+  "limit", None, "Documents of each task; default: all.", lower_bound=1
+)
+_NUM_FEWSHOT = flags.DEFINE_integer(
+  "num_fewshot",
+  None,
+  "Examples before each question; default: the task's.",
+  lower_bound=0,
+)
+_APPLY_CHAT_TEMPLATE = flags.DEFINE_bool(
+  "apply_chat_template", False, "Lay the prompts of tasks out as chats."
+)
+# Flags of one kind of evaluation, refused beside the other.
+_OF_SOURCES = ("source", "stride", "text_unit", "invalid_utf8", "documents")
+_OF_TASKS = ("include_path", "limit", "num_fewshot", "apply_chat_template")
 
 
 def main() -> None:
   if _WORKDIR.value is None:
     raise schema.ConfigError("--workdir: missing; write --workdir=RUN")
+  for name in _OF_SOURCES if _TASKS.value else _OF_TASKS:
+    if flags.FLAGS[name].present:
+      needed = "sources, not --tasks" if _TASKS.value else "--tasks"
+      raise schema.ConfigError(
+        f"--{name}: has a meaning for {needed} only; leave it out"
+      )
+  if _TASKS.value:
+    harness.check_installed()
   processes.join(_heartbeat_seconds(_WORKDIR.value))
+  template = tokenizer_lib.read_template(
+    _CHAT_TEMPLATE.value, "--chat_template"
+  )
+  if _TASKS.value:
+    return _run_tasks(_WORKDIR.value, _TASKS.value, template)
   data = {"text_unit": _TEXT_UNIT.value, "invalid_utf8": _INVALID_UTF8.value}
   evaluation = corpora.evaluate(
     _WORKDIR.value,
@@ -69,14 +109,34 @@ def main() -> None:
     data={name: value for name, value in data.items() if value is not None},
     output=_OUTPUT.value,
     adapter=_ADAPTER.value,
-    chat_template=tokenizer_lib.read_template(
-      _CHAT_TEMPLATE.value, "--chat_template"
-    ),
+    chat_template=template,
   )
   if jax.process_index() == 0:
     corpora.show(evaluation, rich.console.Console(), _DOCUMENTS.value)
     if _OUTPUT.value is not None:
       corpora.write(evaluation, _OUTPUT.value, _DOCUMENTS.value)
+
+
+def _run_tasks(
+  workdir: str, tasks: list[str], chat_template: str | None
+) -> None:
+  content = harness.evaluate(
+    workdir,
+    tasks,
+    step=_STEP.value,
+    include_path=_INCLUDE_PATH.value,
+    limit=_LIMIT.value,
+    num_fewshot=_NUM_FEWSHOT.value,
+    chats=_APPLY_CHAT_TEMPLATE.value,
+    batch_size=_BATCH_SIZE.value,
+    output=_OUTPUT.value,
+    adapter=_ADAPTER.value,
+    chat_template=chat_template,
+  )
+  if content is not None:
+    harness.show(content, rich.console.Console())
+    if _OUTPUT.value is not None:
+      harness.write(content, _OUTPUT.value)
 
 
 def _heartbeat_seconds(workdir: str) -> int:

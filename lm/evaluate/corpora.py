@@ -120,7 +120,7 @@ def evaluate(
   ]
   rows = config.train.batch_size // config.train.microbatches
   rows = rows if batch_size is None else batch_size
-  mesh, n_rows = _make_mesh(config, rows)
+  mesh, n_rows = make_mesh(config, rows)
   with jax.set_mesh(mesh), _progress() as progress:
     model, params = load.model(workdir, meta, mesh, adapter)
     score_step = perplexity.eval_step(model)
@@ -212,7 +212,7 @@ def _check_text(source: sources_lib.Source) -> None:
     )
 
 
-def _make_mesh(
+def make_mesh(
   config: config_lib.Config, n_rows: int
 ) -> tuple[jax.sharding.Mesh, int]:
   """(mesh over the present devices, `n_rows` rounded up to a multiple of the
