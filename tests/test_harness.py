@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -21,12 +22,15 @@ import pytest
 import reference
 
 from lm import batch as batch_lib
-from lm import checkpoint, schema, sharding
+from lm import checkpoint, schema, sharding, validation
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.evaluate import harness, harness_model, likelihood
 from lm.model import decoder
 from lm.sample import sampler as sampler_lib
+from lm.train import loop
+from lm.train import metrics as metrics_lib
+from lm.train import stop as stop_lib
 
 CONTEXT = 101
 MODEL = dataclasses.replace(
@@ -582,3 +586,96 @@ def test_without_tasks_lm_eval_is_not_imported():
     [sys.executable, "-c", program], capture_output=True, text=True, check=True
   )
   assert done.stdout == "set()\n"
+
+
+# --- during training ---------------------------------------------------------
+
+
+def training(make, folder, **fields):
+  """A config whose tasks are due at steps 5, 10 and 12, the last."""
+  config = make(model__residual_dropout=0.0, **fields)
+  config.tasks = config_lib.TasksConfig(
+    names=tuple(TASKS), every=5, include_path=folder
+  )
+  return config
+
+
+@pytest.fixture(scope="module")
+def trained(make, folder, tmp_path_factory):
+  workdir = str(tmp_path_factory.mktemp("trained") / "run")
+  config = training(make, folder, mesh__data=2, mesh__tensor=2)
+  assert loop.train(config, workdir) == 0
+  return workdir
+
+
+def task_reports(workdir):
+  return {
+    report["step"]: {k: v for k, v in report.items() if k.startswith("task/")}
+    for report in metrics_lib.read(workdir)
+    if any(name.startswith("task/") for name in report)
+  }
+
+
+def test_training_reports_what_the_command_says(trained, folder):
+  reports = task_reports(trained)
+  assert sorted(reports) == [5, 10, 12]
+  (last,) = [r for r in metrics_lib.read(trained) if r["step"] == 12]
+  assert "eval/loss" in last and "train/loss" in last
+  content = harness.evaluate(trained, [*TASKS], include_path=folder)
+  assert content is not None
+  found = {
+    f"task/{name}/{metric}": score["value"]
+    for name, task in content["tasks"].items()
+    for metric, score in task["metrics"].items()
+  }
+  assert reports[12] == pytest.approx(found, rel=1e-5)
+  before = reports[5]["task/rolling/bits_per_byte"]
+  assert reports[12]["task/rolling/bits_per_byte"] < before
+
+
+def test_pmap_reports_the_same(make, folder, trained, tmp_path):
+  config = training(make, folder, mesh__data=8, mesh__fsdp=1, mesh__mode="pmap")
+  assert loop.train(config, str(tmp_path / "run")) == 0
+  reports, wanted = task_reports(str(tmp_path / "run")), task_reports(trained)
+  assert sorted(reports) == sorted(wanted)
+  for step, report in reports.items():
+    assert report == pytest.approx(wanted[step], rel=1e-4)
+
+
+@pytest.mark.parametrize("step", [5, 12])
+def test_a_stop_is_heeded_between_batches(
+  make, folder, trained, tmp_path, monkeypatch, step
+):
+  """And a restart makes up for the tasks."""
+  config, workdir = training(make, folder), str(tmp_path / "run")
+  with stop_lib.Stop() as stop:
+    score = likelihood.score
+
+    def stopped(*arguments, should_stop, **options):
+      now = metrics_lib.read(workdir)[-1:]
+      if step == 5 or (now and now[0]["step"] == 12):
+        stop.asked, stop.signal = True, signal.SIGTERM
+      return score(*arguments, should_stop=should_stop, **options)
+
+    monkeypatch.setattr(likelihood, "score", stopped)
+    assert loop.train(config, workdir, stop) == 0
+  assert checkpoint.steps(workdir)[-1] == step
+  assert step not in task_reports(workdir)
+  monkeypatch.undo()
+  assert loop.train(config, workdir) == 0
+  reports, wanted = task_reports(workdir), task_reports(trained)
+  assert sorted(reports) == sorted(wanted)
+  for each, report in reports.items():
+    assert report == pytest.approx(wanted[each], rel=1e-4)
+
+
+def test_tasks_that_cannot_run_stop_a_run_before_its_first_step(
+  make, folder, tmp_path, monkeypatch
+):
+  config = training(make, folder)
+  monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(schema.ConfigError, match="config.tasks: lm-eval is miss"):
+    loop.train(config, str(tmp_path))
+  config.tasks.names = ()
+  with pytest.raises(schema.ConfigError, match="names.*must name one task"):
+    validation.validate(config)

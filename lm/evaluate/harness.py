@@ -134,19 +134,20 @@ def find(
   names: Sequence[str],
   include_path: str | None = None,
   cache_dir: str | None = None,
-  flag: str = "--tasks",
+  flags: tuple[str, str] = ("--tasks", "--include_path"),
 ) -> Any:
   """lm-eval's TaskDict of tasks, groups, tags and patterns (`mmlu_*`).
 
   Tasks are looked for in `include_path`, then among this project's own, and
   only then among lm-eval's, whose index takes seconds to read. Raises
-  ConfigError on unknown names, and on data that cannot be loaded.
+  ConfigError that quotes `flags` on unknown names, and on data that cannot be
+  loaded.
   """
   from lm_eval import tasks as tasks_lib
 
   if include_path is not None and not pathlib.Path(include_path).is_dir():
     raise schema.ConfigError(
-      f"--include_path={include_path!r}: no such folder; name the one that has "
+      f"{flags[1]}={include_path!r}: no such folder; name the one that has "
       "the .yaml files of the tasks"
     )
   where: list[Any] = [TASKS, *([include_path] if include_path else [])]
@@ -165,26 +166,29 @@ def find(
       known = schema.unknown(name, manager.all_tasks)
       hint = known.partition("Known:")[0]
       raise schema.ConfigError(
-        f"{flag}: {name!r} is {hint}`lm_eval ls tasks` lists all of them, and "
-        "--include_path=FOLDER adds your own"
+        f"{flags[0]}: {name!r} is {hint}`lm_eval ls tasks` lists all of them, "
+        f"and {flags[1]}=FOLDER adds your own"
       )
     with _quiet():
-      for part, content in _load(manager, name, matching).items():
+      for part, content in _load(manager, name, matching, flags).items():
         loaded[part].update(content)
   return loaded
 
 
-def _load(manager: Any, name: str, matching: list[str]) -> Any:
+def _load(
+  manager: Any, name: str, matching: list[str], flags: tuple[str, str]
+) -> Any:
   try:
     return manager.load(matching)
   except Exception as error:  # Of the Hub, of YAML, of a task's own functions.
     raise schema.ConfigError(
-      f"--tasks={name}: cannot be loaded ({type(error).__name__}: "
+      f"{flags[0]}={name}: cannot be loaded ({type(error).__name__}: "
       f"{files.first_line(error)}). Most tasks of lm-eval read a data set from "
       "the Hugging Face Hub; without a network, put a copy of it into "
       f"FOLDER, write a FOLDER/{name}.yaml of `include: PATH` (the task's own "
       f".yaml), `task: {name}`, `dataset_path: json` and `dataset_kwargs: "
-      "{data_files: {test: FOLDER/test.jsonl}}`, and add --include_path=FOLDER"
+      "{data_files: {test: FOLDER/test.jsonl}}`, and add "
+      f"{flags[1]}=FOLDER"
     ) from error
 
 
