@@ -20,12 +20,13 @@ import jax
 import numpy as np
 import pytest
 import reference
+import test_evaluate
 
 from lm import batch as batch_lib
 from lm import checkpoint, schema, sharding, validation
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
-from lm.evaluate import harness, harness_model, likelihood
+from lm.evaluate import harness, harness_model, likelihood, perplexity
 from lm.model import decoder
 from lm.sample import sampler as sampler_lib
 from lm.train import loop
@@ -57,6 +58,13 @@ doc_to_choice: "{{choices}}"
 doc_to_target: gold
 target_delimiter: ""
 metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+  "last": """
+output_type: loglikelihood
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[0]}}"
+target_delimiter: ""
+metric_list: [{metric: perplexity}, {metric: acc}]
 """,
   "rolling": """
 output_type: loglikelihood_rolling
@@ -229,8 +237,21 @@ def test_greedy_is_exact_also_at_ties(own):
 def test_rolling_is_that_by_hand_and_that_of_perplexity(own):
   texts = [row["text"] for row in TEXTS] + ["", "x" * 101, "x" * 102]
   found = ask(own, "loglikelihood_rolling", *((text,) for text in texts))
-  for text, total in zip(texts, found, strict=True):
+  step, context = perplexity.eval_step(MODEL), CONTEXT
+  scores = perplexity.evaluate_source(
+    step,
+    PARAMS,
+    test_evaluate.Listed(texts),
+    TOKENIZER,
+    n_rows=3,
+    context=context,
+    stride=context,
+  )
+  for text, total, score in zip(texts, found, scores, strict=True):
     assert total == pytest.approx(by_hand_rolling(text), rel=1e-6, abs=0)
+    if len(TOKENIZER.encode(text)) < context:  # else eos moves the window
+      of_text = score.totals.nll_eos - score.totals.nll
+      assert total == pytest.approx(of_text, rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 1, 8)])
@@ -369,10 +390,40 @@ def choices_by_hand(limit):
   return np.mean(right), np.mean(right_by_length)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_in_process_is_over_http_is_by_hand(folder, batch_size):
-  """lm-eval's own client, its tokenizer at the server, and a context of
-  `max_length`, of which the client keeps two tokens for itself.
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+  """The bytes tokenizer as files that AutoTokenizer reads."""
+  import tokenizers
+  import transformers
+  from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+  names = tokenizer_lib.RESERVED
+  vocabulary = {name: i for i, name in enumerate(names)}
+  for byte, character in bytes_to_unicode().items():
+    vocabulary[character] = len(names) + byte
+  made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+  made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+    add_prefix_space=False, use_regex=False
+  )
+  made.decoder = tokenizers.decoders.ByteLevel()
+  path = str(tmp_path_factory.mktemp("tokenizer"))
+  transformers.PreTrainedTokenizerFast(
+    tokenizer_object=made,
+    bos_token="<bos>",
+    eos_token="<eos>",
+    pad_token="<pad>",
+  ).save_pretrained(path)
+  return path
+
+
+@pytest.mark.parametrize(
+  ("backend", "batch_size"), [("remote", 1), ("huggingface", 3)]
+)
+def test_in_process_is_over_http_is_by_hand(
+  folder, tokenizer_folder, backend, batch_size
+):
+  """lm-eval's own client, with its tokenizer at the server or in a folder, and
+  a context of `max_length`, of which the client keeps two tokens for itself.
   """
   import serving
   from lm_eval.models import openai_completions
@@ -384,7 +435,8 @@ def test_in_process_is_over_http_is_by_hand(folder, batch_size):
     remote = openai_completions.LocalCompletionsAPI(
       base_url=f"{running.url}/v1/completions",
       model="tiny",
-      tokenizer_backend="remote",
+      tokenizer_backend=backend,
+      tokenizer=tokenizer_folder if backend == "huggingface" else None,
       max_length=CONTEXT,
       batch_size=batch_size,
       max_retries=1,
@@ -419,10 +471,14 @@ def test_in_process_is_over_http_is_by_hand(folder, batch_size):
   n_bytes = sum(len(row["text"].encode()) for row in TEXTS)
   bits = -sum(by_rolling) / n_bytes / math.log(2)
   acc, acc_norm = choices_by_hand(inner)
+  last = np.mean([likelihoods[3 * i][0] for i in range(len(QUESTIONS))])
   for found in (scores, over_http[3]):
     metrics = found["choices"]["metrics"]
     assert metrics["acc"]["value"] == pytest.approx(acc)
     assert metrics["acc_norm"]["value"] == pytest.approx(acc_norm)
+    score = found["last"]["metrics"]["perplexity"]
+    assert score["value"] == pytest.approx(math.exp(-last), rel=1e-6)
+    assert score["stderr"] > 0 and "DISABLE_MULTIPROC" not in os.environ
     metrics = found["rolling"]["metrics"]
     assert metrics["bits_per_byte"]["value"] == pytest.approx(bits, rel=1e-6)
     assert metrics["byte_perplexity"]["value"] == pytest.approx(

@@ -105,11 +105,7 @@ def evaluate(
     raise schema.ConfigError(
       f"--stride={stride}: must be from 1 to model.context_length={context}"
     )
-  if batch_size is not None and batch_size * context > _MAX_TOKENS:
-    raise schema.ConfigError(
-      f"--batch_size={batch_size}: with a context of {context} tokens it must "
-      f"be at most {_MAX_TOKENS // context}, so that the host can hold a batch"
-    )
+  check_batch_size(batch_size, context)
   data_config = dataclasses.replace(config.data, **data)
   tokenizer = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
   if chat_template is not None:
@@ -209,6 +205,15 @@ def _check_text(source: sources_lib.Source) -> None:
     raise schema.ConfigError(
       f"source {source.spec!r}: none of its {len(source)} documents has text "
       "that is UTF-8; correct them, or set invalid_utf8 to 'replace'"
+    )
+
+
+def check_batch_size(batch_size: int | None, context: int) -> None:
+  """Raises ConfigError if the host could not hold such a batch."""
+  if batch_size is not None and batch_size * context > _MAX_TOKENS:
+    raise schema.ConfigError(
+      f"--batch_size={batch_size}: with a context of {context} tokens it must "
+      f"be at most {_MAX_TOKENS // context}, so that the host can hold a batch"
     )
 
 

@@ -10,9 +10,11 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import pathlib
 import random
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -76,9 +78,9 @@ def evaluate(
       "--apply_chat_template: this checkpoint has no chat template; name one "
       "with --chat_template=FILE.jinja"
     )
-  cache_dir = meta.config.data.cache_dir
+  train, cache_dir = meta.config.train, meta.config.data.cache_dir
   loaded = processes.only_first(lambda: find(tasks, include_path, cache_dir))
-  train = meta.config.train
+  corpora.check_batch_size(batch_size, meta.config.model.context_length)
   rows = batch_size or train.batch_size // train.microbatches
   mesh, n_rows = corpora.make_mesh(meta.config, rows)
   with jax.set_mesh(mesh):
@@ -151,7 +153,8 @@ def find(
       "the .yaml files of the tasks"
     )
   where: list[Any] = [TASKS, *([include_path] if include_path else [])]
-  metadata: Any = {"cache_dir": cache_dir} if cache_dir else None
+  # lm-eval gives it to the functions that make a task's data.
+  metadata: Any = {"stdlib_cache_dir": cache_dir} if cache_dir else None
   manager: Any = None
   for defaults in (False, True):
     manager = tasks_lib.TaskManager(
@@ -203,9 +206,8 @@ def run(
   """Scores of each task and group: {name: {version, n, num_fewshot, metrics:
   {metric: {value, stderr}}}}; a value that is not finite is None.
 
-  `model` is any lm_eval LM. The defaults are those of lm-eval's command; but
-  for the number of documents, nothing is said about the machine, which takes
-  it seconds.
+  `model` is any lm_eval LM. Seeds and defaults are those of lm-eval's command,
+  but for a bootstrap of 1,000 draws, of which that has 100,000.
   """
   from lm_eval import evaluator
 
@@ -251,17 +253,25 @@ def _scores(found: Any, name: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Hides lm-eval's notes and bars: this project says what it does itself."""
+  """Hides lm-eval's notes, keeps stdout for scores, and keeps lm-eval from a
+  pool of processes for a bootstrap: JAX's threads do not survive a fork.
+  """
   import datasets
 
-  logger = logging.getLogger("lm_eval")
+  logger, key = logging.getLogger("lm_eval"), "DISABLE_MULTIPROC"
   level, bars = logger.level, datasets.is_progress_bar_enabled()
+  before = os.environ.get(key)
+  os.environ[key] = "1"
   logger.setLevel(logging.ERROR)
   datasets.disable_progress_bars()
   try:
-    yield
+    with contextlib.redirect_stdout(sys.stderr):
+      yield
   finally:
     logger.setLevel(level)
+    os.environ.pop(key)
+    if before is not None:
+      os.environ[key] = before
     if bars:
       datasets.enable_progress_bars()
 

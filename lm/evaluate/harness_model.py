@@ -291,7 +291,8 @@ class HarnessModel(model.TemplateLM):
     """
     empty = [not _arguments(request)[1] for request in requests]
     some = [r for r, none in zip(requests, empty, strict=True) if not none]
-    found = iter(super().loglikelihood(some, disable_tqdm=disable_tqdm))
+    del disable_tqdm
+    found = iter(super().loglikelihood(some, disable_tqdm=True))
     return [(0.0, True) if none else next(found) for none in empty]
 
   def _loglikelihood_tokens(

@@ -18,17 +18,19 @@ N_CHOICES = 4
 
 
 def load(
-  cache_dir: str | None = None, path: str | None = None, **metadata: Any
+  stdlib_cache_dir: str | None = None, path: str | None = None, **metadata: Any
 ) -> dict[str, Any]:
-  """The split `test`, as lm-eval's `custom_dataset`; `cache_dir` is where the
-  corpus is built (default: DataConfig's). Writes a JSONL file `path`, if given.
+  """The split `test`, as lm-eval's `custom_dataset`.
+
+  `stdlib_cache_dir` is where the corpus is built (default: DataConfig's). A
+  JSONL file `path` is written, if given.
   """
   import datasets
 
   del metadata
   config = config_lib.DataConfig()
-  if cache_dir is not None:
-    config.cache_dir = cache_dir
+  if stdlib_cache_dir is not None:
+    config.cache_dir = stdlib_cache_dir
   found = questions(config)
   if path is not None:
     lines = [json.dumps(one, ensure_ascii=False) for one in found]
