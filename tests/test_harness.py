@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import os
+import pathlib
 import shutil
 import signal
 import socket
@@ -520,24 +521,39 @@ def command(*arguments, **environment):
 
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(workdir, folder, tmp_path):
-  """The command, of three tasks; process 0 alone prints and writes."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-  tasks = f"--tasks={','.join(TASKS)}"
-  children = [
-    command(
-      f"--workdir={workdir}",
-      tasks,
-      f"--include_path={folder}",
-      f"--output={tmp_path}/{i}.json",
-      COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
-      PROCESS_COUNT="2",
-      PROCESS_INDEX=str(i),
-      JAX_NUM_CPU_DEVICES="2",
-    )
-    for i in range(2)
-  ]
+  """The command, of all tasks; process 0 alone prints and writes. And both are
+  told where process 0 alone finds that they cannot.
+  """
+
+  def two(*arguments):
+    with socket.socket() as free:
+      free.bind(("127.0.0.1", 0))
+      port = free.getsockname()[1]
+    return [
+      command(
+        f"--workdir={workdir}",
+        f"--include_path={folder}",
+        f"--output={tmp_path}/{i}.json",
+        *arguments,
+        COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
+        PROCESS_COUNT="2",
+        PROCESS_INDEX=str(i),
+        JAX_NUM_CPU_DEVICES="2",
+      )
+      for i in range(2)
+    ]
+
+  # Its prompt leaves no place for 101 new tokens, which lm-eval asks last.
+  long = pathlib.Path(folder, "writing.yaml").read_text()
+  long = long.replace("max_gen_toks: 9", f"max_gen_toks: {CONTEXT}")
+  pathlib.Path(folder, "long.yaml").write_text(
+    long.replace("task: writing", "task: long")
+  )
+  for child in two("--tasks=choices,long"):
+    said = child.communicate()[1]
+    assert child.returncode == 2, said
+    assert "long: generation_kwargs.max_gen_toks=101: must be in" in said
+  children = two(f"--tasks={','.join(TASKS)}")
   alone = harness.evaluate(workdir, [*TASKS], include_path=folder)
   assert alone is not None
   (out, err), (other, other_err) = [child.communicate() for child in children]

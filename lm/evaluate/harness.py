@@ -307,7 +307,7 @@ def show(content: dict[str, Any], console: rich.console.Console) -> None:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
   for name, task in content["tasks"].items():
-    first = [task["version"], task["n"], task["num_fewshot"]]
+    first = [str(task["version"]), task["n"], task["num_fewshot"]]
     label = rich.markup.escape(name)
     for metric, score in task["metrics"].items():
       row = [*map(cell, first), metric, *map(cell, score.values())]
