@@ -101,7 +101,7 @@ def folder(tmp_path_factory):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (path / f"{name}.yaml").write_text(
       f"task: {name}\ntest_split: test\ndataset_path: json\n"
-      f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+      f"dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {path}}}\n"
       f"metadata: {{version: 1.5}}\n{content}"
     )
   return str(path)
