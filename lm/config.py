@@ -375,6 +375,22 @@ class TrainConfig:
 
 
 @dataclasses.dataclass
+class TasksConfig:
+  """Tasks of lm-evaluation-harness (extra `eval`) during training, reported as
+  task/NAME/METRIC.
+  """
+
+  # Names, groups or patterns, as of `python -m lm.evaluate --tasks`.
+  names: tuple[str, ...] = ("docstring_bodies",)
+  # Steps from one time to the next; the last step is one, too.
+  every: Count = 1000
+  # Documents of each task; None: all.
+  limit: Count | None = None
+  # Folder with the .yaml files of your own tasks; None: no such tasks.
+  include_path: str | None = None
+
+
+@dataclasses.dataclass
 class CheckpointConfig:
   """When to save checkpoints and how many to keep: last, every n-th, best."""
 
@@ -413,6 +429,7 @@ class Config:
   )
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+  tasks: TasksConfig | None = None
   checkpoint: CheckpointConfig = dataclasses.field(
     default_factory=CheckpointConfig
   )

@@ -5,13 +5,16 @@ import hashlib
 import importlib.util
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from lm import schema
+
+T = TypeVar("T")
 
 
 def join(heartbeat_seconds: int) -> None:
@@ -87,6 +90,37 @@ def check_agreement(facts: Mapping[str, str]) -> None:
         f"process 0; on process {jax.process_index()} it is {value[:300]}. All "
         "processes of a run need the same config and the same data"
       )
+
+
+def broadcast(text: str | None) -> str:
+  """Collective: the text of process 0, on every process; others pass None."""
+  if jax.process_count() == 1:
+    return text or ""
+  content = (text or "").encode()
+  n = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+  # Texts share programs: as many words as the next power of two.
+  words = np.zeros(1 << (n // 4).bit_length(), np.uint32)
+  if jax.process_index() == 0:
+    words.view(np.uint8)[:n] = np.frombuffer(content, np.uint8)
+  words = np.asarray(multihost_utils.broadcast_one_to_all(words))
+  return words.view(np.uint8)[:n].tobytes().decode()
+
+
+def only_first(function: Callable[[], T]) -> T | None:
+  """Collective: `function()` on process 0, None on the others; a ConfigError
+  of it is raised on every process.
+  """
+  result, refused = None, ""
+  if jax.process_index() == 0:
+    try:
+      result = function()
+    except schema.ConfigError as error:
+      refused = str(error)
+      if jax.process_count() == 1:
+        raise
+  if refused := broadcast(refused):
+    raise schema.ConfigError(refused)
+  return result
 
 
 _ALIASES = {

@@ -220,6 +220,12 @@ def _validate_run(config: config_lib.Config) -> None:
     "the largest int32: it counts the tokens of a step",
   )
   schema.require(
+    config.tasks is None or all(config.tasks.names or [""]),
+    "config.tasks.names",
+    config.tasks and config.tasks.names,
+    "must name one task at least; leave config.tasks out for none",
+  )
+  schema.require(
     t.profile is None
     or (len(t.profile) == 2 and sum(t.profile) - 1 <= t.steps),
     "config.train.profile",

@@ -85,11 +85,13 @@ def post(running, path, body, **options):
 
 
 @contextlib.contextmanager
-def serve(sampler, *, n_slots=4, max_queue=512, tell=None, **limits):
+def serve(
+  sampler, *, n_slots=4, max_queue=512, tell=None, add_bos=False, **limits
+):
   limits = {"max_body_bytes": 1 << 16, "timeout_seconds": 60.0, **limits}
   worker = worker_lib.Worker(sampler, n_slots, max_queue, tell)
   limits = guard.Limits(**limits)
-  app = app_lib.make(worker, "tiny", limits)
+  app = app_lib.make(worker, "tiny", limits, add_bos)
   http = connections.limited(limits)
   config = uvicorn.Config(app, port=0, http=http, log_level="error")
   server = uvicorn.Server(config)

@@ -32,6 +32,7 @@ def full_config() -> config_lib.Config:
   config.model.lora = config_lib.LoraConfig()
   config.optimizer.name = "adamw"
   config.optimizer.skip = config_lib.SkipConfig()
+  config.tasks = config_lib.TasksConfig()
   return validation.validate(config)
 
 
@@ -1003,6 +1004,7 @@ def test_help_lists_every_field_with_what_sets_it(call):
   whole.model.rope_scaling = config_lib.RopeScaling()
   whole.model.lora = config_lib.LoraConfig()
   whole.optimizer.skip = config_lib.SkipConfig()
+  whole.tasks = config_lib.TasksConfig()
   found = []
   for line in lines:
     if not line.startswith("  --config."):

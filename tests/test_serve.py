@@ -760,3 +760,128 @@ def test_what_asks_for_nothing_is_taken(client):
     store=False,
     metadata={"a": "b"},
   )
+
+
+# --- tokens for clients without the tokenizer --------------------------------
+
+
+def test_tokens_are_those_of_the_tokenizer(sampler, tiny):
+  tokenizer = sampler.tokenizer
+
+  def ask(path, **body):
+    found = httpx.post(f"{tiny.url}/{path}", json=body, timeout=120.0)
+    assert found.status_code == 200, found.text
+    return found.json()
+
+  for text in ("", "def f(", "a\u00e9\u4f60\n", "is <eos> text? <bos>"):
+    ids = tokenizer.encode(text)
+    plain = ask("tokenize", prompt=text, add_special_tokens=False)
+    assert plain["tokens"] == ids and plain["count"] == len(ids)
+    assert plain["max_model_len"] == sampler.cfg.context_length
+    with_bos = ask("tokenize", prompt=text, return_token_strs=True)
+    assert with_bos["tokens"] == [tokenizer.bos, *ids]
+    assert with_bos["token_strs"] == [
+      tokenizer.piece(i) for i in with_bos["tokens"]
+    ]
+    assert ask("detokenize", tokens=with_bos["tokens"]) == {"prompt": text}
+  # Clients find the ids of bos and eos so.
+  for name in ("<bos>", "<eos>"):
+    found = ask("tokenize", prompt=name, add_special_tokens=False)
+    assert found["tokens"] == [tokenizer.named[name]]
+  chats = ask("tokenize", messages=HELLO)["tokens"]
+  assert chats == chat_lib.chat_ids(tokenizer, HELLO)
+  info = httpx.get(f"{tiny.url}/tokenizer_info").json()
+  assert (info["bos_token"], info["eos_token"]) == ("<bos>", "<eos>")
+  assert info["chat_template"] == serving.TEMPLATE
+  assert info["fingerprint"] == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize(
+  ("path", "body", "message"),
+  [
+    ("tokenize", {}, "prompt: give this or messages"),
+    ("tokenize", {"prompt": "a", "messages": HELLO}, "prompt: give this or"),
+    ("tokenize", {"prompt": ["a"]}, "prompt=['a']: must be of type str"),
+    ("tokenize", {"messages": "a"}, "messages: must be a list of objects"),
+    ("tokenize", {"prompt": "a", "add_specials": True}, "did you mean 'add_sp"),
+    ("detokenize", {}, "tokens: missing"),
+    ("detokenize", {"tokens": "a"}, "tokens='a': must be ids"),
+    ("detokenize", {"tokens": [384]}, "tokens: id 384 is not in [0, 384)"),
+    ("detokenize", {"tokens": [-1]}, "tokens: id -1 is not in [0, 384)"),
+    ("detokenize", {"tokens": [10**30]}, "tokens: id 1000000"),
+  ],
+)
+def test_bad_tokens_are_refused(tiny, path, body, message):
+  found = httpx.post(f"{tiny.url}/{path}", json=body, timeout=120.0)
+  assert found.status_code == 400
+  assert message in found.json()["error"]["message"]
+
+
+def logprobs_of(found):
+  assert found.status_code == 200, found.text
+  choices = sorted(found.json()["choices"], key=lambda choice: choice["index"])
+  return [choice["logprobs"]["token_logprobs"] for choice in choices]
+
+
+@pytest.mark.parametrize(("n_prompt", "n_new"), [(100, 1), (100, 0), (101, 0)])
+def test_prompts_as_long_as_the_context_are_scored(
+  sampler, tiny, n_prompt, n_new
+):
+  """As ids and lists of ids, up to where a new token has no place."""
+  prompts = [[1, *sampler.tokenizer.encode(c * (n_prompt - 1))] for c in "ab"]
+  body = {"max_tokens": n_new, "echo": True, "logprobs": 1, "temperature": 0}
+  both = logprobs_of(post(tiny, "completions", {"prompt": prompts, **body}))
+  for prompt, logs in zip(prompts, both, strict=True):
+    (alone,) = logprobs_of(
+      post(tiny, "completions", {"prompt": prompt, **body})
+    )
+    score = sampler.score(prompt)
+    assert len(logs) == n_prompt + n_new and logs[0] is None
+    for found in (logs, alone):
+      scored = found[1:n_prompt]
+      assert scored == pytest.approx(score.log_probabilities, abs=2e-5)
+
+
+def test_a_token_beyond_the_context_is_refused(tiny):
+  body = {"prompt": [1] * 101, "max_tokens": 1, "echo": True, "logprobs": 1}
+  found = post(tiny, "completions", body)
+  assert found.status_code == 400
+  assert "must leave room for one more" in found.json()["error"]["message"]
+
+
+def test_ids_get_a_bos_on_request(sampler, tiny):
+  """By a field of the call, or by --add_bos where it says nothing and the
+  context has room; the client does not see it.
+  """
+  ids, bos = sampler.tokenizer.encode("def f("), sampler.tokenizer.bos
+  body = {"max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
+  given = sampler.score([bos, *ids]).log_probabilities
+
+  def logs(running, prompt, **fields):
+    answer = post(running, "completions", {"prompt": prompt, **body, **fields})
+    return logprobs_of(answer)[0]
+
+  for name in ("add_bos", "add_special_tokens"):
+    found = logs(tiny, ids, **{name: True})
+    assert found[:-1] == pytest.approx(given, abs=2e-5)
+  assert logs(tiny, ids)[0] is None
+  assert logs(tiny, "def f(", add_special_tokens=False)[0] is None
+  contradiction = {"add_bos": True, "add_special_tokens": False}
+  found = post(tiny, "completions", {"prompt": ids, **body, **contradiction})
+  assert found.status_code == 400
+  with serving.serve(sampler, add_bos=True) as running:
+    assert logs(running, ids)[:-1] == pytest.approx(given, abs=2e-5)
+    assert logs(running, ids, add_bos=False)[0] is None
+    once = logs(running, [bos, *ids])
+    assert once[0] is None
+    assert once[1:-1] == pytest.approx(given, abs=2e-5)
+    full = logs(running, [ids[0]] * 100)
+    assert full[0] is None and len(full) == 101
+    assert logs(running, [ids[0]] * 99)[0] is not None
+
+
+def test_a_task_of_lm_eval_names_the_new_tokens_as_it_does(tiny):
+  """Its client sends the task's max_new_tokens beside its own max_tokens."""
+  body = {"prompt": "a", "max_tokens": 256, "max_new_tokens": 3}
+  found = post(tiny, "completions", {**body, "stop": ["<eos>"], "seed": 1})
+  assert found.json()["usage"]["completion_tokens"] <= 3

@@ -595,7 +595,7 @@ UNDER = (
 # tests/test_optimizer.py changes one by one. Mesh axes are read by iteration:
 # a dead one would not multiply to the devices of the tests above.
 READERS = {
-  "": "train/init_from.py",
+  "": "train/init_from.py train/tasks.py",
   "tokenizer": "data/tokenizer.py data/tokenizer_cache.py",
   "data": "data/packing.py data/pipeline.py data/sources.py data/store.py "
   "data/tokenizing.py",

@@ -64,21 +64,21 @@ def pack(
   in one row are separate segments: packing changes no number. The rest is
   padding.
   """
-  rows = _Rows(n_rows, context)
+  rows = Rows(n_rows, context)
   for document, tokens in enumerate(documents):
     n_targets = len(tokens) - 1
     for window in cut(n_targets, context, stride):
       is_last = window.stop == n_targets
       if not rows.add(document, tokens, window, is_last):
         yield rows.batch, rows.places
-        rows = _Rows(n_rows, context)
+        rows = Rows(n_rows, context)
         rows.add(document, tokens, window, is_last)
   if rows.places:
     yield rows.batch, rows.places
 
 
-class _Rows:
-  """A batch being packed."""
+class Rows:
+  """A batch of [n_rows, context] being packed; `places` in order of `add`."""
 
   def __init__(self, n_rows: int, context: int):
     self.batch = batch_lib.empty(n_rows, context)

@@ -3,6 +3,9 @@
   python -m lm.evaluate --workdir=runs/a --source='text:docs/*.txt' \\
     --output=eval.json
   python -m lm.evaluate --compare runs/a runs/b@500 --draw=compare.png
+  python -m lm.evaluate --workdir=runs/a --tasks=docstring_bodies
+
+With --tasks, how well it does tasks of lm-evaluation-harness (extra `eval`).
 """
 
 from typing import Any
@@ -15,7 +18,7 @@ from etils import epath
 from lm import checkpoint, cli, files, processes, schema, validation
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
-from lm.evaluate import compare, compare_output, corpora, output
+from lm.evaluate import compare, compare_output, corpora, harness, output
 
 _WORKDIR = cli.define_path("workdir", "Run to evaluate.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default: the last.")
@@ -61,6 +64,37 @@ _OVERLAP = cli.define_path(
 _DOCUMENTS = flags.DEFINE_bool(
   "documents", False, "Show and write every document."
 )
+_TASKS = flags.DEFINE_list(
+  "tasks",
+  None,
+  "Tasks of lm-evaluation-harness, in place of sources: names, groups or "
+  "patterns, as docstring_bodies,arc_*.",
+)
+_INCLUDE_PATH = cli.define_path(
+  "include_path", "Folder with the .yaml files of your own tasks."
+)
+_LIMIT = flags.DEFINE_integer(
+  "limit", None, "Documents of each task; default: all.", lower_bound=1
+)
+_NUM_FEWSHOT = flags.DEFINE_integer(
+  "num_fewshot",
+  None,
+  "Examples before each question; default: the task's.",
+  lower_bound=0,
+)
+_APPLY_CHAT_TEMPLATE = flags.DEFINE_bool(
+  "apply_chat_template", False, "Lay the prompts of tasks out as chats."
+)
+# Flags of one kind of evaluation, refused beside the other.
+_OF_SOURCES = (
+  "source",
+  "stride",
+  "text_unit",
+  "invalid_utf8",
+  "documents",
+  "overlap",
+)
+_OF_TASKS = ("include_path", "limit", "num_fewshot", "apply_chat_template")
 
 
 _COMPARE = cli.define_paths(
@@ -70,7 +104,7 @@ _COMPARE = cli.define_paths(
 )
 _DRAW = cli.define_path("draw", "With --compare: PNG file to write.")
 # Flags that are about one run.
-_OF_ONE_RUN = ("workdir", "step", "adapter", "chat_template")
+_OF_ONE_RUN = ("workdir", "step", "adapter", "chat_template", "tasks")
 
 
 def main() -> None:
@@ -91,7 +125,20 @@ def main() -> None:
 def _evaluate(data: dict[str, Any]) -> None:
   if _WORKDIR.value is None:
     raise schema.ConfigError("--workdir: missing; write --workdir=RUN")
+  for name in _OF_SOURCES if _TASKS.value else _OF_TASKS:
+    if flags.FLAGS[name].present:
+      needed = "sources, not --tasks" if _TASKS.value else "--tasks"
+      raise schema.ConfigError(
+        f"--{name}: has a meaning for {needed} only; leave it out"
+      )
+  if _TASKS.value:
+    harness.check_installed()
   processes.join(_heartbeat_seconds(_WORKDIR.value))
+  template = tokenizer_lib.read_template(
+    _CHAT_TEMPLATE.value, "--chat_template"
+  )
+  if _TASKS.value:
+    return _run_tasks(_WORKDIR.value, _TASKS.value, template)
   evaluation = corpora.evaluate(
     _WORKDIR.value,
     specs=_SOURCE.value,
@@ -101,9 +148,7 @@ def _evaluate(data: dict[str, Any]) -> None:
     data=data,
     output=_OUTPUT.value,
     adapter=_ADAPTER.value,
-    chat_template=tokenizer_lib.read_template(
-      _CHAT_TEMPLATE.value, "--chat_template"
-    ),
+    chat_template=template,
     overlap=_OVERLAP.value,
   )
   if jax.process_index() == 0:
@@ -138,6 +183,28 @@ def _compare(data: dict[str, Any]) -> None:
       compare_output.write(comparison, _OUTPUT.value, _DOCUMENTS.value)
     if _DRAW.value is not None:
       compare_output.draw(comparison, _DRAW.value)
+
+
+def _run_tasks(
+  workdir: str, tasks: list[str], chat_template: str | None
+) -> None:
+  content = harness.evaluate(
+    workdir,
+    tasks,
+    step=_STEP.value,
+    include_path=_INCLUDE_PATH.value,
+    limit=_LIMIT.value,
+    num_fewshot=_NUM_FEWSHOT.value,
+    chats=_APPLY_CHAT_TEMPLATE.value,
+    batch_size=_BATCH_SIZE.value,
+    output=_OUTPUT.value,
+    adapter=_ADAPTER.value,
+    chat_template=chat_template,
+  )
+  if content is not None:
+    harness.show(content, rich.console.Console())
+    if _OUTPUT.value is not None:
+      harness.write(content, _OUTPUT.value)
 
 
 def _heartbeat_seconds(workdir: str) -> int:

@@ -160,11 +160,7 @@ def prepare(
     raise schema.ConfigError(
       f"--stride={stride}: must be from 1 to model.context_length={context}"
     )
-  if batch_size is not None and batch_size * context > _MAX_TOKENS:
-    raise schema.ConfigError(
-      f"--batch_size={batch_size}: with a context of {context} tokens it must "
-      f"be at most {_MAX_TOKENS // context}, so that the host can hold a batch"
-    )
+  check_batch_size(batch_size, context)
   data_config = dataclasses.replace(config.data, **data)
   for name in specs or config.data.validation:
     schema.require(
@@ -192,7 +188,7 @@ def score(job: Job) -> Evaluation:
   """Loads the parameters and scores the sources."""
   config, results = job.meta.config, []
   about = provenance.of(job.meta, job.tokenizer, job.adapter)
-  mesh, n_rows = _make_mesh(config, job.n_rows)
+  mesh, n_rows = make_mesh(config, job.n_rows)
   with jax.set_mesh(mesh), _progress() as progress:
     model, params = load.model(job.workdir, job.meta, mesh, job.adapter)
     score_step = perplexity.eval_step(model)
@@ -287,7 +283,16 @@ def _check_text(source: sources_lib.Source) -> None:
     )
 
 
-def _make_mesh(
+def check_batch_size(batch_size: int | None, context: int) -> None:
+  """Raises ConfigError if the host could not hold such a batch."""
+  if batch_size is not None and batch_size * context > _MAX_TOKENS:
+    raise schema.ConfigError(
+      f"--batch_size={batch_size}: with a context of {context} tokens it must "
+      f"be at most {_MAX_TOKENS // context}, so that the host can hold a batch"
+    )
+
+
+def make_mesh(
   config: config_lib.Config, n_rows: int
 ) -> tuple[jax.sharding.Mesh, int]:
   """(mesh over the present devices, `n_rows` rounded up to a multiple of the

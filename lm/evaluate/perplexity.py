@@ -197,7 +197,7 @@ def evaluate_batches(
   """
   table = np.asarray(byte_lengths, np.int32)
   result = Totals()
-  for scores in _ahead(step(params, batch, table) for batch in batches):
+  for scores in ahead(step(params, batch, table) for batch in batches):
     if should_stop():
       return None
     result += totals(scores)
@@ -246,7 +246,7 @@ def evaluate_source(
       yield np.array([tokenizer.bos, *ids, tokenizer.eos], np.int32)
 
   table = np.asarray(tokenizer.target_bytes, np.int32)
-  results = _ahead(
+  results = ahead(
     (places, step(params, place_rows(batch), table).nll)
     for batch, places in windows.pack(documents(), n_rows, context, stride)
   )
@@ -263,7 +263,7 @@ def evaluate_source(
         scored = Totals()
 
 
-def _ahead(results: Iterable[Any]) -> Iterator[Any]:
+def ahead(results: Iterable[Any]) -> Iterator[Any]:
   """Yields each result once _AHEAD later results have been dispatched."""
   queue: collections.deque[Any] = collections.deque()
   for result in results:
@@ -273,15 +273,18 @@ def _ahead(results: Iterable[Any]) -> Iterator[Any]:
   yield from queue
 
 
-def place_rows(batch: batch_lib.Batch) -> batch_lib.Batch:
-  """Places this process's rows of a batch on the mesh in context, if any; every
-  process passes the whole batch.
+def place_rows(
+  batch: batch_lib.Batch, where: NamedSharding | None = None
+) -> batch_lib.Batch:
+  """Places this process's rows of a batch on the mesh in context, if any, or as
+  `where` says; every process passes the whole batch.
   """
-  if not sharding.has_mesh():
-    return batch
-  where = NamedSharding(
-    jax.sharding.get_mesh(), sharding.partition("batch", "length")
-  )
+  if where is None:
+    if not sharding.has_mesh():
+      return batch
+    where = NamedSharding(
+      jax.sharding.get_mesh(), sharding.partition("batch", "length")
+    )
   n_rows = len(batch.inputs)
   first, last = sharding.local_rows(where, n_rows)
   rows = jax.tree.map(lambda a: a[first:last], batch)

@@ -169,14 +169,27 @@ def chunk_nll(scores, targets):
   top = _pmax(jnp.max(scores, axis=-1))
   total = jnp.sum(jnp.exp(scores - top[..., None]), axis=-1)
   log_z = top + jnp.log(_psum(total, "vocab"))
-  size = scores.shape[-1]
-  first = 0
-  if sharding.has_mesh():
-    first = size * jax.lax.axis_index(sharding.mesh_axes("vocab"))
   # A gather over a sharded vocabulary would communicate; a comparison is local.
-  hit = jnp.arange(size)[None] + first == targets[:, None]
+  hit = _ids(scores) == targets[:, None]
   chosen = _psum(jnp.sum(jnp.where(hit, scores, 0), axis=-1), "vocab")
   return log_z - chosen, log_z, hit
+
+
+def chunk_ranks(scores, targets, hit):
+  """Rank of each target, from 1; of equal scores the lower id ranks first."""
+  chosen = _psum(jnp.sum(jnp.where(hit, scores, 0), axis=-1), "vocab")[:, None]
+  earlier = _ids(scores) < targets[:, None]
+  better = (scores > chosen) | ((scores == chosen) & earlier)
+  return 1 + _psum(jnp.sum(better, axis=-1, dtype=jnp.int32), "vocab")
+
+
+def _ids(scores):
+  """Ids [1, V] of the local shard of the vocabulary."""
+  ids = jnp.arange(scores.shape[-1])[None]
+  if not sharding.has_mesh():
+    return ids
+  mine = jax.lax.axis_index(sharding.mesh_axes("vocab"))
+  return ids + mine * scores.shape[-1]
 
 
 def _add(sums, nll, log_z, weights, z_loss):

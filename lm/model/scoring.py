@@ -1,8 +1,9 @@
 """Log-probabilities of a given text, from raw logits: token by token.
 
-`token_nll` is what evaluation sums, on any mesh; `score` adds each token's rank
-and the likeliest alternatives, with the weights of inference; `fill` reads a
-text in both directions, and gives the likeliest ids of its masked positions.
+`token_nll` is what evaluation sums, on any mesh, and `token_scores` adds each
+token's rank; `score` adds the likeliest alternatives, with the weights of
+inference; `fill` reads a text in both directions, and gives the likeliest ids
+of its masked positions.
 
 B rows, T length, D model, V vocabulary, A alternatives, M masked positions.
 """
@@ -33,21 +34,57 @@ def token_nll(
   softcap: float | None = None,
 ) -> Float[Array, "B T"]:
   """Negative log-likelihood of each target, in nats."""
+
+  def one(logits, targets):
+    return loss.chunk_nll(logits, targets)[0]
+
+  options = chunk, softcap, ("batch", "length")
+  return _by_chunk(one, x, head, bias, targets, *options)
+
+
+@jax.named_scope("loss")
+def token_scores(
+  x: Float[Array, "B T D"],
+  head: Float[Array, "V D"],
+  targets: Int[Array, "B T"],
+  *,
+  bias: Float[Array, "V"] | None = None,
+  chunk: int,
+  softcap: float | None = None,
+) -> tuple[Float[Array, "B T"], Int[Array, "B T"]]:
+  """`token_nll` and the rank of each target, from 1; equal logits rank by id.
+
+  So a target of rank 1 is the token that greedy decoding draws.
+  """
+
+  def one(logits, targets):
+    nll, _, hit = loss.chunk_nll(logits, targets)
+    return nll, loss.chunk_ranks(logits, targets, hit)
+
+  rows = ("batch", "length")
+  return _by_chunk(one, x, head, bias, targets, chunk, softcap, (rows, rows))
+
+
+def _by_chunk(judge, x, head, bias, targets, chunk, softcap, out_axes):
+  """`judge(logits [C, V], targets [C])` of each chunk, joined to [B, T]."""
   rows = ("batch", "length")
 
   def local(x, head, bias, targets):
     head = loss.whole_head(head, x.dtype)
 
     def one(_, piece):
-      scores, _ = loss.chunk_logits(piece[0], head, bias, softcap)
-      nll, _, _ = loss.chunk_nll(scores, piece[1])
-      return None, nll
+      logits, _ = loss.chunk_logits(piece[0], head, bias, softcap)
+      return None, judge(logits, piece[1])
 
-    _, nll = loss.over_chunks(one, None, chunk, x, targets)
-    return nll
+    return loss.over_chunks(one, None, chunk, x, targets)[1]
 
   run = sharding.per_shard(
-    local, (*rows, None), ("vocab", "embed"), ("vocab",), rows, out_axes=rows
+    local,
+    (*rows, None),
+    ("vocab", "embed"),
+    ("vocab",),
+    rows,
+    out_axes=out_axes,
   )
   return run(x, head, bias, targets)
 

@@ -64,6 +64,13 @@ _API_KEY_ENV = flags.DEFINE_string(
 _ALLOW_PUBLIC = flags.DEFINE_bool(
   "allow_public", False, "Serve other machines without an API key."
 )
+_ADD_BOS = flags.DEFINE_bool(
+  "add_bos",
+  False,
+  "Prompts of ids without a bos get one, where the context has room: for "
+  "clients that cannot, as lm-eval's local-completions with its "
+  "tokenizer_backend=remote. Prompts of text always get one.",
+)
 
 # Time for running calls to finish after a stop signal.
 GRACE_SECONDS = 5.0
@@ -134,7 +141,7 @@ def _serve(name: str, sockets: list[socket.socket], limits) -> None:
     _tell_warm_up if _WARMUP.value else None,
   )
   config = uvicorn.Config(
-    app.make(worker, name, limits),
+    app.make(worker, name, limits, _ADD_BOS.value),
     http=connections.limited(limits),
     ws="none",
     log_level="warning",

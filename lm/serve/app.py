@@ -20,7 +20,7 @@ from starlette import types as asgi
 
 from lm.sample import colours, scoring
 from lm.sample import request as request_lib
-from lm.serve import answers, fields, guard, protocol
+from lm.serve import answers, fields, guard, protocol, tokens
 from lm.serve import worker as worker_lib
 
 # Longer bodies (in bytes) and listed prompts (in tokens) are processed on a
@@ -49,10 +49,15 @@ _PAGE_HEADERS = {
 
 
 def make(
-  worker: worker_lib.Worker, model: str, limits: guard.Limits
+  worker: worker_lib.Worker,
+  model: str,
+  limits: guard.Limits,
+  add_bos: bool = False,
 ) -> applications.Starlette:
-  """Builds the application; `model` is the model name in the API."""
-  app = _App(worker, model, limits)
+  """Builds the application; `model` is the model name in the API, `add_bos` as
+  in `protocol.completion`.
+  """
+  app = _App(worker, model, limits, add_bos)
   get, post = ["GET"], ["POST"]
   return applications.Starlette(
     routes=[
@@ -65,6 +70,10 @@ def make(
       routing.Route("/v1/chat/completions", app.chat, methods=post),
       routing.Route("/v1/next_token", app.next_token, methods=post),
       routing.Route("/v1/score", app.score, methods=post),
+      *(
+        routing.Route(path, app.tokens, methods=post) for path in tokens.READERS
+      ),
+      routing.Route("/tokenizer_info", app.tokenizer, methods=get),
     ],
     middleware=[middleware_lib.Middleware(guard.Guard, limits=limits)],
     exception_handlers={
@@ -79,9 +88,13 @@ def make(
 
 class _App:
   def __init__(
-    self, worker: worker_lib.Worker, model: str, limits: guard.Limits
+    self,
+    worker: worker_lib.Worker,
+    model: str,
+    limits: guard.Limits,
+    add_bos: bool,
   ):
-    self._worker, self._limits = worker, limits
+    self._worker, self._limits, self._add_bos = worker, limits, add_bos
     self._sampler = worker.sampler
     # Chat requests wait for the single process that renders chat templates: an
     # executor for chats alone keeps all else from waiting.
@@ -138,7 +151,8 @@ class _App:
     return responses.JSONResponse(self._card)
 
   async def completions(self, request: requests.Request) -> asgi.ASGIApp:
-    return await self._text(request, protocol.completion, answers.Completion)
+    read = functools.partial(protocol.completion, add_bos=self._add_bos)
+    return await self._text(request, read, answers.Completion)
 
   async def chat(self, request: requests.Request) -> asgi.ASGIApp:
     return await self._text(request, protocol.chat, answers.Chat)
@@ -165,6 +179,13 @@ class _App:
       return await self.apart(build, len(ids))
 
     return _json(await self.attended(request.receive, work()))
+
+  async def tokens(self, request: requests.Request) -> responses.Response:
+    read = tokens.READERS[request.url.path]
+    return _json(answers.dump(await self._read(request, read)))
+
+  async def tokenizer(self, request: requests.Request) -> responses.Response:
+    return responses.JSONResponse(tokens.info(self._sampler))
 
   async def _text(self, request, read, kind) -> asgi.ASGIApp:
     """Handles completions and chats, with a whole response or a stream."""
@@ -233,7 +254,7 @@ class _App:
     parse = functools.partial(
       read, self._sampler, self._card["id"], bytes(body)
     )
-    if read is protocol.chat:
+    if read in (protocol.chat, tokens.tokenize):  # These may render a chat.
       loop = asyncio.get_running_loop()
       work = loop.run_in_executor(self._chats, parse)
     else:

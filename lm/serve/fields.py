@@ -153,3 +153,54 @@ def _no_constant(name: str) -> float:
 def short(value: Any) -> str:
   text = repr(value)
   return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def prompts(value: Any) -> list[str | list[int]]:
+  """Prompts from any of OpenAI's four forms: text, texts, ids, lists of ids."""
+
+  def is_ids(form: Any) -> bool:
+    return isinstance(form, list) and all(type(i) is int for i in form)
+
+  forms = value if isinstance(value, list) else [value]
+  if value and is_ids(value):
+    return [value]
+  if not forms or not all(isinstance(f, str) or is_ids(f) for f in forms):
+    raise Refusal(
+      400,
+      f"{short(value)}: must be text, a list of texts, a list of "
+      "ids or a list of lists of ids, and not empty",
+      "prompt",
+    )
+  return forms
+
+
+def messages(value: Any) -> list[dict[str, Any]]:
+  """Validates chat messages; joins content parts into a single text."""
+  if not isinstance(value, list):
+    raise Refusal(400, "messages: must be a list of objects", "messages")
+  messages = []
+  for i, message in enumerate(value):
+    where = f"messages[{i}]"
+    if not isinstance(message, dict):
+      raise Refusal(400, f"{where}: must be an object", "messages")
+    for name, part in message.items():
+      if name not in ("role", "content") and part is not None:
+        known = schema.unknown(name, ["role", "content"])
+        raise Refusal(400, f"{where}.{short(name)}: {known}", "messages")
+    content = message.get("content")
+    if isinstance(content, list):
+      for part in content:
+        if (
+          not isinstance(part, dict)
+          or set(part) != {"type", "text"}
+          or part["type"] != "text"
+          or not isinstance(part["text"], str)
+        ):
+          raise Refusal(400, f"{where}: holds more than text", "messages")
+      content = "".join(part["text"] for part in content)
+    if not isinstance(content, str) or not isinstance(message.get("role"), str):
+      raise Refusal(
+        400, f"{where}: needs role and content, both texts", "messages"
+      )
+    messages.append({"role": message["role"], "content": content})
+  return messages

@@ -40,8 +40,8 @@ _LISTS = {"stop": str, "forbidden": int, "stop_ids": int}
 MAX_LISTED = 1 << 20
 _OUTPUT = ("max_tokens", "n", "stream", "stream_options", "logprobs")
 COMPLETION = (
-  *("prompt", "suffix", "fim_order", "add_bos", "echo"),
-  *(*_OUTPUT, *_RULES),
+  *("prompt", "suffix", "fim_order", "add_bos", "add_special_tokens"),
+  *("echo", "max_new_tokens", *_OUTPUT, *_RULES),
 )
 CHAT = ("messages", "max_completion_tokens", "top_logprobs", *_OUTPUT, *_RULES)
 NEXT_TOKEN = ("prompt", "add_bos", "candidates", *_RULES)
@@ -68,22 +68,32 @@ class Plan:
   n_hidden: list[int] = dataclasses.field(default_factory=list)
 
 
-def completion(sampler: sampler_lib.Sampler, model: str, body: bytes) -> Plan:
+def completion(
+  sampler: sampler_lib.Sampler, model: str, body: bytes, add_bos: bool = False
+) -> Plan:
+  """Parses /v1/completions. With `add_bos`, prompts of ids get a bos, too, if
+  they have none and the context has room for it; `add_bos` of the call counts
+  before it.
+  """
   fields = fields_lib.read(body, model, COMPLETION)
   echo = fields_lib.typed(fields, "echo", bool, False)
   logprobs = fields_lib.typed(fields, "logprobs", int, None)
   limit = fields_lib.typed(fields, "max_tokens", int, None)
+  # The name in lm-eval's tasks, which its client sends beside its own default.
+  limit = fields_lib.typed(fields, "max_new_tokens", int, limit)
   if limit == 0 and not echo:
     raise fields_lib.Refusal(
       400, "max_tokens=0: must be at least 1, but for echo=true", "max_tokens"
     )
   if "prompt" not in fields:
     raise fields_lib.Refusal(400, "prompt: missing", "prompt")
-  shown = _prompts(fields["prompt"])
+  shown = fields_lib.prompts(fields["prompt"])
   requests, prompts, n_hidden = [], [], []
   infill = _infill(sampler, fields, shown, echo)
   for prompt in shown:
     ids, hidden = (infill or _encode)(sampler, fields, prompt)
+    if add_bos and not hidden and _lacks_bos(sampler, fields, ids, limit or 1):
+      ids, hidden = [sampler.tokenizer.bos, *ids], 1
     room = max(sampler.cfg.context_length - len(ids), 1)
     n_tokens = min(DEFAULT_TOKENS, room) if limit is None else limit
     prompts.append(ids)
@@ -114,7 +124,7 @@ def chat(sampler: sampler_lib.Sampler, model: str, body: bytes) -> Plan:
   if "messages" not in fields:
     raise fields_lib.Refusal(400, "messages: missing", "messages")
   try:
-    messages = _messages(fields["messages"])
+    messages = fields_lib.messages(fields["messages"])
     ids = chat_lib.chat_ids(sampler.tokenizer, messages)
   except schema.ConfigError as error:
     raise fields_lib.Refusal(400, str(error), "messages") from error
@@ -139,12 +149,12 @@ def next_token(
     )
   if "prompt" not in fields:
     raise fields_lib.Refusal(400, "prompt: missing", "prompt")
-  (prompt, *more) = _prompts(fields["prompt"])
+  (prompt, *more) = fields_lib.prompts(fields["prompt"])
   if more:
     raise fields_lib.Refusal(400, "prompt: one only, as text or ids", "prompt")
   ids, _ = _encode(sampler, fields, prompt)
   request = _request(fields, ids, 1, None)
-  _checked(sampler.resolve, request, None, prompt)
+  checked(sampler.resolve, request, None, prompt)
   return request, min(n, sampler.tokenizer.size)
 
 
@@ -156,7 +166,7 @@ def score(
   n = fields_lib.typed(fields, "alternatives", int, 0)
   if "input" not in fields:
     raise fields_lib.Refusal(400, "input: missing", "input")
-  (text, *more) = _prompts(fields["input"])
+  (text, *more) = fields_lib.prompts(fields["input"])
   if more:
     raise fields_lib.Refusal(400, "input: one only, as text or ids", "input")
   most = min(request_lib.MAX_ALTERNATIVES, sampler.tokenizer.size)
@@ -178,13 +188,30 @@ def _encode(
   none. Text gets a bos and ids do not, unless `add_bos` says otherwise.
   """
   is_text = isinstance(prompt, str)
-  with_bos = fields_lib.typed(fields, "add_bos", bool, is_text)
-  ids = _checked(sampler.encode, prompt)
+  with_bos = _with_bos(fields, is_text)
+  ids = checked(sampler.encode, prompt)
   if is_text and not with_bos:
     return ids[1:] or ids, 0
   if not is_text and with_bos and prompt:  # no ids are bos already
     ids = [sampler.tokenizer.bos, *ids]
   return ids, int(with_bos)
+
+
+def _with_bos(fields: fields_lib.Fields, default: Any) -> Any:
+  """`add_bos`, or vLLM's name for it."""
+  said = fields_lib.typed(fields, "add_special_tokens", bool, default)
+  with_bos = fields_lib.typed(fields, "add_bos", bool, said)
+  if "add_special_tokens" in fields and with_bos != said:
+    raise fields_lib.Refusal(
+      400, "add_bos: contradicts add_special_tokens; give one", "add_bos"
+    )
+  return with_bos
+
+
+def _lacks_bos(sampler, fields, ids: list[int], n_new: int) -> bool:
+  fits = len(ids) + 1 + n_new <= sampler.cfg.context_length
+  is_silent = _with_bos(fields, None) is None
+  return is_silent and fits and ids[:1] != [sampler.tokenizer.bos]
 
 
 def _infill(
@@ -217,12 +244,12 @@ def _infill(
     raise fields_lib.Refusal(
       400, "suffix: needs a prompt of text, not of ids", "suffix"
     )
-  _checked(tokenizer_lib.check_text, "suffix", suffix)
+  checked(tokenizer_lib.check_text, "suffix", suffix)
 
   def encode(sampler, fields, prompt):
-    _checked(tokenizer_lib.check_text, "prompt", prompt)
+    checked(tokenizer_lib.check_text, "prompt", prompt)
     ids = fim.fim_ids(sampler.tokenizer, prompt, suffix, order)
-    with_bos = fields_lib.typed(fields, "add_bos", bool, True)
+    with_bos = _with_bos(fields, True)
     return ids[not with_bos :], int(with_bos)
 
   return encode
@@ -265,10 +292,10 @@ def _plan(
   samples = requests[0].max_new_tokens != 0
   for request, prompt in zip(requests, shown, strict=True):
     if samples:
-      _checked(sampler.resolve, request, None, prompt)
+      checked(sampler.resolve, request, None, prompt)
     else:
       # A prompt that is only scored may exceed the context length.
-      _checked(request_lib.check, request, sampler.tokenizer.size)
+      checked(request_lib.check, request, sampler.tokenizer.size)
   usage = fields_lib.typed(options, "include_usage", bool, False)
   n = requests[0].n_samples
   return Plan(requests, prompts, n, samples, stream, usage, logprobs)
@@ -292,7 +319,7 @@ def _request(
       fields_lib.check_list(name, value, _LISTS[name])
     elif name != "logit_bias":
       rules[name] = value = fields_lib.as_float(name, value, _KINDS[name])
-      _checked(schema.check_types, value, _HINTS[name], name)
+      checked(schema.check_types, value, _HINTS[name], name)
   if "logit_bias" in rules:
     bias = fields_lib.typed(rules, "logit_bias", dict, {})
     fields_lib.check_list("logit_bias", list(bias.values()), (int, float))
@@ -301,7 +328,7 @@ def _request(
       for i, value in bias.items()
     }
   if limit is not None:
-    _checked(schema.check_types, limit, int, "max_tokens")
+    checked(schema.check_types, limit, int, "max_tokens")
   n = fields_lib.typed(fields, "n", int, 1)
   if "seed" not in rules:
     rules["seed"] = secrets.randbelow(2**32 - min(max(n, 1), 2**31))
@@ -314,7 +341,7 @@ def _request(
   )
 
 
-def _checked(function: Callable, *arguments: Any) -> Any:
+def checked(function: Callable, *arguments: Any) -> Any:
   """Calls `function`; a ConfigError becomes a Refusal (400) with API names."""
   try:
     return function(*arguments)
@@ -325,60 +352,3 @@ def _checked(function: Callable, *arguments: Any) -> Any:
     raise fields_lib.Refusal(
       400, said + text.removeprefix(name), said
     ) from error
-
-
-def _prompts(value: Any) -> list[str | list[int]]:
-  """Prompts from any of OpenAI's four forms: text, texts, ids, lists of ids."""
-
-  def is_ids(form: Any) -> bool:
-    return isinstance(form, list) and all(type(i) is int for i in form)
-
-  forms = value if isinstance(value, list) else [value]
-  if value and is_ids(value):
-    return [value]
-  if not forms or not all(isinstance(f, str) or is_ids(f) for f in forms):
-    raise fields_lib.Refusal(
-      400,
-      f"{fields_lib.short(value)}: must be text, a list of texts, a list of "
-      "ids or a list of lists of ids, and not empty",
-      "prompt",
-    )
-  return forms
-
-
-def _messages(value: Any) -> list[dict[str, Any]]:
-  """Validates chat messages; joins content parts into a single text."""
-  if not isinstance(value, list):
-    raise fields_lib.Refusal(
-      400, "messages: must be a list of objects", "messages"
-    )
-  messages = []
-  for i, message in enumerate(value):
-    where = f"messages[{i}]"
-    if not isinstance(message, dict):
-      raise fields_lib.Refusal(400, f"{where}: must be an object", "messages")
-    for name, part in message.items():
-      if name not in ("role", "content") and part is not None:
-        known = schema.unknown(name, ["role", "content"])
-        raise fields_lib.Refusal(
-          400, f"{where}.{fields_lib.short(name)}: {known}", "messages"
-        )
-    content = message.get("content")
-    if isinstance(content, list):
-      for part in content:
-        if (
-          not isinstance(part, dict)
-          or set(part) != {"type", "text"}
-          or part["type"] != "text"
-          or not isinstance(part["text"], str)
-        ):
-          raise fields_lib.Refusal(
-            400, f"{where}: holds more than text", "messages"
-          )
-      content = "".join(part["text"] for part in content)
-    if not isinstance(content, str) or not isinstance(message.get("role"), str):
-      raise fields_lib.Refusal(
-        400, f"{where}: needs role and content, both texts", "messages"
-      )
-    messages.append({"role": message["role"], "content": content})
-  return messages

@@ -20,7 +20,7 @@ from lm import checkpoint, locks, sharding, validation
 from lm import config as config_lib
 from lm.data import pipeline, prefetch, store
 from lm.evaluate import perplexity
-from lm.train import init_from, plot, programs, report, resume
+from lm.train import init_from, plot, programs, report, resume, tasks
 from lm.train import ledger as ledger_lib
 from lm.train import metrics as metrics_lib
 from lm.train import profile as profile_lib
@@ -125,6 +125,10 @@ class _Run:
     # Mode pmap has no mesh in context: the result sharding must be given.
     whole = NamedSharding(mesh, P()) if config.mesh.mode == "pmap" else None
     self.eval_step = perplexity.eval_step(config.model, whole)
+    load = functools.partial(
+      tasks.Tasks, config, mesh, self.rows, prepared.tokenizer, stop
+    )
+    self.tasks = stop.start("loading tasks", load)
 
   def go(self, from_step: int | None = None) -> int:
     """Runs all steps after the last checkpoint, or after `from_step`; returns
@@ -212,18 +216,33 @@ class _Run:
       yield step, batch
 
   def _evaluates_at(self, step: int) -> bool:
+    return self._validates_at(step) or self.tasks.due(step, self.last_step)
+
+  def _validates_at(self, step: int) -> bool:
     every = self.config.train.eval_every
     due = step % every == 0 or step == self.last_step
     return due and bool(self.prepared.validation)
 
   def _evaluate(self, step, state) -> float | None:
-    """Reports the validation loss over all causal sources (over all sources, if
-    none is causal), and the loss and the scored tokens of each source if there
-    are several; returns the first. None if a stop cut the evaluation short.
+    """Validates and does tasks, whichever is due; returns the validation loss,
+    None without one. A stop cuts both short.
     """
     jax.block_until_ready(state.params)
     self.watchdog.pause()
     self.reporter.read()  # reported together with the evaluation
+    loss = self._validate(state) if self._validates_at(step) else None
+    if not self.stop.stopping and self.tasks.due(step, self.last_step):
+      with self.ledger.within("evaluate"):
+        found = self.tasks.run(state.model)
+      if found is not None:
+        self.reporter.report(found)
+    return loss
+
+  def _validate(self, state) -> float | None:
+    """Reports the validation loss over all causal sources (over all sources, if
+    none is causal), and the loss and the scored tokens of each source if there
+    are several; returns the first. None if a stop cut the evaluation short.
+    """
     first_last = sharding.local_rows(self.rows, self.config.train.batch_size)
     batches = pipeline.validation_batches(
       self.config, self.prepared, rows=first_last
@@ -312,11 +331,17 @@ class _Run:
 
   def _lacks_evaluation(self) -> bool:
     """Whether a stop cut short the evaluation after the last step (SIGTERM)."""
-    if self.start == 0 or not self._evaluates_at(self.start):
-      return False
-    reports = metrics_lib.read(self.workdir)
-    last = [r for r in reports if r["step"] == self.start]
-    return bool(last) and "eval/loss" not in last[0]
+    due = {
+      "eval/loss": self._validates_at(self.start),
+      "task/": self.tasks.due(self.start, self.last_step),
+    }
+    reports = metrics_lib.read(self.workdir) if self.start else []
+    return any(
+      is_due and not any(name.startswith(prefix) for name in report)
+      for report in reports
+      if report["step"] == self.start
+      for prefix, is_due in due.items()
+    )
 
   def _place(self, batch):
     return sharding.place(batch, self.rows, self.config.train.batch_size)

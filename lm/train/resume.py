@@ -43,6 +43,7 @@ _FREE = (
   "config.train.eval_every",
   "config.train.eval_batches",
   "config.train.slow_step_factor",
+  *("config.tasks", "config.tasks."),
   # Fingerprints decide whether these fields name the same data as before.
   "config.data.train",
   "config.data.validation",

@@ -83,12 +83,12 @@ def config_to_check(
 ) -> tuple[config_lib.Config, str]:
   """The config to check, and a line on the changes; `small` None shrinks only a
   large config. A kernel of a different platform becomes "reference", and no
-  other run is read.
+  other run is read, and no task is run.
   """
   checked = copy.deepcopy(config)
   if is_large(config) if small is None else small:
     checked = shrink(config)
-  checked.init_from = None
+  checked.init_from = checked.tasks = None
   kernel, platform = config.model.attention, sharding.platform()
   of = {"splash": "tpu", "cudnn": "gpu", "mosaic": "gpu"}
   if of.get(kernel, platform) != platform:

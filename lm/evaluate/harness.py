@@ -1,0 +1,309 @@
+"""Tasks of lm-evaluation-harness (lm-eval) on a checkpoint: scores that others
+accept. Needs the extra `eval`, which is imported only where tasks are run.
+"""
+
+import contextlib
+import fnmatch
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import math
+import os
+import pathlib
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import rich.box
+import rich.console
+import rich.markup
+import rich.table
+
+from lm import checkpoint, files, processes, schema
+from lm.data import tokenizer as tokenizer_lib
+from lm.evaluate import corpora, provenance
+from lm.sample import load
+
+# Tasks that come with this project: found without a network or lm-eval's index.
+TASKS = pathlib.Path(__file__).parent / "tasks"
+# lm-eval's own seeds: of `random`, of NumPy, and of few-shot examples.
+_SEEDS = (0, 1234, 1234)
+
+
+def check_installed(name: str = "--tasks") -> None:
+  """Raises ConfigError without lm-eval; `name` is the flag that needs it."""
+  if importlib.util.find_spec("lm_eval") is None:
+    raise schema.ConfigError(
+      f"{name}: lm-eval is missing; install the extra, as "
+      "`pip install -e .[eval]`"
+    )
+
+
+def evaluate(
+  workdir: str,
+  tasks: Sequence[str],
+  *,
+  step: int | None = None,
+  include_path: str | None = None,
+  limit: int | None = None,
+  num_fewshot: int | None = None,
+  chats: bool = False,
+  batch_size: int | None = None,
+  output: str | None = None,
+  adapter: str | None = None,
+  chat_template: str | None = None,
+) -> dict[str, Any] | None:
+  """Runs tasks on a checkpoint; what `show` prints and `write` writes, on
+  process 0, and None on the others.
+
+  `limit` is of documents per task, and `chats` lays prompts out by the chat
+  template. Other arguments are as in `corpora.evaluate`. Raises ConfigError on
+  bad input before parameters are loaded.
+  """
+  check_installed()
+  if output is not None:
+    files.check_output(output, "--output")
+  meta = checkpoint.load_meta(workdir, step)
+  schema.require(
+    meta.config.model.causal,
+    "config.model.causal",
+    False,
+    "tasks ask for the next token, which an encoder does not predict",
+  )
+  tokenizer = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
+  if chat_template is not None:
+    tokenizer = tokenizer.with_template(chat_template)
+  if chats and tokenizer.chat_template is None:
+    raise schema.ConfigError(
+      "--apply_chat_template: this checkpoint has no chat template; name one "
+      "with --chat_template=FILE.jinja"
+    )
+  train, cache_dir = meta.config.train, meta.config.data.cache_dir
+  loaded = processes.only_first(lambda: find(tasks, include_path, cache_dir))
+  corpora.check_batch_size(batch_size, meta.config.model.context_length)
+  rows = batch_size or train.batch_size // train.microbatches
+  mesh, n_rows = corpora.make_mesh(meta.config, rows)
+  with jax.set_mesh(mesh):
+    cfg, params = load.model(workdir, meta, mesh, adapter)
+
+  from lm.evaluate import harness_model
+
+  answerer = harness_model.Answerer(cfg, params, tokenizer, mesh, n_rows)
+  found = answerer.lead(
+    lambda: run(
+      harness_model.HarnessModel(answerer),
+      loaded,
+      limit=limit,
+      num_fewshot=num_fewshot,
+      chats=chats,
+    )
+  )
+  if found is None:
+    return None
+  return {
+    "workdir": workdir,
+    "step": meta.step,
+    "context": cfg.context_length,
+    **provenance.of(meta, tokenizer, adapter),
+    "lm_eval": importlib.metadata.version("lm_eval"),
+    "limit": limit,
+    "num_fewshot": num_fewshot,
+    "apply_chat_template": chats,
+    "tasks": found,
+  }
+
+
+# --- tasks -------------------------------------------------------------------
+
+
+def find(
+  names: Sequence[str],
+  include_path: str | None = None,
+  cache_dir: str | None = None,
+  flags: tuple[str, str] = ("--tasks", "--include_path"),
+) -> Any:
+  """lm-eval's TaskDict of tasks, groups, tags and patterns (`mmlu_*`).
+
+  Tasks are looked for in `include_path`, then among this project's own, and
+  only then among lm-eval's, whose index takes seconds to read. Raises
+  ConfigError that quotes `flags` on unknown names, and on data that cannot be
+  loaded.
+  """
+  from lm_eval import tasks as tasks_lib
+
+  if include_path is not None and not pathlib.Path(include_path).is_dir():
+    raise schema.ConfigError(
+      f"{flags[1]}={include_path!r}: no such folder; name the one that has "
+      "the .yaml files of the tasks"
+    )
+  where: list[Any] = [TASKS, *([include_path] if include_path else [])]
+  # lm-eval gives it to the functions that make a task's data.
+  metadata: Any = {"stdlib_cache_dir": cache_dir} if cache_dir else None
+  manager: Any = None
+  for defaults in (False, True):
+    manager = tasks_lib.TaskManager(
+      include_path=where, include_defaults=defaults, metadata=metadata
+    )
+    if all(fnmatch.filter(manager.all_tasks, name) for name in names):
+      break
+  loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+  for name in names:
+    matching = fnmatch.filter(manager.all_tasks, name)
+    if not matching:
+      known = schema.unknown(name, manager.all_tasks)
+      hint = known.partition("Known:")[0]
+      raise schema.ConfigError(
+        f"{flags[0]}: {name!r} is {hint}`lm_eval ls tasks` lists all of them, "
+        f"and {flags[1]}=FOLDER adds your own"
+      )
+    with _quiet():
+      for part, content in _load(manager, name, matching, flags).items():
+        loaded[part].update(content)
+  return loaded
+
+
+def _load(
+  manager: Any, name: str, matching: list[str], flags: tuple[str, str]
+) -> Any:
+  try:
+    return manager.load(matching)
+  except Exception as error:  # Of the Hub, of YAML, of a task's own functions.
+    raise schema.ConfigError(
+      f"{flags[0]}={name}: cannot be loaded ({type(error).__name__}: "
+      f"{files.first_line(error)}). Most tasks of lm-eval read a data set from "
+      "the Hugging Face Hub; without a network, put a copy of it into "
+      f"FOLDER, write a FOLDER/{name}.yaml of `include: PATH` (the task's own "
+      f".yaml), `task: {name}`, `dataset_path: json` and `dataset_kwargs: "
+      "{data_files: {test: FOLDER/test.jsonl}}`, and add "
+      f"{flags[1]}=FOLDER"
+    ) from error
+
+
+def run(
+  model: Any,
+  loaded: Any,
+  *,
+  limit: int | None = None,
+  num_fewshot: int | None = None,
+  chats: bool = False,
+) -> dict[str, dict[str, Any]]:
+  """Scores of each task and group: {name: {version, n, num_fewshot, metrics:
+  {metric: {value, stderr}}}}; a value that is not finite is None.
+
+  `model` is any lm_eval LM. Seeds and defaults are those of lm-eval's command,
+  but for a bootstrap of 1,000 draws, of which that has 100,000.
+  """
+  from lm_eval import evaluator
+
+  for task in loaded["tasks"].values():
+    default = task.get_config("num_fewshot")
+    if num_fewshot is not None and default != 0:  # 0 is the task's own wish.
+      task.set_config(key="num_fewshot", value=num_fewshot)
+    elif default is None:
+      task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=_SEEDS[2])
+  with _quiet(), _seeded():
+    found: Any = evaluator.evaluate(
+      model,
+      loaded,
+      limit=limit,
+      log_samples=False,
+      apply_chat_template=chats,
+      fewshot_as_multiturn=chats,
+      bootstrap_iters=1000,
+    )
+  return {name: _scores(found, name) for name in found["results"]}
+
+
+def _scores(found: Any, name: str) -> dict[str, Any]:
+  metrics: dict[str, dict[str, float | None]] = {}
+  for key, value in found["results"][name].items():
+    metric, _, filtered = key.partition(",")
+    if not filtered or not isinstance(value, int | float):
+      continue
+    kind = "stderr" if metric.endswith("_stderr") else "value"
+    metric = metric.removesuffix("_stderr")
+    # The filter of a task without filters goes without saying.
+    label = metric if filtered == "none" else f"{metric},{filtered}"
+    finite = float(value) if math.isfinite(value) else None
+    metrics.setdefault(label, {"value": None, "stderr": None})[kind] = finite
+  return {
+    "version": found["versions"].get(name),
+    "n": found.get("n-samples", {}).get(name, {}).get("effective"),
+    "num_fewshot": found.get("n-shot", {}).get(name),
+    "metrics": metrics,
+  }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Hides lm-eval's notes, keeps stdout for scores, and keeps lm-eval from a
+  pool of processes for a bootstrap: JAX's threads do not survive a fork.
+  """
+  import datasets
+
+  logger, key = logging.getLogger("lm_eval"), "DISABLE_MULTIPROC"
+  level, bars = logger.level, datasets.is_progress_bar_enabled()
+  before = os.environ.get(key)
+  os.environ[key] = "1"
+  logger.setLevel(logging.ERROR)
+  datasets.disable_progress_bars()
+  try:
+    with contextlib.redirect_stdout(sys.stderr):
+      yield
+  finally:
+    logger.setLevel(level)
+    os.environ.pop(key)
+    if before is not None:
+      os.environ[key] = before
+    if bars:
+      datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def _seeded() -> Iterator[None]:
+  """lm-eval's seeds of the global generators, which some tasks draw from."""
+  before, numpys = random.getstate(), np.random.get_state()
+  random.seed(_SEEDS[0])
+  np.random.seed(_SEEDS[1])
+  try:
+    yield
+  finally:
+    random.setstate(before)
+    np.random.set_state(numpys)
+
+
+# --- output ------------------------------------------------------------------
+
+
+def show(content: dict[str, Any], console: rich.console.Console) -> None:
+  """Prints a row for each metric of each task."""
+  title = f"{content['workdir']}, step {content['step']}"
+  table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, padding=0)
+  table.add_column("task", overflow="fold")
+  for name in ("version", "docs", "shots", "metric", "value", "stderr"):
+    is_number = name in ("docs", "shots", "value", "stderr")
+    table.add_column(name, justify="right" if is_number else "left")
+
+  def cell(value: Any) -> str:
+    if value is None:
+      return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+  for name, task in content["tasks"].items():
+    first = [str(task["version"]), task["n"], task["num_fewshot"]]
+    label = rich.markup.escape(name)
+    for metric, score in task["metrics"].items():
+      row = [*map(cell, first), metric, *map(cell, score.values())]
+      table.add_row(label, *row)
+      label, first = "", ["", "", ""]
+  console.print(table)
+
+
+def write(content: dict[str, Any], path: str) -> None:
+  """Writes JSON atomically."""
+  files.replace(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -1,0 +1,140 @@
+"""Log-likelihoods of parts of texts, in packed batches of a few lengths.
+
+A span is what an evaluation task asks about: tokens of which the last few are
+scored, given the ones before. Long spans come first, and a batch is as long as
+its longest span, rounded up to a power of two: few programs, little padding.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from lm import batch as batch_lib
+from lm import chips, sharding
+from lm import config as config_lib
+from lm.data import windows
+from lm.evaluate import perplexity
+from lm.model import decoder, scoring
+
+# Length of the shortest batches: a kernel may need whole tiles of 128.
+MIN_LENGTH = 128
+
+
+class Stopped(Exception):
+  """All processes have agreed to stop (SIGTERM)."""
+
+
+class Span(NamedTuple):
+  """`tokens` [n], at most one more than the context: the last `n_scored` are
+  scored, and the first is not.
+  """
+
+  tokens: Sequence[int]
+  n_scored: int
+
+
+class Likelihood(NamedTuple):
+  """Natural log-likelihood of the scored tokens, and whether greedy decoding
+  draws them all.
+  """
+
+  total: float
+  is_greedy: bool
+
+
+Scores = tuple[Float[Array, "B T"], Int[Array, "B T"]]
+Step = Callable[[decoder.Params, batch_lib.Batch], Scores]
+
+
+def _score(
+  cfg: config_lib.ModelConfig, params: decoder.Params, batch: batch_lib.Batch
+) -> Scores:
+  """Negative log-likelihood and rank of each target, on every process."""
+  hidden, _ = decoder.forward(cfg, params, batch)
+  head, bias = decoder.bind(cfg, params).head_parts()
+  scores = scoring.token_scores(
+    hidden,
+    head,
+    batch.targets,
+    bias=bias,
+    chunk=cfg.loss_chunk,
+    softcap=cfg.logit_softcap,
+  )
+  if sharding.has_mesh():
+    nll, ranks = (jax.sharding.reshard(x, P()) for x in scores)
+    return nll, ranks
+  return scores
+
+
+def make_step(
+  cfg: config_lib.ModelConfig, whole: NamedSharding | None = None
+) -> Step:
+  """`_score`, jitted once for each length; `whole` as in
+  `perplexity.eval_step`.
+  """
+  return jax.jit(
+    functools.partial(_score, cfg),
+    out_shardings=whole,
+    compiler_options=chips.compiler_options(sharding.platform()),
+  )
+
+
+def score(
+  step: Step,
+  params: decoder.Params,
+  spans: Sequence[Span],
+  *,
+  n_rows: int,
+  context: int,
+  where: NamedSharding | None = None,
+  should_stop: Callable[[], bool] = lambda: False,
+) -> list[Likelihood]:
+  """The Likelihood of each span, in order; empty continuations have 0.
+
+  `n_rows` is a multiple of the devices along the batch, and `where` the
+  sharding of a batch where no mesh is in context. Collective: all processes
+  pass the same spans. Raises Stopped; `should_stop` is called once a batch and
+  must return the same value on every process.
+  """
+  found = [Likelihood(0.0, True)] * len(spans)
+  batches = pack(spans, n_rows, context)
+  for places, scores in perplexity.ahead(
+    (places, step(params, perplexity.place_rows(batch, where)))
+    for batch, places in batches
+  ):
+    if should_stop():
+      raise Stopped
+    nll, ranks = map(np.asarray, scores)
+    for place in places:
+      part = place.row, slice(place.first, place.stop)
+      total = -math.fsum(nll[part].tolist())
+      is_greedy = bool((ranks[part] == 1).all())
+      found[place.document] = Likelihood(total, is_greedy)
+  return found
+
+
+def pack(
+  spans: Sequence[Span], n_rows: int, context: int
+) -> Iterator[tuple[batch_lib.Batch, list[windows.Place]]]:
+  """Batches of the spans that have something to score, the longest first."""
+  rows = None
+  order = [i for i, span in enumerate(spans) if span.n_scored]
+  for i in sorted(order, key=lambda i: -len(spans[i].tokens)):
+    span = np.asarray(spans[i].tokens, np.int32)
+    n = len(span) - 1
+    window = windows.Window(0, n, spans[i].n_scored)
+    if rows is None or not rows.add(i, span, window, True):
+      if rows is not None:
+        yield rows.batch, rows.places
+      length = 2 ** math.ceil(math.log2(max(n, MIN_LENGTH)))
+      rows = windows.Rows(n_rows, min(length, context))
+      rows.add(i, span, window, True)
+  if rows is not None:
+    yield rows.batch, rows.places
