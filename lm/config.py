@@ -80,7 +80,8 @@ class LoraConfig:
 # Hashable: the model config is a key in lookups of compiled programs.
 @dataclasses.dataclass(unsafe_hash=True)
 class ModelConfig:
-  """A decoder; the fields select GPT-2, Llama, Qwen3, Gemma and more.
+  """A decoder; the fields select GPT-2, Llama, Qwen3, Gemma and more, and by
+  `causal=False` encoders: BERT, ModernBERT.
 
   Parameters are stored in float32. Norms, softmax and loss run in float32
   for any `dtype`.
@@ -97,6 +98,9 @@ class ModelConfig:
   d_mlp: Count = 768
   # Longest sequence that the model reads, in tokens.
   context_length: Count = 256
+  # False: every token sees its whole document (an encoder, as BERT). Only
+  # sources of the objective `masked` train, and nothing can be generated.
+  causal: bool = True
 
   norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
   norm_epsilon: Positive = 1e-6
@@ -106,6 +110,11 @@ class ModelConfig:
   # (Gemma 2, 3); `post` x + norm(f(x)) (OLMo 2, 3); `residual` norm(x + f(x)),
   # and no final norm (the Transformer of arXiv:1706.03762).
   norm_placement: Literal["pre", "both", "post", "residual"] = "pre"
+  # Norm of the embeddings (BERT, ModernBERT).
+  embedding_norm: bool = False
+  # False: attention in the first layer reads the residual itself (ModernBERT);
+  # the scale of its norm is there, and not read.
+  first_attention_norm: bool = True
   # RMSNorm of queries and keys, for each `head` (Qwen3, Gemma 3) or over all of
   # them, the whole `projection` (OLMo 2, 3).
   qk_norm: Literal["head", "projection"] | None = None
@@ -140,6 +149,11 @@ class ModelConfig:
   logit_softcap: Positive | None = None
 
   tied_embedding: bool = True
+  # Before the head, norm(gelu(dense x)), and a bias per id of the vocabulary
+  # (the masked-LM heads of BERT and ModernBERT). The dense layer has a bias if
+  # the MLP has.
+  head_transform: bool = False
+  head_bias: bool = False
   # Gemma multiplies embeddings by sqrt(d_model).
   scale_embedding: bool = False
   # Standard deviation of the normal initialiser. Matrices that write to the

@@ -29,6 +29,15 @@ def validate(config: config_lib.Config) -> config_lib.Config:
     f"must be at most {flat:.0f}: schedule='wsd' decays from that step on, "
     f"the last decay_fraction={o.decay_fraction} of train.steps={steps}",
   )
+  for source in (*config.data.train, *config.data.validation):
+    schema.require(
+      config.model.causal
+      or isinstance(objective_lib.of(source), objective_lib.Masked),
+      "config.model.causal",
+      False,
+      f"every token sees the one that it should predict in source {source!r}; "
+      "write SOURCE|masked",
+    )
   for path, value, default, reader in _without_effect(config):
     schema.require(
       value == default,
@@ -270,6 +279,11 @@ _ROWS = ("jsonl:", "parquet:", "csv:", "instruct:")
 # (fields, predicate, reader): fields that only some configs read. The predicate
 # says whether a config reads the fields; the reader is named in the error.
 _READERS: tuple[tuple[str, Callable[[config_lib.Config], bool], str], ...] = (
+  (
+    "model.first_attention_norm",
+    lambda c: c.model.norm_placement in ("pre", "both"),
+    "model.norm_placement='pre' or 'both'",
+  ),
   (
     "model.rope_layers",
     lambda c: c.model.positions == "rope",

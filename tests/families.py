@@ -155,6 +155,33 @@ SMOLLM3 = dataclasses.replace(
   QWEN2, n_layers=6, biases=(), rope_layers=(True, True, True, False)
 )
 
+BERT = dataclasses.replace(
+  GPT2,
+  causal=False,
+  norm_placement="residual",
+  embedding_norm=True,
+  mlp="gelu_exact",
+  head_transform=True,
+  head_bias=True,
+)
+
+MODERNBERT = dataclasses.replace(
+  BERT,
+  n_layers=5,
+  d_model=20,
+  n_heads=2,
+  n_kv_heads=2,
+  d_head=10,
+  norm_placement="pre",
+  first_attention_norm=False,
+  mlp="geglu_exact",
+  biases=(),
+  positions="rope",
+  rope_theta=100.0,
+  rope_theta_windowed=20.0,
+  windows=(None, 5, 5),
+)
+
 # Families that transformers implements too: the golden file has their logits.
 PUBLISHED = {
   "gpt2": GPT2,
@@ -167,6 +194,8 @@ PUBLISHED = {
   "olmo3": OLMO3,
   "phi3": PHI3,
   "smollm3": SMOLLM3,
+  "bert": BERT,
+  "modernbert": MODERNBERT,
 }
 
 # What no single family has together: LayerNorm without biases, one kv head.
@@ -219,6 +248,9 @@ RESIDUAL = dataclasses.replace(
 )
 
 ALL = PUBLISHED | {"relu2": RELU2, "biased": BIASED, "residual": RESIDUAL}
+
+
+DECODERS = {name: cfg for name, cfg in ALL.items() if cfg.causal}
 
 
 def packed_batch(

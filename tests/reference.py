@@ -12,10 +12,12 @@ Parameters are a nested dict of arrays, layers stacked on a leading axis L:
       scale [L, D], bias [L, D]
     attention: q [L, D, N, H], k and v [L, D, K, H], o [L, N, H, D],
       q_bias [L, N, H], k_bias and v_bias [L, K, H], o_bias [L, D],
-      q_norm and k_norm: scale [L, H]
+      q_norm and k_norm: scale [L, H], or [L, N, H] and [L, K, H]
     mlp: up and gate [L, D, F], down [L, F, D],
       up_bias and gate_bias [L, F], down_bias [L, D]
-  final_norm: scale [D], bias [D]
+  embedding_norm, final_norm: scale [D], bias [D]
+  head_transform: dense [D, D], dense_bias [D], norm: scale [D], bias [D]
+  head_bias [V]
 
 B batch, T query length, S key length, D model, F mlp, N query heads,
 K kv heads, G = N / K, H head, V vocabulary, L layers.
@@ -74,6 +76,13 @@ def shapes(cfg: config_lib.ModelConfig) -> dict:
     tree["position_embed"] = (cfg.context_length, D)
   if not cfg.tied_embedding:
     tree["head"] = (D, V)
+  if cfg.embedding_norm:
+    tree["embedding_norm"] = norm()
+  if cfg.head_transform:
+    bias = {"dense_bias": (D,)} if "mlp" in cfg.biases else {}
+    tree["head_transform"] = {"dense": (D, D), "norm": norm()} | bias
+  if cfg.head_bias:
+    tree["head_bias"] = (V,)
   return tree
 
 
@@ -104,7 +113,7 @@ def random_params(cfg: config_lib.ModelConfig, seed: int = 0) -> dict:
         x = x / math.sqrt(cfg.n_heads * cfg.d_head)
       case "q" | "k" | "v" | "up" | "gate" | "down":
         x = x / math.sqrt(shape[1])
-      case "head":
+      case "head" | "dense":
         x = x / math.sqrt(shape[0])
       case "embed" | "position_embed":
         x = x / math.sqrt(shape[1])
@@ -335,20 +344,23 @@ def forward(
   what the attention and the MLP of each layer add, and the residual after them.
   """
   prefix = batch.prefix
-  if prefix is None:
-    prefix = np.zeros_like(batch.inputs, bool)
+  if prefix is None or not cfg.causal:
+    prefix = np.full(batch.inputs.shape, not cfg.causal)
   params = map_tree(lambda _, x: np.asarray(x, np.float64), params)
   x = params["embed"][batch.inputs]
   if cfg.scale_embedding:
     x = x * math.sqrt(cfg.d_model)
   if cfg.positions == "learned":
     x = x + params["position_embed"][batch.positions]
+  if cfg.embedding_norm:
+    x = normalize(x, params["embedding_norm"], cfg)
   for i in range(cfg.n_layers):
     p = map_tree(lambda _, a, i=i: a[i], params["layers"])
     window = cfg.windows[i % len(cfg.windows)]
     mask = visible(batch.segments, prefix, window)
     turn = turn_of(cfg, i, batch.positions)
-    y = before(x, "attention_norm", p, cfg)
+    raw = i == 0 and not cfg.first_attention_norm
+    y = x if raw else before(x, "attention_norm", p, cfg)
     y = attention(y, p["attention"], cfg, mask, turn)
     x, attended = after(x, y, "attention_post_norm", p, cfg)
     y = mlp(before(x, "mlp_norm", p, cfg), p["mlp"], cfg)
@@ -357,8 +369,13 @@ def forward(
       seen.append({"residual": x, "attention": attended, "mlp": fed})
   if cfg.norm_placement != "residual":
     x = normalize(x, params["final_norm"], cfg)
+  if cfg.head_transform:
+    p = params["head_transform"]
+    y = x @ p["dense"] + p.get("dense_bias", 0.0)
+    y = gelu_exact(y) if cfg.mlp.endswith("_exact") else gelu(y)
+    x = normalize(y, p["norm"], cfg)
   head = params["embed"].T if cfg.tied_embedding else params["head"]
-  logits = x @ head
+  logits = x @ head + params.get("head_bias", 0.0)
   if cfg.logit_softcap is not None:
     logits = cfg.logit_softcap * np.tanh(logits / cfg.logit_softcap)
   return logits

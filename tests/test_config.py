@@ -269,6 +269,15 @@ RULES = [
     " mlp, norm",
   ),
   (
+    {
+      "model.causal": False,
+      "data.train": ("text:a|masked",),
+      "data.validation": ("text:b|masked", "text:c|prefix"),
+    },
+    "config.model.causal=False: every token sees the one that it should"
+    " predict in source 'text:c|prefix'; write SOURCE|masked",
+  ),
+  (
     {"model.windows": ()},
     "config.model.windows=(): needs at least one entry, each None or at"
     " least 1",
@@ -393,6 +402,12 @@ ROTARY = "model.positions='rope' in a layer of model.rope_layers"
 BYTES = {"tokenizer.kind": "bytes"}
 UNREAD = [
   (LEARNED, "model.rope_layers", (True, False), "model.positions='rope'"),
+  (
+    {"model.norm_placement": "post"},
+    "model.first_attention_norm",
+    False,
+    "model.norm_placement='pre' or 'both'",
+  ),
   *(
     (also, f"model.{name}", value, ROTARY)
     for also in (

@@ -572,6 +572,24 @@ def test_processes_change_nothing(workdir, tmp_path):
   assert total["n_bytes"] == expected.n_bytes
 
 
+def test_an_encoder_scores_nothing_but_masked_sources(monkeypatch):
+  config = config_lib.Config()
+  config.model.causal = False
+  meta = checkpoint.Meta(1, config, tokenizer="", fingerprint="")
+  monkeypatch.setattr(checkpoint, "load_meta", lambda *_: meta)
+  rule = r"--source='text:b': the model is an encoder .*write SOURCE\|masked"
+  with pytest.raises(schema.ConfigError, match=rule):
+    corpora.evaluate(
+      "run",
+      specs=["text:a|masked", "text:b"],
+      step=None,
+      stride=None,
+      batch_size=None,
+      data={},
+      output=None,
+    )
+
+
 def test_processes_join_with_the_heartbeat_of_the_run(tmp_path):
   """Where its config.json says one; a checkpoint can be read only later."""
   config = config_lib.Config()

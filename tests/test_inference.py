@@ -11,9 +11,38 @@ import reference
 from flax import nnx
 
 from lm import batch as batch_lib
+from lm import schema
+from lm.data import marked
+from lm.data import tokenizer as tokenizer_lib
 from lm.model import attention, inference, kv_cache
+from lm.sample import sampler as sampler_lib
 
 T, READ = 19, 7
+
+
+def test_an_encoder_fills_masks_and_generates_nothing():
+  tokenizer = tokenizer_lib.Tokenizer()
+  cfg = dataclasses.replace(
+    families.MODERNBERT, vocab_size=tokenizer_lib.BYTES_SIZE
+  )
+  params = reference.random_params(cfg)
+  sampler = sampler_lib.Sampler(cfg, params, tokenizer)
+  ids = marked.mask_ids(tokenizer, "ab<mask>cd<mask>e")
+  batch = batch_lib.unscored(np.array([ids], np.int32))
+  logits = reference.forward(params, cfg, batch)[0, :, : tokenizer.size]
+  found = sampler.fill("ab<mask>cd<mask>e", 3)
+  assert len(found) == 2
+  for mask in found:
+    best = np.argsort(-logits[mask.place])[:3].tolist()
+    assert [c.id for c in mask.candidates] == best
+  request = sampler_lib.Request("ab")
+  for refused in (
+    lambda: sampler.generate([request]),
+    lambda: sampler.beam(request, 2),
+    lambda: sampler.score("ab"),
+  ):
+    with pytest.raises(schema.ConfigError, match="causal=False: every token"):
+      refused()
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,50 @@ def test_gradients_equal_finite_differences(chunk, softcap):
     np.testing.assert_allclose(got, slope, rtol=1e-4, err_msg=str(turn))
 
 
+@pytest.mark.parametrize("on_mesh", [False, True])
+def test_a_bias_is_a_column_of_the_head(on_mesh):
+  """That of an input of 1: also in its gradient, with and without a mesh."""
+  x, head, targets, weights = _inputs(3)
+  x, targets, weights = (
+    np.concatenate([a] * 2) for a in (x[..., :6], targets % 36, weights)
+  )
+  head, bias = head[:36, :6], head[:36, 6]
+  ones = np.ones_like(x[..., :1])
+  wider = (
+    np.concatenate([x, ones], -1),
+    np.concatenate([head, bias[:, None]], 1),
+  )
+  options = {"chunk": 5, "softcap": 3.0}
+
+  def total(x, head, bias=None):
+    return loss.cross_entropy(x, head, *rows, bias=bias, z_loss=0.1, **options)[
+      0
+    ]
+
+  rows = [jnp.asarray(targets), jnp.asarray(weights)]
+  want, (dx, dhead) = jax.value_and_grad(total, (0, 1))(
+    *map(jnp.asarray, wider)
+  )
+  tokens = scoring.token_nll(*map(jnp.asarray, wider), rows[0], **options)
+  mesh = jax.make_mesh((2, 2, 2) if on_mesh else (1, 1, 1), sharding.MESH_AXES)
+  with jax.set_mesh(mesh):
+
+    def placed(a, *axes):
+      spec = jax.sharding.NamedSharding(mesh, sharding.partition(*axes))
+      return jax.device_put(a, spec)
+
+    x, head = placed(x, "batch"), placed(head, "vocab", "embed")
+    bias, rows = placed(bias, "vocab"), [placed(a, "batch") for a in rows]
+    got, slopes = jax.jit(jax.value_and_grad(total, (0, 1, 2)))(x, head, bias)
+    nll = scoring.token_nll(x, head, rows[0], bias=bias, **options)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  np.testing.assert_allclose(nll, tokens, rtol=1e-5, atol=1e-6)
+  for a, b in zip(
+    slopes, (dx[..., :6], dhead[:, :6], dhead[:, 6]), strict=True
+  ):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_cotangent_scales_and_weightless_tokens_have_no_gradient():
   x, head, targets, weights = map(jnp.asarray, _inputs())
 

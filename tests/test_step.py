@@ -166,6 +166,27 @@ SWITCHES = {
 }
 
 
+def test_an_encoder_on_a_mesh_under_muon():
+  """Its head has a matrix, vectors, and a bias that the vocabulary's devices
+  share.
+  """
+  fields = {
+    "model__causal": False,
+    "model__norm": "layernorm",
+    "model__norm_placement": "residual",
+    "model__biases": ("mlp", "norm"),
+    "model__embedding_norm": True,
+    "model__head_transform": True,
+    "model__head_bias": True,
+    "data__train": ("text:a|masked",),
+    "data__validation": (),
+  }
+  want, _, _ = _run(_config("muon", **fields), prefix=True)
+  got, state, _ = _run(_config("muon", mesh=(2, 2, 2), **fields), prefix=True)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  assert np.abs(np.asarray(state.params["head_bias"])).max() > 1e-3
+
+
 def test_switches_of_families_on_a_mesh(capfd, compiled_anew):
   config = _config(optimizer__clip_norm=None, **SWITCHES)
   want, _, reference = _run(config)
@@ -481,6 +502,11 @@ OTHER = {
   "model.context_length": 13,
   "model.norm": "layernorm",
   "model.norm_epsilon": 1e-3,
+  "model.causal": False,
+  "model.embedding_norm": True,
+  "model.first_attention_norm": False,
+  "model.head_transform": True,
+  "model.head_bias": True,
   "model.norm_unit_offset": True,
   "model.norm_placement": "both",
   "model.qk_norm": "projection",
@@ -543,6 +569,7 @@ LONGROPE = {
 UNDER = (
   {
     "model.context_length": {"model.positions": "learned"},
+    "model.causal": {"data.train": ("text:a|masked",), "data.validation": ()},
     "model.rope_theta_windowed": {"model.windows": (3,)},
   }
   | {

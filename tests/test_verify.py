@@ -144,7 +144,23 @@ SWITCHES = WINDOWED | {
     long_factors=(1.0, 4.0),
   ),
 }
+# Of BERT and ModernBERT.
+ENCODER = {
+  "model__causal": False,
+  "model__norm": "layernorm",
+  "model__embedding_norm": True,
+  "model__first_attention_norm": False,
+  "model__head_transform": True,
+  "model__head_bias": True,
+  "model__windows": (None, 5),
+  "model__biases": ("mlp",),
+  "data__train": ("text:a|masked",),
+  "data__validation": (),
+}
 CLEAN = [
+  ("causality", ENCODER),
+  ("decode", ENCODER),
+  ("shardings", ENCODER),
   ("causality", BFLOAT16 | WINDOWED),
   ("packing", {"model__positions": "learned", "model__biases": ("qkv", "mlp")}),
   ("padding", {"model__norm_placement": "residual"}),
@@ -380,8 +396,8 @@ def test_dtypes_of_the_softmax(mutate):
 
 
 def test_dtypes_of_the_loss(mutate):
-  def mutant(original, x, head, softcap):
-    scores, slope = original(x, head, softcap)
+  def mutant(original, *operands):
+    scores, slope = original(*operands)
     return scores.astype(jnp.bfloat16), slope
 
   mutate(loss, "chunk_logits", mutant)

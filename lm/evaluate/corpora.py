@@ -111,6 +111,15 @@ def evaluate(
       f"be at most {_MAX_TOKENS // context}, so that the host can hold a batch"
     )
   data_config = dataclasses.replace(config.data, **data)
+  for name in specs or config.data.validation:
+    schema.require(
+      config.model.causal
+      or isinstance(objective_lib.of(name), objective_lib.Masked),
+      "--source",
+      name,
+      "the model is an encoder (model.causal=False), in which every token sees "
+      "what it should predict; write SOURCE|masked",
+    )
   tokenizer = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
   if chat_template is not None:
     tokenizer = tokenizer.with_template(chat_template)

@@ -52,10 +52,12 @@ def score(
   of `Tokenizer.target_bytes`.
   """
   hidden, _ = decoder.forward(cfg, params, batch)
+  head, bias = decoder.bind(cfg, params).head_parts()
   nll = scoring.token_nll(
     hidden,
-    decoder.bind(cfg, params).head_weight(),
+    head,
     batch.targets,
+    bias=bias,
     chunk=cfg.loss_chunk,
     softcap=cfg.logit_softcap,
   )

@@ -18,8 +18,14 @@ def parameter_count(cfg: config_lib.ModelConfig) -> int:
   elif cfg.qk_norm == "projection":
     per_layer += cfg.d_head * (cfg.n_heads + cfg.n_kv_heads)
   total = cfg.vocab_size * D + cfg.n_layers * per_layer
-  if cfg.norm_placement != "residual":
-    total += norm
+  total += norm * (
+    (cfg.norm_placement != "residual") + cfg.embedding_norm + cfg.head_transform
+  )
+  total += _head_transform(cfg)
+  if cfg.head_transform and "mlp" in cfg.biases:
+    total += D
+  if cfg.head_bias:
+    total += cfg.vocab_size
   if cfg.positions == "learned":
     total += cfg.context_length * D
   if not cfg.tied_embedding:
@@ -37,6 +43,8 @@ def forward_flops(cfg: config_lib.ModelConfig, length: int) -> float:
     _mean_visible(length, cfg.windows[i % len(cfg.windows)])
     for i in range(cfg.n_layers)
   )
+  if not cfg.causal:  # as many keys after a query as before
+    pairs = 2 * pairs - cfg.n_layers
   scores_and_sums = 2 * cfg.n_heads * cfg.d_head
   adapters = cfg.n_layers * _layer_adapters(cfg)
   return 2 * (_matrices(cfg) + adapters + scores_and_sums * pairs)
@@ -54,7 +62,11 @@ def train_flops(cfg: config_lib.ModelConfig, length: int) -> float:
 
 def _matrices(cfg: config_lib.ModelConfig) -> int:
   head = cfg.vocab_size * cfg.d_model
-  return cfg.n_layers * _layer_matrices(cfg) + head
+  return cfg.n_layers * _layer_matrices(cfg) + _head_transform(cfg) + head
+
+
+def _head_transform(cfg: config_lib.ModelConfig) -> int:
+  return cfg.d_model**2 if cfg.head_transform else 0
 
 
 def _layer_adapters(cfg: config_lib.ModelConfig) -> int:

@@ -1,4 +1,5 @@
-"""The decoder: embedding, layers, final norm, head.
+"""The decoder: embedding, layers, final norm, head; or an encoder, by
+cfg.causal=False.
 
 B batch, T length, D model, V vocabulary, L layers. A model is a config and a
 pure dict of arrays; the functions below join the two. `forward` stops before
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from lm import batch as batch_lib
 from lm import config as config_lib
@@ -60,8 +61,11 @@ class Block(nnx.Module):
     keys: Key[Array, "B"] | None = None,
     extend: Callable | None = None,
     statistics: bool = False,
+    raw: Bool[Array, ""] | None = None,
   ) -> tuple[Float[Array, "B T D"], Any, Aux]:
     """Returns (residual, what attention keeps for a KV cache, aux).
+
+    `raw`, if given, says whether attention reads the residual without a norm.
 
     With `statistics`, aux["square"] has the mean squares over D of the
     residual and of what attention and MLP add to it.
@@ -74,6 +78,8 @@ class Block(nnx.Module):
     adapters = {} if self.lora is None else self.lora.updates(keys)
     with jax.named_scope("attention"):
       y = x if self.attention_norm is None else self.attention_norm(x)
+      if raw is not None:
+        y = jnp.where(raw, x, y)
       y, new = self.attention(y, tokens, angles, window, extend, adapters)
       x, attended = self._add(x, y, self.attention_post_norm, rows[0])
     with jax.named_scope("mlp"):
@@ -116,6 +122,7 @@ class Decoder(nnx.Module):
     if cfg.positions == "learned":
       shape = (cfg.context_length, D)
       self.position_embed = weights.table(rngs, shape, (None, "embed"), scale)
+    self.embedding_norm = layers.Norm(D, cfg) if cfg.embedding_norm else None
 
     @nnx.split_rngs(splits=cfg.n_layers)
     @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
@@ -128,6 +135,12 @@ class Decoder(nnx.Module):
     if not cfg.tied_embedding:
       axes = ("embed", "vocab")
       self.head = weights.matrix(rngs, (D, V), axes, scale, role="head")
+    self.head_transform = (
+      layers.HeadTransform(cfg, rngs=rngs) if cfg.head_transform else None
+    )
+    self.head_bias = (
+      weights.vector(0.0, (V,), ("vocab",)) if cfg.head_bias else None
+    )
 
   def unroll(self) -> "Decoder":
     """Replaces the stacked `layers` by a list of L Blocks; returns self."""
@@ -151,6 +164,9 @@ class Decoder(nnx.Module):
     PRNG `keys`, one per row, enable dropout.
     """
     cfg = self.cfg
+    if not cfg.causal:
+      everything = jnp.ones_like(tokens.segments, bool)
+      tokens = dataclasses.replace(tokens, prefix=everything)
     x = self.embedded(inputs, tokens, keys)
     angles = rotary.angles(cfg, tokens.positions)
     if not cfg.scan_layers and not isinstance(self.layers, nnx.List):
@@ -162,7 +178,7 @@ class Decoder(nnx.Module):
       said = []
       for i, layer in enumerate(self.layers):
         graph, state = nnx.split(layer)
-        x, aux = run(graph, x, state, i % len(angles), _at(keys, i))
+        x, aux = run(graph, x, state, i % len(angles), i, _at(keys, i))
         said.append(aux)
       aux = _stacked(said)
     else:
@@ -171,15 +187,26 @@ class Decoder(nnx.Module):
 
   @jax.named_scope("final_norm")
   def finish(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    return x if self.final_norm is None else self.final_norm(x)
+    x = x if self.final_norm is None else self.final_norm(x)
+    return x if self.head_transform is None else self.head_transform(x)
 
   def head_weight(self) -> Float[Array, "V D"]:
     """Weight of the output head; the embedding table if tied."""
     return self.embed[...] if self.cfg.tied_embedding else self.head[...].T
 
+  def head_parts(
+    self,
+  ) -> tuple[Float[Array, "V D"], Float[Array, "V"] | None]:
+    """Weight and bias of the output head."""
+    bias = None if self.head_bias is None else self.head_bias[...]
+    return self.head_weight(), bias
+
   def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """Next-token logits, accumulated in float32, with any soft-cap applied."""
-    out = weights.scores(x, self.head_weight(), "batch", "length", "vocab")
+    weight, bias = self.head_parts()
+    out = weights.scores(x, weight, "batch", "length", "vocab")
+    if bias is not None:
+      out += bias[None, None]
     cap = self.cfg.logit_softcap
     return out if cap is None else cap * jnp.tanh(out / cap)
 
@@ -193,6 +220,8 @@ class Decoder(nnx.Module):
     if cfg.positions == "learned":
       table = self.position_embed[...]
       x += layers.look_up(table, tokens.positions, None, dtype)
+    if self.embedding_norm is not None:
+      x = self.embedding_norm(x)
     return layers.dropout(x, cfg.embedding_dropout, _at(keys, cfg.n_layers))
 
 
@@ -200,16 +229,28 @@ def _at(keys, i):
   return None if keys is None else layers.fold_rows(keys, i)
 
 
+def first_raw(
+  cfg: config_lib.ModelConfig, index: int | Int[Array, ""]
+) -> Bool[Array, ""] | None:
+  """Whether attention in layer `index` reads the residual without a norm; None
+  if no layer does.
+  """
+  return None if cfg.first_attention_norm else jnp.equal(index, 0)
+
+
 def _run_layer(
-  graph, x, state, which, keys, *, cfg, tokens, angles, statistics
+  graph, x, state, which, index, keys, *, cfg, tokens, angles, statistics
 ):
-  """(residual, aux) of a layer under cfg.remat, with the window and the angles
-  of cfg.layer_pattern[which].
+  """(residual, aux) of layer `index` under cfg.remat, with the window and the
+  angles of cfg.layer_pattern[which].
   """
 
   def layer(x, state, keys, tokens, angles):
     (window, _), block = cfg.layer_pattern[which], nnx.merge(graph, state)
-    y, _, aux = block(x, tokens, angles, window, keys, statistics=statistics)
+    raw = first_raw(cfg, index)
+    y, _, aux = block(
+      x, tokens, angles, window, keys, statistics=statistics, raw=raw
+    )
     return y, aux
 
   if cfg.remat == "full":
@@ -236,7 +277,8 @@ def _scan(run, stacked, x, keys, cfg):
     said = []
     for which in range(period):
       layer = jax.tree.map(lambda s, w=which: s[w], states)
-      x, aux = run(graph, x, layer, which, _at(keys, first + which))
+      i = first + which
+      x, aux = run(graph, x, layer, which, i, _at(keys, i))
       said.append(aux)
     return x, _stacked(said)
 
@@ -250,7 +292,7 @@ def _scan(run, stacked, x, keys, cfg):
   said = [jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), scanned)]
   for i in range(whole, cfg.n_layers):
     layer = jax.tree.map(lambda s, i=i: s[i], state)
-    x, aux = run(graph, x, layer, i - whole, _at(keys, i))
+    x, aux = run(graph, x, layer, i - whole, i, _at(keys, i))
     said.append(_stacked([aux]))
   return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *said)
 

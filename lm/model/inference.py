@@ -109,6 +109,7 @@ def _layer_by_layer(model, inputs, tokens, cache):
     if cache is not None:
       pair = cache.keys[i], cache.values[i]
       attend = functools.partial(kv_cache.extend, pair, cache.lengths)
-    x, new, _ = layer(x, tokens, angles[which], window, extend=attend)
+    raw = decoder.first_raw(cfg, i)
+    x, new, _ = layer(x, tokens, angles[which], window, extend=attend, raw=raw)
     kept.append(new)
   return model.finish(x), kept

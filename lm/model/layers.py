@@ -131,6 +131,25 @@ class MLP(nnx.Module):
     return y if gate is None else y * up
 
 
+class HeadTransform(nnx.Module):
+  """norm(gelu(dense x)): between a masked LM and its head (BERT)."""
+
+  def __init__(self, cfg: config_lib.ModelConfig, *, rngs: nnx.Rngs):
+    D, axes = cfg.d_model, ("embed", None)
+    self.approximate = cfg.mlp in ("gelu", "geglu")
+    self.dense = weights.matrix(rngs, (D, D), axes, cfg.init_scale)
+    has_bias = "mlp" in cfg.biases
+    self.dense_bias = weights.vector(0.0, (D,), (None,)) if has_bias else None
+    self.norm = Norm(D, cfg)
+
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    outer = ("batch", "length", None)
+    y = add_bias(
+      weights.dot("BTD,DE->BTE", x, self.dense, *outer), self.dense_bias
+    )
+    return self.norm(jax.nn.gelu(y, approximate=self.approximate))
+
+
 def look_up(
   table: Float[Array, "rows D"],
   ids: Int[Array, "B T"],

@@ -24,56 +24,69 @@ def cross_entropy(
   targets: Int[Array, "B T"],
   weights: Float[Array, "B T"],
   *,
+  bias: Float[Array, "V"] | None = None,
   chunk: int,
   softcap: float | None = None,
   z_loss: float = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
   """Returns (sum of weight * (nll + z_loss * log Z ^ 2), sum of weight * nll).
 
-  Only the first sum is differentiable, in x and head. The forward pass computes
-  the gradient beside the loss, chunk by chunk, and logits only once: the
-  backward pass only multiplies by the scalar cotangent. Logits accumulate in
+  Only the first sum is differentiable, in x, head and the head's `bias`. The
+  forward pass computes the gradient beside the loss, chunk by chunk, and logits
+  only once: the backward pass only multiplies by the scalar cotangent. Logits
+  accumulate in
   float32; z-loss is PaLM's (arXiv:2204.02311).
   """
-  return _cross_entropy((chunk, softcap, z_loss), x, head, targets, weights)
+  options = chunk, softcap, z_loss
+  return _cross_entropy(options, x, head, bias, targets, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(options, x, head, targets, weights):
+def _cross_entropy(options, x, head, bias, targets, weights):
   rows = ("batch", "length")
   run = sharding.per_shard(
     functools.partial(_local_sums, options),
     (*rows, None),
     ("vocab", "embed"),
+    ("vocab",),
     rows,
     rows,
     out_axes=((), ()),
   )
-  return run(x, head, targets, weights)
+  return run(x, head, bias, targets, weights)
 
 
-def _forward(options, x, head, targets, weights):
-  """`head` has no gradient where it is frozen, as under LoRA."""
+def _forward(options, x, head, bias, targets, weights):
+  """Head and bias have no gradient where they are frozen, as under LoRA."""
   rows = ("batch", "length")
-  of_x, of_head = (*rows, None), ("vocab", "embed")
+  of_x, of_head, of_bias = (*rows, None), ("vocab", "embed"), ("vocab",)
+  trains = head.perturbed, bias is not None and bias.perturbed
   run = sharding.per_shard(
-    functools.partial(_local_sums_and_gradients, options, head.perturbed),
+    functools.partial(_local_sums_and_gradients, options, trains),
     of_x,
     of_head,
+    of_bias,
     rows,
     rows,
-    out_axes=((), (), of_x, of_head if head.perturbed else ()),
+    out_axes=(
+      (),
+      (),
+      of_x,
+      of_head if trains[0] else (),
+      of_bias if trains[1] else (),
+    ),
   )
-  loss, nll, dx, dhead = run(*(a.value for a in (x, head, targets, weights)))
-  return (loss, nll), (dx, dhead)
+  parts = x, head, bias, targets, weights
+  loss, nll, *slopes = run(*(None if a is None else a.value for a in parts))
+  return (loss, nll), tuple(slopes)
 
 
 def _backward(options, gradients, cotangents):
   del options
-  dx, dhead = gradients
+  dx, *of_head = gradients
   scale, _ = cotangents
   dx = dx * scale.astype(dx.dtype)
-  return dx, None if dhead is None else dhead * scale, None, None
+  return dx, *(None if d is None else d * scale for d in of_head), None, None
 
 
 _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -82,13 +95,13 @@ _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 # --- on one device: local rows, local shard of the vocabulary ----------------
 
 
-def _local_sums(options, x, head, targets, weights):
+def _local_sums(options, x, head, bias, targets, weights):
   chunk, softcap, z_loss = options
   head = whole_head(head, x.dtype)
 
   def one(sums, piece):
     x, targets, weights = piece
-    scores, _ = chunk_logits(x, head, softcap)
+    scores, _ = chunk_logits(x, head, bias, softcap)
     nll, log_z, _ = chunk_nll(scores, targets)
     return _add(sums, nll, log_z, weights, z_loss), None
 
@@ -97,46 +110,54 @@ def _local_sums(options, x, head, targets, weights):
   return tuple(_psum(s, "batch", "length") for s in sums)
 
 
-def _local_sums_and_gradients(options, trains_head, x, head, targets, weights):
+def _local_sums_and_gradients(options, trains, x, head, bias, targets, weights):
   chunk, softcap, z_loss = options
   whole = whole_head(head, x.dtype)
 
   def one(carry, piece):
-    *sums, dhead = carry
+    *sums, dhead, dbias = carry
     x, targets, weights = piece
-    scores, slope = chunk_logits(x, whole, softcap)
+    scores, slope = chunk_logits(x, whole, bias, softcap)
     nll, log_z, hit = chunk_nll(scores, targets)
     share = jnp.exp(scores - log_z[..., None])
     share *= (1 + 2 * z_loss * log_z)[..., None]
     d = (share - hit) * slope * weights[..., None]
+    if dbias is not None:
+      dbias += jnp.sum(d, axis=0)
     # Compute dtype for both operands: float32 would slow the matmul.
     d = d.astype(x.dtype)
     f32 = jnp.float32
     dx = jnp.einsum("CV,VD->CD", d, whole, preferred_element_type=f32)
-    if trains_head:
+    if dhead is not None:
       dhead += jnp.einsum("CV,CD->VD", d, x, preferred_element_type=f32)
     dx = _psum(dx, "vocab").astype(x.dtype)
-    return (*_add(sums, nll, log_z, weights, z_loss), dhead), dx
+    return (*_add(sums, nll, log_z, weights, z_loss), dhead, dbias), dx
 
-  zero = jnp.zeros((), jnp.float32)
-  dhead = jnp.zeros(whole.shape, jnp.float32) if trains_head else None
-  carry, dx = over_chunks(one, (zero, zero, dhead), chunk, x, targets, weights)
+  zero, f32 = jnp.zeros((), jnp.float32), jnp.float32
+  dhead = jnp.zeros(whole.shape, f32) if trains[0] else None
+  dbias = jnp.zeros(bias.shape, f32) if trains[1] else None
+  first = zero, zero, dhead, dbias
+  carry, dx = over_chunks(one, first, chunk, x, targets, weights)
   loss, nll = (_psum(s, "batch", "length") for s in carry[:2])
-  dhead = carry[2]
+  dhead, dbias = carry[2:]
+  if dbias is not None:
+    dbias = _psum(dbias, "batch", "length").astype(bias.dtype)
   if dhead is None:
-    return loss, nll, dx, None
+    return loss, nll, dx, None, dbias
   if sharding.has_mesh():
     # Sum over all tokens, then shard along the width again.
     width = sharding.mesh_axes("embed")
     tokens = sharding.mesh_axes("batch", "length")
     dhead = jax.lax.psum(dhead, [axis for axis in tokens if axis not in width])
     dhead = jax.lax.psum_scatter(dhead, width, scatter_dimension=1, tiled=True)
-  return loss, nll, dx, dhead.astype(head.dtype)
+  return loss, nll, dx, dhead.astype(head.dtype), dbias
 
 
-def chunk_logits(x, head, softcap):
-  """Float32 logits [C, V] of a chunk, and d(logits) / d(x head)."""
+def chunk_logits(x, head, bias, softcap):
+  """Float32 logits [C, V] of a chunk, and d(logits) / d(x head + bias)."""
   scores = weights_lib.scores(x, head)
+  if bias is not None:
+    scores += bias[None]
   if softcap is None:
     return scores, jnp.float32(1)
   scores = softcap * jnp.tanh(scores / softcap)

@@ -116,9 +116,10 @@ def rotate(
   from 2 R on pass.
   """
   cos, sin = (a[:, :, None, :].astype(x.dtype) for a in angles)
-  R = cos.shape[-1]
-  left, right, rest = x[..., :R], x[..., R : 2 * R], x[..., 2 * R :]
+  d_rotary = 2 * cos.shape[-1]
+  turning, passing = x[..., :d_rotary], x[..., d_rotary:]
+  left, right = jnp.split(turning, 2, axis=-1)
   parts = [left * cos - right * sin, right * cos + left * sin]
-  if rest.shape[-1]:
-    parts.append(rest)
+  if passing.shape[-1]:
+    parts.append(passing)
   return jnp.concatenate(parts, axis=-1)

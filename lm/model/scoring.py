@@ -28,17 +28,18 @@ def token_nll(
   head: Float[Array, "V D"],
   targets: Int[Array, "B T"],
   *,
+  bias: Float[Array, "V"] | None = None,
   chunk: int,
   softcap: float | None = None,
 ) -> Float[Array, "B T"]:
   """Negative log-likelihood of each target, in nats."""
   rows = ("batch", "length")
 
-  def local(x, head, targets):
+  def local(x, head, bias, targets):
     head = loss.whole_head(head, x.dtype)
 
     def one(_, piece):
-      scores, _ = loss.chunk_logits(piece[0], head, softcap)
+      scores, _ = loss.chunk_logits(piece[0], head, bias, softcap)
       nll, _, _ = loss.chunk_nll(scores, piece[1])
       return None, nll
 
@@ -46,9 +47,9 @@ def token_nll(
     return nll
 
   run = sharding.per_shard(
-    local, (*rows, None), ("vocab", "embed"), rows, out_axes=rows
+    local, (*rows, None), ("vocab", "embed"), ("vocab",), rows, out_axes=rows
   )
-  return run(x, head, targets)
+  return run(x, head, bias, targets)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "n_alternatives"))

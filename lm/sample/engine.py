@@ -62,6 +62,7 @@ class Engine:
   def __init__(
     self, model: loaded_model.LoadedModel, n_slots: int, n_places: int
   ):
+    model.require_causal()
     self.model, self.n_slots, self.n_places = model, n_slots, n_places
     self._queue: collections.deque[_Job] = collections.deque()
     self._slots: list[_Job | None] = [None] * n_slots

@@ -74,6 +74,7 @@ class LoadedModel:
     if weights in ("float32", "bfloat16"):
       cfg = dataclasses.replace(cfg, dtype=weights)
     if draft is not None:
+      draft.require_causal()
       _check_draft(cfg, tokenizer, mesh, draft)
     # `unroll` merges adapters.
     self.cfg, self.tokenizer, self.mesh = lora.base(cfg), tokenizer, mesh
@@ -85,6 +86,16 @@ class LoadedModel:
       self.ways = math.prod(mesh.shape[axis] for axis in batch_axes)
     with self.in_mesh():
       self.graph, self.state = inference.unroll(cfg, params, weights == "int8")
+
+  def require_causal(self) -> None:
+    """Raises ConfigError if the model is an encoder."""
+    schema.require(
+      self.cfg.causal,
+      "config.model.causal",
+      self.cfg.causal,
+      "every token sees what follows, so that text can be neither generated "
+      "nor scored; masks can be filled (python -m lm.explain --fill)",
+    )
 
   def resolve(
     self, request: Request, n_places: int | None = None, shown: Any = None

@@ -36,8 +36,10 @@ def parts(
   """Yields the scores of `ids[1:]`, a Part per window.
 
   The windows are the same as in `lm.evaluate` (lm/data/windows.py); each window
-  is a device call. Raises ConfigError on a stride outside [1, context].
+  is a device call. Raises ConfigError on a stride outside [1, context], and if
+  the model is an encoder.
   """
+  loaded.require_causal()
   context = loaded.cfg.context_length
   stride = context if stride is None else stride
   if not 1 <= stride <= context:

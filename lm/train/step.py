@@ -278,11 +278,13 @@ def _loss_sums(config, params, frozen, batch, key, rows):
   hidden, aux = decoder.forward(
     m, params, batch, keys=keys, statistics=statistics
   )
+  head, bias = decoder.bind(m, params).head_parts()
   total, nll = loss.cross_entropy(
     hidden,
-    decoder.bind(m, params).head_weight(),
+    head,
     batch.targets,
     batch.weights,
+    bias=bias,
     chunk=m.loss_chunk,
     softcap=m.logit_softcap,
     z_loss=config.train.z_loss,

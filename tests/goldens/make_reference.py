@@ -212,6 +212,34 @@ def gemma3(cfg: config_lib.ModelConfig):
   )
 
 
+def bert(cfg: config_lib.ModelConfig):
+  return transformers.BertForMaskedLM(
+    transformers.BertConfig(
+      **_common(cfg),
+      hidden_act="gelu",
+      hidden_dropout_prob=0.0,
+      attention_probs_dropout_prob=0.0,
+      layer_norm_eps=cfg.norm_epsilon,
+    )
+  )
+
+
+def modernbert(cfg: config_lib.ModelConfig):
+  return transformers.ModernBertForMaskedLM(
+    transformers.ModernBertConfig(
+      **_common(cfg),
+      norm_eps=cfg.norm_epsilon,
+      layer_types=_layer_types(cfg),
+      # They allow this distance; our windows count the query itself.
+      local_attention=2 * (cfg.windows[1] - 1),
+      rope_parameters={
+        "full_attention": _rope(cfg.rope_theta, cfg.rope_scaling),
+        "sliding_attention": _rope(cfg.rope_theta_windowed, None),
+      },
+    )
+  )
+
+
 SPECIAL_TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
 
 
@@ -326,14 +354,84 @@ def phi3_state(params: dict, cfg: config_lib.ModelConfig) -> dict:
   return state
 
 
+def bert_state(params: dict, cfg: config_lib.ModelConfig) -> dict:
+  """Tokens have one of two types, of which the first adds 0."""
+  D, L, head = cfg.d_model, params["layers"], params["head_transform"]
+
+  def norm(name, p):
+    return {f"{name}.weight": p["scale"], f"{name}.bias": p["bias"]}
+
+  embeddings = "bert.embeddings"
+  state = {
+    f"{embeddings}.word_embeddings.weight": params["embed"],
+    f"{embeddings}.position_embeddings.weight": params["position_embed"],
+    f"{embeddings}.token_type_embeddings.weight": np.zeros((2, D)),
+    **norm(f"{embeddings}.LayerNorm", params["embedding_norm"]),
+    "cls.predictions.transform.dense.weight": head["dense"].T,
+    "cls.predictions.transform.dense.bias": head["dense_bias"],
+    **norm("cls.predictions.transform.LayerNorm", head["norm"]),
+    "cls.predictions.decoder.weight": params["embed"],
+    "cls.predictions.decoder.bias": params["head_bias"],
+    "cls.predictions.bias": params["head_bias"],
+  }
+  for i in range(cfg.n_layers):
+    p = reference.map_tree(lambda _, x, i=i: x[i], L)
+    a, m, layer = p["attention"], p["mlp"], f"bert.encoder.layer.{i}"
+    for theirs, ours in (("query", "q"), ("key", "k"), ("value", "v")):
+      name = f"{layer}.attention.self.{theirs}"
+      state[f"{name}.weight"] = a[ours].reshape(D, -1).T
+      state[f"{name}.bias"] = a[f"{ours}_bias"].reshape(-1)
+    state |= {
+      f"{layer}.attention.output.dense.weight": a["o"].reshape(-1, D).T,
+      f"{layer}.attention.output.dense.bias": a["o_bias"],
+      f"{layer}.intermediate.dense.weight": m["up"].T,
+      f"{layer}.intermediate.dense.bias": m["up_bias"],
+      f"{layer}.output.dense.weight": m["down"].T,
+      f"{layer}.output.dense.bias": m["down_bias"],
+      **norm(f"{layer}.attention.output.LayerNorm", p["attention_post_norm"]),
+      **norm(f"{layer}.output.LayerNorm", p["mlp_post_norm"]),
+    }
+  return state
+
+
+def modernbert_state(params: dict, cfg: config_lib.ModelConfig) -> dict:
+  """q, k and v are in one, and gate and up; the first layer lacks a norm."""
+  D, L, head = cfg.d_model, params["layers"], params["head_transform"]
+  state = {
+    "model.embeddings.tok_embeddings.weight": params["embed"],
+    "model.embeddings.norm.weight": params["embedding_norm"]["scale"],
+    "model.final_norm.weight": params["final_norm"]["scale"],
+    "head.dense.weight": head["dense"].T,
+    "head.norm.weight": head["norm"]["scale"],
+    "decoder.weight": params["embed"],
+    "decoder.bias": params["head_bias"],
+  }
+  for i in range(cfg.n_layers):
+    p = reference.map_tree(lambda _, x, i=i: x[i], L)
+    a, m, layer = p["attention"], p["mlp"], f"model.layers.{i}"
+    if i > 0:
+      state[f"{layer}.attn_norm.weight"] = p["attention_norm"]["scale"]
+    qkv = [a[n].reshape(D, -1).T for n in "qkv"]
+    state |= {
+      f"{layer}.attn.Wqkv.weight": np.concatenate(qkv),
+      f"{layer}.attn.Wo.weight": a["o"].reshape(-1, D).T,
+      f"{layer}.mlp_norm.weight": p["mlp_norm"]["scale"],
+      f"{layer}.mlp.Wi.weight": np.concatenate([m["gate"].T, m["up"].T]),
+      f"{layer}.mlp.Wo.weight": m["down"].T,
+    }
+  return state
+
+
 MODELS = {
   model.__name__: model
   for model in (
-    gpt2, llama3, qwen3, gemma2, gemma3, qwen2, starcoder2, olmo3, phi3, smollm3
+    gpt2, llama3, qwen3, gemma2, gemma3, qwen2, starcoder2, olmo3, phi3,
+    smollm3, bert, modernbert
   )
 }  # fmt: skip
 STATES = {
-  "gpt2": gpt2_state, "starcoder2": starcoder2_state, "phi3": phi3_state
+  "gpt2": gpt2_state, "starcoder2": starcoder2_state, "phi3": phi3_state,
+  "bert": bert_state, "modernbert": modernbert_state
 }  # fmt: skip
 
 

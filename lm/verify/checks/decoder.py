@@ -52,7 +52,7 @@ def causality(config: config_lib.Config) -> Iterator[Result]:
       part = dataclasses.replace(model, n_layers=1, windows=windows)
     part = dataclasses.replace(part, init_scale=model.d_model**-0.5)
     found = _influence(part, harness.random_params(part), row)
-    reachable, read = _reachable(row, each), row.segments[0] > 0
+    reachable, read = _reachable(row, each, part.causal), row.segments[0] > 0
     yield result.judge(
       "causality",
       f"{what}: |gradient| by what comes after, is in another document or "
@@ -87,7 +87,7 @@ def _influence(model, params, row) -> np.ndarray:
   return np.asarray(run(params))
 
 
-def _reachable(row, windows) -> np.ndarray:
+def _reachable(row, windows, causal) -> np.ndarray:
   """[T, S]: whether layers of the given windows can pass token s on to t."""
   segments, place = row.segments[0], np.arange(row.inputs.shape[1])
   distance = place[:, None] - place[None]
@@ -95,7 +95,7 @@ def _reachable(row, windows) -> np.ndarray:
   if None not in windows:
     reach = sum(window - 1 for window in windows)
   same = segments[:, None] == segments[None]
-  seen = distance >= 0
+  seen = (distance >= 0) | (not causal)
   if row.prefix is not None:
     seen = seen | row.prefix[0]
   return same & seen & (abs(distance) <= reach)
@@ -168,6 +168,10 @@ def decode(config: config_lib.Config) -> Iterator[Result]:
   """Log-probabilities of prefill and decode (KV cache) must match a forward
   pass over the sampled tokens, for prompts of unequal length.
   """
+  if not config.model.causal:
+    note = "an encoder (model.causal=False) does not decode"
+    yield Result("decode", "nothing to decode", None, None, True, note)
+    return
   exact = harness.exact(config).model
   yield result.judge(
     "decode",

@@ -112,6 +112,8 @@ _AXES: dict[str, tuple[str | None, ...]] = {
   "down": ("mlp", "embed"),
   "up_bias": ("mlp",),
   "gate_bias": ("mlp",),
+  "dense": ("embed", None),
+  "head_bias": ("vocab",),
 }
 
 
