@@ -37,8 +37,16 @@ def trained():
   return tokenizer_training.train(make_config(), CORPUS)
 
 
-@pytest.fixture(scope="module", params=["sentencepiece", "bytes"])
+def bpe_config(**model) -> config_lib.Config:
+  config = make_config(**model)
+  config.tokenizer.kind = "bpe"
+  return config
+
+
+@pytest.fixture(scope="module", params=["sentencepiece", "bpe", "bytes"])
 def tokenizer(request, trained):
+  if request.param == "bpe":
+    return tokenizer_training.train(bpe_config(), CORPUS)
   return (
     trained if request.param == "sentencepiece" else (tokenizer_lib.Tokenizer())
   )
@@ -327,6 +335,36 @@ def test_training_is_deterministic_and_reads_its_texts(trained):
   other = tokenizer_training.train(make_config(), CORPUS[1:])
   assert other.fingerprint != trained.fingerprint
   assert trained.size == SIZE
+
+
+def test_a_byte_level_bpe_is_deterministic_and_has_the_same_reserved_ids():
+  config = bpe_config()
+  config.tokenizer.special_tokens = ("<|im_start|>", "<|im_end|>")
+  t = tokenizer_training.train(config, CORPUS)
+  again = tokenizer_training.train(config, CORPUS)
+  assert t.fingerprint == again.fingerprint and t.size == SIZE
+  assert list(t.reserved.values()) == list(range(111))
+  assert t.named["<|im_end|>"] == 112
+  pieces = [t.decode([i]) for i in range(SIZE)]
+  assert " return" in pieces and "    " in pieces
+  assert not any(p.strip().isdigit() and len(p.strip()) > 1 for p in pieces)
+  other = tokenizer_training.train(config, CORPUS[1:])
+  assert other.fingerprint != t.fingerprint
+
+
+@pytest.mark.parametrize(
+  "texts, size, special, message",
+  [
+    (["too little text"], 701, (), "sources are too small.*they give 3"),
+    (CORPUS, 367, (), "set it to at least 368"),
+    (CORPUS, 701, ('"',), "'\"' is a token that ordinary text needs"),
+  ],
+)
+def test_a_byte_level_bpe_out_of_reach(texts, size, special, message):
+  config = bpe_config(vocab_size=size)
+  config.tokenizer.special_tokens = special
+  with pytest.raises(schema.ConfigError, match=message):
+    tokenizer_training.train(config, texts)
 
 
 def test_training_learns_newlines_and_indentation(trained):

@@ -12,11 +12,12 @@ import sentencepiece
 import tokenizers
 import vocabularies
 
-from lm import schema, validation
+from lm import checkpoint, schema, validation
 from lm.data import chat, pipeline, store, tokenizer_cache
 from lm.data import tokenizer as tokenizer_lib
 from lm.evaluate import perplexity
 from lm.model import decoder
+from lm.train import init_from
 
 NAMES = list(vocabularies.MAKERS)
 
@@ -173,6 +174,10 @@ def test_reserved_tokens_are_the_vocabularys_own(folders, ours):
     (
       {"tokenizer.json": '{"model": {"type": "X", "vocab": {"</s>": 0}}}'},
       "not a tokenizer.json",
+    ),
+    (
+      {"tokenizer.json": '{"model": {"type": "BPE", "vocab": {"</s>": 1e12}}}'},
+      "not a tokenizer.json .ValueError: ids must be from 0",
     ),
     (
       {"tokenizer.json": '{"model": {"type": "BPE", "vocab": {"a": 0}}}'},
@@ -377,6 +382,52 @@ def test_windows_and_validation_count_documents_and_bytes(
   assert totals.n_eos >= prepared.validation[0].n_documents
 
 
+def test_special_tokens_that_a_config_names(ours, folders):
+  """Tokens of the vocabulary, now for templates alone; or ids after its own."""
+  names = ("<think>", "<tool>")
+  plain, folder = ours["qwen"], str(folders["qwen"])
+  t = tokenizer_lib.from_files(folder, None, names)
+  assert t.size == plain.size + 1 and t.named["<tool>"] == plain.size
+  think = t.named["<think>"]
+  assert plain.encode("a<think>") == [*plain.encode("a"), think]
+  assert think not in t.encode("a<think>")
+  assert t.decode(t.encode("a<think><tool>")) == "a<think><tool>"
+  assert tokenizer_lib.Tokenizer.from_json(t.to_json()).named == t.named
+  with pytest.raises(schema.ConfigError, match="'a' is a token that ordinary"):
+    tokenizer_lib.from_files(folder, None, ("a",))
+  again = tokenizer_lib.from_files(folder, None, (" the",))
+  assert again.decode(again.encode("of the x")) == "of the x"
+
+
+def test_a_run_goes_on_from_a_run_with_a_vocabulary(make, folders, tmp_path):
+  """Its tokenizer, with the ids that were added, comes with its parameters."""
+  source = "text:{}/*.py|fim"
+  config = config_of(make, folders, "gpt_2", source, model__vocab_size=700)
+  stored = store.prepare(config).tokenizer
+  meta = checkpoint.Meta(3, config, stored.to_json(), "data")
+  saved = checkpoint.Checkpoints(str(tmp_path / "run"), config.checkpoint)
+  saved.save({"params": {"none": np.zeros(1)}}, meta)
+  saved.close()
+  tuned = config_of(make, folders, "gpt_2", "text:{}/*.py|masked")
+  tuned.model.vocab_size = 700
+  tuned.init_from = str(tmp_path / "run")
+  for path in (tuned.tokenizer.path, None):
+    tuned.tokenizer.path = path
+    found = init_from.tokenizer(validation.validate(tuned))
+    assert found is not None and found.fingerprint == stored.fingerprint
+    prepared = store.prepare(tuned, found)
+    assert prepared.tokenizer.fim_prefix == stored.fim_prefix == 601
+    assert prepared.tokenizer.mask == 604
+  for kind, path in (("huggingface", folders["qwen"]), ("sentencepiece", None)):
+    tuned.tokenizer.kind = kind
+    tuned.tokenizer.path = None if path is None else str(path)
+    with pytest.raises(schema.ConfigError, match="not the tokenizer of"):
+      init_from.tokenizer(tuned)
+  config.tokenizer.path = None
+  with pytest.raises(schema.ConfigError, match="path=None: must name a tok"):
+    validation.validate(config)
+
+
 # --- chats -------------------------------------------------------------------
 
 MESSAGES = [
@@ -404,6 +455,21 @@ def test_chats_are_those_of_transformers(folders, ours, name):
   assert chat.encode(t, messages)[0].tolist().count(t.named[end]) == 2
   again = tokenizer_lib.Tokenizer.from_json(t.to_json())
   assert chat.encode(again, MESSAGES)[0].tolist() == ids.tolist()
+
+
+def test_a_vocabulary_may_have_several_tokens_that_end_an_answer(tmp_path):
+  folder = vocabularies.folder(tmp_path, "llama_3")
+  own = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+  names = ["<|end_of_text|>", "<|eot_id|>", "<|reserved_special_token_3|>"]
+  ids = [own.token_to_id(name) for name in names]
+  (folder / "generation_config.json").write_text(
+    json.dumps({"eos_token_id": [*ids, 10**6], "bos_token_id": 0})
+  )
+  t = tokenizer_lib.from_files(str(folder))
+  assert t.eos == ids[1]  # As tokenizer_config.json says.
+  assert chat.stop_ids(t) == [ids[0], ids[2]]
+  again = tokenizer_lib.Tokenizer.from_json(t.to_json())
+  assert chat.stop_ids(again) == [ids[0], ids[2]]
 
 
 def test_a_template_of_this_program_needs_ids(ours):

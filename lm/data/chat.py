@@ -55,7 +55,7 @@ def chat_ids(
 def stop_ids(tokenizer: tokenizer_lib.Tokenizer) -> list[int]:
   """Stop ids of the assistant's turn, besides eos: <end_of_turn>, <user> and
   <system>, each only if named in the chat template, and every token that ends
-  a turn in training.
+  a turn in training, or of which the vocabulary says that it ends an answer.
   """
   template = tokenizer.chat_template
   if template is None:
@@ -71,6 +71,7 @@ def stop_ids(tokenizer: tokenizer_lib.Tokenizer) -> list[int]:
     found += [tokenizer.named[x] for x in chat_layout.layout(tokenizer).ends]
   except schema.ConfigError:
     pass  # a template that cannot be trained on may still lay out a prompt
+  found += tokenizer.stops
   return [i for i in dict.fromkeys(found) if i != tokenizer.eos]
 
 

@@ -15,6 +15,8 @@ from typing import Any
 from lm import files, schema
 from lm.data import template as template_lib
 
+# Bounds the memory that a wrong id takes.
+_MOST = 1 << 24
 # Tokens with a role, in tokenizer_config.json, by our name of the role.
 _ROLES = {
   "bos": ("bos_token", "cls_token"),
@@ -40,12 +42,14 @@ class Source:
   `roles`: bos, eos, pad, unk, mask -> a token of the vocabulary; bos and eos
   are always there. `template` is the vocabulary's own chat template. `added`
   are reserved names of this program, which get ids after the vocabulary's own.
+  `stops` are further tokens that end an answer.
   """
 
   text: str
   roles: Mapping[str, str]
   template: str | None = None
   added: tuple[str, ...] = ()
+  stops: tuple[str, ...] = ()
 
 
 def read(path: str) -> Source:
@@ -79,7 +83,8 @@ def read(path: str) -> Source:
     if "bos" not in roles:  # As of Qwen: what ends a text is before the next.
       generation = _generation(folder, vocabulary)
       roles["bos"] = generation.get("bos", roles["eos"])
-    return Source(text, roles, _template(folder))
+    stops = [x for x in _ends(folder, vocabulary) if x != roles["eos"]]
+    return Source(text, roles, _template(folder), stops=tuple(stops))
   except OSError as error:
     raise schema.ConfigError(
       f"{where}={path!r}: {error.strerror}; name a tokenizer.json, or a folder "
@@ -92,18 +97,19 @@ def read(path: str) -> Source:
 def from_content(content: Mapping[str, Any]) -> Source:
   """What a checkpoint holds. Raises KeyError or ValueError if it is not."""
   text, roles, added = (content[name] for name in ("text", "roles", "added"))
-  template = content.get("own_template")
+  template, stops = content.get("own_template"), content.get("stops", [])
   texts = [
     text,
     *roles.values(),
     *added,
+    *stops,
     *([] if template is None else [template]),
   ]
   if not all(isinstance(x, str) for x in texts) or not {"bos", "eos"} <= {
     *roles
   }:
     raise ValueError("not the text, roles and template of a vocabulary")
-  return Source(text, roles, template, tuple(added))
+  return Source(text, roles, template, tuple(added), tuple(stops))
 
 
 def names(tree: Mapping[str, Any]) -> dict[str, int]:
@@ -114,7 +120,10 @@ def names(tree: Mapping[str, Any]) -> dict[str, int]:
     if isinstance(vocabulary, list):  # Unigram: (token, score) in order.
       vocabulary = {item[0]: i for i, item in enumerate(vocabulary)}
     found = {str(name): int(i) for name, i in vocabulary.items()}
-    return found | {str(x["content"]): int(x["id"]) for x in added}
+    found |= {str(x["content"]): int(x["id"]) for x in added}
+    if not found or not 0 <= min(found.values()) <= max(found.values()) < _MOST:
+      raise ValueError(f"ids must be from 0 to {_MOST}, and there must be some")
+    return found
   except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
     raise schema.ConfigError(
       f"not a tokenizer.json ({type(error).__name__}: {error})"
@@ -162,16 +171,21 @@ def _stated(folder: str, vocabulary: Mapping[str, int]) -> dict[str, str]:
 
 def _generation(folder: str, vocabulary: Mapping[str, int]) -> dict[str, str]:
   """Roles of generation_config.json, which has ids: of several, the first."""
-  tree, by_id = _optional(folder, "generation_config.json"), {}
-  for name, i in vocabulary.items():
-    by_id.setdefault(i, name)
-  found = {}
-  for role in ("bos", "eos", "pad"):
-    i = tree.get(f"{role}_token_id")
-    i = i[0] if isinstance(i, list) and i else i
-    if isinstance(i, int) and i in by_id:
-      found[role] = by_id[i]
-  return found
+  return {
+    role: some[0]
+    for role in ("bos", "eos", "pad")
+    if (some := _ends(folder, vocabulary, role))
+  }
+
+
+def _ends(
+  folder: str, vocabulary: Mapping[str, int], role: str = "eos"
+) -> list[str]:
+  """Tokens of a role in generation_config.json: several may end a text."""
+  stated = _optional(folder, "generation_config.json").get(f"{role}_token_id")
+  stated = stated if isinstance(stated, list) else [stated]
+  by_id = {i: name for name, i in [*vocabulary.items()][::-1]}
+  return [by_id[i] for i in stated if isinstance(i, int) and i in by_id]
 
 
 def _template(folder: str) -> str | None:

@@ -46,12 +46,11 @@ _UNUSED = re.compile(
 
 class HuggingFace(vocabulary_lib.Vocabulary):
   """The vocabulary of `source`; `special_tokens` that it lacks get ids after
-  its own. Raises ConfigError on a text that is not a tokenizer.json.
+  its own. Raises ConfigError on a text that is not a tokenizer.json, and on a
+  special token without which text cannot be spelt.
   """
 
   kind = "huggingface"
-  # What its templates write, they were trained with.
-  chats_begin_with_bos = False
 
   def __init__(self, source: Source, special_tokens: Sequence[str] = ()):
     self.source = source
@@ -82,6 +81,8 @@ class HuggingFace(vocabulary_lib.Vocabulary):
       for x in added.values()
       if x.get("lstrip") or x.get("rstrip")
     }
+    # What templates of others write, models were trained with.
+    self.chats_begin_with_bos = set(vocabulary_lib.RESERVED) <= {*self.special}
     # Only templates write these: text that spells one stays text.
     for role, name in source.roles.items():
       if role != "unk" or steps.unknown is None:
@@ -100,6 +101,14 @@ class HuggingFace(vocabulary_lib.Vocabulary):
       if i not in closed:
         self.pieces[i] = steps.bytes_of(name, name in added)
     self._spelt = self._spellings(ids, closed, steps)
+    own = set(special_tokens) & ids.keys() if steps.unknown is None else ()
+    for name in own:
+      spelt = b"".join(self.pieces[i] for i in self._spelt[ids[name]])
+      if spelt != name.encode():
+        raise schema.ConfigError(
+          f"config.tokenizer.special_tokens: {name!r} is a token that ordinary "
+          "text needs; choose another"
+        )
     self._is_spelt = np.isin(np.arange(n), list(self._spelt))
 
   def encode(
@@ -141,7 +150,8 @@ class HuggingFace(vocabulary_lib.Vocabulary):
       if i not in closed or i == unknown:
         continue
       spelt = []
-      for letter in name.replace(vocabulary_lib.SPACE, " "):
+      spaces = vocabulary_lib.SPACE if steps.marks_spaces else " "
+      for letter in name.replace(spaces, " "):
         raw = letter.encode()
         one = (
           [letters[raw]]

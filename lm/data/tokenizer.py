@@ -178,6 +178,13 @@ class Tokenizer:
     return tuple(name for name in self.template_tokens if name in template)
 
   @property
+  def stops(self) -> tuple[int, ...]:
+    """Ids that end an answer besides eos, as a vocabulary's own files say."""
+    if not isinstance(self.model, huggingface_files.Source):
+      return ()
+    return tuple(self.named[x] for x in self.model.stops if x in self.named)
+
+  @property
   def size(self) -> int:
     return len(self._pieces)
 
@@ -249,9 +256,11 @@ class Tokenizer:
   def to_json(self) -> str:
     """Serialises the tokenizer for a checkpoint; `from_json` is the inverse."""
     content = self._vocabulary()
-    own = getattr(self.model, "template", None)
-    if own is not None:
+    own = None
+    if isinstance(self.model, huggingface_files.Source):
+      own = self.model.template
       content["own_template"] = own
+      content["stops"] = list(self.model.stops)
     if self.chat_template != own:
       content["chat_template"] = self.chat_template
     return json.dumps(content)

@@ -41,6 +41,8 @@ def make(
   special = config.tokenizer.special_tokens
   if special:  # Absent in the names of earlier versions.
     made_of.append(special)
+  if config.tokenizer.kind == "bpe":
+    made_of.append(["bpe", tokenizer_training.BPE_VERSION])
   template = tokenizer_lib.config_template(config)
   directory = sources_lib.cache_directory(config.data)
   key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]

@@ -2,12 +2,14 @@
 
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import sentencepiece
+import tokenizers
 
 from lm import config as config_lib
 from lm import schema
+from lm.data import huggingface_files
 from lm.data import tokenizer as tokenizer_lib
 from lm.data.vocabulary import RESERVED
 
@@ -25,13 +27,24 @@ TRAINER = {
 }
 
 
+# How text is split before a byte-level BPE merges bytes: Qwen2's, in which each
+# digit is a token. Nothing is dropped.
+_SPLIT = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Changes with the tokenizers that `_bpe` makes of the same texts.
+BPE_VERSION = 1
+
+
 def train(
   config: config_lib.Config, texts: Iterable[str]
 ) -> tokenizer_lib.Tokenizer:
-  """Trains byte-pair encoding (BPE) of `model.vocab_size` ids on `texts`.
+  """Trains byte-pair encoding (BPE) of `model.vocab_size` ids on `texts`: over
+  characters by SentencePiece, or for tokenizer.kind='bpe' over bytes.
 
-  The same texts give the same tokenizer. Raises ConfigError if the size is
-  below the minimum or out of reach of the texts.
+  Raises ConfigError if the size is below the minimum or out of reach of the
+  texts.
   """
   size, special = config.model.vocab_size, config.tokenizer.special_tokens
   tokenizer_lib.check_special(special)
@@ -41,6 +54,60 @@ def train(
       f"config.model.vocab_size={size}: {smallest - 1} ids are taken by bytes, "
       f"reserved and special tokens; set it to at least {smallest}"
     )
+  make = _bpe if config.tokenizer.kind == "bpe" else _sentencepiece
+  model = make(size, special, texts)
+  tokenizer = tokenizer_lib.Tokenizer(model, special_tokens=special)
+  tokenizer_lib.check_vocabulary(config, tokenizer)
+  return tokenizer
+
+
+def _out_of_reach(size: int, reason: str) -> schema.ConfigError:
+  return schema.ConfigError(
+    f"config.model.vocab_size={size}: the training sources are too small "
+    f"or too varied for it ({reason}); change it, give more text, "
+    "or set tokenizer.kind='bytes'"
+  )
+
+
+def _bpe(
+  size: int, special: Sequence[str], texts: Iterable[str]
+) -> huggingface_files.Source:
+  """Byte-level BPE, by `tokenizers`; ids begin as those of SentencePiece."""
+  names = [*RESERVED, *special]
+  made = tokenizers.Tokenizer(tokenizers.models.BPE())
+  made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+    [
+      tokenizers.pre_tokenizers.Split(tokenizers.Regex(_SPLIT), "isolated"),
+      tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+      ),
+    ]
+  )
+  made.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=size,
+    special_tokens=[
+      tokenizers.AddedToken(name, special=True, normalized=False)
+      for name in names
+    ],
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    max_token_length=TRAINER["max_sentencepiece_length"],
+    show_progress=False,
+  )
+  made.train_from_iterator(texts, trainer)
+  if (found := made.get_vocab_size()) < size:
+    raise _out_of_reach(size, f"they give {found} ids")
+  bos = RESERVED.index("<bos>")
+  made.post_processor = tokenizers.processors.TemplateProcessing(
+    single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", bos)]
+  )
+  roles = {role: f"<{role}>" for role in ("bos", "eos", "pad", "mask")}
+  return huggingface_files.Source(made.to_str(), roles)
+
+
+def _sentencepiece(
+  size: int, special: Sequence[str], texts: Iterable[str]
+) -> bytes:
   model = io.BytesIO()
   sentences = (m.group() for t in texts for m in _SENTENCE.finditer(t))
   try:
@@ -71,11 +138,5 @@ def train(
   except RuntimeError as error:
     # Strips SentencePiece's source file and line.
     reason = " ".join(str(error).rpartition("] ")[2].split())
-    raise schema.ConfigError(
-      f"config.model.vocab_size={size}: the training sources are too small "
-      f"or too varied for it ({reason}); change it, give more text, "
-      "or set tokenizer.kind='bytes'"
-    ) from error
-  tokenizer = tokenizer_lib.Tokenizer(model.getvalue(), special_tokens=special)
-  tokenizer_lib.check_vocabulary(config, tokenizer)
-  return tokenizer
+    raise _out_of_reach(size, reason) from error
+  return model.getvalue()

@@ -105,9 +105,11 @@ def small_corpus(config: config_lib.Config, folder: str) -> config_lib.Config:
     specs.append(f"{kind}:{folder}/{source}/*.{ending}{suffix}")
   data.train, data.validation = tuple(specs), ()
   data.cache_dir = os.path.join(folder, "cache")
+  if config.tokenizer.kind == "huggingface":
+    return config  # Its file, and the ids of its template.
   config.tokenizer.path = None
   config.model.vocab_size = tokenizer_lib.BYTES_SIZE
-  if config.tokenizer.kind == "sentencepiece":
+  if config.tokenizer.kind in ("sentencepiece", "bpe"):
     config.tokenizer.train_bytes = 50_000
     config.model.vocab_size = _VOCABULARY
   return config
