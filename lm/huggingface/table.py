@@ -23,6 +23,7 @@ from lm.model import decoder, weights
 
 # Most lines of an error that lists tensors.
 _MOST_LINES = 30
+_BLOCK = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,9 +213,24 @@ def load(
 
 def _placed(value: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
   def shard(index: Any) -> np.ndarray:
-    return np.ascontiguousarray(value[index], np.float32)
+    return _float32(value[index])
 
   return jax.make_array_from_callback(value.shape, where, shard)
+
+
+def _float32(view: np.ndarray) -> np.ndarray:
+  """A copy in rows. Transposed in blocks that fit a cache, in a third of the
+  time that NumPy's own order takes (benchmarks/convert.py).
+  """
+  out = np.empty(view.shape, np.float32)
+  if view.ndim < 2 or view.flags.c_contiguous:
+    out[...] = view
+    return out
+  for i in range(0, view.shape[0], _BLOCK):
+    for j in range(0, view.shape[-1], _BLOCK):
+      block = (slice(i, i + _BLOCK), ..., slice(j, j + _BLOCK))
+      out[block] = view[block]
+  return out
 
 
 def _of_layer(where: Any) -> jax.sharding.Sharding:
