@@ -74,7 +74,7 @@ setuptools.setup(
       # Holds the schemas that `launch --to=gke` is tested against.
       "kubernetes-validate>=1.37",
       # With `api`: its client of our server.
-      "lm-eval[api]>=0.4.13",
+      "lm-eval[api,hf]>=0.4.13",
       # The server, as its clients see it: theirs, and a real browser.
       "httpx>=0.28",
       "openai>=3.54",

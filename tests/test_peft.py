@@ -13,15 +13,20 @@ import families
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft as library
 import pytest
 import reference
 import safetensors.numpy
+import test_families
 import test_lora
+import torch
+import transformers
 
 from lm import checkpoint, schema
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
-from lm.model import lora, peft
+from lm.huggingface import folder, peft
+from lm.model import lora
 from lm.sample import load
 from lm.verify.checks import harness
 
@@ -147,8 +152,48 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path):
     path.write_bytes(content)
     with pytest.raises(schema.ConfigError, match="adapter_model.safetensors: "):
       peft.load(str(tmp_path), lora.base(CFG))
-  with pytest.raises(schema.ConfigError, match="learned': transformers has"):
+  with pytest.raises(schema.ConfigError, match="'gpt2' of transformers has q"):
     peft.save(str(tmp_path), test_lora.adapted(families.GPT2), {}, None)
+
+
+# The library itself -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("name", "targets"),
+  [
+    *(("LLAMA3", ()), ("GPT2", ("o", "up", "down")), ("STARCODER2", ())),
+  ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft
+def test_peft_reads_what_is_written_and_what_it_writes_is_read(
+  name, targets, tmp_path
+):
+  """Logits of the library's adapted model are those of ours, both ways."""
+  cfg = test_lora.adapted(getattr(families, name), targets=targets)
+  params = jax.tree.map(np.array, test_lora.random_params(cfg))
+  adapters = params["layers"].pop("lora")
+  base = lora.base(cfg)
+  folder.write(str(tmp_path), base, params)
+  peft.save(str(tmp_path / "a"), cfg, adapters, None)
+  model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+  model = library.PeftModel.from_pretrained(model, tmp_path / "a").eval()
+  inputs = np.random.default_rng(0).integers(0, cfg.vocab_size, (2, 9))
+  with torch.no_grad():
+    theirs = model(torch.tensor(inputs)).logits.numpy()
+  whole = {**params, "layers": {**params["layers"], "lora": adapters}}
+  ours = test_families.logits(cfg, whole, inputs.astype(np.int32))
+  assert np.abs(theirs - ours).max() <= 1e-4 * max(1, ours.std())
+  plain = test_families.logits(base, params, inputs.astype(np.int32))
+  assert np.abs(plain - ours).max() > 1e-2
+  model.save_pretrained(tmp_path / "b")
+  config, back = peft.load(str(tmp_path / "b"), base)
+  assert dataclasses.replace(config, targets=()) == dataclasses.replace(
+    cfg.lora, targets=()
+  )
+  assert lora.targets(dataclasses.replace(base, lora=config)) == tuple(back)
+  same = jax.tree.map(np.array_equal, back, adapters)
+  assert all(jax.tree.leaves(same))
 
 
 # --- commands -----------------------------------------------------------------

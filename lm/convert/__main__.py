@@ -22,8 +22,8 @@ from etils import epath
 
 from lm import checkpoint, cli, files, schema
 from lm.convert import huggingface
-from lm.huggingface import config_json, families, tensors
-from lm.model import lora, peft
+from lm.huggingface import config_json, families, peft, tensors
+from lm.model import lora
 from lm.sample import load
 
 _FORMATS = ("huggingface", "merged", "peft")

@@ -12,7 +12,8 @@ import jax
 
 from lm import checkpoint, schema, sharding
 from lm import config as config_lib
-from lm.model import decoder, lora, peft, weights
+from lm.huggingface import peft
+from lm.model import decoder, lora, weights
 
 
 def model(

@@ -1,8 +1,8 @@
 """Adapters (LoRA) in the file format of Hugging Face's PEFT.
 
 A folder has adapter_config.json and adapter_model.safetensors. Tensors have the
-module names of Llama, Qwen3 and Gemma in transformers; A is [rank, inputs] and
-B is [outputs, rank] there. Needs the extra `hf`.
+module names of the model's family in transformers (lm/huggingface/tables.py); A
+is [rank, inputs] and B is [outputs, rank] there. Needs the extra `hf`.
 
 L layers, R rank.
 """
@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 import os
-import re
 from typing import Any
 
 import jax
@@ -20,17 +19,10 @@ import numpy as np
 
 from lm import config as config_lib
 from lm import files, schema
+from lm.huggingface import expressible, tables
 from lm.model import decoder, lora
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-_MODULES = {
-  **{name: f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")},
-  **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
-}
-_TARGETS = {module: name for name, module in _MODULES.items()}
-_KEY = re.compile(
-  r"base_model\.model\.model\.layers\.(\d{1,6})\.(\S+)\.lora_([AB])\.weight"
-)
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16"}
 # Fields that do not change what an adapter computes, or are read below. Any
 # other field must be empty, as in a plain LoRA: it may stand for an extension.
@@ -44,6 +36,33 @@ _HARMLESS = set(
 # Initialisers that leave the base weights as they are; PiSSA, OLoRA and others
 # change them, and their adapters fit changed weights only.
 _INITIALISERS = (True, False, None, "gaussian", "eva", "orthogonal")
+_ALL = config_lib.LoraConfig()  # of all matrices
+
+
+def _rows(cfg: config_lib.ModelConfig) -> dict[str, tables.Row]:
+  """The tensor of each matrix that stands alone in the model's family.
+
+  Raises ConfigError if no family has the model.
+  """
+  found = {}
+  for row in expressible.of(lora.base(cfg)).rows:
+    if len(row.ours) == 1 and row.theirs.endswith(".weight"):
+      found[row.ours[0]] = row
+  return {
+    name: found[path]
+    for name in lora.targets(dataclasses.replace(cfg, lora=_ALL))
+    for path in (f"layers/attention/{name}", f"layers/mlp/{name}")
+    if path in found
+  }
+
+
+def _module(row: tables.Row, layer: int) -> str:
+  return "base_model.model." + row.theirs.format(layer).removesuffix(".weight")
+
+
+def _short(row: tables.Row) -> str:
+  """As self_attn.q_proj."""
+  return row.theirs.partition("{}.")[2].removesuffix(".weight")
 
 
 def save(
@@ -52,24 +71,28 @@ def save(
   """Writes the adapters [L, ...] of a model (`params["layers"]["lora"]`).
 
   `base` is what the file names as the base model. Raises ConfigError if the
-  model has no adapters, or is not of a family that has these module names.
+  model has no adapters, if no family has the model, or if the family has an
+  adapted matrix joined with others in one tensor.
   """
   if cfg.lora is None:
     raise schema.ConfigError(
       "model.lora=None: the run has no adapters that could be written; train "
       "one with --config.model.lora.rank=8 and --config.init_from"
     )
-  if cfg.positions == "learned":
+  rows, tensors = _rows(cfg), {}
+  targets = lora.targets(cfg)
+  if joined := [name for name in targets if name not in rows]:
+    family = expressible.of(lora.base(cfg)).model_type
     raise schema.ConfigError(
-      "model.positions='learned': transformers has such models (GPT-2) with "
-      "q, k and v in one matrix, which PEFT's file of this adapter would not "
-      "fit; only models with rope can be written"
+      f"model.lora.targets={targets}: the family {family!r} of transformers has"
+      f" {', '.join(joined)} joined with others in one matrix, which this "
+      "adapter would not fit; adapt other matrices, or write the merged model "
+      "by --to=huggingface"
     )
-  tensors = {}
-  for name in lora.targets(cfg):
+  for name in targets:
     a, b = (np.asarray(adapters[name][key], np.float32) for key in "ab")
     for i in range(cfg.n_layers):
-      key = f"base_model.model.model.layers.{i}.{_MODULES[name]}"
+      key = _module(rows[name], i)
       rank = cfg.lora.rank
       tensors[f"{key}.lora_A.weight"] = a[i].reshape(-1, rank).T
       tensors[f"{key}.lora_B.weight"] = b[i].reshape(rank, -1).T
@@ -83,9 +106,9 @@ def save(
     "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
     "lora_dropout": cfg.lora.dropout,
     "use_rslora": cfg.lora.rank_stabilized,
-    "target_modules": [_MODULES[n].split(".")[1] for n in lora.targets(cfg)],
+    "target_modules": [_short(rows[n]).split(".")[1] for n in targets],
     "bias": "none",
-    "fan_in_fan_out": False,
+    "fan_in_fan_out": not rows[targets[0]].linear,
     "init_lora_weights": True,
     "modules_to_save": None,
     "use_dora": False,
@@ -109,24 +132,29 @@ def load(
   """
   content = _config(folder)
   tensors = _tensors(os.path.join(folder, TENSORS))
+  rows = _rows(cfg)
+  known = {
+    f"{_module(row, i)}.lora_{factor}.weight": (name, i, factor)
+    for name, row in rows.items()
+    for i in range(cfg.n_layers)
+    for factor in "AB"
+  }
   # Target -> (layer, "A" or "B") -> matrix.
   found: dict[str, dict[tuple[int, str], np.ndarray]] = {}
   for key, value in sorted(tensors.items()):
-    match = _KEY.fullmatch(key)
-    name = match and _TARGETS.get(match[2])
-    if not match or not name or int(match[1]) >= cfg.n_layers:
+    if key not in known:
       raise schema.ConfigError(
         f"adapter {folder}: tensor {key!r} fits no matrix of the "
-        f"{cfg.n_layers} layers; only adapters of {', '.join(_MODULES)} can be "
-        "read"
+        f"{cfg.n_layers} layers; only adapters of {', '.join(rows)} can be read"
       )
-    found.setdefault(name, {})[int(match[1]), match[3]] = value
+    name, i, factor = known[key]
+    found.setdefault(name, {})[i, factor] = value
   config = config_lib.LoraConfig(
     rank=content["r"],
     alpha=float(content["lora_alpha"]),
     rank_stabilized=bool(content.get("use_rslora", False)),
     dropout=float(content.get("lora_dropout", 0.0)),
-    targets=tuple(n for n in _MODULES if n in found),  # type: ignore[arg-type]
+    targets=tuple(n for n in rows if n in found),  # type: ignore[arg-type]
   )
   schema.check_types(config, config_lib.LoraConfig, f"adapter {folder}")
   model = dataclasses.replace(cfg, lora=config)
@@ -138,12 +166,14 @@ def load(
   make = functools.partial(decoder.init_params, model)
   like = jax.eval_shape(make, jax.random.key(0))["layers"][lora.NAME]
   return config, {
-    name: _stacked(folder, name, found[name], like[name], config.rank)
+    name: _stacked(
+      folder, _short(rows[name]), found[name], like[name], config.rank
+    )
     for name in config.targets
   }
 
 
-def _stacked(folder, name, parts, like, rank):
+def _stacked(folder, module, parts, like, rank):
   """{"a": [L, *inputs, R], "b": [L, R, *outputs]} from PEFT's matrices."""
   stacked = {key: np.zeros(x.shape, np.float32) for key, x in like.items()}
   n_layers = len(stacked["a"])
@@ -154,13 +184,13 @@ def _stacked(folder, name, parts, like, rank):
   for (i, key), value in parts.items():
     if value.T.shape != flat[key][i].shape:
       raise schema.ConfigError(
-        f"adapter {folder}: lora_{key} of {_MODULES[name]}, layer {i}, is "
+        f"adapter {folder}: lora_{key} of {module}, layer {i}, is "
         f"{list(value.shape)}, and of this model "
         f"{list(flat[key][i].T.shape)}; name the adapter's own base"
       )
     if (i, "AB".replace(key, "")) not in parts:
       raise schema.ConfigError(
-        f"adapter {folder}: layer {i} has only lora_{key} of {_MODULES[name]}"
+        f"adapter {folder}: layer {i} has only lora_{key} of {module}"
       )
     flat[key][i] = value.T
   return stacked
