@@ -26,8 +26,10 @@ import test_evaluate
 from lm import batch as batch_lib
 from lm import checkpoint, schema, sharding, validation
 from lm import config as config_lib
+from lm.convert import vocabulary
 from lm.data import tokenizer as tokenizer_lib
 from lm.evaluate import harness, harness_model, likelihood, perplexity
+from lm.huggingface import folder as hf_folder
 from lm.model import decoder
 from lm.sample import sampler as sampler_lib
 from lm.train import loop
@@ -392,36 +394,68 @@ def choices_by_hand(limit):
 
 
 @pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory):
-  """The bytes tokenizer as files that AutoTokenizer reads."""
-  import tokenizers
-  import transformers
-  from transformers.convert_slow_tokenizer import bytes_to_unicode
+def exported(tmp_path_factory):
+  """The model as a folder that transformers reads."""
+  path = tmp_path_factory.mktemp("exported")
+  hf_folder.write(str(path), MODEL, PARAMS)
+  vocabulary.write(TOKENIZER, str(path))
+  return str(path)
 
-  names = tokenizer_lib.RESERVED
-  vocabulary = {name: i for i, name in enumerate(names)}
-  for byte, character in bytes_to_unicode().items():
-    vocabulary[character] = len(names) + byte
-  made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-  made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-    add_prefix_space=False, use_regex=False
+
+# Texts, beside the tasks' own.
+PAIRS = [
+  (row["question"], choice) for row in QUESTIONS for choice in row["choices"]
+]
+STOPS = {"until": ["\n", "b"], "max_gen_toks": 9}
+PROMPTS = [("def f(x):", STOPS), ("a", STOPS)]
+
+
+def answers(model, folder, pairs):
+  """(likelihoods, rolling likelihoods, texts, the tasks' scores)."""
+  return (
+    ask(model, "loglikelihood", *pairs),
+    ask(model, "loglikelihood_rolling", *((t["text"],) for t in TEXTS)),
+    ask(model, "generate_until", *PROMPTS),
+    harness.run(model, harness.find([*TASKS], folder)),
   )
-  made.decoder = tokenizers.decoders.ByteLevel()
-  path = str(tmp_path_factory.mktemp("tokenizer"))
-  transformers.PreTrainedTokenizerFast(
-    tokenizer_object=made,
-    bos_token="<bos>",
-    eos_token="<eos>",
-    pad_token="<pad>",
-  ).save_pretrained(path)
-  return path
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch and transformers
+def test_in_process_is_the_backend_of_transformers(folder, exported):
+  """On the exported checkpoint: choices, rolling and generation."""
+  from lm_eval.models import huggingface
+
+  def backend(add_bos: bool):
+    return huggingface.HFLM(
+      pretrained=exported,
+      dtype="float32",
+      device="cpu",
+      batch_size=1,
+      max_length=CONTEXT,
+      add_bos_token=add_bos,
+    )
+
+  ours = answers(make(), folder, PAIRS)
+  likelihoods, _, texts, scores = answers(backend(True), folder, PAIRS)
+  for one, other in zip(ours[0], likelihoods, strict=True):
+    assert one == (pytest.approx(other[0], abs=1e-4), other[1])
+  assert ours[2] == texts
+  # With add_bos_token it reads bos twice here, and scores the second (#3333).
+  plain = backend(False)
+  rolling = ask(plain, "loglikelihood_rolling", *((t["text"],) for t in TEXTS))
+  assert ours[1] == pytest.approx(rolling, rel=1e-4)
+  scores |= harness.run(plain, harness.find(["rolling"], folder))
+  for name, found in scores.items():
+    for metric, value in found["metrics"].items():
+      mine = ours[3][name]["metrics"][metric]["value"]
+      assert mine == pytest.approx(value["value"], rel=1e-4), (name, metric)
 
 
 @pytest.mark.parametrize(
   ("backend", "batch_size"), [("remote", 1), ("huggingface", 3)]
 )
 def test_in_process_is_over_http_is_by_hand(
-  folder, tokenizer_folder, backend, batch_size
+  folder, exported, backend, batch_size
 ):
   """lm-eval's own client, with its tokenizer at the server or in a folder, and
   a context of `max_length`, of which the client keeps two tokens for itself.
@@ -437,37 +471,22 @@ def test_in_process_is_over_http_is_by_hand(
       base_url=f"{running.url}/v1/completions",
       model="tiny",
       tokenizer_backend=backend,
-      tokenizer=tokenizer_folder if backend == "huggingface" else None,
+      tokenizer=exported if backend == "huggingface" else None,
       max_length=CONTEXT,
       batch_size=batch_size,
       max_retries=1,
     )
     assert remote.prefix_token_id == TOKENIZER.bos
     assert remote.eot_token_id == TOKENIZER.eos
-    pairs = [
-      (row["question"], choice)
-      for row in QUESTIONS
-      for choice in row["choices"]
-    ]
-    pairs += [("c" * n, "d") for n in (97, 98, 99, 100)]
-    given = {"until": ["\n", "b"], "max_gen_toks": 9}
-    prompts = [("def f(x):", given), ("a", given)]
-    found = [
-      [
-        ask(model, "loglikelihood", *pairs),
-        ask(model, "loglikelihood_rolling", *((t["text"],) for t in TEXTS)),
-        ask(model, "generate_until", *prompts),
-        harness.run(model, harness.find([*TASKS], folder)),
-      ]
-      for model in (own, remote)
-    ]
+    pairs = [*PAIRS, *(("c" * n, "d") for n in (97, 98, 99, 100))]
+    found = [answers(model, folder, pairs) for model in (own, remote)]
   (likelihoods, rolling, texts, scores), over_http = found
   for one, other in zip(likelihoods, over_http[0], strict=True):
     assert one[0] == pytest.approx(other[0], rel=1e-6)
     assert one[1] == other[1]
   assert rolling == pytest.approx(over_http[1], rel=1e-6)
   assert texts == over_http[2]
-  assert texts == [by_hand_greedy(text, 9, ["\n", "b"]) for text, _ in prompts]
+  assert texts == [by_hand_greedy(text, 9, ["\n", "b"]) for text, _ in PROMPTS]
   by_rolling = [by_hand_rolling(row["text"], inner) for row in TEXTS]
   n_bytes = sum(len(row["text"].encode()) for row in TEXTS)
   bits = -sum(by_rolling) / n_bytes / math.log(2)
