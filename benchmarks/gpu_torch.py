@@ -10,36 +10,17 @@ import transformers
 from transformers.integrations import sdpa_attention
 
 from lm import config as config_lib
+from lm.huggingface import families
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def llama(cfg: config_lib.ModelConfig, attention: str):
   """The model of `cfg`, with random weights in float32."""
-  rope: dict = {"rope_type": "default", "rope_theta": cfg.rope_theta}
-  if (scaling := cfg.rope_scaling) is not None:
-    rope |= {
-      "rope_type": "llama3",
-      "factor": scaling.factor,
-      "low_freq_factor": scaling.low_frequency_factor,
-      "high_freq_factor": scaling.high_frequency_factor,
-      "original_max_position_embeddings": scaling.original_length,
-    }
-  config = transformers.LlamaConfig(
-    vocab_size=cfg.vocab_size,
-    hidden_size=cfg.d_model,
-    intermediate_size=cfg.d_mlp,
-    num_hidden_layers=cfg.n_layers,
-    num_attention_heads=cfg.n_heads,
-    num_key_value_heads=cfg.n_kv_heads,
-    head_dim=cfg.d_head,
-    max_position_embeddings=cfg.context_length,
-    rms_norm_eps=cfg.norm_epsilon,
-    tie_word_embeddings=cfg.tied_embedding,
-    rope_parameters=rope,
-    bos_token_id=None,
-    eos_token_id=None,
-    attn_implementation=attention,
+  content = families.find("llama").write(cfg)
+  ids = dict.fromkeys(("bos_token_id", "eos_token_id"))
+  config = transformers.AutoConfig.for_model(
+    **content, **ids, attn_implementation=attention
   )
   torch.set_num_threads(os.cpu_count() or 1)
   torch.set_float32_matmul_precision("high")

@@ -1,4 +1,4 @@
-"""Which tokenizer? python benchmarks/tokenizers.py [--steps=N] [--seeds=2]
+"""Which tokenizer? python benchmarks/vocabularies.py [--steps=N] [--seeds=2]
 
 Trains configs/quickstart.py once for each seed and kind of tokenizer that is
 trained here, at the same vocabulary, steps and tokens a step, and prints bytes
