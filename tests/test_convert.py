@@ -295,7 +295,6 @@ def test_links_are_followed_within_the_folder_and_in_the_hubs_cache(
     ({"model_type": "qwen3_moe"}, "is a mixture of experts"),
     ({"model_type": "gpt_oss"}, "is a mixture of experts"),
     ({"model_type": "t5"}, "|span_corruption"),
-    ({"model_type": "modernbert"}, "masked-LM head"),
     ({"model_type": "mamba"}, "supported are llama, gpt2, qwen3"),
     ({"model_type": ["llama"]}, "supported are llama"),
   ],
@@ -348,6 +347,21 @@ def test_a_tied_head_may_stand_there_if_it_is_the_embedding(tmp_path):
     folder.find(str(tmp_path))
 
 
+def test_bert_as_it_was_published(tmp_path):
+  """With other names of the norms, a pooler, and token types of two kinds."""
+  test_families.reference("bert", tmp_path)
+  want = folder.load_on(folder.find(str(tmp_path)))
+  state = stored(tmp_path)
+  for name in [name for name in state if "LayerNorm" in name]:
+    former = name.replace("weight", "gamma").replace("bias", "beta")
+    state[former] = state.pop(name)
+  state["bert.pooler.dense.weight"] = torch.ones(24, 24)
+  state["cls.seq_relationship.bias"] = torch.ones(2)
+  safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+  got = folder.load_on(folder.find(str(tmp_path)))
+  assert all(jax.tree.leaves(jax.tree.map(np.array_equal, got, want)))
+
+
 def test_gpt2_as_it_was_published(tmp_path):
   """Without the prefix and with masks among the tensors."""
   test_families.reference("gpt2", tmp_path)
@@ -388,7 +402,10 @@ def test_rope_is_written_for_transformers_4_and_5(name, tmp_path):
   former = {k: v for k, v in written.items() if k != "rope_parameters"}
   assert family.read(former) == model
   if model.positions == "rope":
-    assert former["rope_theta"] == model.rope_theta
+    assert model.rope_theta in (
+      former.get("rope_theta"),
+      former.get("global_rope_theta"),  # ModernBERT's name of it
+    )
     today = {k: v for k, v in written.items() if k not in _FORMER}
     assert family.read(today) == model
     if name.startswith("phi") and model.rope_scaling is not None:
@@ -398,7 +415,7 @@ def test_rope_is_written_for_transformers_4_and_5(name, tmp_path):
 
 
 _FORMER = ("rope_theta", "rope_scaling", "rope_local_base_freq")
-_FORMER += ("partial_rotary_factor",)
+_FORMER += ("partial_rotary_factor", "global_rope_theta", "local_rope_theta")
 
 
 # --- export -------------------------------------------------------------------

@@ -138,7 +138,24 @@ CASES = {
     tie_word_embeddings=True,
   ),
   "starcoder2": case("Starcoder2", sliding_window=9),
+  "bert": case("Bert", num_key_value_heads=None),
+  "modernbert": case(
+    "ModernBert",
+    num_key_value_heads=None,
+    num_hidden_layers=4,
+    local_attention=8,
+    rope_parameters={
+      "full_attention": PLAIN,
+      "sliding_attention": PLAIN | {"rope_theta": 20.0},
+    },
+  ),
 }
+
+
+def auto(name):
+  if name in ("bert", "modernbert"):
+    return transformers.AutoModelForMaskedLM
+  return transformers.AutoModelForCausalLM
 
 
 def reference(name, path, seed=0, dtype=torch.float32, **changed):
@@ -148,7 +165,7 @@ def reference(name, path, seed=0, dtype=torch.float32, **changed):
     **{**copy.deepcopy(fields), **changed}, attn_implementation="eager"
   )
   torch.manual_seed(seed)
-  model = transformers.AutoModelForCausalLM.from_config(config).eval()
+  model = auto(name).from_config(config).eval()
   with torch.no_grad():
     for parameter_name, x in model.named_parameters():
       if x.ndim == 1:  # norms and biases, which start as constants
@@ -211,7 +228,7 @@ def bits(path):
 @pytest.mark.parametrize(
   ("name", "dtype"),
   [
-    *((name, "bfloat16") for name in CASES),
+    *((name, "bfloat16") for name in CASES if name != "bert"),
     *(("llama3", "float32"), ("gpt2", "float32"), ("phi3", "float16")),
   ],
 )
@@ -229,9 +246,7 @@ def test_round_trip_is_bit_identical(name, dtype, tmp_path):
   assert bits(back) == bits(theirs)
   assert config_json.read(str(back))[1] == found.model
   models = [
-    transformers.AutoModelForCausalLM.from_pretrained(
-      path, dtype="auto", attn_implementation="eager"
-    )
+    auto(name).from_pretrained(path, dtype="auto", attn_implementation="eager")
     for path in (theirs, back)
   ]
   assert type(models[0]) is type(models[1])
@@ -239,6 +254,37 @@ def test_round_trip_is_bit_identical(name, dtype, tmp_path):
   with torch.no_grad():
     want, got = (model(inputs).logits for model in models)
   assert got.dtype == want.dtype and torch.equal(got, want)
+
+
+def test_bert_comes_back_with_token_types_in_its_positions(tmp_path):
+  """A text is of type 0 throughout; all else is bit-identical."""
+  theirs, back = tmp_path / "theirs", tmp_path / "back"
+  model = reference("bert", theirs)
+  back.mkdir()
+  found = folder.find(str(theirs))
+  params = folder.load_on(found)
+  folder.write(str(back), found.model, params, family="bert")
+  want, got = bits(theirs), bits(back)
+  names = [
+    f"bert.embeddings.{x}_embeddings" for x in ("position", "token_type")
+  ]
+  table, kinds = (
+    [
+      np.frombuffer(b[f"{n}.weight"][2], np.float32).reshape(-1, 24)
+      for n in names
+    ]
+    for b in (want, got)
+  )
+  np.testing.assert_array_equal(kinds[0], table[0] + table[1][0])
+  assert not kinds[1].any()
+  for name in names:
+    del want[f"{name}.weight"], got[f"{name}.weight"]
+  assert got == want
+  inputs = torch.tensor(tokens(), dtype=torch.int64)
+  again = auto("bert").from_pretrained(back).eval()
+  with torch.no_grad():
+    difference = again(inputs).logits - model(inputs).logits
+  assert difference.abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", ["llama3", "gpt2", "phi4_mini", "gemma3"])

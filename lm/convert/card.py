@@ -18,11 +18,12 @@ def text(
   """What the model is, what it was trained on, its losses, and the commit."""
   config = meta.config
   parameters = counts.parameter_count(config.model)
+  causal = config.model.causal
   started = f" from `{config.init_from}`" if config.init_from else ""
   lines = [
     "---",
     "library_name: transformers",
-    "pipeline_tag: text-generation",
+    f"pipeline_tag: {'text-generation' if causal else 'fill-mask'}",
     "---",
     "",
     f"A `{model_type}` with {parameters:,} parameters in {dtype}, at step "

@@ -38,7 +38,7 @@ def compare(
     cfg.vocab_size, size=(2, _length(cfg)), dtype=np.int32
   )
   try:
-    theirs = _transformers(path, inputs)
+    theirs = _transformers(path, inputs, cfg.causal)
   except Exception as error:  # of any type, since its code is anything's
     raise schema.RunError(
       f"transformers cannot read the export: {type(error).__name__}: {error}"
@@ -62,12 +62,17 @@ def _length(cfg: config_lib.ModelConfig) -> int:
   return min(max(_LENGTH, least), cfg.context_length)
 
 
-def _transformers(path: str, inputs: np.ndarray) -> np.ndarray:
+def _transformers(path: str, inputs: np.ndarray, causal: bool) -> np.ndarray:
   import torch
   import transformers
 
   transformers.utils.logging.disable_progress_bar()
-  model = transformers.AutoModelForCausalLM.from_pretrained(
+  kind = (
+    transformers.AutoModelForCausalLM
+    if causal
+    else transformers.AutoModelForMaskedLM
+  )
+  model = kind.from_pretrained(
     path,
     dtype=torch.float32,
     attn_implementation="eager",

@@ -11,6 +11,7 @@ from typing import Any
 from lm import config as config_lib
 from lm import files, schema
 from lm.huggingface import families
+from lm.huggingface import family as family_lib
 
 NAME = "config.json"
 _MOST = 10_000_000  # bytes
@@ -48,7 +49,7 @@ def read_json(path: str, name: str) -> dict[str, Any]:
 
 def read(
   path: str,
-) -> tuple[families.Family, config_lib.ModelConfig]:
+) -> tuple[family_lib.Family, config_lib.ModelConfig]:
   """(family, model) of a folder's config.json. Raises ConfigError if it is
   missing, of no family here, or asks for what the family here lacks.
   """

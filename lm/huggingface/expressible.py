@@ -11,6 +11,7 @@ from typing import Any
 from lm import config as config_lib
 from lm import schema, validation
 from lm.huggingface import families, parts
+from lm.huggingface import family as family_lib
 
 # Fields that change no logits of a given set of parameters.
 _FREE = (
@@ -31,7 +32,7 @@ def canonical(m: config_lib.ModelConfig) -> config_lib.ModelConfig:
     **{name: getattr(plain, name) for name in _FREE},
     windows=parts.period(parts.by_layer(m.windows, m.n_layers)),
     rope_layers=parts.period(parts.by_layer(m.rope_layers, m.n_layers)),
-    biases=tuple(part for part in families.ALL_BIASES if part in m.biases),
+    biases=tuple(part for part in family_lib.ALL_BIASES if part in m.biases),
     query_scale_dim=m.query_scale_dim or m.d_head,
     rope_theta_windowed=None if own == m.rope_theta and not scaled else own,
   )
@@ -46,7 +47,7 @@ def differences(
 
 
 def lost(
-  family: families.Family, m: config_lib.ModelConfig
+  family: family_lib.Family, m: config_lib.ModelConfig
 ) -> dict[str, tuple[Any, Any]]:
   """What the family cannot express of the model: path -> (value, what it would
   become); {} if it can express the model.
@@ -54,7 +55,7 @@ def lost(
   return differences(m, family.map(family.write(m)))
 
 
-def of(m: config_lib.ModelConfig, name: str | None = None) -> families.Family:
+def of(m: config_lib.ModelConfig, name: str | None = None) -> family_lib.Family:
   """The family that expresses the model: the one `name`, or the first.
 
   Raises ConfigError that names the fields which it, or the nearest family,

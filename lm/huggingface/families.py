@@ -4,99 +4,12 @@ A family is its parts of config.json and its table of tensors; a new family is
 an entry of `FAMILIES`. Defaults are those of transformers 5.24.
 """
 
-import dataclasses
-import re
 from typing import Any
 
-from lm import config as config_lib
-from lm import files, schema, validation
-from lm.huggingface import parts, rope, tables
+from lm import schema
+from lm.huggingface import family, parts, rope, tables
+from lm.huggingface.family import Family
 
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-  """`model_type` and `architecture` as in config.json. `extras` is a pattern of
-  tensors that hold no parameters; `prefix` of tensors of the model without its
-  head, which some files leave out.
-  """
-
-  model_type: str
-  architecture: str
-  settings: tuple[parts.Part, ...]
-  rows: tuple[tables.Row, ...]
-  prefix: str = "model."
-  extras: str = r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
-
-  def read(self, content: parts.Content) -> config_lib.ModelConfig:
-    """The model of a config.json. Raises ConfigError on a key or a value that
-    stands for another model than ours can be.
-    """
-    known = {key for part in self.settings for key in part.keys} | HARMLESS
-    for key, value in content.items():
-      if value and key not in known:
-        raise schema.ConfigError(
-          f"config.json: {key}={schema.shown(value)}: unknown to the family "
-          f"{self.model_type!r}, and may change the model; remove it if it "
-          "does not"
-        )
-    try:
-      return validation.check_model(self.map(content))
-    except schema.ConfigError as error:
-      said = str(error).removeprefix("config.json: ")
-      raise schema.ConfigError(f"config.json: {said}") from error
-
-  def map(self, content: parts.Content) -> config_lib.ModelConfig:
-    """`read` without any check between fields."""
-    fields: dict[str, Any] = {}
-    biases: tuple[Any, ...] = ()
-    try:
-      for part in self.settings:
-        found = part.read(content)
-        fields |= found
-        biases += found.get("biases", ())
-    except (TypeError, ValueError, LookupError, ZeroDivisionError) as error:
-      raise schema.ConfigError(
-        f"config.json: a value is of the wrong type ({files.first_line(error)})"
-      ) from error
-    fields["biases"] = tuple(part for part in ALL_BIASES if part in biases)
-    kind = config_lib.ModelConfig
-    return kind(
-      **{name: parts.as_declared(kind, name, x) for name, x in fields.items()}
-    )
-
-  def write(self, model: config_lib.ModelConfig) -> dict[str, Any]:
-    """config.json of the model, as far as the family has it."""
-    found: dict[str, Any] = {
-      "architectures": [self.architecture],
-      "model_type": self.model_type,
-    }
-    for part in self.settings:
-      found |= part.write(model)
-    return found
-
-  def is_extra(self, name: str) -> bool:
-    """Whether a tensor of a checkpoint holds no parameters."""
-    return re.fullmatch(self.extras, name) is not None
-
-
-# Keys that change no logits: metadata, training, generation, code to run.
-HARMLESS = set(
-  "_attn_implementation _name_or_path architectures attention_dropout"
-  " attn_pdrop auto_map bos_token_id cache_implementation"
-  " chunk_size_feed_forward dtype embd_pdrop embedding_dropout eos_token_id"
-  " gradient_checkpointing"
-  " id2label initializer_range label2id max_length model_type n_ctx"
-  " name_or_path num_labels output_attentions output_hidden_states pad_token_id"
-  " pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop"
-  " residual_dropout return_dict scale_attention_softmax_in_fp32"
-  " attention_softmax_in_fp32 summary_activation summary_first_dropout"
-  " summary_proj_to_labels summary_type summary_use_proj task_specific_params"
-  " torch_dtype transformers_version use_cache".split()
-)
-
-# --- config.json -------------------------------------------------------------
-
-ALL_BIASES = ("qkv", "o", "mlp", "norm")
 _SILU = parts.choice("hidden_act", "mlp", {"silu": "swiglu"}, "silu")
 _GELU_TANH = {
   "gelu_new": "gelu",
@@ -173,6 +86,11 @@ _OLMO = (
   parts.fixed(norm_placement="post", qk_norm="projection"),
 )
 
+_ENCODER = (
+  parts.fixed(causal=False, embedding_norm=True, head_transform=True),
+  parts.must("is_decoder", False),
+)
+
 # In the order in which a model that several families can express is exported.
 FAMILIES: tuple[Family, ...] = (
   Family(
@@ -209,7 +127,9 @@ FAMILIES: tuple[Family, ...] = (
       parts.same("layer_norm_epsilon", "norm_epsilon", 1e-5),
       parts.choice("activation_function", "mlp", _GELU_TANH, "gelu_new"),
       parts.same("tie_word_embeddings", "tied_embedding", True),
-      parts.fixed(norm="layernorm", positions="learned", biases=ALL_BIASES),
+      parts.fixed(
+        norm="layernorm", positions="learned", biases=family.ALL_BIASES
+      ),
       parts.must("scale_attn_weights", True),
       parts.must("scale_attn_by_inverse_layer_idx", False),
       parts.ignored(
@@ -374,17 +294,68 @@ FAMILIES: tuple[Family, ...] = (
     ),
     tables.STARCODER2,
   ),
+  Family(
+    "bert",
+    "BertForMaskedLM",
+    (
+      *_sizes(tied=True, norm="layer_norm_eps", epsilon=1e-12),
+      parts.heads(),
+      parts.choice("hidden_act", "mlp", _GELU_TANH, "gelu"),
+      parts.fixed(norm="layernorm", norm_placement="residual"),
+      parts.fixed(
+        positions="learned", biases=family.ALL_BIASES, head_bias=True
+      ),
+      *_ENCODER,
+      parts.must("type_vocab_size", 2),
+      parts.must("position_embedding_type", "absolute"),
+    ),
+    tables.BERT,
+    prefix="bert.",
+    head="cls.predictions.decoder.weight",
+    extras=r"bert\.(pooler\.dense|embeddings\.position_ids).*"
+    r"|cls\.seq_relationship\..*|cls\.predictions\.decoder\.bias",
+  ),
+  Family(
+    "modernbert",
+    "ModernBertForMaskedLM",
+    (
+      *_sizes(tied=True, norm="norm_eps", epsilon=1e-5),
+      parts.heads(),
+      parts.choice(
+        "hidden_activation",
+        "mlp",
+        {"gelu": "geglu_exact", "gelu_pytorch_tanh": "geglu"},
+        "gelu",
+      ),
+      parts.must("classifier_activation", "gelu"),
+      parts.fixed(norm="layernorm", first_attention_norm=False),
+      parts.biases("norm_bias", "norm", default=False),
+      _ATTENTION_BIAS,
+      # The head's dense layer has a bias if the MLP has.
+      parts.must("mlp_bias", False),
+      parts.must("classifier_bias", False),
+      parts.same("decoder_bias", "head_bias", True),
+      *_ENCODER,
+      parts.windows(
+        lambda c, i: i % c.get("global_attn_every_n_layers", 3) != 0,
+        "global_attn_every_n_layers",
+        default=128,
+        reach="local_attention",
+      ),
+      rope.by_type(
+        160_000.0, 10_000.0, "local_rope_theta", "global_rope_theta"
+      ),
+    ),
+    tables.MODERNBERT,
+    head="decoder.weight",
+  ),
 )
-BY_NAME = {family.model_type: family for family in FAMILIES}
+BY_NAME = {one.model_type: one for one in FAMILIES}
 
 _EXPERTS = "is a mixture of experts, which lm.model does not have yet"
 _ENCODER_DECODER = (
   "is an encoder-decoder; lm trains the objective of T5 in a decoder: a source "
   "'...|span_corruption'"
-)
-_BERT = (
-  "needs a norm of the embeddings and a masked-LM head of its own, which "
-  "lm.model does not have"
 )
 _REFUSED = {
   **dict.fromkeys(
@@ -392,7 +363,6 @@ _REFUSED = {
     _EXPERTS,
   ),
   **dict.fromkeys(("t5", "mt5", "umt5", "longt5", "bart"), _ENCODER_DECODER),
-  **dict.fromkeys(("bert", "modernbert", "roberta"), _BERT),
   "gemma3": "reads images, too; only its text part 'gemma3_text' is supported",
 }
 

@@ -15,10 +15,12 @@ import jax
 
 from lm import config as config_lib
 from lm import files, schema, sharding
-from lm.huggingface import config_json, expressible, families, table, tensors
+from lm.huggingface import config_json, expressible, table, tensors
+from lm.huggingface import family as family_lib
 from lm.model import decoder
 
-_HEAD = "lm_head.weight"
+# Of norms in the first files of BERT.
+_FORMER = {".gamma": ".weight", ".beta": ".bias"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Folder:
   """
 
   path: str
-  family: families.Family
+  family: family_lib.Family
   model: config_lib.ModelConfig
   places: Mapping[str, table.Place]
   stored: Mapping[str, list[tensors.Stored]]
@@ -47,34 +49,39 @@ def find(path: str) -> Folder:
   """
   family, model = config_json.read(path)
   stored = tensors.find(path)
+  for former, today in _FORMER.items():
+    for name in [name for name in stored if name.endswith(former)]:
+      renamed = name.removesuffix(former) + today
+      stored[renamed] = stored.get(renamed, []) + stored.pop(name)
   if not any(name.startswith(family.prefix) for name in stored):
     # Files of the model without its head leave the prefix out.
     stored = {
-      name if name == _HEAD else family.prefix + name: value
-      for name, value in stored.items()
+      name if name == family.head else family.prefix + name: x
+      for name, x in stored.items()
     }
   stored = {
     name: value for name, value in stored.items() if not family.is_extra(name)
   }
   wanted = table.places(family.rows, model)
-  spare = None if _HEAD in wanted else stored.pop(_HEAD, None)
+  head = family.head
+  spare = None if head in wanted else stored.pop(head, None)
   table.require_none(path, list(table.compare(wanted, stored)))
   if spare is not None:
-    _check_tied(path, wanted, stored, spare)
+    _check_tied(path, wanted, stored, head, spare)
   return Folder(path, family, model, wanted, stored)
 
 
-def _check_tied(path, wanted, stored, spare) -> None:
-  """Raises ConfigError unless the head `spare` equals the embedding."""
-  (name,) = (name for name, p in wanted.items() if p.row.ours == ("embed",))
-  embed, head = stored[name][0], spare[0]
+def _check_tied(path, wanted, stored, name, spare) -> None:
+  """Raises ConfigError unless the head `name` equals the embedding."""
+  (tied,) = (name for name, p in wanted.items() if p.row.ours == ("embed",))
+  embed, head = stored[tied][0], spare[0]
   if (
     len(spare) > 1
     or (embed.dtype, embed.shape) != (head.dtype, head.shape)
     or embed.read().tobytes() != head.read().tobytes()
   ):
     raise schema.ConfigError(
-      f"{path}: {_HEAD} is not {name}, and tie_word_embeddings=True says that "
+      f"{path}: {name} is not {tied}, and tie_word_embeddings=True says that "
       "it is: set it to false if the head is one of its own"
     )
 
@@ -104,7 +111,7 @@ def write(
   family: str | None = None,
   more: Mapping[str, Any] | None = None,
   shard_bytes: int = tensors.SHARD_BYTES,
-) -> families.Family:
+) -> family_lib.Family:
   """Writes config.json, with the keys `more`, and the tensors in `dtype` into
   the existing folder `path`; returns the family.
 

@@ -168,13 +168,18 @@ def windows(
   *keys: str,
   default: int | None = 4096,
   switch: str | None = None,
+  reach: str | None = None,
 ) -> Part:
   """Windows by layer_types; without the key, layer i has one if `types`, which
-  reads `keys`, says so. The key `switch` must be true for any window.
+  reads `keys`, says so. The key `switch` must be true for any window. In place
+  of sliding_window, `reach` counts the positions on both sides (ModernBERT).
   """
+  key = reach or "sliding_window"
 
   def read(c: Content) -> dict[str, Any]:
-    size = get(c, "sliding_window", default)
+    size = get(c, key, default)
+    if reach is not None:
+      size = size // 2 + 1
     if switch is not None and not get(c, switch, False):
       size = None
     given, n = c.get("layer_types"), get(c, "num_hidden_layers")
@@ -193,8 +198,11 @@ def windows(
   def write(m: config_lib.ModelConfig) -> dict[str, Any]:
     layers = by_layer(m.windows, m.n_layers)
     sizes = sorted({size for size in layers if size is not None})
+    size = sizes[0] if sizes else None
+    if reach is not None:
+      size = 2 * (size - 1) if size else default
     found = {
-      "sliding_window": sizes[0] if sizes else None,
+      key: size,
       "layer_types": [TYPES[size is not None] for size in layers],
     }
     if "sliding_window_pattern" in keys:
@@ -204,7 +212,7 @@ def windows(
       found["max_window_layers"] = max(full, default=-1) + 1
     return found if switch is None else {**found, switch: bool(sizes)}
 
-  named = ("sliding_window", "layer_types", *keys)
+  named = (key, "layer_types", *keys)
   return Part(named if switch is None else (*named, switch), read, write)
 
 

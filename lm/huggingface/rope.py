@@ -81,7 +81,10 @@ def everywhere(theta: float, *, partial: bool = False) -> parts.Part:
 
 
 def by_type(
-  theta: float, local: float | None, local_key: str | None = None
+  theta: float,
+  local: float | None,
+  local_key: str | None = None,
+  theta_key: str = _THETA,
 ) -> parts.Part:
   """Rotary positions with a base of their own, and no scaling, in layers with a
   window: the key `local_key` of transformers 4, by default `local` (None: the
@@ -95,7 +98,7 @@ def by_type(
       raise schema.ConfigError(
         f"config.json: rope_parameters={given!r}: must be by layer type"
       )
-    outer = {**c, "rope_parameters": given.get(full)}
+    outer = {**c, "rope_parameters": given.get(full), _THETA: c.get(theta_key)}
     base, fraction, scaling = _flat(outer, theta)
     parts.check(_FRACTION, fraction, (1.0,))
     former = None if local_key is None else c.get(local_key)
@@ -120,7 +123,7 @@ def by_type(
   def write(m: config_lib.ModelConfig) -> dict[str, Any]:
     own = m.rope_theta_windowed or m.rope_theta
     return {
-      _THETA: m.rope_theta,
+      theta_key: m.rope_theta,
       "rope_scaling": _former(m, m.rope_scaling, False),
       "rope_parameters": {
         full: _today(m, m.rope_theta, m.rope_scaling),
@@ -129,7 +132,7 @@ def by_type(
       **({local_key: own} if local_key else {}),
     }
 
-  keys = [_THETA, "rope_scaling", "rope_parameters", _FRACTION, _ORIGINAL]
+  keys = [theta_key, "rope_scaling", "rope_parameters", _FRACTION, _ORIGINAL]
   return parts.Part((*keys, *([local_key] if local_key else [])), read, write)
 
 

@@ -75,6 +75,8 @@ class Place:
 
   @property
   def shape(self) -> tuple[int, ...]:
+    if self.row.folded:
+      return (self.row.folded, self.parts[0].shape[-1])
     first, size = self.parts[0].flat(), sum(self._sizes())
     if len(first) == 1:
       return (size,)
@@ -132,7 +134,7 @@ def places(
     if len(parts) != len(line.ours):
       continue
     stacked = parts[0].declared.stacked
-    for layer in range(cfg.n_layers) if stacked else [None]:
+    for layer in range(line.first, cfg.n_layers) if stacked else [None]:
       place = Place(line, layer, parts)
       found[place.name] = place
   held = {path for place in found.values() for path in place.row.ours}
@@ -199,6 +201,8 @@ def load(
   flat = _flat(like)
   arrays: dict[str, jax.Array] = {}
   for name, place in wanted.items():
+    if place.row.folded:
+      continue
     parts = place.ours(found[name][0].read())
     for path, value in parts.items():
       if place.layer is None:
@@ -208,6 +212,11 @@ def load(
         arrays[path] = _empty(flat[path])
       where = _of_layer(flat[path].sharding)
       arrays[path] = _put(arrays[path], _placed(value, where), place.layer)
+  for name, place in wanted.items():
+    if place.row.folded:
+      (path,) = place.row.ours
+      first = np.broadcast_to(found[name][0].read()[0], flat[path].shape)
+      arrays[path] = arrays[path] + _placed(first, flat[path].sharding)
   return traverse_util.unflatten_dict(arrays, sep="/")
 
 
@@ -258,6 +267,8 @@ def planned(
   flat = _flat(params)
 
   def read(place: Place) -> np.ndarray:
+    if place.row.folded:
+      return np.zeros(place.shape, np.float32)
     ours = [
       np.asarray(flat[path] if place.layer is None else flat[path][place.layer])
       for path in place.row.ours

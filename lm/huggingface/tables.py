@@ -10,12 +10,16 @@ class Row:
   `theirs` has "{}" for the layer. A matrix is [outputs, inputs] there, as in
   torch.nn.Linear, or [inputs, outputs] if not `linear`, as in GPT-2's Conv1D.
   Heads and head width are one axis there; vectors have one axis. A row of
-  parameters that a model does not have, as a bias, holds nothing.
+  parameters that a model does not have, as a bias, holds nothing. Layers before
+  `first` have no such tensor. A `folded` tensor has that many rows, and the
+  first is added to each row of the parameter: it is written as zeros.
   """
 
   theirs: str
   ours: tuple[str, ...]
   linear: bool = True
+  first: int = 0
+  folded: int = 0
 
 
 def row(theirs: str, *ours: str, linear: bool = True) -> Row:
@@ -24,10 +28,10 @@ def row(theirs: str, *ours: str, linear: bool = True) -> Row:
 
 def _layers(prefix: str, *rows: Row) -> tuple[Row, ...]:
   return tuple(
-    Row(
-      f"{prefix}.{{}}.{r.theirs}",
-      tuple(f"layers/{path}" for path in r.ours),
-      r.linear,
+    dataclasses.replace(
+      r,
+      theirs=f"{prefix}.{{}}.{r.theirs}",
+      ours=tuple(f"layers/{path}" for path in r.ours),
     )
     for r in rows
   )
@@ -115,5 +119,71 @@ GPT2 = (
     row("mlp.c_proj.weight", "mlp/down", linear=False),
     row("mlp.c_proj.bias", "mlp/down_bias"),
     *_norms(ln_1="attention_norm", ln_2="mlp_norm"),
+  ),
+)
+
+
+def _both(theirs: str, *ours: str) -> tuple[Row, ...]:
+  """Rows of a matrix and its bias, of torch.nn.Linear."""
+  return (
+    row(f"{theirs}.weight", *ours),
+    row(f"{theirs}.bias", *(f"{path}_bias" for path in ours)),
+  )
+
+
+BERT = (
+  row("bert.embeddings.word_embeddings.weight", "embed"),
+  row("bert.embeddings.position_embeddings.weight", "position_embed"),
+  # Token types: a text is of type 0 throughout.
+  Row(
+    "bert.embeddings.token_type_embeddings.weight",
+    ("position_embed",),
+    folded=2,
+  ),
+  *_norms(**{"bert.embeddings.LayerNorm": "embedding_norm"}),
+  *_both("cls.predictions.transform.dense", "head_transform/dense"),
+  *_norms(**{"cls.predictions.transform.LayerNorm": "head_transform/norm"}),
+  row("cls.predictions.decoder.weight", "head"),
+  row("cls.predictions.bias", "head_bias"),
+  *_layers(
+    "bert.encoder.layer",
+    *_both("attention.self.query", "attention/q"),
+    *_both("attention.self.key", "attention/k"),
+    *_both("attention.self.value", "attention/v"),
+    *_both("attention.output.dense", "attention/o"),
+    *_both("intermediate.dense", "mlp/up"),
+    *_both("output.dense", "mlp/down"),
+    *_norms(
+      **{
+        "attention.output.LayerNorm": "attention_post_norm",
+        "output.LayerNorm": "mlp_post_norm",
+      }
+    ),
+  ),
+)
+MODERNBERT = (
+  row("model.embeddings.tok_embeddings.weight", "embed"),
+  *_norms(
+    **{
+      "model.embeddings.norm": "embedding_norm",
+      "model.final_norm": "final_norm",
+      "head.norm": "head_transform/norm",
+    }
+  ),
+  *_both("head.dense", "head_transform/dense"),
+  row("decoder.weight", "head"),
+  row("decoder.bias", "head_bias"),
+  *_layers(
+    "model.layers",
+    # The first layer has no norm there, and ours is not read.
+    *(
+      dataclasses.replace(r, first=1)
+      for r in _norms(attn_norm="attention_norm")
+    ),
+    *_both("attn.Wqkv", *(f"attention/{name}" for name in "qkv")),
+    *_both("attn.Wo", "attention/o"),
+    *_norms(mlp_norm="mlp_norm"),
+    *_both("mlp.Wi", "mlp/gate", "mlp/up"),
+    *_both("mlp.Wo", "mlp/down"),
   ),
 )
