@@ -2,10 +2,9 @@
 
 import dataclasses
 import json
-import pathlib
-import subprocess
 
 from lm import checkpoint
+from lm.evaluate import provenance
 from lm.model import counts
 from lm.train import metrics
 
@@ -16,7 +15,7 @@ def text(
   workdir: str, meta: checkpoint.Meta, model_type: str, dtype: str
 ) -> str:
   """What the model is, what it was trained on, its losses, and the commit."""
-  config = meta.config
+  config, commit = meta.config, provenance.code()["commit"]
   parameters = counts.parameter_count(config.model)
   causal = config.model.causal
   started = f" from `{config.init_from}`" if config.init_from else ""
@@ -44,7 +43,7 @@ def text(
     json.dumps(dataclasses.asdict(config), indent=2),
     "```",
     "",
-    f"Written by next-token, commit {_commit() or 'unknown'}.",
+    f"Written by next-token, commit {commit or 'unknown'}.",
     "",
   ]
   return "\n".join(lines)
@@ -60,18 +59,3 @@ def _losses(workdir: str, meta: checkpoint.Meta) -> list[str]:
     f"- {name}: {value:.4f}, at step {step}"
     for name, (step, value) in last.items()
   ]
-
-
-def _commit() -> str | None:
-  """The commit of this code; None outside a Git work tree."""
-  try:
-    ended = subprocess.run(
-      ["git", "rev-parse", "HEAD"],
-      cwd=pathlib.Path(__file__).parent,
-      capture_output=True,
-      text=True,
-      check=True,
-    )
-  except (OSError, subprocess.CalledProcessError):
-    return None
-  return ended.stdout.strip()
