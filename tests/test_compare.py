@@ -17,6 +17,7 @@ from lm import checkpoint, cli, schema
 from lm import config as config_lib
 from lm.data import overlap_report
 from lm.data import tokenizer as tokenizer_lib
+from lm.data import tokenizer_training
 from lm.evaluate import bootstrap, compare, compare_output, corpora
 from lm.evaluate import output as output_lib
 
@@ -183,7 +184,7 @@ def runs(tmp_path_factory):
   config = config_lib.Config()
   config.model.vocab_size = 390
   text = (folder / "a.txt").read_text()
-  pieces = tokenizer_lib.train(config, [text] * 9)
+  pieces = tokenizer_training.train(config, [text] * 9)
   alphabet = tokenizer_lib.Tokenizer()
   lines = {"text_unit": "line", "train": (f"text:{folder}/train.txt",)}
   saved.save(folder / "bytes", alphabet, 11, sources, **lines)

@@ -1072,6 +1072,13 @@ def test_shipped_config_reads_what_its_header_names(
 
 
 PARAMETERS = {
+  # As on the hub; then adapters of rank 16, for each layer of q, k, v, o, gate,
+  # up and down the inputs and outputs.
+  "finetune_gpt2": 124_439_808,
+  "finetune_llama3_1b": 1_235_814_400
+  + 16 * 16 * (4096 + 2560 + 2560 + 4096 + 3 * 10240),
+  "finetune_qwen3_0_6b": 596_049_920
+  + 28 * 16 * (3072 + 2048 + 2048 + 3072 + 3 * 4096),
   "gpt2_124m": 124_439_808,  # GPT-2 small on the Hugging Face hub
   "llama3_70b": 70_553_706_496,
   "llama3_8b": 8_030_261_248,

@@ -336,8 +336,8 @@ def test_meshes_that_cannot_cut_the_config_are_named():
 
 def test_layers_scanned_with_the_first_window(mutate):
   def mutant(original, run, stacked, x, keys, cfg):
-    def first(graph, x, layer, which, keys):
-      return run(graph, x, layer, 0, keys)
+    def first(graph, x, layer, which, i, keys):
+      return run(graph, x, layer, 0, i, keys)
 
     return original(first, stacked, x, keys, cfg)
 
@@ -347,10 +347,10 @@ def test_layers_scanned_with_the_first_window(mutate):
 
 
 def test_layers_recomputed_under_another_mask(mutate):
-  def mutant(original, graph, x, state, which, keys, *, cfg, **named):
+  def mutant(original, graph, x, state, which, i, keys, *, cfg, **named):
     if cfg.remat == "dots":
       keys = layers.fold_rows(keys, 1)
-    return original(graph, x, state, which, keys, cfg=cfg, **named)
+    return original(graph, x, state, which, i, keys, cfg=cfg, **named)
 
   mutate(decoder, "_run_layer", mutant)
   found = caught("layers", config(model__residual_dropout=0.2))
@@ -427,7 +427,7 @@ def test_dtypes_of_the_state(mutate):
 @pytest.mark.parametrize("term", ["_layer_biases", "_layer_matrices"])
 def test_parameters_of_a_formula_that_forgets(mutate, term):
   mutate(counts, term, lambda original, cfg: original(cfg) - cfg.d_mlp)
-  caught("parameters", config(model__bias=True))
+  caught("parameters", config(model__biases=("qkv", "o", "mlp")))
 
 
 def test_shardings_of_a_weight_that_lost_its_axes(mutate):

@@ -11,7 +11,7 @@ assistant's message adds to the prompt of its answer, up to its end of turn.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -181,6 +181,13 @@ def _pieces(
   return pieces
 
 
+def rendered_ids(tokenizer: tokenizer_lib.Tokenizer, text: str) -> list[int]:
+  """Token ids of a text of `chat_layout.render`, marks of tokens included."""
+  pieces = [(part, False) for part in _SURROGATE.split(text) if part]
+  ((_, parts),) = _encoded(tokenizer, [pieces])
+  return np.concatenate(parts).tolist() if parts else []
+
+
 def _assemble(
   tokenizer: tokenizer_lib.Tokenizer,
   conversations: Sequence[list[_Piece]],
@@ -189,6 +196,23 @@ def _assemble(
   """Token ids and targets of pieces. bos comes first, but of a vocabulary whose
   templates write what they were trained with.
   """
+  bos, found = np.array([tokenizer.bos], np.int32), []
+  begins = tokenizer.vocabulary.chats_begin_with_bos
+  for inside, parts in _encoded(tokenizer, conversations, threads):
+    opens = parts and parts[0][:1].tolist() == [tokenizer.bos]
+    if not parts or (begins and not opens):
+      parts, inside = [bos, *parts], [False, *inside]
+    scored = np.repeat(inside, [len(part) for part in parts])
+    found.append((np.concatenate(parts), scored))
+  return found
+
+
+def _encoded(
+  tokenizer: tokenizer_lib.Tokenizer,
+  conversations: Sequence[list[_Piece]],
+  threads: int = 1,
+) -> Iterator[tuple[list[bool], list[np.ndarray]]]:
+  """Yields, of each conversation, whether each piece is a target, and its ids."""
   names = chat_layout.names(tokenizer.marked_tokens)
   ids = {
     mark: np.array([tokenizer.named[name]], np.int32)
@@ -220,19 +244,12 @@ def _assemble(
     iter(tokenizer.encode_batch(some, threads, bool(i)) if some else [])
     for i, some in enumerate(texts)
   ]
-  bos, found = np.array([tokenizer.bos], np.int32), []
   for pieces in conversations:
     parts = [
       ids[text] if text in ids else next(encoded[goes_on])
       for (text, _), goes_on in zip(pieces, going_on(pieces), strict=True)
     ]
-    inside = [flag for _, flag in pieces]
-    opens = parts and parts[0][:1].tolist() == [tokenizer.bos]
-    if not parts or (vocabulary.chats_begin_with_bos and not opens):
-      parts, inside = [bos, *parts], [False, *inside]
-    scored = np.repeat(inside, [len(part) for part in parts])
-    found.append((np.concatenate(parts), scored))
-  return found
+    yield [flag for _, flag in pieces], parts
 
 
 def _stripped(

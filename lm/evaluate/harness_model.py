@@ -248,12 +248,12 @@ class HarnessModel(model.TemplateLM):
     ((text,),) = chat_layout.render(marked, [(messages, [cut])], ("", ""))
     if isinstance(text, schema.ConfigError):
       raise text
-    chat_layout.check_whole(text, messages, self._own.special_tokens)
+    chat_layout.check_whole(text, messages, self._own.template_tokens)
     if not add_generation_prompt:
       last = messages[-1]["content"].strip()
       text = text[: text.rindex(last) + len(last)]
     self._has_chats = True
-    known = chat_layout.names(self._own.special_tokens)
+    known = chat_layout.names(self._own.marked_tokens)
     return text.translate({ord(mark): ord(mark) + _PRIVATE for mark in known})
 
   def tok_encode(
@@ -267,19 +267,17 @@ class HarnessModel(model.TemplateLM):
     bos = self._own.bos
     if add_special_tokens is False or ids[:1] == [bos]:
       return ids
+    is_chat = self._has_chats and _STANDS_FOR_TOKEN.search(string)
+    if is_chat and not self._own.vocabulary.chats_begin_with_bos:
+      return ids
     return [bos, *ids]
 
   def _encode(self, text: str) -> list[int]:
     if not self._has_chats:
       return self._own.encode(text)
-    known = chat_layout.names(self._own.special_tokens)
-    ids = []
-    for part in _STANDS_FOR_TOKEN.split(text):
-      if _STANDS_FOR_TOKEN.fullmatch(part):
-        ids.append(self._own.named[known[chr(ord(part) - _PRIVATE)]])
-      elif part:
-        ids += self._own.encode(part)
-    return ids
+    known = chat_layout.names(self._own.marked_tokens)
+    marks = {ord(mark) + _PRIVATE: ord(mark) for mark in known}
+    return chat.rendered_ids(self._own, text.translate(marks))
 
   # --- requests ---
 
