@@ -15,9 +15,8 @@ from scipy import stats
 
 from lm import checkpoint, cli, schema
 from lm import config as config_lib
-from lm.data import overlap_report
+from lm.data import overlap_report, tokenizer_training
 from lm.data import tokenizer as tokenizer_lib
-from lm.data import tokenizer_training
 from lm.evaluate import bootstrap, compare, compare_output, corpora
 from lm.evaluate import output as output_lib
 

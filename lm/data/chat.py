@@ -212,7 +212,7 @@ def _encoded(
   conversations: Sequence[list[_Piece]],
   threads: int = 1,
 ) -> Iterator[tuple[list[bool], list[np.ndarray]]]:
-  """Yields, of each conversation, whether each piece is a target, and its ids."""
+  """Yields, per conversation, whether each piece is a target, and its ids."""
   names = chat_layout.names(tokenizer.marked_tokens)
   ids = {
     mark: np.array([tokenizer.named[name]], np.int32)
