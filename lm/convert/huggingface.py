@@ -25,6 +25,8 @@ def to_run(source: str, output: str) -> None:
   `source`. Raises ConfigError as `folder.find`, or without a tokenizer.
   """
   found = folder_lib.find(source)
+  for note in found.notes:
+    print(f"{source}: {note}")
   meta = imported.meta(found)
   params = folder_lib.load_on(found)
   with _made(output) as partial:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lm import config as config_lib
 from lm import files, schema
-from lm.huggingface import families
+from lm.huggingface import families, multimodal
 from lm.huggingface import family as family_lib
 
 NAME = "config.json"
@@ -50,11 +50,14 @@ def read_json(path: str, name: str) -> dict[str, Any]:
 def read(
   path: str,
 ) -> tuple[family_lib.Family, config_lib.ModelConfig]:
-  """(family, model) of a folder's config.json. Raises ConfigError if it is
-  missing, of no family here, or asks for what the family here lacks.
+  """(family, model) of a folder's config.json, or of the text part that it has.
+  Raises ConfigError if it is missing, of no family here, or asks for what the
+  family here lacks.
   """
   content = read_json(path, NAME)
   try:
+    if (around := multimodal.of(content)) is not None:
+      content = around.text_of(content)
     family = families.find(content.get("model_type"))
     return family, family.read(content)
   except schema.ConfigError as error:

@@ -7,7 +7,7 @@ an entry of `FAMILIES`. Defaults are those of transformers 5.24.
 from typing import Any
 
 from lm import schema
-from lm.huggingface import family, parts, rope, tables
+from lm.huggingface import family, multimodal, parts, rope, tables
 from lm.huggingface.family import Family
 
 _SILU = parts.choice("hidden_act", "mlp", {"silu": "swiglu"}, "silu")
@@ -363,7 +363,10 @@ _REFUSED = {
     _EXPERTS,
   ),
   **dict.fromkeys(("t5", "mt5", "umt5", "longt5", "bart"), _ENCODER_DECODER),
-  "gemma3": "reads images, too; only its text part 'gemma3_text' is supported",
+  **dict.fromkeys(
+    ("gemma3n", "llava", "mistral3", "paligemma", "qwen2_vl", "qwen2_5_vl"),
+    "reads images, too, and only of gemma3 is the text part read alone",
+  ),
 }
 
 
@@ -375,5 +378,6 @@ def find(model_type: Any) -> Family:
   if isinstance(model_type, str) and model_type in _REFUSED:
     raise schema.ConfigError(f"{said}{_REFUSED[model_type]}")
   raise schema.ConfigError(
-    f"{said}not supported; supported are {', '.join(BY_NAME)}"
+    f"{said}not supported; supported are "
+    f"{', '.join([*BY_NAME, *multimodal.BY_NAME])}"
   )

@@ -31,14 +31,8 @@ class Family:
     """The model of a config.json. Raises ConfigError on a key or a value that
     stands for another model than ours can be.
     """
-    known = {key for part in self.settings for key in part.keys} | HARMLESS
-    for key, value in content.items():
-      if value and key not in known:
-        raise schema.ConfigError(
-          f"config.json: {key}={schema.shown(value)}: unknown to the family "
-          f"{self.model_type!r}, and may change the model; remove it if it "
-          "does not"
-        )
+    known = {key for part in self.settings for key in part.keys}
+    require_known(content, known, self.model_type)
     try:
       return validation.check_model(self.map(content))
     except schema.ConfigError as error:
@@ -77,6 +71,18 @@ class Family:
   def is_extra(self, name: str) -> bool:
     """Whether a tensor of a checkpoint holds no parameters."""
     return re.fullmatch(self.extras, name) is not None
+
+
+def require_known(
+  content: parts.Content, known: set[str], model_type: str
+) -> None:
+  """Raises ConfigError on a key that is neither `known` nor harmless."""
+  for key, value in content.items():
+    if value and key not in known | HARMLESS:
+      raise schema.ConfigError(
+        f"config.json: {key}={schema.shown(value)}: unknown to the family "
+        f"{model_type!r}, and may change the model; remove it if it does not"
+      )
 
 
 # Keys that change no logits: metadata, training, generation, code to run.

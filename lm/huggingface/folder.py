@@ -15,7 +15,13 @@ import jax
 
 from lm import config as config_lib
 from lm import files, schema, sharding
-from lm.huggingface import config_json, expressible, table, tensors
+from lm.huggingface import (
+  config_json,
+  expressible,
+  multimodal,
+  table,
+  tensors,
+)
 from lm.huggingface import family as family_lib
 from lm.model import decoder
 
@@ -26,7 +32,7 @@ _FORMER = {".gamma": ".weight", ".beta": ".bias"}
 @dataclasses.dataclass(frozen=True)
 class Folder:
   """A checkpoint whose tensors fit its config.json. `places` and `stored` have
-  the same names.
+  the same names. `notes` say what was not read.
   """
 
   path: str
@@ -34,6 +40,7 @@ class Folder:
   model: config_lib.ModelConfig
   places: Mapping[str, table.Place]
   stored: Mapping[str, list[tensors.Stored]]
+  notes: tuple[str, ...] = ()
 
   @property
   def dtype(self) -> str:
@@ -48,7 +55,11 @@ def find(path: str) -> Folder:
   with a list of all tensors that do not fit.
   """
   family, model = config_json.read(path)
-  stored = tensors.find(path)
+  stored, notes = tensors.find(path), ()
+  around = multimodal.of(config_json.read_json(path, config_json.NAME))
+  if around is not None:
+    stored, n = around.split(stored)
+    notes = (f"vision tower left out: {n} tensors",) if n else ()
   for former, today in _FORMER.items():
     for name in [name for name in stored if name.endswith(former)]:
       renamed = name.removesuffix(former) + today
@@ -68,7 +79,7 @@ def find(path: str) -> Folder:
   table.require_none(path, list(table.compare(wanted, stored)))
   if spare is not None:
     _check_tied(path, wanted, stored, head, spare)
-  return Folder(path, family, model, wanted, stored)
+  return Folder(path, family, model, wanted, stored, notes)
 
 
 def _check_tied(path, wanted, stored, name, spare) -> None:

@@ -148,6 +148,8 @@ def load(
   like = weights.join(state.params, state.frozen)
   if source.folder is not None:
     loaded = folder_lib.load(source.folder, like)
+    for note in source.folder.notes:
+      say(f"{source.workdir}: {note}")
   else:
     loaded = checkpoint.restore_params(
       source.workdir, source.meta, source.model, like
