@@ -10,9 +10,12 @@ from lm import checkpoint
 from lm import config as config_lib
 
 
-def save(path, tokenizer, context, validation, *, uniform=True, **data):
+def save(
+  path, tokenizer, context, validation, *, uniform=True, spoken=None, **data
+):
   """A run with one checkpoint, of random weights; each prediction uniform over
-  the vocabulary, if `uniform`. `data` are fields of its DataConfig.
+  the vocabulary, if `uniform`, or with logits of the ids `spoken` alone. `data`
+  are fields of its DataConfig.
   """
   model = dataclasses.replace(
     families.LLAMA3,
@@ -21,7 +24,9 @@ def save(path, tokenizer, context, validation, *, uniform=True, **data):
     loss_chunk=5,
   )
   params = reference.random_params(model)
-  if uniform:
+  if spoken is not None:
+    params["head"] *= np.isin(np.arange(tokenizer.size), spoken)
+  elif uniform:
     params["head"][:] = 0
   config = config_lib.Config(
     model=model,

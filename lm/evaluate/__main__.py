@@ -2,10 +2,13 @@
 
   python -m lm.evaluate --workdir=runs/a --source='text:docs/*.txt' \\
     --output=eval.json
+  python -m lm.evaluate --workdir=runs/a --samples=3 \\
+    --source='jsonl:held_out.jsonl|chat'
   python -m lm.evaluate --compare runs/a runs/b@500 --draw=compare.png
   python -m lm.evaluate --workdir=runs/a --tasks=docstring_bodies
 
-With --tasks, how well it does tasks of lm-evaluation-harness (extra `eval`).
+With --samples, also what it answers in conversations; with --tasks, how well it
+does tasks of lm-evaluation-harness (extra `eval`).
 """
 
 from typing import Any
@@ -19,6 +22,7 @@ from lm import checkpoint, cli, files, processes, schema, validation
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.evaluate import compare, compare_output, corpora, harness, output
+from lm.sample import request as request_lib
 
 _WORKDIR = cli.define_path("workdir", "Run to evaluate.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default: the last.")
@@ -64,6 +68,20 @@ _OVERLAP = cli.define_path(
 _DOCUMENTS = flags.DEFINE_bool(
   "documents", False, "Show and write every document."
 )
+_SAMPLES = flags.DEFINE_integer(
+  "samples",
+  None,
+  "Conversations of each source SPEC|chat, the first ones, of which to show "
+  "the prompt, the last answer, and the model's own (greedy).",
+  lower_bound=1,
+)
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+  "max_new_tokens",
+  None,
+  "With --samples: most tokens of an answer, where they fit the context; "
+  f"default: {request_lib.DEFAULT_NEW_TOKENS}.",
+  lower_bound=1,
+)
 _TASKS = flags.DEFINE_list(
   "tasks",
   None,
@@ -93,6 +111,8 @@ _OF_SOURCES = (
   "invalid_utf8",
   "documents",
   "overlap",
+  "samples",
+  "max_new_tokens",
 )
 _OF_TASKS = ("include_path", "limit", "num_fewshot", "apply_chat_template")
 
@@ -104,7 +124,10 @@ _COMPARE = cli.define_paths(
 )
 _DRAW = cli.define_path("draw", "With --compare: PNG file to write.")
 # Flags that are about one run.
-_OF_ONE_RUN = ("workdir", "step", "adapter", "chat_template", "tasks")
+_OF_ONE_RUN = (
+  *("workdir", "step", "adapter", "chat_template", "tasks"),
+  *("samples", "max_new_tokens"),
+)
 
 
 def main() -> None:
@@ -150,6 +173,8 @@ def _evaluate(data: dict[str, Any]) -> None:
     adapter=_ADAPTER.value,
     chat_template=template,
     overlap=_OVERLAP.value,
+    samples=_SAMPLES.value,
+    max_new_tokens=_MAX_NEW_TOKENS.value,
   )
   if jax.process_index() == 0:
     output.show(evaluation, rich.console.Console(), _DOCUMENTS.value)

@@ -29,6 +29,8 @@ class Document(NamedTuple):
   n_bytes: int
 
 
+# Parts of a file that are about the texts of one run.
+_OF_TEXTS = ("total", "sources", "samples")
 # By source: its documents, and the nll of each, in nats.
 Documents = dict[str, list[Document]]
 Nll = dict[str, np.ndarray]
@@ -238,7 +240,7 @@ def _from_file(path: str) -> Run:
   try:
     with open(path, "rb") as file:
       content = json.load(file)
-    about = {k: v for k, v in content.items() if k not in ("total", "sources")}
+    about = {k: v for k, v in content.items() if k not in _OF_TEXTS}
     identity = (
       _absolute(content["workdir"]),
       *(content.get(name) for name in ("step", "stride", "adapter")),

@@ -17,9 +17,10 @@ from lm.data import overlap_report, pipeline
 from lm.data import sources as sources_lib
 from lm.data import store as store_lib
 from lm.data import tokenizer as tokenizer_lib
-from lm.evaluate import perplexity, provenance
+from lm.evaluate import chat_samples, perplexity, provenance
 from lm.model import decoder
 from lm.sample import load
+from lm.sample import sampler as sampler_lib
 
 # Most tokens of a batch: the host holds two batches, about 20 bytes a token.
 _MAX_TOKENS = 1 << 26
@@ -74,6 +75,8 @@ class Evaluation:
   results: list[Result]
   # See provenance.of.
   about: dict[str, Any] = dataclasses.field(default_factory=dict)
+  # Of the sources of chats; None if none were asked for.
+  samples: list[chat_samples.Sample] | None = None
 
   @property
   def totals(self) -> perplexity.Totals:
@@ -94,6 +97,9 @@ class Job:
   adapter: str | None
   # By source, as it is named; {} if unknown.
   overlap: dict[str, overlap_report.Shares]
+  # Still without answers, which have at most max_new_tokens.
+  asked: list[chat_samples.Sample] | None = None
+  max_new_tokens: int | None = None
 
   @property
   def context(self) -> int:
@@ -112,6 +118,8 @@ def evaluate(
   adapter: str | None = None,
   chat_template: str | None = None,
   overlap: str | None = None,
+  samples: int | None = None,
+  max_new_tokens: int | None = None,
 ) -> Evaluation:
   """Scores every document of the sources `specs` with a checkpoint; where a
   source names another objective than `causal`, the rows that training has as
@@ -121,7 +129,8 @@ def evaluate(
   (only a document's last window overlaps); the rows of a training microbatch;
   the run's validation sources. `data` changes fields of the run's DataConfig;
   `adapter` is that of `load.model`; the text `chat_template` replaces the
-  checkpoint's; `overlap` is a file that `lm.data --overlap` wrote.
+  checkpoint's; `overlap` is a file that `lm.data --overlap` wrote. `samples` of
+  each source of chats are answered, as by `chat_samples.answer`.
   Raises ConfigError on bad input before parameters are loaded.
   """
   if output is not None:
@@ -136,6 +145,8 @@ def evaluate(
     adapter=adapter,
     chat_template=chat_template,
     overlap=overlap,
+    samples=samples,
+    max_new_tokens=max_new_tokens,
   )
   return score(job)
 
@@ -151,6 +162,8 @@ def prepare(
   adapter: str | None = None,
   chat_template: str | None = None,
   overlap: str | None = None,
+  samples: int | None = None,
+  max_new_tokens: int | None = None,
 ) -> Job:
   """Checks the arguments of `evaluate`, and opens the sources."""
   config = meta.config
@@ -162,26 +175,52 @@ def prepare(
     )
   check_batch_size(batch_size, context)
   data_config = dataclasses.replace(config.data, **data)
-  for name in specs or config.data.validation:
-    schema.require(
-      config.model.causal
-      or isinstance(objective_lib.of(name), objective_lib.Masked),
-      "--source",
-      name,
-      "the model is an encoder (model.causal=False), in which every token sees "
-      "what it should predict; write SOURCE|masked",
-    )
+  names = specs or config.data.validation
+  _check_objectives(config.model, names)
   tokenizer = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
   if chat_template is not None:
     tokenizer = tokenizer.with_template(chat_template)
-  names = specs or config.data.validation
+  asked = None
+  if samples is not None:
+    asked = chat_samples.find(names, samples, tokenizer, data_config)
+  schema.require(
+    asked is not None or max_new_tokens is None,
+    "--max_new_tokens",
+    max_new_tokens,
+    "has a meaning for --samples only; leave it out",
+  )
   sources = [_open(name, tokenizer, data_config) for name in names]
   shares = {}
   if overlap is not None:
     shares = overlap_report.shares(overlap, names, data_config)
   rows = config.train.batch_size // config.train.microbatches
   rows = rows if batch_size is None else batch_size
-  return Job(workdir, meta, tokenizer, sources, rows, stride, adapter, shares)
+  return Job(
+    workdir,
+    meta,
+    tokenizer,
+    sources,
+    rows,
+    stride,
+    adapter,
+    shares,
+    asked,
+    max_new_tokens,
+  )
+
+
+def _check_objectives(
+  model: config_lib.ModelConfig, names: Sequence[str]
+) -> None:
+  """Raises ConfigError on a source of which an encoder predicts nothing."""
+  for name in names:
+    schema.require(
+      model.causal or isinstance(objective_lib.of(name), objective_lib.Masked),
+      "--source",
+      name,
+      "the model is an encoder (model.causal=False), in which every token sees "
+      "what it should predict; write SOURCE|masked",
+    )
 
 
 def score(job: Job) -> Evaluation:
@@ -208,10 +247,20 @@ def score(job: Job) -> Evaluation:
         stride=job.stride,
       )
       results.append(_collect(source, scores, progress))
+    samples = None
+    if job.asked is not None:
+      sampler = sampler_lib.Sampler(model, params, job.tokenizer, mesh)
+      samples = chat_samples.answer(sampler, job.asked, job.max_new_tokens)
   for result in results:
     result.overlap = job.overlap.get(result.source)
   return Evaluation(
-    job.workdir, job.meta.step, job.context, job.stride, results, about
+    job.workdir,
+    job.meta.step,
+    job.context,
+    job.stride,
+    results,
+    about,
+    samples,
   )
 
 

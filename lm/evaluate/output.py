@@ -10,12 +10,16 @@ import rich.box
 import rich.console
 import rich.markup
 import rich.table
+import rich.text
 
 from lm import files
-from lm.evaluate import corpora, perplexity
+from lm.evaluate import chat_samples, corpora, perplexity
+from lm.sample import output as sample_output
 
 # Documents listed at each end of a ranking.
 _N_RANKED = 3
+# Styles of who says something.
+_STYLES = {"user": "cyan", "reference": "green", "answer": "bold yellow"}
 
 
 def show(
@@ -23,7 +27,8 @@ def show(
 ) -> None:
   """Prints a table of the sources, and per source a table of the best and worst
   documents, or of all documents if `documents` is True. Where it is known what
-  overlaps with training text, its share stands beside the scores.
+  overlaps with training text, its share stands beside the scores. Below stand
+  the samples, if there are some.
   """
   results = evaluation.results
   title = f"{evaluation.workdir}, step {evaluation.step}"
@@ -65,6 +70,39 @@ def show(
         cells = (*cells, f"{share:.1%}")
       table.add_row(name, *cells)
     console.print(table)
+  for sample in evaluation.samples or ():
+    _show_sample(sample, evaluation.context, console)
+
+
+def _show_sample(
+  sample: chat_samples.Sample, context: int, console: rich.console.Console
+) -> None:
+  """Prints who says what: the messages of the prompt, the reference, and the
+  model's answer.
+  """
+  name = sample_output.printable(sample.document)
+  console.print(rich.text.Text(f"\n{name}", "underline"), soft_wrap=True)
+  grid = rich.table.Table.grid(padding=(0, 2))
+  grid.add_column(no_wrap=True)
+  grid.add_column(overflow="fold")
+
+  def add(who: str, text: str, note: str = "") -> None:
+    said = rich.text.Text(sample_output.printable(text))
+    if note:
+      said.append(f"{' ' * bool(text)}[{note}]", "dim")
+    grid.add_row(rich.text.Text(who, _STYLES.get(who, "dim")), said)
+
+  for message in sample.prompt:
+    add(message["role"], message["content"])
+  add("reference", sample.reference)
+  if sample.answer is None:
+    n = len(sample.prompt_ids)
+    add("answer", "", f"none: the prompt has {n} tokens, the context {context}")
+  else:
+    note = "" if sample.answer else "empty: it ended at once"
+    note = note if sample.ended else "cut off: it did not end by itself"
+    add("answer", sample.answer, note)
+  console.print(grid)
 
 
 def _overlap(result: corpora.Result) -> str:
@@ -112,6 +150,8 @@ def write(evaluation: corpora.Evaluation, path: str, documents: bool) -> None:
     "total": _object(evaluation.totals),
     "sources": [_source(r, documents) for r in evaluation.results],
   }
+  if evaluation.samples is not None:
+    content["samples"] = [_sample(sample) for sample in evaluation.samples]
   files.replace(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
@@ -129,6 +169,12 @@ def _source(result: corpora.Result, documents: bool) -> dict[str, Any]:
     "best": named(ranked[:_N_RANKED]),
     "worst": named(ranked[: -_N_RANKED - 1 : -1]),
   } | ({"documents": named(result.documents)} if documents else {})
+
+
+def _sample(sample: chat_samples.Sample) -> dict[str, Any]:
+  content = dataclasses.asdict(sample)
+  del content["prompt_ids"]
+  return content
 
 
 def _overlap_object(result: corpora.Result) -> dict[str, Any]:
