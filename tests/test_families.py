@@ -345,9 +345,7 @@ def test_gradients_equal_those_of_transformers(name, tmp_path):
     np.testing.assert_allclose(x, y, rtol=0, atol=1e-4 * scale, err_msg=path)
 
 
-@pytest.mark.parametrize(
-  "name", ["gpt2", "llama3", "mistral", "gemma2", "gemma3", "olmo3", "smollm3"]
-)
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "gemma3", "smollm3"])
 def test_greedy_tokens_equal_those_of_transformers(name, tmp_path):
   """64 tokens, by the KV cache and past every window, unpadded and padded."""
   tokenizer = tokenizer_lib.Tokenizer()
@@ -357,15 +355,18 @@ def test_greedy_tokens_equal_those_of_transformers(name, tmp_path):
   loaded = sampler_lib.Sampler(found.model, folder.load_on(found), tokenizer)
   prompts = tokens(3, 13)
   model.generation_config.eos_token_id = tokenizer.eos
-  for prompt in (prompts[0], prompts[1][:5], prompts[2][:1]):
+  prompts = [prompts[0], prompts[1][:5], prompts[2][:1]]
+  results = loaded.generate(
+    [
+      request_lib.Request(prompt=p.tolist(), max_new_tokens=64, temperature=0.0)
+      for p in prompts
+    ]
+  )
+  for prompt, got in zip(prompts, results, strict=True):
     want = model.generate(
       torch.tensor(prompt[None], dtype=torch.int64),
       attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
       max_new_tokens=64,
       do_sample=False,
     )[0, len(prompt) :].numpy()
-    request = request_lib.Request(
-      prompt=prompt.tolist(), max_new_tokens=64, temperature=0.0
-    )
-    (got,) = loaded.generate([request])
     assert got.token_ids == want.tolist()
