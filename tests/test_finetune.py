@@ -22,34 +22,20 @@ from lm.sample import sampler
 from lm.train import metrics as metrics_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
+_SIZES = {
+  "hidden_size": 32,
+  "intermediate_size": 48,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "head_dim": 8,
+}
+_GPT2_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 # A config's model -> sizes of config.json, and the vocabulary in its files.
 SMALL = {
-  "gpt2": (
-    {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
-    "gpt_2",
-  ),
-  "llama3.2-1b": (
-    {
-      "hidden_size": 32,
-      "intermediate_size": 48,
-      "num_hidden_layers": 2,
-      "num_attention_heads": 4,
-      "num_key_value_heads": 2,
-      "head_dim": 8,
-    },
-    "llama_3",
-  ),
-  "qwen3-0.6b": (
-    {
-      "hidden_size": 32,
-      "intermediate_size": 48,
-      "num_hidden_layers": 2,
-      "num_attention_heads": 4,
-      "num_key_value_heads": 2,
-      "head_dim": 8,
-    },
-    "qwen",
-  ),
+  "gpt2": (_GPT2_SIZES, "gpt_2"),
+  "llama3.2-1b": (_SIZES, "llama_3"),
+  "qwen3-0.6b": (_SIZES, "qwen"),
 }
 CONFIGS = {
   "finetune_gpt2": "gpt2",
