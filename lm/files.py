@@ -254,6 +254,13 @@ def first_line(error: BaseException) -> str:
   return f"{type(error).__name__}: {line}"
 
 
+# What reading JSON of another form than it should have raises.
+MALFORMED = (
+  *(ValueError, KeyError, TypeError, AttributeError),
+  *(OverflowError, RecursionError),
+)
+
+
 # --- JSON sealed with a digest ------------------------------------------------
 
 

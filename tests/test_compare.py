@@ -273,9 +273,11 @@ def test_files_of_scores_compare_as_their_runs_do(runs, tmp_path, quick):
   output_lib.write(evaluation, files[0], documents=False)
   with pytest.raises(schema.ConfigError, match="not scores of documents"):
     compare.compare([files[0], b])
-  (tmp_path / "other.json").write_text("[1]")
-  with pytest.raises(schema.ConfigError, match="not scores of documents"):
-    compare.compare([str(tmp_path / "other.json"), b])
+  content["sources"][0]["documents"][3]["nll"] = 10**400
+  for text in ("[1]", 100_000 * "[", json.dumps(content)):
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(schema.ConfigError, match="not scores of documents"):
+      compare.compare([str(tmp_path / "other.json"), b])
 
 
 def test_three_runs_are_corrected_and_drawn(runs, tmp_path, quick):

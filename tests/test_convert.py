@@ -210,6 +210,8 @@ def test_tensors_that_overlap_or_stand_twice_are_refused(tmp_path):
     header(b"{%b,%b}" % (one % (0, 8), one.replace(b"a", b"b", 1) % (4, 12)))
   with pytest.raises(schema.ConfigError, match="comes next"):
     header(b"{%b}" % (one % (8, 16)))
+  with pytest.raises(schema.ConfigError, match="not a safetensors file"):
+    header(b"{%b}" % one.replace(b"%d,%d", b"0,1e999"))
   twice = header(b"{%b,%b}" % (one % (0, 8), one % (8, 16)))
   assert len(twice["a"]) == 2
 
@@ -238,7 +240,9 @@ def test_nothing_is_unpickled(copied, tmp_path):
   )
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", ".."])
+@pytest.mark.parametrize(
+  "name", ["../secret.safetensors", "/etc/passwd", "..", "a\0b"]
+)
 def test_no_file_outside_the_folder_is_read(name, copied, tmp_path):
   shutil.copy(copied / "model.safetensors", tmp_path / "secret.safetensors")
   sharded(copied, {})
@@ -314,6 +318,8 @@ def test_a_config_that_is_none_is_refused(text, copied, tmp_path):
 
 def test_folders_that_lack_something_are_refused(copied, tmp_path):
   for name in ("tokenizer.json", "model.safetensors", "config.json"):
+    (copied / name).chmod(0)
+    refused(tmp_path, copied, name, "Permission denied")
     (copied / name).unlink()
     refused(tmp_path, copied, name)
   refused(tmp_path, "absent", "neither a run with a checkpoint nor a folder")
@@ -325,6 +331,9 @@ def test_the_flags_are_one_pair_or_the_other(copied, tmp_path):
     (["--to=run"], "--workdir: missing"),
     (["--from=hf", "--to=run", "--output=x"], "leave --output out"),
     (["--workdir=run", "--to=bert", "--output=x"], "'bert'"),
+    ([f"--from={copied}", "--to=run", "--dtype=float16"], "leave it out"),
+    ([f"--from={copied}", "--to=run", "--step=0"], "leave it out"),
+    (["--workdir=run", "--to=merged", "--output=x", "--nocheck"], "leave it"),
   ):
     ended = convert(tmp_path, *arguments)
     assert ended.code == 2 and says in ended.err, ended

@@ -372,12 +372,23 @@ def test_scores_show_what_overlaps(given, tmp_path):
   assert "without_them" not in two["overlap"]
 
 
+def _with(content, **fields):
+  """The overlaps `content` with other fields of their first source."""
+  first, *rest = content["sources"]
+  return {**content, "sources": [{**first, **fields}, *rest]}
+
+
 @pytest.mark.parametrize(
   ("change", "specs", "data", "message"),
   [
     (None, (), {}, "No such file or directory; write it anew"),
     (lambda c: [], (), {}, "not overlaps"),
     (lambda c: {**c, "sources": [{}]}, (), {}, "not overlaps"),
+    (lambda c: {**c, "n": "x"}, (), {}, "not overlaps"),
+    (lambda c: _with(c, share_of_bytes="x"), (), {}, "not overlaps"),
+    (lambda c: _with(c, share_of_bytes=7), (), {}, "a share of 7"),
+    (lambda c: _with(c, share_of_documents=None), (), {}, "not overlaps"),
+    (lambda c: 100_000 * "[", (), {}, "not overlaps"),
     (lambda c: {**c, "training": []}, (), {}, r"sources \[\], and the run was"),
     (lambda c: c, ("text:{}/train.txt",), {}, "has no source '.*train.txt', o"),
     (lambda c: c, (), {"text_unit": "file"}, "has changed since, or is read"),
@@ -390,7 +401,8 @@ def test_overlaps_of_something_else_are_refused(
   path = tmp_path / "o.json"
   if change is not None:
     content = change(report(given, path))
-    path.write_text(json.dumps(content))
+    text = content if isinstance(content, str) else json.dumps(content)
+    path.write_text(text)
   with pytest.raises(schema.ConfigError, match=message):
     evaluate(given, path, *(s.format(given) for s in specs), **data)
 

@@ -102,6 +102,8 @@ BAD_CONFIGS = [
   ({"r": 2}, "lora_A of self_attn.q_proj, layer 0, is [3, 18], and of this"),
   ({"r": "3"}, "rank='3': must be of type int"),
   ({"lora_alpha": None}, "not a config of PEFT"),
+  ({"lora_alpha": 10**400}, "not a config of PEFT"),
+  ({"lora_dropout": "x"}, "not a config of PEFT"),
 ]
 
 

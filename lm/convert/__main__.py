@@ -62,12 +62,24 @@ _CHECK = flags.DEFINE_bool(
 )
 
 
+# Flags of Hugging Face checkpoints that are written.
+_OF_EXPORT = (_DTYPE, _FAMILY, _CHECK)
+
+
 def main() -> None:
   source, to, output = _asked()
-  files.check_directory(output, "--output")
+  unread = () if to == "huggingface" else _OF_EXPORT
+  for flag in (*unread, *((_STEP,) if to == "run" else ())):
+    if flag.present:
+      raise schema.ConfigError(
+        f"--{flag.name}={flag.value}: has no meaning for what is written here; "
+        "leave it out"
+      )
+  name = "--output" if _FROM.value is None else "--to"
+  files.check_directory(output, name)
   if epath.Path(output).exists():
     raise schema.ConfigError(
-      f"--output={output}: exists already; name a new folder"
+      f"{name}={output}: exists already; name a new folder"
     )
   if to == "run":
     huggingface.to_run(source, output)
@@ -134,7 +146,8 @@ def to_peft(workdir: str, meta: checkpoint.Meta, output: str) -> None:
   model = meta.config.model
   params = checkpoint.load_params(workdir, model, meta.step)
   base = meta.config.init_from
-  peft.save(output, model, params["layers"][lora.NAME], base)
+  with huggingface.made(output) as partial:
+    peft.save(partial, model, params["layers"][lora.NAME], base)
 
 
 def to_merged(workdir: str, meta: checkpoint.Meta, output: str) -> None:
@@ -144,7 +157,9 @@ def to_merged(workdir: str, meta: checkpoint.Meta, output: str) -> None:
   _, params = load.model(workdir, meta)
   config = copy.deepcopy(meta.config)
   config.model.lora = config.init_from = None
-  huggingface.save_run(output, params, dataclasses.replace(meta, config=config))
+  with huggingface.made(output) as partial:
+    merged = dataclasses.replace(meta, config=config)
+    huggingface.save_run(partial, params, merged)
 
 
 if __name__ == "__main__":

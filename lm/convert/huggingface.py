@@ -29,7 +29,7 @@ def to_run(source: str, output: str) -> None:
     print(f"{source}: {note}")
   meta = imported.meta(found)
   params = folder_lib.load_on(found)
-  with _made(output) as partial:
+  with made(output) as partial:
     save_run(partial, params, meta)
 
 
@@ -72,7 +72,7 @@ def from_run(
   # A conversation also ends where a turn does.
   ends = [tokenizer.eos, *chat.stop_ids(tokenizer)]
   generation = {**ids, "eos_token_id": ends}
-  with _made(output) as partial:
+  with made(output) as partial:
     written = folder_lib.write(
       partial, cfg, params, dtype=dtype, family=family, more=ids
     )
@@ -98,7 +98,7 @@ def _write(where: str, name: str, content: str) -> None:
 
 
 @contextlib.contextmanager
-def _made(output: str) -> Iterator[str]:
+def made(output: str) -> Iterator[str]:
   """Path to write the new folder `output` at: it is renamed at the end, and
   removed on an error. In an object store, the path itself.
   """
@@ -111,7 +111,9 @@ def _made(output: str) -> Iterator[str]:
   try:
     yield partial
     if os.path.lexists(output):
-      raise schema.ConfigError(f"--output={output}: was made meanwhile")
+      raise schema.ConfigError(
+        f"{output}: was made meanwhile; name a new folder"
+      )
     os.rename(partial, output)
   except BaseException:
     shutil.rmtree(partial, ignore_errors=True)

@@ -48,6 +48,12 @@ _OUTPUT = cli.define_path("output", "With --overlap: JSON file to write.")
 
 def main(config: config_lib.Config) -> None:
   if _OVERLAP.value is not None:
+    for flag in (_SHOW, _DRAW):
+      if flag.value:
+        raise schema.ConfigError(
+          f"--{flag.name}={flag.value}: is about rows; leave it out beside "
+          "--overlap"
+        )
     overlap_report.report(
       config, _OVERLAP.value, _OVERLAP_SOURCE.value, _OUTPUT.value
     )

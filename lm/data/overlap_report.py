@@ -191,7 +191,7 @@ def shares(
     found = {name: _read(content["n"], part) for name, part in parts.items()}
   except OSError as error:
     raise schema.ConfigError(f"{where}: {error.strerror}; {again}") from error
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except files.MALFORMED as error:
     raise schema.ConfigError(
       f"{where}: not overlaps ({files.first_line(error)}); {again}"
     ) from error
@@ -221,11 +221,15 @@ def shares(
 
 
 def _read(n: int, part: dict[str, Any]) -> Shares:
-  return Shares(
-    n,
+  found = Shares(
+    int(n),
     part["share_of_documents"],
     part["share_of_bytes"],
     {
       d["name"]: _share(d["n_covered"], d["n_bytes"]) for d in part["documents"]
     },
   )
+  for share in (*found[1:3], *found.of_bytes_by_document.values()):
+    if not 0 <= share <= 1:
+      raise ValueError(f"a share of {share}")
+  return found

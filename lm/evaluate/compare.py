@@ -252,7 +252,11 @@ def _from_file(path: str) -> Run:
       nll = [math.nan if d["nll"] is None else d["nll"] for d in rows]
       run.nll[name] = np.array(nll, np.float64)
     return run
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except OSError as error:
+    raise schema.ConfigError(
+      f"--compare={path}: {error.strerror}; {remedy}"
+    ) from error
+  except files.MALFORMED as error:
     raise schema.ConfigError(
       f"--compare={path}: not scores of documents "
       f"({files.first_line(error)}); {remedy}"

@@ -215,13 +215,14 @@ def _config(folder: str) -> dict[str, Any]:
     )
     if content.get("init_lora_weights") not in _INITIALISERS:
       extra.append("init_lora_weights")
-    _ = content["r"], float(content["lora_alpha"])
+    numbers = content["lora_alpha"], content.get("lora_dropout", 0.0)
+    _ = content["r"], *map(float, numbers)
   except OSError as error:
     raise schema.ConfigError(
       f"adapter {path}: {error.strerror}; name a folder with {CONFIG} and "
       f"{TENSORS}"
     ) from error
-  except (ValueError, KeyError, TypeError, RecursionError) as error:
+  except files.MALFORMED as error:
     raise schema.ConfigError(
       f"adapter {path}: not a config of PEFT ({files.first_line(error)})"
     ) from error

@@ -93,7 +93,7 @@ def _indexed(folder: str) -> list[str]:
     names = sorted(set(names))
     if not names or not all(isinstance(name, str) for name in names):
       raise ValueError("weight_map names no files")
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except files.MALFORMED as error:
     raise schema.ConfigError(
       f"{path}: not an index of safetensors ({files.first_line(error)}); "
       "download it again"
@@ -107,7 +107,8 @@ def _inside(folder: str, name: str) -> str:
 
   Hugging Face's cache has links: snapshots/REVISION/NAME -> ../../blobs/HASH.
   """
-  if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name:
+  plain = name == os.path.basename(name) and name not in ("", ".", "..")
+  if not plain or "\\" in name or "\0" in name:
     raise schema.ConfigError(
       f"{folder}: {INDEX} names {name!r}, which is outside the folder; only "
       "plain file names are read"
@@ -125,7 +126,7 @@ def _inside(folder: str, name: str) -> str:
     regular = stat.S_ISREG(os.stat(real).st_mode)
   except OSError as error:
     raise schema.ConfigError(
-      f"{path}: {error.strerror}; download it"
+      f"{path[:200]}: {error.strerror}; download it"
     ) from error
   if not regular:
     raise schema.ConfigError(f"{path}: is not a regular file")
@@ -160,7 +161,9 @@ def _header(path: str) -> Iterator[tuple[str, Stored]]:
         )
       found.append((name, Stored(path, dtype, shape, start)))
       last = end
-  except (ValueError, KeyError, TypeError, RecursionError) as error:
+  except OSError as error:
+    raise schema.ConfigError(f"{path}: {error.strerror}") from error
+  except files.MALFORMED as error:
     raise schema.ConfigError(
       f"{path}: not a safetensors file ({files.first_line(error)}); download "
       "it again"
