@@ -36,6 +36,8 @@ from lm.model import decoder, weights
 Trees = dict[str, Any]
 
 FORMAT = 2
+# Fingerprint of the data of what was not trained here.
+CONVERTED = "converted"
 # Keys of `meta` in format 1: no format number, no `trees`, no digest of `meta`.
 _FORMAT_1 = ("config", "tokenizer", "fingerprint", "batch_hash", "digests")
 
@@ -63,6 +65,12 @@ class Meta:
   unreported: tuple[float, float] = (0.0, 0.0)
   digests: dict[str, str] = dataclasses.field(default_factory=dict)
   trees: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+
+  @property
+  def trained_on(self) -> tuple[str, ...]:
+    """Training sources; () of what was converted: they are unknown."""
+    known = self.fingerprint != CONVERTED
+    return self.config.data.train if known else ()
 
 
 class Checkpoints:

@@ -82,6 +82,7 @@ def test_a_folder_becomes_a_run_and_a_run_a_folder(llama, tmp_path):
   assert (ended.code, ended.err) == (0, ""), ended
   meta = checkpoint.load_meta(str(tmp_path / "run"))
   assert meta.config.model == config_json.read(str(path))[1]
+  assert meta.trained_on == ()
   tokenizer = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
   theirs = transformers.AutoTokenizer.from_pretrained(path)
   for text in TEXTS:
@@ -110,6 +111,7 @@ def test_a_folder_becomes_a_run_and_a_run_a_folder(llama, tmp_path):
   assert generation.eos_token_id == [tokenizer.eos]
   card = (back / "README.md").read_text()
   assert "A `llama` with" in card and '"vocab_size": 320' in card
+  assert "Unknown: it was converted" in card and "- training" not in card
   again = convert(tmp_path, "--from=run", "--to=back")
   assert again.code == 2 and "exists already" in again.err
   assert sorted(os.listdir(tmp_path)) == ["back", "run"]

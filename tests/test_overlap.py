@@ -407,6 +407,21 @@ def test_overlaps_of_something_else_are_refused(
     evaluate(given, path, *(s.format(given) for s in specs), **data)
 
 
+def test_what_was_converted_has_no_known_training_text(given, tmp_path):
+  report(given, path := tmp_path / "o.json")
+  meta = checkpoint.load_meta(str(given / "run"), None)
+  meta.fingerprint = checkpoint.CONVERTED
+  with pytest.raises(schema.ConfigError, match="trained on is unknown"):
+    corpora.prepare(
+      *("run", meta),
+      specs=[],
+      stride=None,
+      batch_size=None,
+      data={},
+      overlap=str(path),
+    )
+
+
 def test_command(given, tmp_path):
   """A flag with or without its value."""
   config = tmp_path / "config.py"

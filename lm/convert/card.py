@@ -30,8 +30,7 @@ def text(
     "",
     "## Data",
     "",
-    *(f"- training: `{source}`" for source in config.data.train),
-    *(f"- validation: `{source}`" for source in config.data.validation),
+    *(_data(meta) or ["Unknown: it was converted, and not trained here."]),
     "",
     "## Losses",
     "",
@@ -47,6 +46,14 @@ def text(
     "",
   ]
   return "\n".join(lines)
+
+
+def _data(meta: checkpoint.Meta) -> list[str]:
+  """A line for each source; none if they are not those of the parameters."""
+  held_out = meta.config.data.validation if meta.trained_on else ()
+  return [f"- training: `{source}`" for source in meta.trained_on] + [
+    f"- validation: `{source}`" for source in held_out
+  ]
 
 
 def _losses(workdir: str, meta: checkpoint.Meta) -> list[str]:

@@ -192,6 +192,11 @@ def prepare(
   sources = [_open(name, tokenizer, data_config) for name in names]
   shares = {}
   if overlap is not None:
+    if not meta.trained_on:
+      raise schema.ConfigError(
+        f"--overlap={overlap}: {workdir} was converted, and what it was "
+        "trained on is unknown; leave --overlap out"
+      )
     shares = overlap_report.shares(overlap, names, data_config)
   rows = config.train.batch_size // config.train.microbatches
   rows = rows if batch_size is None else batch_size

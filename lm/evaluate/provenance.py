@@ -37,7 +37,7 @@ def of(
     },
     "adapter": adapter,
     "trained_on": {
-      "sources": list(meta.config.data.train),
+      "sources": list(meta.trained_on),
       "fingerprint": meta.fingerprint,
     },
     "end_of_document": END_OF_DOCUMENT,

@@ -18,7 +18,7 @@ def meta(found: folder_lib.Folder) -> checkpoint.Meta:
   )
   config.tokenizer = _tokenizer(found.path)
   tokenizer = tokenizer_lib.load(config)
-  return checkpoint.Meta(0, config, tokenizer.to_json(), "none")
+  return checkpoint.Meta(0, config, tokenizer.to_json(), checkpoint.CONVERTED)
 
 
 def _tokenizer(path: str) -> config_lib.TokenizerConfig:
