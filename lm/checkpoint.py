@@ -444,7 +444,9 @@ def _find_step(workdir: str, step: int | None) -> int:
   if not found:
     raise schema.ConfigError(
       f"--workdir={workdir}: has no checkpoint; train one there with "
-      f"python -m lm.train --config=configs/NAME.py --workdir={workdir}"
+      f"python -m lm.train --config=configs/NAME.py --workdir={workdir}, or "
+      "make a run of a Hugging Face checkpoint with python -m lm.convert "
+      "--from=FOLDER --to=RUN"
     )
   if step is not None and step not in found:
     raise schema.ConfigError(

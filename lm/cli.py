@@ -187,8 +187,9 @@ def explain(error: Exception) -> schema.UserError | None:
     text = str(error)
     if "RESOURCE_EXHAUSTED" in text:
       return schema.RunError(
-        f"out of device memory: {text[:300]}; lower train.batch_size, raise "
-        "train.microbatches, set model.remat='full', or use more devices"
+        f"out of device memory: {text[:300]}; lower train.batch_size (for "
+        "lm.evaluate, --batch_size), raise train.microbatches, set "
+        "model.remat='full', or use more devices"
       )
     if notes := getattr(error, "__notes__", ()):
       return schema.RunError(f"{text[:300]}. {' '.join(notes)}")

@@ -226,6 +226,19 @@ def test_packing_loses_nothing_and_scores_nothing_twice(n_rows):
   assert last == list(range(len(documents)))
 
 
+def test_rows_are_as_long_as_documents_need_not_as_the_context():
+  """For models with a context of 131,072: powers of two, so few programs."""
+  documents = [np.arange(n + 1, dtype=np.int32) for n in (50, 60, 300, 999, 9)]
+  lengths, found = [], [[] for _ in documents]
+  for batch, places in windows.pack(documents, 1, 700, 700, usual=100):
+    lengths.append(batch.inputs.shape[1])
+    for place in places:
+      part = batch.targets[place.row, place.first : place.stop]
+      found[place.document].extend(part.tolist())
+  assert lengths == [128, 512, 700, 700, 128]  # 999 tokens: two windows
+  assert found == [document[1:].tolist() for document in documents]
+
+
 def test_short_documents_share_a_row():
   documents = [np.arange(n + 1) for n in (4, 8, 3, 4, 3)]
   ((batch, places),) = windows.pack(documents, 2, 11, 11)

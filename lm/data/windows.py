@@ -4,12 +4,16 @@ A document is the tokens bos, text, eos. Every token but bos is a target, scored
 in exactly one window.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from lm import batch as batch_lib
+
+# Length of the shortest rows: a kernel may need whole tiles of 128.
+MIN_LENGTH = 128
 
 
 class Window(NamedTuple):
@@ -55,23 +59,36 @@ def cut(n_targets: int, context: int, stride: int) -> Iterator[Window]:
     yield Window(stop - context, stop, scored)
 
 
+def row_length(n: int, context: int) -> int:
+  """Length of rows that hold `n` tokens: powers of two make few programs."""
+  return min(2 ** math.ceil(math.log2(max(n, MIN_LENGTH))), context)
+
+
 def pack(
-  documents: Iterable[np.ndarray], n_rows: int, context: int, stride: int
+  documents: Iterable[np.ndarray],
+  n_rows: int,
+  context: int,
+  stride: int,
+  usual: int | None = None,
 ) -> Iterator[tuple[batch_lib.Batch, list[Place]]]:
-  """Packs windows: yields batches [n_rows, context] and places of targets.
+  """Packs windows: yields batches [n_rows, T] and places of targets. T is for
+  `usual` tokens (None: the context), and more where a window is longer.
 
   Documents stay in order. Each window goes to the first row with room. Windows
   in one row are separate segments: packing changes no number. The rest is
   padding.
   """
-  rows = Rows(n_rows, context)
+  least = row_length(usual or context, context)
+  rows = Rows(n_rows, least)
   for document, tokens in enumerate(documents):
     n_targets = len(tokens) - 1
     for window in cut(n_targets, context, stride):
       is_last = window.stop == n_targets
       if not rows.add(document, tokens, window, is_last):
-        yield rows.batch, rows.places
-        rows = Rows(n_rows, context)
+        if rows.places:
+          yield rows.batch, rows.places
+        n = max(window.stop - window.first, least)
+        rows = Rows(n_rows, row_length(n, context))
         rows.add(document, tokens, window, is_last)
   if rows.places:
     yield rows.batch, rows.places

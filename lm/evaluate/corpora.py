@@ -250,6 +250,7 @@ def score(job: Job) -> Evaluation:
         n_rows=n_rows,
         context=job.context,
         stride=job.stride,
+        usual=config.train.sequence_length,
       )
       results.append(_collect(source, scores, progress))
     samples = None

@@ -23,9 +23,6 @@ from lm.data import windows
 from lm.evaluate import perplexity
 from lm.model import decoder, scoring
 
-# Length of the shortest batches: a kernel may need whole tiles of 128.
-MIN_LENGTH = 128
-
 
 class Stopped(Exception):
   """All processes have agreed to stop (SIGTERM)."""
@@ -133,8 +130,7 @@ def pack(
     if rows is None or not rows.add(i, span, window, True):
       if rows is not None:
         yield rows.batch, rows.places
-      length = 2 ** math.ceil(math.log2(max(n, MIN_LENGTH)))
-      rows = windows.Rows(n_rows, min(length, context))
+      rows = windows.Rows(n_rows, windows.row_length(n, context))
       rows.add(i, span, window, True)
   if rows is not None:
     yield rows.batch, rows.places

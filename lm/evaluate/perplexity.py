@@ -218,8 +218,10 @@ def evaluate_source(
   n_rows: int,
   context: int,
   stride: int,
+  usual: int | None = None,
 ) -> Iterator[DocumentScore]:
   """Yields a score per document, in source order; scores are independent.
+  `usual` is that of `windows.pack`.
 
   A document's log-probability given bos is `-totals.nll`, eos included.
   Documents skipped by the policy on invalid UTF-8 are left out. Reads the
@@ -248,7 +250,9 @@ def evaluate_source(
   table = np.asarray(tokenizer.target_bytes, np.int32)
   results = ahead(
     (places, step(params, place_rows(batch), table).nll)
-    for batch, places in windows.pack(documents(), n_rows, context, stride)
+    for batch, places in windows.pack(
+      documents(), n_rows, context, stride, usual
+    )
   )
   scored = Totals()  # of the oldest document in progress
   for places, on_device in results:
