@@ -105,6 +105,7 @@ def test_a_folder_becomes_a_run_and_a_run_a_folder(llama, tmp_path):
   back = tmp_path / "back"
   assert test_families.bits(back) == test_families.bits(path)
   again = transformers.AutoTokenizer.from_pretrained(back)
+  assert again.model_max_length == meta.config.model.context_length
   for text in TEXTS:
     assert again.encode(text, **PLAIN) == tokenizer.encode(text)
   generation = transformers.GenerationConfig.from_pretrained(back)

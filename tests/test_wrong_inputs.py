@@ -250,6 +250,19 @@ def paths(door: str) -> Iterator[Case]:
     for value in ("file", "file/below", "readonly/x", "empty", LONG):
       yield case(f"--output={value}", says="output")
     yield case(says="no adapters")
+    for value in (
+      *("absent", "file", "file/below", "empty", LONG, "~nouser/x", "GIVEN"),
+      *("GIVEN/run/checkpoints", "\udce9", "http://x/y", "s4://bucket/x"),
+    ):
+      yield Case(door, [f"--from={value}", "--to=new"], "--from", FILE)
+    for value in ("file", "file/below", "readonly/x", "empty", LONG):
+      yield Case(door, ["--from=GIVEN/run", f"--to={value}"], "--to", FILE)
+    for value in ("", "s4://bucket/x"):
+      yield Case(door, ["--from=GIVEN/run", f"--to={value}"], "--to", FILE)
+    yield Case(door, ["--from=GIVEN/run", "--to=new", RUN], "--workdir", FILE)
+    yield case("--dtype=float16", says="--dtype")
+    yield case("--family=llama", says="--family")
+    yield case("--nocheck", says="--check")
   if door in ("lm.evaluate", "lm.verify"):
     yield from outputs(case, "--output")
   if door == "lm.evaluate":
@@ -264,9 +277,20 @@ def paths(door: str) -> Iterator[Case]:
     for value in ("absent", "file", ".", "empty", LONG):
       yield case(f"--overlap={value}", says="--overlap")
     yield case("--draw=new.png", says="--compare")
+    for value in ("absent", "file", "file/below", LONG):
+      tasks = ("--tasks=nonesuch", f"--include_path={value}")
+      yield case(*tasks, says="--include_path")
+    yield case("--tasks=nonesuch", says="--tasks")
+    yield case("--tasks=", says="--tasks")
+    yield case("--limit=3", says="--tasks")
+    yield case("--tasks=docstring_bodies", "--stride=3", says="--stride")
+    yield case("--tasks=docstring_bodies", "--overlap=x", says="--overlap")
+    yield case("--tasks=,", says="--tasks")
   if door == "lm.data":
     yield from outputs(functools.partial(case, "--overlap"), "--output")
     yield case("--output=new", says="--overlap")
+    yield case("--overlap", "--show=3", says="--show")
+    yield case("--overlap", "--draw=new.png", says="--draw")
     for value in ("", "text:absent*", "nonesuch"):
       yield case("--overlap", f"--overlap_source={value}", says="source")
   if door == "lm.explain":

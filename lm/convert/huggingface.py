@@ -79,7 +79,7 @@ def from_run(
     _write(partial, "generation_config.json", json.dumps(generation, indent=2))
     text = card.text(workdir, meta, written.model_type, dtype)
     _write(partial, "README.md", text)
-    vocabulary.write(tokenizer, partial)
+    vocabulary.write(tokenizer, partial, cfg.context_length)
     if not check:
       return
     if (missing := recheck.missing()) is not None:

@@ -35,17 +35,22 @@ _TEXTS = (
 )
 
 
-def write(tokenizer: tokenizer_lib.Tokenizer, folder: str) -> None:
+def write(
+  tokenizer: tokenizer_lib.Tokenizer, folder: str, context: int | None = None
+) -> None:
   """Writes tokenizer.json and tokenizer_config.json, with the chat template if
-  there is one, to the folder, which must exist.
+  there is one, to the folder, which must exist. `context` is the most tokens
+  that its model reads.
 
   Raises ConfigError on a vocabulary that a tokenizer.json cannot express.
   """
-  for name, content in contents(tokenizer).items():
+  for name, content in contents(tokenizer, context).items():
     files.replace(os.path.join(folder, name), content)
 
 
-def contents(tokenizer: tokenizer_lib.Tokenizer) -> dict[str, str]:
+def contents(
+  tokenizer: tokenizer_lib.Tokenizer, context: int | None = None
+) -> dict[str, str]:
   """What `write` writes: name of the file -> content."""
   v = tokenizer.vocabulary
   roles = {role: f"<{role}>" for role in ("bos", "eos", "pad", "mask")}
@@ -61,6 +66,8 @@ def contents(tokenizer: tokenizer_lib.Tokenizer) -> dict[str, str]:
   else:
     tree = _bytes(v)
   config |= {f"{role}_token": name for role, name in sorted(roles.items())}
+  if context is not None:
+    config["model_max_length"] = context
   if tokenizer.chat_template is not None:
     config["chat_template"] = _template(tokenizer)
   text = json.dumps(tree, ensure_ascii=False, indent=1)

@@ -154,6 +154,11 @@ def _evaluate(data: dict[str, Any]) -> None:
       raise schema.ConfigError(
         f"--{name}: has a meaning for {needed} only; leave it out"
       )
+  if _TASKS.value == []:
+    raise schema.ConfigError(
+      "--tasks=: names no task; write --tasks=docstring_bodies, or see "
+      "`lm_eval ls tasks`"
+    )
   if _TASKS.value:
     harness.check_installed()
   processes.join(_heartbeat_seconds(_WORKDIR.value))

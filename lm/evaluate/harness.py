@@ -135,10 +135,10 @@ def find(
   """
   from lm_eval import tasks as tasks_lib
 
-  if include_path is not None and not pathlib.Path(include_path).is_dir():
+  if include_path is not None and not os.path.isdir(include_path):
     raise schema.ConfigError(
-      f"{flags[1]}={include_path!r}: no such folder; name the one that has "
-      "the .yaml files of the tasks"
+      f"{flags[1]}={include_path[:200]!r}: no such folder; name the one that "
+      "has the .yaml files of the tasks"
     )
   where: list[Any] = [TASKS, *([include_path] if include_path else [])]
   # lm-eval gives it to the functions that make a task's data.
