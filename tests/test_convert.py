@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from lm import checkpoint, schema
+from lm import config as config_lib
 from lm.convert import huggingface, recheck
 from lm.data import tokenizer as tokenizer_lib
 from lm.huggingface import (
@@ -487,8 +488,13 @@ def test_a_model_of_no_family_names_the_field(make):
     with pytest.raises(schema.ConfigError) as error:
       expressible.of(model)
     assert says in str(error.value)
-  with pytest.raises(schema.ConfigError, match="family 'gpt2' of Hugging"):
+  with pytest.raises(schema.ConfigError, match="'gpt2' .* cannot express"):
     expressible.of(make().model, "gpt2")
+  scaling = config_lib.RopeScaling()
+  scaled = make(model__rope_scaling=scaling).model
+  with pytest.raises(schema.ConfigError) as error:
+    expressible.of(scaled, "gpt2")
+  assert str(error.value).count("rope_scaling") == 1  # not each field of None
   assert expressible.of(make().model).model_type == "llama"
 
 

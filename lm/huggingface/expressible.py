@@ -67,13 +67,20 @@ def of(m: config_lib.ModelConfig, name: str | None = None) -> family_lib.Family:
     if not missing[family.model_type]:
       return family
   nearest = min(missing, key=lambda name: len(missing[name]))
-  raise schema.ConfigError(
-    f"{'no family' if name is None else f'family {name!r}'} of Hugging Face "
-    f"that this program writes has this model; the nearest, {nearest}, lacks "
-    f"{'; '.join(_said(missing[nearest]))}"
-  )
+  said = f"the family {nearest!r} of Hugging Face cannot express this model: it"
+  if name is None:
+    said = (
+      "no family of Hugging Face that this program writes has this model; the "
+      f"nearest, {nearest},"
+    )
+  lines = "; ".join(_said(missing[nearest]))
+  raise schema.ConfigError(f"{said} lacks {lines}")
 
 
 def _said(lines: dict[str, tuple[Any, Any]]) -> Iterator[str]:
+  scaling = "config.model.rope_scaling."
+  none = lines.get(f"{scaling}kind", (None, ""))[1] is None
   for path, (value, other) in lines.items():
+    if none and path.startswith(scaling) and path != f"{scaling}kind":
+      continue  # of no scaling at all
     yield f"{path}={value!r} (it would become {other!r})"
