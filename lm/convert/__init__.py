@@ -1,1 +1,1 @@
-"""Writes checkpoints in other formats: `python -m lm.convert`."""
+"""Converts checkpoints between formats: `python -m lm.convert`."""

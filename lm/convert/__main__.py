@@ -1,16 +1,17 @@
-"""Checkpoints in other formats.
+"""Converts checkpoints from and to Hugging Face's layout, and LoRA adapters.
 
   python -m lm.convert --from=FOLDER --to=runs/a
   python -m lm.convert --from=runs/a --to=FOLDER
   python -m lm.convert --workdir=runs/tuned --to=peft --output=adapter
   python -m lm.convert --workdir=runs/tuned --to=merged --output=runs/merged
 
-The first writes a run directory of one checkpoint from a folder with a Hugging
-Face checkpoint, for lm.sample, lm.serve, lm.evaluate and `config.init_from`;
-the second the other way (in long: --workdir=runs/a --to=huggingface
---output=FOLDER), with adapters merged. `peft` writes the adapters of a LoRA run
-in the file format of Hugging Face's PEFT; `merged` writes a run directory of
-one checkpoint, with plain weights in which the adapters are merged in float32.
+The first command reads a folder with a Hugging Face checkpoint and writes a run
+directory of one checkpoint, for lm.sample, lm.serve, lm.evaluate and
+`config.init_from`. The second command writes a Hugging Face checkpoint of a
+run, with adapters merged (the long form is --workdir=runs/a --to=huggingface
+--output=FOLDER). `peft` writes the adapters of a LoRA run in the file format of
+Hugging Face's PEFT; `merged` writes a run directory of one checkpoint, with the
+adapters merged into the parameters in float32.
 """
 
 import copy
@@ -62,7 +63,7 @@ _CHECK = flags.DEFINE_bool(
 )
 
 
-# Flags of Hugging Face checkpoints that are written.
+# Flags for writing a Hugging Face checkpoint.
 _OF_EXPORT = (_DTYPE, _FAMILY, _CHECK)
 
 
@@ -105,7 +106,9 @@ def main() -> None:
 
 
 def _asked() -> tuple[str, str, str]:
-  """(what to read, "run" or a format, what to write), by the flags."""
+  """Returns (source, "run" or a format, output) from the flags; raises
+  ConfigError on missing and on contradictory flags.
+  """
   if _FROM.value is None:
     for flag in (_WORKDIR, _TO, _OUTPUT):
       if flag.value is None:
@@ -139,8 +142,8 @@ def _asked() -> tuple[str, str, str]:
 
 
 def to_peft(workdir: str, meta: checkpoint.Meta, output: str) -> None:
-  """Writes the adapters (their averages if the run keeps an average) in PEFT's
-  format. Raises ConfigError as `peft.save`, or if `output` is no local path.
+  """Writes the adapters in PEFT's format, averaged if the run keeps an average.
+  Raises ConfigError as `peft.save` does, and if `output` is not a local path.
   """
   files.local_path(output, "--output")
   model = meta.config.model
@@ -151,7 +154,7 @@ def to_peft(workdir: str, meta: checkpoint.Meta, output: str) -> None:
 
 
 def to_merged(workdir: str, meta: checkpoint.Meta, output: str) -> None:
-  """Writes a run directory of one checkpoint, of merged parameters alone, for
+  """Writes a run directory with one checkpoint of the merged parameters, for
   lm.sample, lm.serve, lm.evaluate and `config.init_from`.
   """
   _, params = load.model(workdir, meta)

@@ -1,4 +1,4 @@
-"""The model card, README.md, of a checkpoint that is exported."""
+"""The model card, README.md, of an exported checkpoint."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ _LOSSES = ("train/loss", "eval/loss", "eval/bits_per_byte")
 def text(
   workdir: str, meta: checkpoint.Meta, model_type: str, dtype: str
 ) -> str:
-  """What the model is, what it was trained on, its losses, and the commit."""
+  """Returns the card: model, training data, losses, config and commit."""
   config, commit = meta.config, provenance.code()["commit"]
   parameters = counts.parameter_count(config.model)
   causal = config.model.causal
@@ -49,7 +49,7 @@ def text(
 
 
 def _data(meta: checkpoint.Meta) -> list[str]:
-  """A line for each source; none if they are not those of the parameters."""
+  """Returns a line per source, [] if the training sources are unknown."""
   held_out = meta.config.data.validation if meta.trained_on else ()
   return [f"- training: `{source}`" for source in meta.trained_on] + [
     f"- validation: `{source}`" for source in held_out
@@ -57,7 +57,7 @@ def _data(meta: checkpoint.Meta) -> list[str]:
 
 
 def _losses(workdir: str, meta: checkpoint.Meta) -> list[str]:
-  """A line for the last report of each loss until the checkpoint."""
+  """Returns a line per loss: the last value reported up to the checkpoint."""
   last: dict[str, tuple[int, float]] = {}
   for report in metrics.read(workdir):
     if report["step"] <= meta.step:

@@ -1,4 +1,4 @@
-"""Runs from folders of Hugging Face checkpoints, and the other way."""
+"""Converts Hugging Face checkpoints to runs, and runs to checkpoints."""
 
 import contextlib
 import json
@@ -21,8 +21,8 @@ from lm.sample import load
 
 
 def to_run(source: str, output: str) -> None:
-  """Writes a run directory of one checkpoint, at step 0, of the folder
-  `source`. Raises ConfigError as `folder.find`, or without a tokenizer.
+  """Writes a run directory with one checkpoint, at step 0, from the folder
+  `source`. Raises ConfigError as `folder.find` and `imported.meta` do.
   """
   found = folder_lib.find(source)
   for note in found.notes:
@@ -36,7 +36,7 @@ def to_run(source: str, output: str) -> None:
 def save_run(
   output: str, params: decoder.Params, meta: checkpoint.Meta
 ) -> None:
-  """Writes a run directory of the checkpoint `meta`, of parameters alone."""
+  """Writes a run directory with one checkpoint, without optimizer state."""
   saved = checkpoint.Checkpoints(output, meta.config.checkpoint)
   saved.save({"params": params}, meta)
   saved.close()
@@ -56,10 +56,10 @@ def from_run(
   """Writes a Hugging Face checkpoint of a run: config.json, tensors, tokenizer,
   generation_config.json, and README.md.
 
-  With `check`, reads it with transformers and compares logits and ids with
-  ours; says so if transformers is not installed. Raises ConfigError if `output`
-  is no local path or no family can express the model, RunError if they differ;
-  then nothing is left.
+  With `check`, transformers reads the checkpoint, and logits and token ids are
+  compared; without transformers, a warning is printed. Raises ConfigError if
+  `output` is not a local path or no family can express the model, and RunError
+  on a difference; after an error nothing is left of `output`.
   """
   files.local_path(output, "--output")
   cfg, params = load.model(workdir, meta)
@@ -69,7 +69,7 @@ def from_run(
     "eos_token_id": tokenizer.eos,
     "pad_token_id": tokenizer.pad,
   }
-  # A conversation also ends where a turn does.
+  # In a conversation, the end of a turn also ends generation.
   ends = [tokenizer.eos, *chat.stop_ids(tokenizer)]
   generation = {**ids, "eos_token_id": ends}
   with made(output) as partial:
@@ -99,8 +99,8 @@ def _write(where: str, name: str, content: str) -> None:
 
 @contextlib.contextmanager
 def made(output: str) -> Iterator[str]:
-  """Path to write the new folder `output` at: it is renamed at the end, and
-  removed on an error. In an object store, the path itself.
+  """Yields a temporary folder, renamed to `output` at the end and removed on an
+  error. In an object store, yields `output`.
   """
   if not files.is_local(output):
     yield output

@@ -1,4 +1,4 @@
-"""Reads an exported checkpoint with transformers, and compares its logits."""
+"""Reads an exported checkpoint with transformers, and compares the logits."""
 
 import dataclasses
 import importlib.util
@@ -12,13 +12,13 @@ from lm import config as config_lib
 from lm import schema
 from lm.model import decoder
 
-# Largest difference of logits of unit scale, in float32.
+# Largest allowed difference of logits in float32, relative to their scale.
 TOLERANCE = 1e-4
 _LENGTH = 64
 
 
 def missing() -> str | None:
-  """A package that the check needs and that is not installed."""
+  """Returns the first required package not installed, or None."""
   for name in ("transformers", "torch"):
     if importlib.util.find_spec(name) is None:
       return name
@@ -28,18 +28,20 @@ def missing() -> str | None:
 def compare(
   path: str, cfg: config_lib.ModelConfig, params: decoder.Params, dtype: str
 ) -> float:
-  """Largest difference between the logits of the folder `path`, as transformers
-  reads it, and those of `params` rounded to `dtype`, both in float32 on random
-  tokens; divided by the scale of the logits where it is above 1.
+  """Returns the largest difference between logits of the folder `path`, read by
+  transformers, and logits of `params` rounded to `dtype`. Both are computed in
+  float32 on random token ids. The difference is divided by the root mean square
+  of the logits where the latter is above 1.
 
-  Raises RunError if it is above `TOLERANCE`, or transformers cannot read it.
+  Raises RunError if the difference is above `TOLERANCE`, or if transformers
+  cannot read the folder.
   """
   inputs = np.random.default_rng(0).integers(
     cfg.vocab_size, size=(2, _length(cfg)), dtype=np.int32
   )
   try:
     theirs = _transformers(path, inputs, cfg.causal)
-  except Exception as error:  # of any type, since its code is anything's
+  except Exception as error:  # transformers raises many types of errors.
     raise schema.RunError(
       f"transformers cannot read the export: {type(error).__name__}: {error}"
     ) from error
@@ -56,7 +58,9 @@ def compare(
 
 
 def _length(cfg: config_lib.ModelConfig) -> int:
-  """transformers takes the short factors of longrope for shorter texts."""
+  """Returns the number of tokens to compare on. For longrope, transformers must
+  take the same factors as lm.model: see `rotary._scaled`.
+  """
   r = cfg.rope_scaling
   least = r.original_length + 1 if r and r.kind == "longrope" else 0
   return min(max(_LENGTH, least), cfg.context_length)

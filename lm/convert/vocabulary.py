@@ -1,8 +1,8 @@
-"""A tokenizer as the files that transformers' AutoTokenizer reads.
+"""Writes a tokenizer as files for AutoTokenizer of transformers.
 
-Text becomes the same ids there, and ids the same text; with
-`split_special_tokens=True` also text that spells special tokens, which here is
-ordinary text everywhere but in a chat template.
+Both give the same token ids for a text and the same text for token ids. A text
+with the name of a special token needs `split_special_tokens=True` for equal
+ids, since the name is ordinary text here except in a chat template.
 """
 
 import json
@@ -23,11 +23,11 @@ from lm.data import (
 from lm.data import tokenizer as tokenizer_lib
 from lm.data.vocabulary import SPACE
 
-# Puts bos first, as chats here have it even if the template omits it; the
-# comment takes the newline with it.
+# Prepends bos to a chat template, since chats here begin with bos even if the
+# template writes none. With trim_blocks Jinja removes the comment's newline.
 _BOS_FIRST = "{{ bos_token }}{# each document begins with it #}\n"
 
-# What tokenizers differ on: spaces, newlines, digits, marks, bytes, case.
+# Where tokenizers differ: spaces, newlines, digits, marks, bytes, case.
 _TEXTS = (
   *("Hello world", " two  spaces   three", "a\n\n  b\r\n\tc ", "12345 3.14"),
   *("I'LL don't", "e\u0301 \u00e9 \ufb01", "\u2581a \u2581", "\0\x1f\ufeff"),
@@ -39,10 +39,10 @@ def write(
   tokenizer: tokenizer_lib.Tokenizer, folder: str, context: int | None = None
 ) -> None:
   """Writes tokenizer.json and tokenizer_config.json, with the chat template if
-  there is one, to the folder, which must exist. `context` is the most tokens
-  that its model reads.
+  any, into the existing folder. `context` is the model's context length in
+  tokens, the key model_max_length.
 
-  Raises ConfigError on a vocabulary that a tokenizer.json cannot express.
+  Raises ConfigError if a tokenizer.json cannot express the vocabulary.
   """
   for name, content in contents(tokenizer, context).items():
     files.replace(os.path.join(folder, name), content)
@@ -51,7 +51,7 @@ def write(
 def contents(
   tokenizer: tokenizer_lib.Tokenizer, context: int | None = None
 ) -> dict[str, str]:
-  """What `write` writes: name of the file -> content."""
+  """Returns the content of each file of `write`, by file name."""
   v = tokenizer.vocabulary
   roles = {role: f"<{role}>" for role in ("bos", "eos", "pad", "mask")}
   config: dict[str, Any] = {
@@ -79,11 +79,11 @@ def contents(
 
 
 def verify(tokenizer: tokenizer_lib.Tokenizer, folder: str) -> None:
-  """Reads the folder through transformers and compares the ids of `_TEXTS`.
+  """Reads the folder with transformers and compares the token ids of `_TEXTS`.
 
-  transformers chooses a class by the model_type of the config.json that is
-  there: some read a tokenizer.json otherwise than it says. Raises RunError on a
-  difference, ConfigError without transformers.
+  transformers chooses a class by the model_type in config.json, and some
+  classes override steps of the tokenizer.json. Raises RunError on a difference,
+  ConfigError if transformers is not installed.
   """
   try:
     import transformers
@@ -108,7 +108,9 @@ def verify(tokenizer: tokenizer_lib.Tokenizer, folder: str) -> None:
 
 
 def _check(text: str, tokenizer: tokenizer_lib.Tokenizer) -> None:
-  """Raises ConfigError unless each named token has its id in `text`."""
+  """Raises ConfigError unless the tokenizer.json `text` has each reserved and
+  special token at the id of the vocabulary.
+  """
   found = tokenizers.Tokenizer.from_str(text)
   own = tokenizer.vocabulary
   for name, i in {**own.special, **own.reserved}.items():
@@ -142,8 +144,8 @@ def _tree(
   merges: Sequence[tuple[str, str]] = (),
   **steps: Any,
 ) -> dict[str, Any]:
-  """A tokenizer.json: a BPE of the tokens `vocab`, and special tokens `names`,
-  of which bos is put before a text. Raises ConfigError on a name that is also
+  """Returns a tokenizer.json: a BPE with the tokens `vocab`, and the special
+  tokens `names`; bos is put before a text. Raises ConfigError if a name is also
   a token of text.
   """
   for name in names:
@@ -222,14 +224,15 @@ def _bytes(v: vocabulary.Vocabulary) -> dict[str, Any]:
 
 
 def _sentencepiece(v: sentencepiece_model.SentencePiece) -> dict[str, Any]:
-  """A BPE over characters with byte fallback.
+  """Returns a BPE over characters with byte fallback.
 
-  SentencePiece merges the pair of neighbours whose joint piece has the best
-  score, the leftmost of equals; `tokenizers` that of the earliest merge. So the
-  merges are all ways to make each piece, in order of the scores.
+  SentencePiece merges the neighbours with the best score of the joint piece,
+  the leftmost among equal scores; `tokenizers` merges the pair earliest in the
+  list of merges. Hence the list has every split of each piece into two pieces,
+  ordered by score.
 
-  Where SentencePiece writes a space as U+2581, the vocabulary here has spaces:
-  a U+2581 of the text is in no piece, and becomes bytes.
+  With `v.plain`, pieces are written with spaces in place of U+2581: a U+2581 of
+  the text is in no piece, and becomes bytes.
   """
   space = " " if v.plain else SPACE
   vocab, scores, user_defined = {}, {}, {}
@@ -285,7 +288,7 @@ def _check_sentencepiece(
   scores: Mapping[str, float],
   user_defined: Mapping[str, int],
 ) -> None:
-  """Raises ConfigError on what would have other ids in a tokenizer.json."""
+  """Raises ConfigError if ids would differ in a tokenizer.json."""
   joint = [score for piece, score in scores.items() if len(piece) > 1]
   letters = {letter for piece in scores for letter in piece}
   for wrong, why in (
@@ -310,7 +313,7 @@ def _check_sentencepiece(
 
 
 def _with_added(v: huggingface_vocabulary.HuggingFace) -> dict[str, Any]:
-  """The vocabulary's own tokenizer.json, with the tokens that were added."""
+  """Returns the vocabulary's tokenizer.json with all added tokens."""
   tree = json.loads(v.source.text)
   there = {token["content"] for token in tree.get("added_tokens") or []}
   ours = {**v.special, **v.reserved}
@@ -322,6 +325,6 @@ def _with_added(v: huggingface_vocabulary.HuggingFace) -> dict[str, Any]:
 
 
 def _own_names(v: huggingface_vocabulary.HuggingFace) -> dict[str, str]:
-  """For each reserved token of this program, the vocabulary's own name."""
+  """Returns the vocabulary's own name of each reserved token."""
   own = {i: name for name, i in v.tokens.items()}
   return {name: own.get(i, name) for name, i in v.reserved.items()}

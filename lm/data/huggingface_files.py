@@ -1,9 +1,9 @@
-"""The files of a Hugging Face vocabulary: tokenizer.json and those beside it.
+"""Reads the files of a Hugging Face vocabulary: tokenizer.json and neighbours.
 
-Which token begins and ends a text, pads, masks, and the chat template stand in
+The tokens for begin, end, padding and masks and the chat template are in
 tokenizer_config.json, special_tokens_map.json, generation_config.json and
-chat_template.jinja. Nothing in these files is run but the template, in a child
-process without rights (lm/data/template.py).
+chat_template.jinja. Only the template is executed, in a child process without
+rights (lm/data/template.py).
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ from typing import Any
 from lm import files, schema
 from lm.data import template as template_lib
 
-# Bounds the memory that a wrong id takes.
+# Bound on token ids: a wrong id would otherwise allocate much memory.
 _MOST = 1 << 24
-# Tokens with a role, in tokenizer_config.json, by our name of the role.
+# Role -> keys of tokenizer_config.json for the token of the role.
 _ROLES = {
   "bos": ("bos_token", "cls_token"),
   "eos": ("eos_token", "sep_token"),
@@ -25,7 +25,7 @@ _ROLES = {
   "unk": ("unk_token",),
   "mask": ("mask_token",),
 }
-# Their names where no file says which they are, as in a tokenizer.json alone.
+# Role -> usual tokens, for a tokenizer.json without further files.
 _USUAL = {
   "bos": "<s> <bos> <|begin_of_text|> [CLS]",
   "eos": "</s> <eos> <|end_of_text|> <|endoftext|> [SEP]",
@@ -37,12 +37,12 @@ _USUAL = {
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """A tokenizer.json, as `text`, and what the files beside it say.
+  """The `text` of a tokenizer.json, and the settings in the files beside.
 
-  `roles`: bos, eos, pad, unk, mask -> a token of the vocabulary; bos and eos
-  are always there. `template` is the vocabulary's own chat template. `added`
-  are reserved names of this program, which get ids after the vocabulary's own.
-  `stops` are further tokens that end an answer.
+  `roles` maps bos, eos, pad, unk and mask to tokens of the vocabulary; bos and
+  eos are always present. `template` is the vocabulary's chat template. `added`
+  are reserved names with ids after the vocabulary's ids. `stops` are tokens,
+  besides eos, at the end of an answer.
   """
 
   text: str
@@ -53,10 +53,10 @@ class Source:
 
 
 def read(path: str) -> Source:
-  """Reads the folder `path`, or the tokenizer.json `path` and files beside it.
+  """Reads the folder `path`, or the tokenizer.json `path` and the files beside.
 
-  Raises ConfigError if a file cannot be read, is not what its name says, or no
-  token ends a text.
+  Raises ConfigError if `path` is not local, a file is unreadable or malformed,
+  or no token is eos.
   """
   where = "config.tokenizer.path"
   path = files.local_path(path, where)
@@ -80,7 +80,7 @@ def read(path: str) -> Source:
         "no token ends a text; name the vocabulary's eos_token in "
         "tokenizer_config.json beside it"
       )
-    if "bos" not in roles:  # As of Qwen: what ends a text is before the next.
+    if "bos" not in roles:  # As in Qwen, where eos also separates texts.
       generation = _generation(folder, vocabulary)
       roles["bos"] = generation.get("bos", roles["eos"])
     stops = [x for x in _ends(folder, vocabulary) if x != roles["eos"]]
@@ -95,7 +95,9 @@ def read(path: str) -> Source:
 
 
 def from_content(content: Mapping[str, Any]) -> Source:
-  """What a checkpoint holds. Raises KeyError or ValueError if it is not."""
+  """Returns the Source of a checkpoint's JSON `content`. Raises KeyError or
+  ValueError on invalid content.
+  """
   text, roles, added = (content[name] for name in ("text", "roles", "added"))
   template, stops = content.get("own_template"), content.get("stops", [])
   texts = [
@@ -113,11 +115,13 @@ def from_content(content: Mapping[str, Any]) -> Source:
 
 
 def names(tree: Mapping[str, Any]) -> dict[str, int]:
-  """Id of each token of a tokenizer.json. Raises ConfigError if it has none."""
+  """Returns the id of each token of a tokenizer.json; raises ConfigError if the
+  vocabulary is missing, empty, or has ids out of range.
+  """
   try:
     model, added = tree["model"], tree.get("added_tokens") or []
     vocabulary = model["vocab"]
-    if isinstance(vocabulary, list):  # Unigram: (token, score) in order.
+    if isinstance(vocabulary, list):  # Unigram has (token, score) by id.
       vocabulary = {item[0]: i for i, item in enumerate(vocabulary)}
     found = {str(name): int(i) for name, i in vocabulary.items()}
     found |= {str(x["content"]): int(x["id"]) for x in added}
@@ -154,7 +158,7 @@ def _optional(folder: str, name: str) -> dict[str, Any]:
 
 
 def _stated(folder: str, vocabulary: Mapping[str, int]) -> dict[str, str]:
-  """Roles that a file names, of tokens that the vocabulary has."""
+  """Returns the roles named by a file, if the token is in the vocabulary."""
   found: dict[str, str] = {}
   for name in ("tokenizer_config.json", "special_tokens_map.json"):
     tree = _optional(folder, name)
@@ -164,13 +168,13 @@ def _stated(folder: str, vocabulary: Mapping[str, int]) -> dict[str, str]:
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str) and token in vocabulary:
           found.setdefault(role, token)
-  if "eos" not in found:  # As of GPT-2, whose other files are silent.
+  if "eos" not in found:  # As in GPT-2: only generation_config.json has eos.
     found = {**_generation(folder, vocabulary), **found}
   return found
 
 
 def _generation(folder: str, vocabulary: Mapping[str, int]) -> dict[str, str]:
-  """Roles of generation_config.json, which has ids: of several, the first."""
+  """Returns the roles of generation_config.json, the first of several ids."""
   return {
     role: some[0]
     for role in ("bos", "eos", "pad")
@@ -181,7 +185,7 @@ def _generation(folder: str, vocabulary: Mapping[str, int]) -> dict[str, str]:
 def _ends(
   folder: str, vocabulary: Mapping[str, int], role: str = "eos"
 ) -> list[str]:
-  """Tokens of a role in generation_config.json: several may end a text."""
+  """Returns the tokens of a role in generation_config.json, maybe several."""
   stated = _optional(folder, "generation_config.json").get(f"{role}_token_id")
   stated = stated if isinstance(stated, list) else [stated]
   by_id = {i: name for name, i in [*vocabulary.items()][::-1]}
@@ -189,7 +193,9 @@ def _ends(
 
 
 def _template(folder: str) -> str | None:
-  """The chat template, checked to compile: of several named, `default`."""
+  """Returns the chat template, of several the template named `default`. Raises
+  ConfigError if the template does not compile.
+  """
   path = os.path.join(folder, "chat_template.jinja")
   if os.path.exists(path):
     template = _text(path)

@@ -1,9 +1,9 @@
-"""Any tokenizer.json, by the `tokenizers` library.
+"""The vocabulary of a tokenizer.json, with the `tokenizers` library.
 
-Its ids are the library's, but for the names of special tokens in a text, which
-stay text. Reserved tokens of this program are tokens that the vocabulary has
-(`_KNOWN`), then tokens that it holds unused (`_UNUSED`); others are absent, or
-get ids after its own.
+Token ids equal the library's, except that names of special tokens in a text
+stay text. A reserved token of this program takes an equivalent token of the
+vocabulary (`_reserved`), else an unused token (`_UNUSED`), else is absent or
+gets an id after the vocabulary's ids.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from lm.data import huggingface_files, pretokenizing
 from lm.data import vocabulary as vocabulary_lib
 from lm.data.huggingface_files import Source
 
-# Fill-in-the-middle, (prefix, middle, suffix): StarCoder, SantaCoder, Qwen2.5-
-# Coder and CodeGemma, Code Llama, DeepSeek-Coder, Codestral.
+# Fill-in-the-middle tokens (prefix, middle, suffix): StarCoder, SantaCoder,
+# Qwen2.5-Coder and CodeGemma, Code Llama (two), DeepSeek-Coder, Codestral.
 _FIM = (
   ("<fim_prefix>", "<fim_middle>", "<fim_suffix>"),
   ("<fim-prefix>", "<fim-middle>", "<fim-suffix>"),
@@ -36,7 +36,7 @@ _FIM = (
   ),
   ("[PREFIX]", "[MIDDLE]", "[SUFFIX]"),
 )
-# Tokens that a vocabulary keeps for its users: Llama 3, Gemma, BERT and
+# Unused tokens, kept free for users of a vocabulary: Llama 3, Gemma, BERT and
 # ModernBERT, Phi-3, Phi-4, Qwen 1, Mistral.
 _UNUSED = re.compile(
   r"<\|reserved_special_token_\d+\|>|<unused\d+>|\[unused\d+\]"
@@ -45,9 +45,9 @@ _UNUSED = re.compile(
 
 
 class HuggingFace(vocabulary_lib.Vocabulary):
-  """The vocabulary of `source`; `special_tokens` that it lacks get ids after
-  its own. Raises ConfigError on a text that is not a tokenizer.json, and on a
-  special token without which text cannot be spelt.
+  """The vocabulary of `source`; `special_tokens` missing there get ids after
+  the vocabulary's ids. Raises ConfigError on an invalid tokenizer.json, and on
+  a special token needed for encoding ordinary text.
   """
 
   kind = "huggingface"
@@ -59,7 +59,7 @@ class HuggingFace(vocabulary_lib.Vocabulary):
       if not isinstance(tree, dict):
         raise schema.ConfigError("not a tokenizer.json (not an object)")
       ids = huggingface_files.names(tree)
-      # What a file may ask for and a pretraining run never wants.
+      # A file may ask for these steps; pretraining must not apply them.
       tree["truncation"] = tree["padding"] = None
       tree["model"]["dropout"] = None
       self._tree = tree
@@ -71,7 +71,7 @@ class HuggingFace(vocabulary_lib.Vocabulary):
     steps = pretokenizing.read(tree, ids)
     self.prefix, self.prefix_once = steps.prefix, steps.prefix_once
     self.lossy = steps.lossy
-    # The vocabulary's own tokens, and the first id after them.
+    # The vocabulary's own tokens, and the first id after these tokens.
     self.tokens, self.n_own = ids, 1 + max(ids.values())
     added = {x["content"]: x for x in tree.get("added_tokens") or []}
     self.special = {n: ids[n] for n, x in added.items() if x.get("special")}
@@ -81,9 +81,9 @@ class HuggingFace(vocabulary_lib.Vocabulary):
       for x in added.values()
       if x.get("lstrip") or x.get("rstrip")
     }
-    # What templates of others write, models were trained with.
+    # Published models were trained on chats as written by their templates.
     self.chats_begin_with_bos = set(vocabulary_lib.RESERVED) <= {*self.special}
-    # Only templates write these: text that spells one stays text.
+    # Only templates write tokens with a role: their names in text stay text.
     for role, name in source.roles.items():
       if role != "unk" or steps.unknown is None:
         self.special[name] = ids[name]
@@ -137,8 +137,9 @@ class HuggingFace(vocabulary_lib.Vocabulary):
     closed: set[int],
     steps: pretokenizing.Steps,
   ) -> dict[int, list[int]]:
-    """For each special id that the model itself may put together (a Unigram
-    model has all of its tokens at hand), the ids of its name's characters.
+    """Returns, for each special id, the ids of the characters of the token's
+    name. `encode` replaces special ids by these ids, since a model may produce
+    special tokens from text: a Unigram model matches all tokens.
     """
     letters: dict[bytes, int] = {}
     for i, piece in enumerate(self.pieces):
@@ -163,7 +164,9 @@ class HuggingFace(vocabulary_lib.Vocabulary):
     return found
 
   def names(self) -> dict[int, str]:
-    """Its own names, but those of tokens that it holds unused."""
+    """Returns the vocabulary's own names of special ids, except that reserved
+    names replace the names of unused tokens.
+    """
     own = {n: i for n, i in self.special.items() if not _UNUSED.fullmatch(n)}
     unused = {i: name for name, i in self.special.items()}
     ours = {i: name for name, i in self.reserved.items()}
@@ -179,9 +182,9 @@ class HuggingFace(vocabulary_lib.Vocabulary):
     }
 
   def with_added(self, names: Sequence[str], room: int) -> Source:
-    """The source with ids for those reserved `names` that it lacks.
+    """Returns the source with ids added for missing reserved `names`.
 
-    Raises ConfigError if more than `room` ids would be needed.
+    Raises ConfigError if the vocabulary would exceed `room` ids.
     """
     missing = [name for name in names if name not in self.reserved]
     size = len(self.pieces) + len(missing)
@@ -203,14 +206,14 @@ def _load(tree: Mapping[str, Any]) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(tree))
   except Exception as error:  # The library raises no narrower class.
     raise schema.ConfigError(f"not a tokenizer.json ({error})") from error
-  tokenizer.encode_special_tokens = True  # I.e. as the text that they are.
+  tokenizer.encode_special_tokens = True  # Encodes their names as text.
   return tokenizer
 
 
 def _reserved(
   ids: Mapping[str, int], roles: Mapping[str, str], special: set[str]
 ) -> dict[str, int]:
-  """Ids of those reserved tokens that the vocabulary has or holds unused."""
+  """Returns ids of reserved tokens: equivalent tokens, then unused tokens."""
   wanted = vocabulary_lib.RESERVED
   found = {name: ids[name] for name in wanted if name in special}
   sentinels = [f"<extra_id_{i}>" for i in range(len(vocabulary_lib.SENTINELS))]
@@ -223,7 +226,7 @@ def _reserved(
   for role in ("bos", "eos", "mask"):
     if role in roles:
       found[f"<{role}>"] = ids[roles[role]]
-  # Padding is never read: any id does.
+  # Padding is masked everywhere, so any id serves.
   found["<pad>"] = ids[roles.get("pad", roles["eos"])]
   used = set(found.values())
   unused = sorted(

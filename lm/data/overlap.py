@@ -1,13 +1,13 @@
-"""Contamination: passages of held-out text that the training sources have too.
+"""Finds contamination: passages of held-out text present in training sources.
 
-Two texts overlap where N words in a row are the same (N-grams; GPT-3 used 13,
-arXiv:2005.14165 appendix C). A word is a run of letters, digits and `_`, in any
-case; a Chinese or Japanese character is a word. What stands between words does
-not count, and a document of fewer than N words overlaps with none.
+Two texts overlap where N consecutive words are equal (N-grams; GPT-3 used 13,
+arXiv:2005.14165 appendix C). A word is a run of letters, digits and `_`, with
+case ignored; a Chinese or Japanese character is a word. Characters between
+words are ignored, and a document with fewer than N words has no overlap.
 
-The held-out text is indexed, some 100 bytes of memory for each of its words;
-the training text streams by, once. Hashes find candidates, and words are
-compared: nothing is approximate.
+The held-out text is indexed, with some 100 bytes of memory per word; the
+training text is read once. Hashes find candidates, and the words of candidates
+are compared: the results are exact.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from lm import objective as objective_lib
 from lm.data import sources as sources_lib
 
 DEFAULT_N = 13
-# Kana and Han: scripts without spaces between words.
+# Kana and Han are written without spaces between words.
 _HAN = (
   "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
@@ -32,8 +32,9 @@ _WORD = re.compile(rf"[{_HAN}]|[^\W{_HAN}]+")
 
 
 class Match(NamedTuple):
-  """A passage: bytes [start, stop) of the UTF-8 text of a held-out document and
-  of a training document, and its words. Both agree word for word.
+  """A passage of `n_words` words: bytes [start, stop) of the UTF-8 text of a
+  held-out document, equal word for word to bytes [training_start,
+  training_stop) of a training document.
   """
 
   start: int
@@ -47,9 +48,9 @@ class Match(NamedTuple):
 
 @dataclasses.dataclass
 class Touched:
-  """A held-out document that overlaps: `n_covered` of its bytes lie in N-grams
-  that training text has. Matches are in order, and may share words: each names
-  the first place in the training text, in the order of its sources.
+  """A held-out document with overlap: `n_covered` of the `n_bytes` bytes lie in
+  N-grams of the training text. Matches are in order, and may share words; a
+  match names the first place in the training sources.
   """
 
   name: str
@@ -60,7 +61,7 @@ class Touched:
 
 @dataclasses.dataclass
 class HeldOut:
-  """A held-out source; `n_short` of its documents have fewer than N words."""
+  """A held-out source; `n_short` documents have fewer than N words."""
 
   source: str
   fingerprint: str
@@ -82,17 +83,17 @@ def open_source(name: str, data: config_lib.DataConfig) -> sources_lib.Source:
 
 
 def spec_of(source: sources_lib.Source) -> str:
-  """The source as `open_source` takes it."""
+  """Returns the name of a source, as an argument for `open_source`."""
   return f"{source.spec}|chat" if source.chat else source.spec
 
 
 Document = sources_lib.Document | sources_lib.Conversation
-# Wraps the reading of a source, to show how far it is.
+# Reads a source and shows the progress.
 Watch = Callable[[sources_lib.Source], Iterable[Document]]
 
 
 def read(source: sources_lib.Source) -> Iterator[Document]:
-  """The documents of a source, without those that are skipped."""
+  """Returns the documents of a source, without skipped documents."""
   found = (source[i] for i in range(len(source)))
   return (document for document in found if document is not None)
 
@@ -103,7 +104,11 @@ def find(
   n: int = DEFAULT_N,
   watch: Watch = read,
 ) -> list[HeldOut]:
-  """Overlaps of `n` words of each held-out source with the training sources."""
+  """Finds N-grams, N = `n`, of each held-out source in the training sources.
+
+  The result has a HeldOut for each of `held_out`, in order; `watch` reads the
+  documents of a source.
+  """
   index = _Index(n)
   ends = [index.add_all(watch(source)) for source in held_out]
   index.finish()
@@ -129,7 +134,7 @@ def words(text: str) -> Iterator[str]:
 
 
 def places(text: str) -> Int[np.ndarray, "W 2"]:
-  """Bytes [start, stop) of each word of `text` in UTF-8."""
+  """Returns bytes [start, stop) of each of W words of `text` in UTF-8."""
   spans = [match.span() for match in _WORD.finditer(text)]
   characters = np.array(spans, np.int64).reshape(-1, 2)
   if text.isascii():
@@ -142,7 +147,7 @@ def places(text: str) -> Int[np.ndarray, "W 2"]:
 
 
 class _Index:
-  """N-grams of held-out documents, and where training text first has each."""
+  """N-grams of held-out documents, each with the first place in training."""
 
   def __init__(self, n: int):
     self.n = n
@@ -155,7 +160,7 @@ class _Index:
     self._training: list[tuple[str, str]] = []  # (source, document)
 
   def add_all(self, documents: Iterable[Document]) -> int:
-    """Adds documents; returns how many there now are."""
+    """Adds documents; returns the number of documents in the index."""
     for document in documents:
       vocabulary = self._vocabulary
       ids = [
@@ -170,15 +175,15 @@ class _Index:
     return len(self.names)
 
   def finish(self) -> None:
-    """Sorts the N-grams. Equal ones are one group; `_group` [words] is that of
-    the N-gram that begins at each word, -1 where the document ends before it.
+    """Groups equal N-grams. `_group` [words] is the group of the N-gram from
+    each word on, -1 where the document has fewer than N words left.
     """
     self._all = np.concatenate([*self._ids, np.zeros(0, np.int32)])
     whole = np.zeros(len(self._all), bool)
     for stop, size in zip(np.cumsum(self.sizes), self.sizes, strict=True):
       whole[stop - size : max(stop - size, stop - self.n + 1)] = True
     starts = np.flatnonzero(whole)
-    # Where two N-grams collide, another seed gives other hashes.
+    # If the hashes of two N-grams collide, the next seed is tried.
     for self._seed in itertools.count():
       hashes = _hashes(self._all, self.n, self._seed)[starts]
       self._hashes, first, group = np.unique(
@@ -189,12 +194,12 @@ class _Index:
         break
     self._group = np.full(len(self._all), -1)
     self._group[starts] = group
-    # Of each group in training: document, word, bytes [start, stop); -1 where
-    # none has it, and in the last row, which is that of group -1.
+    # For each group, the first place in training: document, word, bytes [start,
+    # stop); -1 if absent. The last row, always -1, serves group -1.
     self._found = np.full((len(first) + 1, 4), -1, np.int64)
 
   def search(self, source: str, name: str, text: str) -> None:
-    """Notes each N-gram of a training document that was not seen before."""
+    """Records the place of each N-gram not found in training before."""
     known = self._vocabulary
     ids = np.array([known.get(word, -1) for word in words(text)], np.int32)
     if len(ids) < self.n or not len(self._hashes):
@@ -219,14 +224,14 @@ class _Index:
     self._training.append((source, name))
 
   def _equal(self, ids, starts, group) -> np.ndarray:
-    """Whether the N-grams of `ids` at `starts` are those of their groups."""
+    """Whether the N-grams of `ids` at `starts` equal the N-grams of `group`."""
     equal = np.ones(len(starts), bool)
     for k in range(self.n):
       equal &= ids[starts + k] == self._all[self._first[group] + k]
     return equal
 
   def results(self) -> list[Touched]:
-    """For each held-out document, in order."""
+    """Returns a Touched for each held-out document, in order."""
     ends = np.cumsum(self.sizes)
     return [
       self._result(i, int(end) - size)
@@ -260,8 +265,9 @@ class _Index:
 def _passages(
   hits: np.ndarray, document: np.ndarray, word: np.ndarray
 ) -> Iterator[tuple[int, int]]:
-  """(first, last) of `hits`, the N-grams of a held-out document that training
-  has, of each run that goes on by a word in it and in one training document.
+  """Yields (first, last) of each run of `hits`, the words of a held-out
+  document with N-grams found in training. In a run, both the held-out and the
+  training `word` advance by 1 within one training `document`.
   """
   goes_on = (np.diff(hits) == 1) & (np.diff(word) == 1)
   goes_on &= np.diff(document) == 0
@@ -273,7 +279,7 @@ def _passages(
 def _hashes(
   ids: Int[np.ndarray, "W"], n: int, seed: int
 ) -> UInt64[np.ndarray, "W"]:
-  """A hash of the `n` ids from each position on; past the end, of fewer."""
+  """Hashes the `n` ids from each position on, fewer ids at the end."""
   mixed = (ids.astype(np.uint64) + np.uint64(seed + 1)) * np.uint64(
     0x9E3779B97F4A7C15
   )

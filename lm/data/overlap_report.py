@@ -1,4 +1,4 @@
-"""Overlaps as a table and as JSON; the shares that stand beside scores."""
+"""Reports overlaps as a table and as JSON, and reads shares from the JSON."""
 
 import contextlib
 import json
@@ -16,14 +16,14 @@ from lm import objective as objective_lib
 from lm.data import overlap
 from lm.data import sources as sources_lib
 
-# Passages shown of each source.
+# Number of passages shown for each source.
 _N_SHOWN = 3
 
 
 class Shares(NamedTuple):
-  """What overlaps of a held-out source: of its documents (those that share a
-  passage of `n` words), of its bytes (those in such passages), and of the bytes
-  of each document that overlaps, by name.
+  """The overlap of a held-out source with training text, as fractions: of the
+  documents (with a common passage of `n` words), of the bytes (in common
+  passages), and of the bytes of each overlapping document, by name.
   """
 
   n: int
@@ -38,8 +38,11 @@ def report(
   more: Sequence[str] = (),
   output: str | None = None,
 ) -> None:
-  """Prints what the validation sources of a config, and the sources `more`,
-  share with its training sources; writes it to the file `output`.
+  """Prints the overlap of the validation sources of `config` and the sources
+  `more` with the training sources of `config`, in N-grams of `n` words, and
+  writes JSON to the file `output` unless None.
+
+  Raises ConfigError on unreadable sources, RunError if a source changes.
   """
   if output is not None:
     files.check_output(output, "--output")
@@ -62,8 +65,8 @@ def report(
 
 
 def _specs(names: Iterable[str]) -> list[str]:
-  """Sources without what their objective makes of them, each once; of chats,
-  which are read in another way, the objective stays.
+  """Returns the sources without objectives and without repetition. The
+  objective `chat` stays, since chats are read as conversations.
   """
   found = {}
   for name in names:
@@ -75,7 +78,7 @@ def _specs(names: Iterable[str]) -> list[str]:
 
 @contextlib.contextmanager
 def _watch() -> Iterator[overlap.Watch]:
-  """A reader of sources that shows a bar in a terminal."""
+  """Yields a reader of sources with a progress bar in a terminal."""
   console = rich.console.Console(stderr=True)
   with rich.progress.Progress(
     console=console, transient=True, disable=not console.is_terminal
@@ -95,7 +98,7 @@ def _watch() -> Iterator[overlap.Watch]:
 def show(
   found: Sequence[overlap.HeldOut], n: int, console: rich.console.Console
 ) -> None:
-  """Prints a line per source, then the longest passages of each."""
+  """Prints a line per source, then the longest passages of each source."""
   title = f"passages of {n} words that training text has"
   table = rich.table.Table(title=title)
   table.add_column("held out", overflow="fold")
@@ -174,9 +177,10 @@ def _share(part: int, whole: int) -> float:
 def shares(
   path: str, names: Sequence[str], config: config_lib.DataConfig
 ) -> dict[str, Shares]:
-  """Shares of the sources `names`, out of the JSON file `path` that `lm.data
-  --overlap` wrote; `config` has the training sources and the options for
-  reading. Raises ConfigError if the file is about other sources or contents.
+  """Reads the shares of the sources `names` from the JSON file `path`, written
+  by `lm.data --overlap`; `config` has the training sources and the options for
+  reading. Raises ConfigError if the file is invalid, or if sources or their
+  contents differ.
   """
   again = (
     "write it anew: python -m lm.data --config=FILE --overlap "

@@ -1,8 +1,8 @@
-"""What the steps of a tokenizer.json do to a text: which bytes a token stands
-for, whether a space is put before the text, and what is lost.
+"""Analyses the steps of a tokenizer.json: the bytes of a token, a space put
+before a text, and losses of text.
 
-A tokenizer.json has a normalizer, a pre-tokenizer and a model, each a step or a
-Sequence of steps, https://huggingface.co/docs/tokenizers/components.
+A tokenizer.json has a normalizer and a pre-tokenizer, each a step or a Sequence
+of steps, and a model: https://huggingface.co/docs/tokenizers/components.
 """
 
 import copy
@@ -14,7 +14,7 @@ from typing import Any
 from lm.data import vocabulary as vocabulary_lib
 
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
-# Pre-tokenizers that drop nothing, besides Split and Punctuation.
+# Pre-tokenizers without loss of text, besides Split and Punctuation.
 _KEEPS = ("ByteLevel", "Digits", "UnicodeScripts", "Metaspace", "FixedLength")
 _SPACES = "spaces of the text are not kept"
 _SPACE_MARK = f"a {vocabulary_lib.SPACE} of the text becomes a space"
@@ -22,22 +22,23 @@ _SPACE_MARK = f"a {vocabulary_lib.SPACE} of the text becomes a space"
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-  """`prefix`, `prefix_once` and `lossy` as in vocabulary.Vocabulary. `unknown`
-  is the token of text that the vocabulary cannot spell, if there is any.
+  """`prefix`, `prefix_once` and `lossy` are as in vocabulary.Vocabulary.
+  `unknown` is the token for text outside the vocabulary; None if every text can
+  be spelt.
   """
 
   byte_level: bool
   byte_fallback: bool
   marks_spaces: bool
-  word_mark: str | None  # WordPiece's "##"; a token without it opens a word.
-  end_mark: str | None  # What ends a word, as "</w>".
+  word_mark: str | None  # WordPiece's "##"; tokens without "##" open a word.
+  end_mark: str | None  # The suffix of a word's last token, such as "</w>".
   prefix: bytes
   prefix_once: bool
   lossy: str | None
   unknown: str | None
 
   def bytes_of(self, token: str, added: bool) -> bytes:
-    """UTF-8 that a token stands for; `added`: is matched as it is written."""
+    """Returns the UTF-8 bytes of a token; an `added` token is literal text."""
     if self.byte_level:
       letters = [] if added else [_BYTES.get(c) for c in token]
       if added or None in letters:
@@ -56,7 +57,10 @@ class Steps:
 
 
 def read(tree: Mapping[str, Any], ids: Mapping[str, int]) -> Steps:
-  """The steps of a tokenizer.json with the tokens `ids`."""
+  """Returns the steps of a tokenizer.json; `ids` has the id of each token.
+
+  Raises KeyError, TypeError or ValueError on a malformed `tree`.
+  """
   model = tree["model"]
   normal = [*steps(tree.get("normalizer"))]
   pre = [*steps(tree.get("pre_tokenizer"))]
@@ -71,7 +75,7 @@ def read(tree: Mapping[str, Any], ids: Mapping[str, int]) -> Steps:
     for step in (*normal, *pre)
   )
   prefix, once = b"", False
-  # In order, each once.
+  # Reasons in order and without repetition; the keys are read below.
   lossy = dict.fromkeys(
     [*map(_lost_by_normalizer, normal), *map(_lost_by_pre_tokenizer, pre)]
   )
@@ -116,7 +120,7 @@ def read(tree: Mapping[str, Any], ids: Mapping[str, int]) -> Steps:
 
 
 def without_prefix(tree: Mapping[str, Any]) -> dict[str, Any]:
-  """The tokenizer.json that puts no space before a text."""
+  """Returns a copy of the tokenizer.json without a space before a text."""
   changed = copy.deepcopy(dict(tree))
   for step in (*steps(changed["normalizer"]), *steps(changed["pre_tokenizer"])):
     if step["type"] == "Prepend":
@@ -149,7 +153,7 @@ def _replaces_space(step: Mapping[str, Any]) -> bool:
 
 
 def _prefix_scheme(step: Mapping[str, Any]) -> str | None:
-  """`always` or `first`; None where no space is put before a text."""
+  """Returns "always" or "first", or None if the step puts no space first."""
   if step["type"] == "Prepend":
     return "always"
   if step["type"] == "Metaspace":
@@ -180,8 +184,9 @@ def _lost_by_pre_tokenizer(step: Mapping[str, Any]) -> str | None:
 
 
 def _byte_alphabet() -> dict[str, int]:
-  """The character that stands for each byte in a byte-level vocabulary, as in
-  GPT-2: printable Latin-1 for itself, the others from U+0100 on.
+  """Returns GPT-2's characters for bytes, used in byte-level vocabularies:
+  character -> byte. Printable Latin-1 characters stand for their own byte, and
+  characters from U+0100 on for the remaining bytes.
   """
   kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
   others = [byte for byte in range(256) if byte not in kept]

@@ -1,4 +1,4 @@
-"""SentencePiece models: the processor, and what each id stands for."""
+"""SentencePiece models (arXiv:1808.06226) as vocabularies."""
 
 import base64
 import functools
@@ -14,12 +14,12 @@ from lm import schema
 from lm.data import vocabulary as vocabulary_lib
 from lm.data.vocabulary import SPACE
 
-# Errors of SentencePiece, protobuf and JSON on unreadable input.
+# Errors raised by SentencePiece, protobuf and JSON on unreadable input.
 UNREADABLE = (RuntimeError, message.DecodeError, ValueError)
 
 
 def parse(model: bytes) -> Any:
-  """The ModelProto; raises one of UNREADABLE on bytes that are not a model."""
+  """Parses a ModelProto; raises one of UNREADABLE on invalid bytes."""
   # The generated protobuf module creates classes only at import.
   proto: Any = vars(model_pb2)["ModelProto"]()
   proto.ParseFromString(model)
@@ -27,8 +27,8 @@ def parse(model: bytes) -> Any:
 
 
 class Piece(NamedTuple):
-  """Spaces are U+2581. `kind`: normal, unknown, control, user_defined, byte or
-  unused.
+  """A piece; `text` has U+2581 for spaces, and `kind` is normal, unknown,
+  control, user_defined, byte or unused.
   """
 
   text: str
@@ -37,21 +37,21 @@ class Piece(NamedTuple):
 
 
 class SentencePiece(vocabulary_lib.Vocabulary):
-  """A serialised model. Names of `RESERVED` and `special_tokens` that it lacks
-  get ids after its own.
+  """A serialised model. Names of `RESERVED` and `special_tokens` missing in the
+  model get ids after the model's ids.
 
-  A model trained here has the identity as its normaliser, and no dummy prefix:
-  all text comes back. SentencePiece writes a space as U+2581 and would confuse
-  a U+2581 of the text with a space, so that of the text is encoded as bytes.
+  A model trained by this program has the identity as normaliser and no dummy
+  prefix: decoding returns every text unchanged. SentencePiece writes a space as
+  U+2581 and would confuse a U+2581 of the text with a space, so a U+2581 of the
+  text is encoded as bytes.
 
-  A model of others keeps its normaliser and its dummy prefix, and its ids are
-  those of the sentencepiece library; with `plain` it is used as one trained
-  here, as all models were in checkpoints of earlier versions.
+  A model from elsewhere keeps the normaliser and the dummy prefix, and gives
+  the ids of the sentencepiece library. With `plain`, as in checkpoints of
+  earlier versions, the model is used like a model trained by this program.
 
-  A reserved name is looked for among the control pieces, a special token also
+  Reserved names are looked up among the control pieces, special tokens also
   among the user-defined pieces. The processor matches neither in text. Raises
-  ConfigError without byte fallback, and one of UNREADABLE on bytes that are
-  not a model.
+  ConfigError without byte fallback, and one of UNREADABLE on invalid bytes.
   """
 
   kind = "sentencepiece"
@@ -64,7 +64,7 @@ class SentencePiece(vocabulary_lib.Vocabulary):
   ):
     self.model = model
     self._proto = proto = parse(model)
-    # The training here gives <mask> the id of unknown text, which none is.
+    # tokenizer_training gives <mask> the id of the unknown piece, never needed.
     self.trained_here = proto.trainer_spec.unk_piece == "<mask>"
     self.plain = plain or self.trained_here
     normalizer = proto.normalizer_spec
@@ -85,7 +85,7 @@ class SentencePiece(vocabulary_lib.Vocabulary):
       ("<bos>", processor.bos_id()),
       ("<eos>", processor.eos_id()),
     ):
-      if i >= 0:  # SentencePiece says -1 if absent.
+      if i >= 0:  # SentencePiece returns -1 for an absent piece.
         self.reserved[name] = i
     for names, known in (
       (vocabulary_lib.RESERVED, self.reserved),
@@ -101,7 +101,9 @@ class SentencePiece(vocabulary_lib.Vocabulary):
     )
 
   def _read_pieces(self, special_tokens: Sequence[str]) -> None:
-    """Sets `pieces`, `reserved`, `special` to what the model itself has."""
+    """Sets `pieces`, `reserved` and `special` from the model's pieces. Raises
+    ConfigError without byte fallback.
+    """
     kinds = vars(model_pb2)["ModelProto"].SentencePiece
     wanted = {name.replace(" ", SPACE): name for name in special_tokens}
     self.pieces, self.reserved, self.special = [], {}, {}
@@ -168,14 +170,14 @@ class SentencePiece(vocabulary_lib.Vocabulary):
 
   @property
   def changes_text(self) -> bool:
-    """Whether the normaliser does more than to put a space first."""
+    """Whether the normaliser changes text beyond the dummy prefix."""
     normalizer = self._proto.normalizer_spec
     return bool(
       normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
     )
 
   def model_pieces(self) -> list[Piece]:
-    """The pieces of the model itself; a special token is a control piece."""
+    """Returns the model's pieces; special tokens are of kind control."""
     kinds = vars(model_pb2)["ModelProto"].SentencePiece.Type
     return [
       Piece(piece.piece, piece.score, kinds.Name(piece.type).lower())
@@ -199,7 +201,7 @@ def _processor(proto: Any) -> sentencepiece.SentencePieceProcessor:
 
 
 def _lost(normalizer: Any) -> str:
-  """Which texts a model of others does not give back."""
+  """Describes the texts changed by encoding and decoding."""
   lost = [f"a {SPACE} of the text becomes a space"]
   if normalizer.precompiled_charsmap:
     lost.append(f"its normaliser is {normalizer.name}")

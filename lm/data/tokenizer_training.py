@@ -1,4 +1,4 @@
-"""Trains a tokenizer on texts: the same texts give the same tokenizer."""
+"""Trains a tokenizer on texts; equal texts give an equal tokenizer."""
 
 import io
 import re
@@ -13,12 +13,13 @@ from lm.data import huggingface_files
 from lm.data import tokenizer as tokenizer_lib
 from lm.data.vocabulary import RESERVED
 
-# Sentences for the trainer: at most 4096 characters, cut after a newline where
-# possible. Whole lines let the trainer learn newlines and indentation.
+# Sentences for the trainer have at most 4096 characters, and end in a newline
+# where possible. Whole lines let the trainer learn newlines and indentation.
 _SENTENCE = re.compile(r"(?s).{1,4096}(?<=\n)|.{1,4096}")
-# Chosen by bits per byte after training (2 layers, 400 steps, 2048 ids), since
-# bytes per token is a bad predictor: 1.80 at 2.98 bytes per token; 1.85 at 3.11
-# if pieces join letters and signs; 2.17 at 3.51 if pieces also join words.
+# The options were chosen by bits per byte after training (2 layers, 400 steps,
+# 2048 ids), since bytes per token is a bad predictor: 1.80 at 2.98 bytes per
+# token; 1.85 at 3.11 if pieces join letters and signs; 2.17 at 3.51 if pieces
+# also join words.
 TRAINER = {
   "character_coverage": 0.9995,
   "split_digits": True,
@@ -27,24 +28,25 @@ TRAINER = {
 }
 
 
-# How text is split before a byte-level BPE merges bytes: Qwen2's, in which each
-# digit is a token. Nothing is dropped.
+# The split of text before byte-level BPE merges bytes follows Qwen2: each digit
+# is a token by itself, and no text is dropped.
 _SPLIT = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Changes with the tokenizers that `_bpe` makes of the same texts.
+# To be raised when `_bpe` gives another tokenizer for the same texts.
 BPE_VERSION = 1
 
 
 def train(
   config: config_lib.Config, texts: Iterable[str]
 ) -> tokenizer_lib.Tokenizer:
-  """Trains byte-pair encoding (BPE) of `model.vocab_size` ids on `texts`: over
-  characters by SentencePiece, or for tokenizer.kind='bpe' over bytes.
+  """Trains byte-pair encoding (BPE, arXiv:1508.07909) with `model.vocab_size`
+  ids on `texts`: over characters by SentencePiece, or over bytes if
+  tokenizer.kind='bpe'.
 
-  Raises ConfigError if the size is below the minimum or out of reach of the
-  texts.
+  Raises ConfigError on invalid special tokens, and if the vocabulary size is
+  below the minimum or too large for the texts.
   """
   size, special = config.model.vocab_size, config.tokenizer.special_tokens
   tokenizer_lib.check_special(special)
@@ -72,7 +74,9 @@ def _out_of_reach(size: int, reason: str) -> schema.ConfigError:
 def _bpe(
   size: int, special: Sequence[str], texts: Iterable[str]
 ) -> huggingface_files.Source:
-  """Byte-level BPE, by `tokenizers`; ids begin as those of SentencePiece."""
+  """Trains byte-level BPE with `tokenizers`; as with SentencePiece, reserved
+  and special tokens have the first ids.
+  """
   names = [*RESERVED, *special]
   made = tokenizers.Tokenizer(tokenizers.models.BPE())
   made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
@@ -122,8 +126,8 @@ def _sentencepiece(
       bos_piece=RESERVED[1],
       eos_id=2,
       eos_piece=RESERVED[2],
-      # SentencePiece requires an unknown token. With byte fallback no text is
-      # unknown: <mask> takes the id.
+      # SentencePiece requires an unknown piece. With byte fallback no text is
+      # unknown, so <mask> takes the id.
       unk_id=3,
       unk_piece=RESERVED[3],
       control_symbols=[*RESERVED[4:], *special],
@@ -136,7 +140,7 @@ def _sentencepiece(
       **TRAINER,
     )
   except RuntimeError as error:
-    # Strips SentencePiece's source file and line.
+    # The message begins with SentencePiece's source file and line.
     reason = " ".join(str(error).rpartition("] ")[2].split())
     raise _out_of_reach(size, reason) from error
   return model.getvalue()

@@ -1,4 +1,4 @@
-"""What a tokenizer stands on: how text becomes ids, and what each id means."""
+"""Vocabularies: the map from text to token ids, and the bytes of each id."""
 
 import abc
 import types
@@ -9,7 +9,7 @@ import numpy as np
 
 from lm import schema
 
-# How SentencePiece and its like write a space.
+# The character for a space in SentencePiece and similar vocabularies.
 SPACE = "\u2581"
 SENTINELS = tuple(f"<sentinel_{i}>" for i in range(100))
 FIM = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>")
@@ -25,21 +25,21 @@ RESERVED = (
   "<assistant>",
   "<end_of_turn>",
 )
-# Vocabulary of the bytes tokenizer: reserved ids and 256 bytes, rounded up to a
-# multiple of 128 to let a mesh axis shard the embedding.
+# Vocabulary size of the bytes tokenizer: reserved ids and 256 bytes, rounded up
+# to a multiple of 128 to let a mesh axis shard the embedding.
 BYTES_SIZE = 384
 
 
 class Vocabulary(abc.ABC):
-  """Ids of a tokenizer: `kind`, and per id the bytes of text, `pieces`.
+  """The token ids of a tokenizer; `pieces` are the UTF-8 bytes of each id.
 
-  `reserved` and `special` are ids by name; their pieces are b"". `reserved` may
-  lack names of RESERVED, though never <pad>, <bos> and <eos>.
+  `reserved` and `special` are ids by name, with pieces b"". `reserved` may lack
+  names of RESERVED, though never <pad>, <bos> and <eos>.
 
-  Text that `encode` begins gets a dummy `prefix` if that is not b"":
-  `prefix + text` is what its ids stand for. `prefix_once` says that text behind
-  a special token gets none. `lossy` says which texts do not come back from
-  their ids, and None means that all do.
+  `encode` puts a dummy `prefix`, if not b"", before a text: the token ids then
+  stand for `prefix + text`. With `prefix_once`, text after a special token gets
+  no prefix. `lossy` describes texts changed by encoding and decoding; None
+  means none.
   """
 
   kind: str
@@ -49,7 +49,7 @@ class Vocabulary(abc.ABC):
   prefix: bytes = b""
   prefix_once: bool = False
   lossy: str | None = None
-  # Special ids that take with them the spaces before and behind them.
+  # Id -> whether the token absorbs spaces (before, after) in the text.
   strips: Mapping[int, tuple[bool, bool]] = types.MappingProxyType({})
   # Whether a conversation begins with bos even if its template writes none.
   chats_begin_with_bos: bool = True
@@ -58,21 +58,23 @@ class Vocabulary(abc.ABC):
   def encode(
     self, texts: Sequence[str], threads: int, continues: bool
   ) -> list[np.ndarray]:
-    """Token ids of each text, int32; `continues`: without the prefix."""
+    """Returns token ids [n] (int32) of each text, with `continues` without the
+    prefix.
+    """
 
   def names(self) -> dict[int, str]:
-    """Name of each reserved and special id."""
+    """Returns the name of each reserved and special id."""
     return {i: name for name, i in {**self.special, **self.reserved}.items()}
 
   @abc.abstractmethod
   def content(self) -> Mapping[str, Any]:
-    """The vocabulary as JSON, which a checkpoint holds and a fingerprint
-    covers; without the names of special tokens.
+    """Returns the vocabulary for JSON, without the names of special tokens.
+    Checkpoints store the content, and fingerprints hash the content.
     """
 
 
 class Bytes(Vocabulary):
-  """An id per byte, after the reserved ids; special tokens take spare ids.
+  """Reserved ids, then an id for each byte, then spare ids for special tokens.
 
   Raises ConfigError on more special tokens than spare ids.
   """

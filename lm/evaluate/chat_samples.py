@@ -1,7 +1,8 @@
-"""What a checkpoint answers in conversations, beside the answers given there.
+"""Greedy answers of a checkpoint in conversations, with reference answers.
 
-The reference is the last answer of a conversation, and the prompt what stands
-before it. Answers are greedy: the likeliest token at each step.
+The reference is the last answer of a conversation, and the prompt consists of
+all messages before the reference. An answer has the likeliest token at each
+step.
 """
 
 import dataclasses
@@ -20,8 +21,11 @@ from lm.sample import sampler as sampler_lib
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """`prompt_ids` lead up to the assistant's turn. `ended` says whether the
-  answer has an end of turn; it is None if the context has no room for one.
+  """A prompt with a reference and an answer; `prompt_ids` are the token ids up
+  to the assistant's turn.
+
+  `answer` is None if the context has no room for an answer. `ended` says
+  whether the model ended the answer, by eos or an end of turn.
   """
 
   source: str
@@ -39,11 +43,13 @@ def find(
   tokenizer: tokenizer_lib.Tokenizer,
   data: config_lib.DataConfig,
 ) -> list[Sample]:
-  """The first `n` conversations of each source of chats among `names` that have
-  an answer and something before it; without the answers of a model.
+  """Returns samples, without answers of a model, of the first `n` conversations
+  of each source of chats among `names`. Conversations without an answer, or
+  with nothing before the answer, are passed over.
 
-  Raises ConfigError if no source is of chats, without a chat template, on a
-  source that cannot be read, and on a prompt that the template refuses.
+  Raises ConfigError if no source is of chats, without a chat template, and on
+  an unreadable source. A prompt refused by the template is skipped, or raises
+  ConfigError if `data.invalid_documents` is "error".
   """
   schema.require(n >= 1, "--samples", n, "must be at least 1")
   chats = [
@@ -56,7 +62,7 @@ def find(
       f"--samples={n}: none of the sources {', '.join(map(repr, names))} is of "
       "chats; name one, as --source='jsonl:GLOB|chat', or leave --samples out"
     )
-  chat_layout.marked_template(tokenizer)  # Raises if there is none.
+  chat_layout.marked_template(tokenizer)  # Raises ConfigError without one.
   return [
     sample
     for name in chats
@@ -74,7 +80,7 @@ def _read(
   for i in range(len(source)):
     found = source[i]
     if not isinstance(found, sources_lib.Conversation):
-      continue  # skipped by the run's policy
+      continue  # The policy of the run skips an invalid document.
     turns = [
       k for k, m in enumerate(found.messages) if m["role"] == "assistant"
     ]
@@ -95,8 +101,9 @@ def answer(
   samples: Sequence[Sample],
   max_new_tokens: int | None = None,
 ) -> list[Sample]:
-  """Collective: the samples with answers, of at most `max_new_tokens` (default:
-  256) that fit the context. Raises RunError on NaN logits.
+  """Collective: returns the samples with answers of at most `max_new_tokens`
+  tokens, fewer if the context is full. The default is
+  request.DEFAULT_NEW_TOKENS. Raises RunError on NaN logits.
   """
   context = sampler.cfg.context_length
   limit = max_new_tokens

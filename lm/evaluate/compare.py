@@ -1,8 +1,8 @@
-"""Comparison of runs on the same documents: which predicts them better, and
-whether the difference is more than the luck of these documents.
+"""Compares the bits per byte of runs on the same documents, with p-values and
+confidence intervals of the differences over a sample of documents.
 
-Bits per byte compare across tokenizers: every run is scored with its own
-tokenizer and context. lm/evaluate/bootstrap.py has the statistics.
+Bits per byte are comparable across tokenizers: each run is scored with the
+run's own tokenizer and context. lm/evaluate/bootstrap.py has the statistics.
 """
 
 import dataclasses
@@ -29,17 +29,17 @@ class Document(NamedTuple):
   n_bytes: int
 
 
-# Parts of a file that are about the texts of one run.
+# Keys of a file of scores with results on texts, not copied to `Run.about`.
 _OF_TEXTS = ("total", "sources", "samples")
-# By source: its documents, and the nll of each, in nats.
+# By source: the documents, and the nll of each document in nats.
 Documents = dict[str, list[Document]]
 Nll = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass
 class Run:
-  """A run to compare: its name on the command line, what tells it from others,
-  and either the job that scores it or scores that a file has.
+  """A run to compare: `name` on the command line, an `identity` for finding
+  duplicates, and either a `job` for scoring or the scores from a file.
   """
 
   name: str
@@ -52,9 +52,9 @@ class Run:
 
 @dataclasses.dataclass
 class Row:
-  """Of a source, or of all: per run the bits per byte, and how many more they
-  are than the first run's; `p_holm` is the p-value corrected by Holm for the
-  number of differences. The first run has no difference: None.
+  """Results on a source, or on all sources: for each run the bits per byte, the
+  difference to the bits per byte of the first run (None for the first run), and
+  `p_holm`, the p-value after Holm's correction.
   """
 
   source: str
@@ -72,7 +72,7 @@ class Comparison:
   rows: list[Row]
   n_resamples: int
   seed: int
-  # By source: what training text has of it; {} if unknown.
+  # By source: the overlap with training text; {} if unknown.
   overlap: dict[str, overlap_report.Shares] = dataclasses.field(
     default_factory=dict
   )
@@ -92,13 +92,14 @@ def compare(
   overlap: str | None = None,
   seed: int = 0,
 ) -> Comparison:
-  """Compares `names` with the first of them, each RUN, RUN@STEP or a file that
-  `lm.evaluate --documents --output` wrote; arguments as in `corpora.evaluate`.
+  """Compares runs with the first run. A name is RUN, RUN@STEP or a file written
+  by `lm.evaluate --documents --output`; `specs`, `stride`, `batch_size`, `data`
+  and `overlap` are as in `corpora.evaluate`, `seed` is of the bootstrap.
 
-  Raises ConfigError, before parameters are loaded, on a missing run, a run
-  given twice, a source that is not causal, sources whose documents differ, and
-  sources of fewer than bootstrap.MIN_DOCUMENTS documents; RunError if scores
-  are not finite.
+  Raises ConfigError, before parameters are loaded, on fewer than two names, a
+  missing run, a run given twice, a source with an objective, sources with
+  different documents, and sources with fewer than bootstrap.MIN_DOCUMENTS
+  documents; RunError if scores are not finite.
   """
   if len(names) < 2:
     raise schema.ConfigError(
@@ -145,15 +146,15 @@ def compare(
 
 
 def summarise(runs: list[Run], documents: Documents, seed: int) -> Comparison:
-  """The statistics of runs whose `nll` is known: a row per source, and one of
-  all if there are several.
+  """Computes the statistics of scored runs: a row per source, and, with several
+  sources, a row for the total.
   """
   parts = [(source, [source]) for source in documents]
   if len(parts) > 1:
     parts.append((TOTAL, list(documents)))
   n = bootstrap.n_resamples(sum(map(len, documents.values())))
   rows = [_row(name, part, runs, documents, n, seed) for name, part in parts]
-  # Two families of hypotheses: the sources, and the total.
+  # Holm's correction is separate for the sources and for the total.
   n_sources = len(documents)
   for family in (rows[:n_sources], rows[n_sources:]):
     places = [(row, k) for row in family for k in range(1, len(runs))]
@@ -190,7 +191,7 @@ def _row(
 
 
 def verdict(comparison: Comparison, row: Row, k: int) -> str:
-  """Says in words which of run `k` and the first is better on the row."""
+  """Returns a sentence comparing run `k` with the first run on the row."""
   runs, found, p = comparison.runs, row.difference[k], row.p_holm[k]
   assert found is not None and p is not None
   a, b = runs[0].name, runs[k].name
@@ -213,7 +214,7 @@ def verdict(comparison: Comparison, row: Row, k: int) -> str:
 
 
 def _find(name: str, stride: int | None) -> tuple[Run, checkpoint.Meta | None]:
-  """The run `name`; the metadata of its checkpoint, None for a file."""
+  """Returns the run `name` and the checkpoint's metadata, None for a file."""
   if os.path.isfile(name):
     return _from_file(name), None
   workdir, step = checkpoint.split_name(name)
@@ -235,7 +236,7 @@ def _absolute(path: str) -> str:
 
 
 def _from_file(path: str) -> Run:
-  """The scores in a file that `lm.evaluate --documents --output` wrote."""
+  """Reads a file of scores written by `lm.evaluate --documents --output`."""
   remedy = "write it by lm.evaluate --documents --output=FILE"
   try:
     with open(path, "rb") as file:
@@ -266,8 +267,8 @@ def _from_file(path: str) -> Run:
 def _specs(
   found: Sequence[tuple[Run, checkpoint.Meta | None]], specs: Sequence[str]
 ) -> list[str]:
-  """Sources to compare on: `specs`, else those of the first file, else the
-  validation sources, which must be the same of all runs.
+  """Returns the sources to compare on: `specs`, else the sources of the first
+  file, else the validation sources, required to be equal for all runs.
   """
   by_file = [list(run.documents) for run, meta in found if meta is None]
   by_run = [list(m.config.data.validation) for _, m in found if m is not None]
@@ -304,7 +305,7 @@ def _read_documents(
   job: corpora.Job,
   known: dict[str, list[Document]],
 ) -> Documents:
-  """Documents by source; `known` has those of each fingerprint."""
+  """Returns documents by source; `known` caches documents by fingerprint."""
   found = {}
   for spec, source in zip(specs, job.sources, strict=True):
     assert not isinstance(source, store_lib.TokenStore)
@@ -321,7 +322,9 @@ def _listed(source: sources_lib.Source) -> list[Document]:
 
 
 def _check_documents(runs: Sequence[Run], specs: Sequence[str]) -> Documents:
-  """The documents of the sources, which are the same of all runs."""
+  """Returns the documents by source; raises ConfigError unless all runs have
+  the same documents, and enough of them for intervals.
+  """
   documents = {spec: runs[0].documents[spec] for spec in specs}
   for spec, listed in documents.items():
     for run in runs[1:]:
@@ -342,7 +345,7 @@ def _check_documents(runs: Sequence[Run], specs: Sequence[str]) -> Documents:
 
 
 def _difference(a: list[Document], b: list[Document]) -> str | None:
-  """The first difference of two lists of documents, in words."""
+  """Describes the first difference of two lists of documents; None if equal."""
   for one, other in zip(a, b, strict=False):
     if one != other:
       return (
@@ -356,7 +359,7 @@ def _difference(a: list[Document], b: list[Document]) -> str | None:
 
 
 def _score(run: Run, documents: Documents) -> None:
-  """Fills in `nll` and `about` of a run."""
+  """Scores a run and sets `nll` and `about`."""
   assert run.job is not None
   evaluation = corpora.score(run.job)
   run.about = {

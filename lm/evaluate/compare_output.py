@@ -1,4 +1,4 @@
-"""What `python -m lm.evaluate --compare` prints, writes and draws."""
+"""Output of `python -m lm.evaluate --compare`: tables, JSON, a picture."""
 
 import io
 import json
@@ -12,7 +12,7 @@ import rich.table
 from lm import files
 from lm.evaluate import bootstrap, compare, provenance
 
-# Okabe and Ito's colours, which colour-blind people tell apart.
+# The colours of Okabe and Ito (2008) are distinct for colour-blind readers.
 _COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()
 
 
@@ -45,14 +45,14 @@ def show(comparison: compare.Comparison, console: rich.console.Console) -> None:
 
 
 def _overlap(comparison: compare.Comparison, source: str) -> list[str]:
-  """What training text has of the source, in words; [] if unknown."""
+  """Describes the source's overlap with training text; [] if unknown."""
   if (shares := comparison.overlap.get(source)) is None:
     return []
   return [f"{shares.of_bytes:.1%} overlap with training text"]
 
 
 def method(comparison: compare.Comparison) -> str:
-  """How the intervals and p-values were made: a sentence or two."""
+  """Describes the computation of the intervals and p-values in a sentence."""
   said = (
     f"95 % intervals: bootstrap-t, {comparison.n_resamples:,} paired resamples "
     "of the documents within each source; p-values are two-sided"
@@ -72,7 +72,7 @@ def method(comparison: compare.Comparison) -> str:
 
 
 def write(comparison: compare.Comparison, path: str, documents: bool) -> None:
-  """Writes JSON atomically; with the nll of each document if `documents`."""
+  """Writes JSON atomically; with `documents`, also each document's nll."""
   content: dict[str, Any] = {
     "date": provenance.now(),
     "code": provenance.code(),
@@ -132,10 +132,10 @@ def _interval(estimate: bootstrap.Estimate) -> dict[str, float]:
 
 
 def draw(comparison: compare.Comparison, path: str) -> None:
-  """Writes a picture (PNG): bits per byte of each run with their intervals on
-  the left, differences to the first run on the right, a line per source.
+  """Writes a picture (PNG) with a row per source: on the left the bits per byte
+  of each run with intervals, on the right the differences to the first run.
   """
-  from matplotlib import figure as figure_lib  # takes half a second
+  from matplotlib import figure as figure_lib  # The import takes 0.5 s.
 
   rows, runs = comparison.rows, comparison.runs
   height = 1.5 + (0.25 + 0.3 * len(runs)) * len(rows)
@@ -186,7 +186,7 @@ def draw(comparison: compare.Comparison, path: str) -> None:
 
 
 def _interval_line(ax, y, estimate, colour, form, filled=True) -> None:
-  """An interval with its value above."""
+  """Draws an interval with the value above."""
   value, low, high, _ = estimate
   ax.plot([low, high], [y, y], color=colour, linewidth=2)
   inside = colour if filled else "white"
@@ -203,6 +203,6 @@ def _interval_line(ax, y, estimate, colour, form, filled=True) -> None:
 
 
 def _short(name: str, most: int) -> str:
-  """`name` with its middle left out, if it is longer than `most`."""
+  """Shortens `name` in the middle to at most `most` characters."""
   half = (most - 3) // 2
   return name if len(name) <= most else f"{name[:half]}...{name[-half:]}"

@@ -1,5 +1,7 @@
-"""Tasks of lm-evaluation-harness (lm-eval) on a checkpoint: scores that others
-accept. Needs the extra `eval`, which is imported only where tasks are run.
+"""Runs tasks of lm-evaluation-harness (lm-eval) on a checkpoint.
+
+Source: github.com/EleutherAI/lm-evaluation-harness. Needs the extra `eval`;
+lm-eval is imported inside functions, since most commands run no tasks.
 """
 
 import contextlib
@@ -28,14 +30,14 @@ from lm.data import tokenizer as tokenizer_lib
 from lm.evaluate import corpora, provenance
 from lm.sample import load
 
-# Tasks that come with this project: found without a network or lm-eval's index.
+# Tasks of this project: found without a network and without lm-eval's index.
 TASKS = pathlib.Path(__file__).parent / "tasks"
-# lm-eval's own seeds: of `random`, of NumPy, and of few-shot examples.
+# lm-eval's default seeds: of `random`, of NumPy, and of few-shot examples.
 _SEEDS = (0, 1234, 1234)
 
 
 def check_installed(name: str = "--tasks") -> None:
-  """Raises ConfigError without lm-eval; `name` is the flag that needs it."""
+  """Raises ConfigError without lm-eval; the message begins with `name`."""
   if importlib.util.find_spec("lm_eval") is None:
     raise schema.ConfigError(
       f"{name}: lm-eval is missing; install the extra, as "
@@ -57,12 +59,12 @@ def evaluate(
   adapter: str | None = None,
   chat_template: str | None = None,
 ) -> dict[str, Any] | None:
-  """Runs tasks on a checkpoint; what `show` prints and `write` writes, on
-  process 0, and None on the others.
+  """Runs tasks on a checkpoint. Returns the scores, as for `show` and `write`,
+  on process 0, and None on every further process.
 
-  `limit` is of documents per task, and `chats` lays prompts out by the chat
-  template. Other arguments are as in `corpora.evaluate`. Raises ConfigError on
-  bad input before parameters are loaded.
+  `limit` is the number of documents per task; with `chats`, the chat template
+  lays out prompts. The remaining arguments are as in `corpora.evaluate`. Raises
+  ConfigError on bad input before parameters are loaded.
   """
   check_installed()
   if output is not None:
@@ -126,12 +128,12 @@ def find(
   cache_dir: str | None = None,
   flags: tuple[str, str] = ("--tasks", "--include_path"),
 ) -> Any:
-  """lm-eval's TaskDict of tasks, groups, tags and patterns (`mmlu_*`).
+  """Returns lm-eval's TaskDict of tasks, groups, tags and patterns (`mmlu_*`).
 
-  Tasks are looked for in `include_path`, then among this project's own, and
-  only then among lm-eval's, whose index takes seconds to read. Raises
-  ConfigError that quotes `flags` on unknown names, and on data that cannot be
-  loaded.
+  Names are looked up in `include_path` and among this project's tasks; the
+  index of lm-eval, seconds to read, is added only if a name is missing. Raises
+  ConfigError, with the names `flags` of the settings, on unknown tasks and on
+  data impossible to load.
   """
   from lm_eval import tasks as tasks_lib
 
@@ -141,7 +143,7 @@ def find(
       "has the .yaml files of the tasks"
     )
   where: list[Any] = [TASKS, *([include_path] if include_path else [])]
-  # lm-eval gives it to the functions that make a task's data.
+  # lm-eval passes `metadata` to the functions for a task's data.
   metadata: Any = {"stdlib_cache_dir": cache_dir} if cache_dir else None
   manager: Any = None
   for defaults in (False, True):
@@ -171,7 +173,7 @@ def _load(
 ) -> Any:
   try:
     return manager.load(matching)
-  except Exception as error:  # Of the Hub, of YAML, of a task's own functions.
+  except Exception as error:  # From the Hub, from YAML, from a task's code.
     raise schema.ConfigError(
       f"{flags[0]}={name}: cannot be loaded ({type(error).__name__}: "
       f"{files.first_line(error)}). Most tasks of lm-eval read a data set from "
@@ -191,17 +193,17 @@ def run(
   num_fewshot: int | None = None,
   chats: bool = False,
 ) -> dict[str, dict[str, Any]]:
-  """Scores of each task and group: {name: {version, n, num_fewshot, metrics:
-  {metric: {value, stderr}}}}; a value that is not finite is None.
+  """Returns scores of each task and group: {name: {version, n, num_fewshot,
+  metrics: {metric: {value, stderr}}}}, with None for a value not finite.
 
-  `model` is any lm_eval LM. Seeds and defaults are those of lm-eval's command,
-  but for a bootstrap of 1,000 draws, of which that has 100,000.
+  `model` is any lm_eval LM. Seeds and defaults are as in lm-eval's command,
+  except for 1,000 bootstrap draws in place of 100,000.
   """
   from lm_eval import evaluator
 
   for task in loaded["tasks"].values():
     default = task.get_config("num_fewshot")
-    if num_fewshot is not None and default != 0:  # 0 is the task's own wish.
+    if num_fewshot is not None and default != 0:  # 0 stays: the task insists.
       task.set_config(key="num_fewshot", value=num_fewshot)
     elif default is None:
       task.set_config(key="num_fewshot", value=0)
@@ -227,7 +229,7 @@ def _scores(found: Any, name: str) -> dict[str, Any]:
       continue
     kind = "stderr" if metric.endswith("_stderr") else "value"
     metric = metric.removesuffix("_stderr")
-    # The filter of a task without filters goes without saying.
+    # lm-eval calls the filter of a task without filters "none".
     label = metric if filtered == "none" else f"{metric},{filtered}"
     finite = float(value) if math.isfinite(value) else None
     metrics.setdefault(label, {"value": None, "stderr": None})[kind] = finite
@@ -241,8 +243,8 @@ def _scores(found: Any, name: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Hides lm-eval's notes, keeps stdout for scores, and keeps lm-eval from a
-  pool of processes for a bootstrap: JAX's threads do not survive a fork.
+  """Hides lm-eval's messages, redirects lm-eval's stdout to stderr, and turns
+  off the process pool of the bootstrap: JAX's threads do not survive a fork.
   """
   import datasets
 
@@ -266,7 +268,9 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _seeded() -> Iterator[None]:
-  """lm-eval's seeds of the global generators, which some tasks draw from."""
+  """Seeds the global generators, used by some tasks, with lm-eval's seeds, and
+  restores the former states.
+  """
   before, numpys = random.getstate(), np.random.get_state()
   random.seed(_SEEDS[0])
   np.random.seed(_SEEDS[1])
@@ -305,5 +309,5 @@ def show(content: dict[str, Any], console: rich.console.Console) -> None:
 
 
 def write(content: dict[str, Any], path: str) -> None:
-  """Writes JSON atomically."""
+  """Writes `content` as JSON, atomically."""
   files.replace(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

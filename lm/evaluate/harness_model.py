@@ -1,12 +1,12 @@
-"""A model as lm-evaluation-harness (lm-eval) calls it; needs the extra `eval`.
+"""A model for lm-evaluation-harness (lm-eval); needs the extra `eval`.
 
-Likelihoods come from the forward of `lm.evaluate` (so a text has one, on any
-mesh), texts from the decoding of `lm.sample`. Every text is conditioned on bos,
-exactly once.
+Likelihoods come from the forward pass of `lm.evaluate`, and are equal on any
+mesh; generated texts come from the decoding of `lm.sample`. A text is
+conditioned on exactly one bos; a chat, on bos as the vocabulary's chats are.
 
-With several processes, lm-eval runs on process 0 alone, since the order of its
-requests may differ elsewhere (caches, hashes). Process 0 broadcasts each list
-of requests, and every process computes all of it: see `Answerer.lead`.
+With several processes, lm-eval runs on process 0 alone, since caches and hashes
+may give requests a different order elsewhere. Process 0 broadcasts each list of
+requests, and every process computes all answers: see `Answerer.lead`.
 """
 
 import contextlib
@@ -35,13 +35,13 @@ from lm.sample import request as request_lib
 from lm.sample import sampler as sampler_lib
 
 T = TypeVar("T")
-# Private-use characters, which stand for the tokens of a chat template between
-# `apply_chat_template` and `tok_encode`: text that spells a token stays text.
+# Private-use characters stand for the tokens of a chat template between
+# `apply_chat_template` and `tok_encode`: a token's name in a text stays text.
 _PRIVATE = 0x10FC00 - 0xDC00
 _STANDS_FOR_TOKEN = re.compile("([\U0010fc00-\U0010fffd])")
-# Most new tokens, where a task does not say.
+# Most new tokens if a task sets no max_gen_toks.
 _MAX_NEW_TOKENS = 256
-# Fields of a task's generation_kwargs with the name and meaning of Request.
+# Keys of generation_kwargs with the name and meaning of a field of Request.
 _RULES = (
   *("top_k", "top_p", "min_p", "typical_p", "min_tokens"),
   *("repetition_penalty", "frequency_penalty", "presence_penalty"),
@@ -51,9 +51,9 @@ _RULES = (
 class Answerer:
   """Answers lists of requests on the devices, the same on every process.
 
-  `params` lie on `mesh` (None: one device); in mode pmap they are replicated
-  on it. A batch has `n_rows` rows, a multiple of the devices. `should_stop` as
-  in `likelihood.score`.
+  `params` are placed on `mesh` (None: one device), in mode pmap replicated. A
+  batch has `n_rows` rows, a multiple of the devices along the batch.
+  `should_stop` is as in `likelihood.score`.
   """
 
   def __init__(
@@ -85,12 +85,14 @@ class Answerer:
     return self._everywhere("likelihoods", spans)
 
   def texts(self, requests: Sequence[request_lib.Request]) -> list[str]:
-    """The continuation of each prompt, up to a stop string, stop id or eos."""
+    """Continues each prompt up to a stop string, a stop id or eos."""
     return self._everywhere("texts", [dataclasses.asdict(r) for r in requests])
 
   def lead(self, function: Callable[[], T]) -> T | None:
-    """Collective: `function()` on process 0; the others answer what it asks,
-    and return None. Errors of `function` are raised everywhere.
+    """Collective: calls `function` on process 0 and returns the result; every
+    further process computes the requests of process 0 and returns None.
+
+    An error of `function` on process 0 raises ConfigError on the rest.
     """
     if jax.process_index() > 0:
       return self._follow()
@@ -119,7 +121,8 @@ class Answerer:
     if not self._awaited:
       return self._answer(kind, asked)
     processes.broadcast(json.dumps([kind, asked]))
-    self._awaited = False  # An error below is raised on every process.
+    # An error in `_answer` is raised on every process: no message follows.
+    self._awaited = False
     answers = self._answer(kind, asked)
     self._awaited = True
     return answers
@@ -164,7 +167,7 @@ class Answerer:
 def make_step(
   cfg: config_lib.ModelConfig, mesh: jax.sharding.Mesh | None
 ) -> likelihood.Step:
-  """The program of likelihoods, for several Answerers on one mesh."""
+  """Returns the step for likelihoods, to share between Answerers on a mesh."""
   whole = None
   if mesh is not None and jax.sharding.AxisType.Auto in mesh.axis_types:
     whole = NamedSharding(mesh, P())
@@ -172,12 +175,12 @@ def make_step(
 
 
 class HarnessModel(model.TemplateLM):
-  """`lm_eval.api.model.LM` over an Answerer.
+  """An `lm_eval.api.model.LM` on top of an Answerer.
 
-  A likelihood has at most `max_length` tokens before its last (default: the
-  context); longer ones lose their beginning, as in lm-eval's own models.
-  `loglikelihood_rolling` reads the windows of `lm.evaluate`, without the eos
-  that ends a document there.
+  A likelihood request keeps the last `max_length` + 1 tokens (default: the
+  context length), and loses earlier tokens, as in lm-eval's own models.
+  `loglikelihood_rolling` uses the windows of `lm.evaluate`, without the eos at
+  the end of a document.
   """
 
   def __init__(self, answerer: Answerer, max_length: int | None = None):
@@ -192,7 +195,7 @@ class HarnessModel(model.TemplateLM):
 
   @property
   def max_gen_toks(self) -> int:
-    """New tokens where a task does not say: 256, or half the context."""
+    """Default number of new tokens: 256, or half of `max_length` if less."""
     return min(_MAX_NEW_TOKENS, max(self.max_length // 2, 1))
 
   @property
@@ -210,9 +213,9 @@ class HarnessModel(model.TemplateLM):
   # --- text and tokens ---
 
   def chat_template(self, chat_template: bool | str = False) -> str | None:
-    """Text of the checkpoint's template, or None if `chat_template` is False.
+    """Returns the checkpoint's chat template, None if `chat_template` is False.
 
-    Raises ConfigError on the name of one: a checkpoint has one template.
+    Raises ConfigError on a template's name: a checkpoint has a single template.
     """
     if isinstance(chat_template, str):
       raise schema.ConfigError(
@@ -226,11 +229,12 @@ class HarnessModel(model.TemplateLM):
     chat_history: list[dict[str, str]],
     add_generation_prompt: bool = True,
   ) -> str:
-    """A conversation as text for `tok_encode`; without `add_generation_prompt`
-    it ends within the last message, which the model continues.
+    """Returns a conversation as text for `tok_encode`. Without
+    `add_generation_prompt` the text ends with the content of the last message,
+    for the model to continue.
 
-    Raises ConfigError without a template, on messages that it refuses, and on
-    those with characters that stand for tokens here (U+10FC00 and above).
+    Raises ConfigError without a template, on messages refused by the template,
+    and on messages with the characters reserved for tokens (from U+10FC00 on).
     """
     marked = chat_layout.marked_template(self._own)
     messages = [
@@ -244,7 +248,7 @@ class HarnessModel(model.TemplateLM):
           "character (U+10FC00 and above); leave it out"
         )
     cut = (len(messages), add_generation_prompt)
-    # Targets are of no interest here: empty marks around them.
+    # Prompts need no marks around the targets of training.
     ((text,),) = chat_layout.render(marked, [(messages, [cut])], ("", ""))
     if isinstance(text, schema.ConfigError):
       raise text
@@ -259,8 +263,9 @@ class HarnessModel(model.TemplateLM):
   def tok_encode(
     self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
   ) -> list[int]:
-    """Ids of a text; bos comes first, once, unless `add_special_tokens` is
-    False.
+    """Returns token ids of a text, with a single bos first. No bos is added if
+    `add_special_tokens` is False, or to a chat of a vocabulary whose templates
+    write bos themselves.
     """
     del kwargs
     ids = self._encode(string)
@@ -284,8 +289,9 @@ class HarnessModel(model.TemplateLM):
   def loglikelihood(
     self, requests: list[instance.Instance], disable_tqdm: bool = False
   ) -> list[tuple[float, bool]]:
-    """(log-likelihood, is_greedy) of each (context, continuation); (0, True) of
-    an empty continuation, which lm-eval's own models refuse.
+    """Returns (log-likelihood in nats, is_greedy) for each (context,
+    continuation). An empty continuation, an error in lm-eval's own models,
+    gives (0, True).
     """
     empty = [not _arguments(request)[1] for request in requests]
     some = [r for r, none in zip(requests, empty, strict=True) if not none]
@@ -313,7 +319,9 @@ class HarnessModel(model.TemplateLM):
   def loglikelihood_rolling(
     self, requests: list[instance.Instance], disable_tqdm: bool = False
   ) -> list[float]:
-    """Log-likelihood of each whole text given bos, window by window."""
+    """Returns the log-likelihood in nats of each text given bos, summed over
+    windows of at most `max_length` tokens.
+    """
     del disable_tqdm
     spans, n_spans = [], []
     for (text,) in (request.args for request in requests):
@@ -335,10 +343,10 @@ class HarnessModel(model.TemplateLM):
   def generate_until(
     self, requests: list[instance.Instance], disable_tqdm: bool = False
   ) -> list[str]:
-    """The continuation of each prompt, without its stop string.
+    """Returns the continuation of each prompt, without the stop string.
 
-    A repeated request has the noise of its document and of the number of the
-    repetition, so that repetitions differ, and a second run does not.
+    The seed of a request comes from the task, the document and the number of
+    the repetition: repetitions of a request differ, and runs are reproducible.
     """
     del disable_tqdm
     seen: Counter[int] = Counter()
@@ -383,7 +391,7 @@ class HarnessModel(model.TemplateLM):
       prompt=self.tok_encode(text)[-(self.max_length - limit) :],
       max_new_tokens=limit,
       temperature=float(temperature),
-      # As lm-eval's own models: the name of eos is a stop string, too.
+      # As in lm-eval's own models, the name of eos is also a stop string.
       stop=[*(s for s in stop if s), self._own.piece(self._own.eos)],
       stop_ids=ends,
       seed=min(int.from_bytes(digest), 2**32 - 2),
@@ -392,5 +400,5 @@ class HarnessModel(model.TemplateLM):
 
 
 def _arguments(request: instance.Instance) -> Any:
-  """(context, continuation), (text,) or (prompt, generation_kwargs)."""
+  """Returns (context, continuation), (text,) or (prompt, generation_kwargs)."""
   return request.args

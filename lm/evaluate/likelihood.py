@@ -1,8 +1,9 @@
 """Log-likelihoods of parts of texts, in packed batches of a few lengths.
 
-A span is what an evaluation task asks about: tokens of which the last few are
-scored, given the ones before. Long spans come first, and a batch is as long as
-its longest span, rounded up to a power of two: few programs, little padding.
+A span, a request of an evaluation task, is a list of tokens with the last few
+scored given the tokens before. Long spans come first, and a batch is as long as
+the longest span, rounded up to a power of two: this needs few compilations and
+little padding.
 """
 
 import functools
@@ -25,12 +26,12 @@ from lm.model import decoder, scoring
 
 
 class Stopped(Exception):
-  """All processes have agreed to stop (SIGTERM)."""
+  """Raised after all processes have agreed to stop (SIGTERM)."""
 
 
 class Span(NamedTuple):
-  """`tokens` [n], at most one more than the context: the last `n_scored` are
-  scored, and the first is not.
+  """`tokens` [n], with n at most the context length + 1. The last `n_scored`
+  tokens are scored; `n_scored` is below n, as the first token has no context.
   """
 
   tokens: Sequence[int]
@@ -38,8 +39,8 @@ class Span(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-  """Natural log-likelihood of the scored tokens, and whether greedy decoding
-  draws them all.
+  """The log-likelihood `total` of the scored tokens in nats, and whether each
+  scored token has the largest logit.
   """
 
   total: float
@@ -53,7 +54,9 @@ Step = Callable[[decoder.Params, batch_lib.Batch], Scores]
 def _score(
   cfg: config_lib.ModelConfig, params: decoder.Params, batch: batch_lib.Batch
 ) -> Scores:
-  """Negative log-likelihood and rank of each target, on every process."""
+  """Returns the negative log-likelihood (nats) and the rank (from 1) of each
+  target, replicated to every process.
+  """
   hidden, _ = decoder.forward(cfg, params, batch)
   head, bias = decoder.bind(cfg, params).head_parts()
   scores = scoring.token_scores(
@@ -73,8 +76,8 @@ def _score(
 def make_step(
   cfg: config_lib.ModelConfig, whole: NamedSharding | None = None
 ) -> Step:
-  """`_score`, jitted once for each length; `whole` as in
-  `perplexity.eval_step`.
+  """Returns `_score` under jax.jit, compiled once for each batch length;
+  `whole` is as in `perplexity.eval_step`.
   """
   return jax.jit(
     functools.partial(_score, cfg),
@@ -93,12 +96,12 @@ def score(
   where: NamedSharding | None = None,
   should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Likelihood]:
-  """The Likelihood of each span, in order; empty continuations have 0.
+  """Returns the Likelihood of each span, (0, True) if no token is scored.
 
   `n_rows` is a multiple of the devices along the batch, and `where` the
-  sharding of a batch where no mesh is in context. Collective: all processes
-  pass the same spans. Raises Stopped; `should_stop` is called once a batch and
-  must return the same value on every process.
+  sharding of a batch if no mesh is in context. Collective: all processes pass
+  the same spans. Raises Stopped if `should_stop`, called once per batch, is
+  true; `should_stop` must return the same value on every process.
   """
   found = [Likelihood(0.0, True)] * len(spans)
   batches = pack(spans, n_rows, context)
@@ -120,7 +123,9 @@ def score(
 def pack(
   spans: Sequence[Span], n_rows: int, context: int
 ) -> Iterator[tuple[batch_lib.Batch, list[windows.Place]]]:
-  """Batches of the spans that have something to score, the longest first."""
+  """Packs spans with scored tokens into batches, the longest first, and yields
+  (batch, places of the spans in the batch).
+  """
   rows = None
   order = [i for i, span in enumerate(spans) if span.n_scored]
   for i in sorted(order, key=lambda i: -len(spans[i].tokens)):

@@ -1,4 +1,4 @@
-"""What `python -m lm.evaluate` prints and writes: tables, JSON."""
+"""Output of `python -m lm.evaluate`: tables and JSON."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from lm.sample import output as sample_output
 
 # Documents listed at each end of a ranking.
 _N_RANKED = 3
-# Styles of who says something.
+# Style of each speaker in a sample.
 _STYLES = {"user": "cyan", "reference": "green", "answer": "bold yellow"}
 
 
@@ -26,9 +26,8 @@ def show(
   evaluation: corpora.Evaluation, console: rich.console.Console, documents: bool
 ) -> None:
   """Prints a table of the sources, and per source a table of the best and worst
-  documents, or of all documents if `documents` is True. Where it is known what
-  overlaps with training text, its share stands beside the scores. Below stand
-  the samples, if there are some.
+  documents, or of all documents if `documents` is True. A known overlap with
+  training text is a column of the tables. Samples, if any, follow the tables.
   """
   results = evaluation.results
   title = f"{evaluation.workdir}, step {evaluation.step}"
@@ -77,8 +76,8 @@ def show(
 def _show_sample(
   sample: chat_samples.Sample, context: int, console: rich.console.Console
 ) -> None:
-  """Prints who says what: the messages of the prompt, the reference, and the
-  model's answer.
+  """Prints the messages of the prompt, the reference, and the model's answer,
+  each after the speaker.
   """
   name = sample_output.printable(sample.document)
   console.print(rich.text.Text(f"\n{name}", "underline"), soft_wrap=True)
@@ -106,7 +105,9 @@ def _show_sample(
 
 
 def _overlap(result: corpora.Result) -> str:
-  """What overlaps of a source, and what the rest of it costs."""
+  """Describes a source's overlap with training text, and the bits per byte of
+  documents without overlap.
+  """
   shares, clean = result.overlap, result.clean
   assert shares is not None
   said = (
@@ -140,7 +141,7 @@ def _cells(totals: perplexity.Totals) -> tuple[str, ...]:
 
 
 def write(evaluation: corpora.Evaluation, path: str, documents: bool) -> None:
-  """Writes JSON atomically: a reader finds the old file or the new file."""
+  """Writes JSON atomically: a reader finds the old or the new file, whole."""
   content = {
     "workdir": evaluation.workdir,
     "step": evaluation.step,
@@ -178,7 +179,7 @@ def _sample(sample: chat_samples.Sample) -> dict[str, Any]:
 
 
 def _overlap_object(result: corpora.Result) -> dict[str, Any]:
-  """What overlaps with training text, for JSON; {} if that is unknown."""
+  """Returns the overlap with training text for JSON; {} if unknown."""
   if (shares := result.overlap) is None:
     return {}
   found: dict[str, Any] = {
@@ -192,7 +193,7 @@ def _overlap_object(result: corpora.Result) -> dict[str, Any]:
 
 
 def _object(totals: perplexity.Totals) -> dict[str, float | int | None]:
-  """Rates and sums for JSON; nonfinite numbers are null."""
+  """Returns rates and sums for JSON; numbers not finite become null."""
   rates = (
     "bits_per_byte",
     "bits_per_byte_without_eos",

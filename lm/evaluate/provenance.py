@@ -1,4 +1,4 @@
-"""Where a result comes from: checkpoint, tokenizer, code, date."""
+"""The provenance of a result: checkpoint, tokenizer, code, date."""
 
 import datetime
 import importlib.metadata
@@ -24,8 +24,8 @@ def of(
   tokenizer: tokenizer_lib.Tokenizer,
   adapter: str | None,
 ) -> dict[str, Any]:
-  """What scores of a checkpoint depend on beside text and windows, for JSON;
-  with the time of the call.
+  """Returns, for JSON, the origin of a checkpoint's scores: code, tokenizer,
+  adapter, training sources, treatment of eos, and the time of the call.
   """
   return {
     "date": now(),
@@ -45,13 +45,13 @@ def of(
 
 
 def now() -> str:
-  """The time in UTC, ISO 8601, to the second."""
+  """Returns the time in UTC, in ISO 8601 to the second."""
   return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def code() -> dict[str, str | None]:
-  """Git commit of this code, `-dirty` behind it where files differ from it, and
-  versions; None for what is unknown, as the commit outside a checkout.
+  """Returns the git commit of this code, with the suffix `-dirty` if tracked
+  files were changed, and versions of packages; None for an unknown value.
   """
   return {
     "commit": commit(os.path.dirname(os.path.dirname(lm.__file__))),
@@ -61,11 +61,11 @@ def code() -> dict[str, str | None]:
 
 
 def commit(root: str) -> str | None:
-  """Commit of the git checkout whose top is `root`; None if there is none. A
-  package that is installed below another project's checkout is not of it.
+  """Returns the commit if `root` is the top of a git checkout, else None: a
+  package installed below a checkout of another project has no commit.
   """
   git = ["git", "--no-optional-locks", "-C", root]
-  # The hash alone, whatever tags there are.
+  # --exclude ignores tags: the output is the hash alone.
   describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
   try:
     top = _output([*git, "rev-parse", "--show-toplevel"])

@@ -1,7 +1,7 @@
-"""config.json of a Hugging Face checkpoint, as our model config.
+"""Reads config.json of a Hugging Face checkpoint as a ModelConfig.
 
-A config file may say `config.model = config_json.read(FOLDER)[1]`, or, without
-a folder at hand, `config.model = published.model("gpt2")`.
+A config file may set `config.model = config_json.read(FOLDER)[1]`, or, without
+a local folder, `config.model = published.model("gpt2")`.
 """
 
 import json
@@ -18,19 +18,23 @@ _MOST = 10_000_000  # bytes
 
 
 def is_there(path: str) -> bool:
-  """Whether `path` is a local folder with a config.json that is not a run's."""
+  """Whether `path` is a local folder with Hugging Face's config.json.
+
+  The config.json of a run of lm.train has the key "model" and is not meant.
+  """
   where = os.path.join(path, NAME)
   if not files.is_local(path) or not os.path.lexists(where):
     return False
   try:
     return "model" not in read_json(path, NAME)
   except schema.ConfigError:
-    return True  # which then says what is wrong
+    return True  # `read` then raises the error of an invalid config.json
 
 
 def read_json(path: str, name: str) -> dict[str, Any]:
-  """The object in the JSON file `name` of the folder `path`. Raises ConfigError
-  if there is none.
+  """Returns the object in the JSON file `name` of the folder `path`.
+
+  Raises ConfigError if the file is missing or holds no JSON object.
   """
   where = os.path.join(path, name)
   try:
@@ -50,9 +54,11 @@ def read_json(path: str, name: str) -> dict[str, Any]:
 def read(
   path: str,
 ) -> tuple[family_lib.Family, config_lib.ModelConfig]:
-  """(family, model) of a folder's config.json, or of the text part that it has.
-  Raises ConfigError if it is missing, of no family here, or asks for what the
-  family here lacks.
+  """Returns (family, model) for config.json in the folder `path`.
+
+  For a multimodal checkpoint both describe the text part. Raises ConfigError
+  if config.json is missing, its model_type is unknown, or a key or value is not
+  supported.
   """
   content = read_json(path, NAME)
   try:

@@ -1,7 +1,7 @@
-"""Which family can express a model of ours: for export, and for comparing.
+"""Finds the Hugging Face families able to express a ModelConfig, for export.
 
-A family expresses a model if the config.json that it writes reads back as the
-same model.
+A family expresses a model if the config.json written by the family reads back
+as the same model.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from lm import schema, validation
 from lm.huggingface import families, parts
 from lm.huggingface import family as family_lib
 
-# Fields that change no logits of a given set of parameters.
+# Fields of ModelConfig without effect on the logits of given parameters.
 _FREE = (
   "init_scale embedding_dropout residual_dropout lora dtype attention remat"
   " scan_layers loss_chunk".split()
@@ -21,8 +21,10 @@ _FREE = (
 
 
 def canonical(m: config_lib.ModelConfig) -> config_lib.ModelConfig:
-  """The model with one way of saying it: shortest patterns, biases in order,
-  and fields that change no logits at their defaults.
+  """Returns an equivalent ModelConfig in canonical form.
+
+  Layer patterns are shortest, biases are in order, and fields without effect on
+  the logits have their defaults.
   """
   plain = config_lib.ModelConfig()
   scaled = m.rope_scaling is not None
@@ -41,7 +43,10 @@ def canonical(m: config_lib.ModelConfig) -> config_lib.ModelConfig:
 def differences(
   a: config_lib.ModelConfig, b: config_lib.ModelConfig
 ) -> dict[str, tuple[Any, Any]]:
-  """Fields by which two models compute other logits: path -> (in a, in b)."""
+  """Returns the fields through which the logits differ: path -> (in a, in b).
+
+  Equivalent configs, with equal `canonical` forms, give {}.
+  """
   trees = [config_lib.Config(model=canonical(m)) for m in (a, b)]
   return validation.differences(trees[0], trees[1])
 
@@ -49,17 +54,17 @@ def differences(
 def lost(
   family: family_lib.Family, m: config_lib.ModelConfig
 ) -> dict[str, tuple[Any, Any]]:
-  """What the family cannot express of the model: path -> (value, what it would
-  become); {} if it can express the model.
+  """Returns the fields of the model beyond the family: path -> (value, value
+  after export and import); {} if the family expresses the model.
   """
   return differences(m, family.map(family.write(m)))
 
 
 def of(m: config_lib.ModelConfig, name: str | None = None) -> family_lib.Family:
-  """The family that expresses the model: the one `name`, or the first.
+  """Returns the family `name`, or the first family, able to express the model.
 
-  Raises ConfigError that names the fields which it, or the nearest family,
-  cannot express.
+  Raises ConfigError with the fields beyond this family, or, without `name`,
+  beyond the family with the fewest differences.
   """
   tried = families.FAMILIES if name is None else (families.find(name),)
   missing = {family.model_type: lost(family, m) for family in tried}
@@ -82,5 +87,5 @@ def _said(lines: dict[str, tuple[Any, Any]]) -> Iterator[str]:
   none = lines.get(f"{scaling}kind", (None, ""))[1] is None
   for path, (value, other) in lines.items():
     if none and path.startswith(scaling) and path != f"{scaling}kind":
-      continue  # of no scaling at all
+      continue  # The family has no scaling at all: `kind` says enough.
     yield f"{path}={value!r} (it would become {other!r})"

@@ -1,7 +1,7 @@
-"""Families of models: how config.json and tensors map to ours, both ways.
+"""Families of models: maps of config.json and of tensors, in both directions.
 
-A family is its parts of config.json and its table of tensors; a new family is
-an entry of `FAMILIES`. Defaults are those of transformers 5.24.
+A Family consists of parts of config.json and a table of tensors; an entry of
+`FAMILIES` adds a family. Default values follow transformers 5.24.
 """
 
 from typing import Any
@@ -47,8 +47,8 @@ def _gemma(*more: parts.Part) -> tuple[parts.Part, ...]:
   )
 
 
-# Activation, norms, scale and caps of Gemma 2 and 3. They do not read
-# hidden_act, which some files have, too.
+# Activation, norms, query scale and softcaps of Gemma 2 and 3. The key
+# hidden_act, present in some config.json files, is accepted and not read.
 def _gemma2(cap: float | None, final_cap: float | None) -> tuple[Any, ...]:
   return (
     parts.choice("hidden_activation", "mlp", _GEGLU, "gelu_pytorch_tanh"),
@@ -91,7 +91,7 @@ _ENCODER = (
   parts.must("is_decoder", False),
 )
 
-# In the order in which a model that several families can express is exported.
+# If several families can express a model, the first of them is exported.
 FAMILIES: tuple[Family, ...] = (
   Family(
     "llama",
@@ -185,7 +185,7 @@ FAMILIES: tuple[Family, ...] = (
     "gemma",
     "GemmaForCausalLM",
     _gemma(
-      # transformers takes `gelu` for the tanh form here.
+      # For `gelu`, transformers computes the tanh approximation in Gemma 1.
       parts.choice(
         "hidden_act",
         "mlp",
@@ -331,7 +331,7 @@ FAMILIES: tuple[Family, ...] = (
       parts.fixed(norm="layernorm", first_attention_norm=False),
       parts.biases("norm_bias", "norm", default=False),
       _ATTENTION_BIAS,
-      # The head's dense layer has a bias if the MLP has.
+      # In transformers mlp_bias also adds a bias to the head's dense layer.
       parts.must("mlp_bias", False),
       parts.must("classifier_bias", False),
       parts.same("decoder_bias", "head_bias", True),
@@ -371,7 +371,7 @@ _REFUSED = {
 
 
 def find(model_type: Any) -> Family:
-  """The family of a config.json; raises ConfigError if there is none."""
+  """Returns the family `model_type`; raises ConfigError if not supported."""
   said = f"config.json: model_type={model_type!r}: "
   if isinstance(model_type, str) and model_type in BY_NAME:
     return BY_NAME[model_type]

@@ -1,4 +1,4 @@
-"""What a family of models is: a map of config.json, and a table of tensors."""
+"""The class Family: a map of config.json and a table of tensors."""
 
 import dataclasses
 import re
@@ -13,10 +13,12 @@ ALL_BIASES = ("qkv", "o", "mlp", "norm")
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """`model_type` and `architecture` as in config.json. `extras` is a pattern of
-  tensors that hold no parameters; `prefix` of tensors of the model without its
-  head, which some files leave out. `head` is the tensor of the output head; if
-  tied, a file may have it if it equals the embedding.
+  """A family; `model_type` and `architecture` are values in config.json.
+
+  Tensor names begin with `prefix`, except in files of a model without its head.
+  `head` names the tensor of the output head: with tied embeddings, a file may
+  hold the head if the head equals the embedding. The pattern `extras` matches
+  the names of tensors without parameters, such as masks.
   """
 
   model_type: str
@@ -28,8 +30,8 @@ class Family:
   extras: str = r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 
   def read(self, content: parts.Content) -> config_lib.ModelConfig:
-    """The model of a config.json. Raises ConfigError on a key or a value that
-    stands for another model than ours can be.
+    """Returns the ModelConfig of a config.json. Raises ConfigError on unknown
+    keys and on values without an equivalent in ModelConfig.
     """
     known = {key for part in self.settings for key in part.keys}
     require_known(content, known, self.model_type)
@@ -40,7 +42,7 @@ class Family:
       raise schema.ConfigError(f"config.json: {said}") from error
 
   def map(self, content: parts.Content) -> config_lib.ModelConfig:
-    """`read` without any check between fields."""
+    """Like `read`, without the check for unknown keys and between fields."""
     fields: dict[str, Any] = {}
     biases: tuple[Any, ...] = ()
     try:
@@ -59,7 +61,9 @@ class Family:
     )
 
   def write(self, model: config_lib.ModelConfig) -> dict[str, Any]:
-    """config.json of the model, as far as the family has it."""
+    """Returns config.json for the model. Settings beyond the family are lost
+    without an error: `expressible.lost` finds them.
+    """
     found: dict[str, Any] = {
       "architectures": [self.architecture],
       "model_type": self.model_type,
@@ -69,14 +73,14 @@ class Family:
     return found
 
   def is_extra(self, name: str) -> bool:
-    """Whether a tensor of a checkpoint holds no parameters."""
+    """Whether the tensor `name` of a checkpoint holds no parameters."""
     return re.fullmatch(self.extras, name) is not None
 
 
 def require_known(
   content: parts.Content, known: set[str], model_type: str
 ) -> None:
-  """Raises ConfigError on a key that is neither `known` nor harmless."""
+  """Raises ConfigError on a set key outside of `known` and `HARMLESS`."""
   for key, value in content.items():
     if value and key not in known | HARMLESS:
       raise schema.ConfigError(
@@ -85,7 +89,7 @@ def require_known(
       )
 
 
-# Keys that change no logits: metadata, training, generation, code to run.
+# Keys without effect on logits: metadata, training, generation, code to load.
 HARMLESS = set(
   "_attn_implementation _name_or_path architectures attention_dropout"
   " attn_pdrop auto_map bos_token_id cache_implementation classifier_dropout"

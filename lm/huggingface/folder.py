@@ -1,7 +1,7 @@
 """A folder with a checkpoint in Hugging Face's layout: config.json, tensors.
 
-`find` reads config.json and the headers of the tensors, and refuses what does
-not fit; `load` then reads the parameters. No code of a checkpoint is run.
+`find` reads config.json and the tensors' headers, and raises on a mismatch;
+`load` then reads the parameters. No code of a checkpoint is run.
 """
 
 import dataclasses
@@ -25,14 +25,16 @@ from lm.huggingface import (
 from lm.huggingface import family as family_lib
 from lm.model import decoder
 
-# Of norms in the first files of BERT.
+# Names of norm parameters in the first files of BERT -> names today.
 _FORMER = {".gamma": ".weight", ".beta": ".bias"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-  """A checkpoint whose tensors fit its config.json. `places` and `stored` have
-  the same names. `notes` say what was not read.
+  """A checkpoint with tensors checked against config.json.
+
+  `places` and `stored` have the same tensor names. `notes` are sentences about
+  tensors left out.
   """
 
   path: str
@@ -44,15 +46,15 @@ class Folder:
 
   @property
   def dtype(self) -> str:
-    """Type of its first tensor, such as bfloat16."""
+    """Dtype of the first tensor, such as bfloat16."""
     return tensors.DTYPES[next(iter(self.stored.values()))[0].dtype].name
 
 
 def find(path: str) -> Folder:
-  """The checkpoint in the folder `path`; its tensors are not read.
+  """Returns the checkpoint in the folder `path`, without reading parameters.
 
-  Raises ConfigError as `config_json.read`, if a file is corrupt or missing, and
-  with a list of all tensors that do not fit.
+  Raises ConfigError as `config_json.read` does, if a file is corrupt or
+  missing, and if tensors do not fit config.json, with a list of them.
   """
   family, model = config_json.read(path)
   stored, notes = tensors.find(path), ()
@@ -65,7 +67,7 @@ def find(path: str) -> Folder:
       renamed = name.removesuffix(former) + today
       stored[renamed] = stored.get(renamed, []) + stored.pop(name)
   if not any(name.startswith(family.prefix) for name in stored):
-    # Files of the model without its head leave the prefix out.
+    # Files of a model without its output head have names without the prefix.
     stored = {
       name if name == family.head else family.prefix + name: x
       for name, x in stored.items()
@@ -98,14 +100,18 @@ def _check_tied(path, wanted, stored, name, spare) -> None:
 
 
 def load(folder: Folder, like: decoder.Params) -> decoder.Params:
-  """The parameters in float32, sharded as the abstract tree `like`."""
+  """Returns the parameters in float32, with the shardings of the tree `like`
+  of jax.ShapeDtypeStruct.
+  """
   return table.load(folder.places, folder.stored, like)
 
 
 def load_on(
   folder: Folder, mesh: jax.sharding.Mesh | None = None
 ) -> decoder.Params:
-  """The parameters, sharded on `mesh` (None: whole, on the first device)."""
+  """Returns the parameters in float32, sharded over `mesh`; with None, whole
+  on the first device.
+  """
   make = functools.partial(decoder.init_params, folder.model)
   return load(folder, sharding.abstract(make, jax.random.key(0), mesh=mesh))
 
@@ -123,16 +129,17 @@ def write(
   more: Mapping[str, Any] | None = None,
   shard_bytes: int = tensors.SHARD_BYTES,
 ) -> family_lib.Family:
-  """Writes config.json, with the keys `more`, and the tensors in `dtype` into
-  the existing folder `path`; returns the family.
+  """Writes config.json and the tensors in `dtype` into the existing folder
+  `path`, and returns the family. `more` are further keys of config.json.
 
-  `params` are plain: adapters are merged. Raises ConfigError if the family, or
-  without one any family, cannot express the model.
+  `params` are without adapters. Raises ConfigError if `family`, or with None
+  every family, cannot express the model.
   """
   found = expressible.of(model, family)
   wanted = table.places(found.rows, model)
   content = found.write(model)
-  # Without a value the family's own would hold, maybe beyond the vocabulary.
+  # Without these keys transformers would take the defaults of its config class,
+  # token ids which may lie beyond the vocabulary.
   ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
   content |= {"dtype": dtype, "torch_dtype": dtype, **ids, **(more or {})}
   files.replace(

@@ -1,4 +1,4 @@
-"""A folder of Hugging Face's as if it were a checkpoint of a run, at step 0."""
+"""Presents a Hugging Face folder as the checkpoint of a run, at step 0."""
 
 import os
 
@@ -9,8 +9,9 @@ from lm.huggingface import folder as folder_lib
 
 
 def meta(found: folder_lib.Folder) -> checkpoint.Meta:
-  """The default config with the model and the tokenizer of a folder. Raises
-  ConfigError if the folder has no tokenizer that can be read.
+  """Returns metadata with the default config and the folder's model and
+  tokenizer; train.sequence_length is at most the context length. Raises
+  ConfigError without a readable tokenizer.
   """
   config = config_lib.Config(model=found.model)
   config.train.sequence_length = min(

@@ -1,8 +1,8 @@
-"""Models that read images, too, and of which the text part is a family's.
+"""Multimodal checkpoints, of which only the text part is read.
 
-config.json has the settings of the text part in `text_config`. Its tensors have
-a prefix: language_model.model.layers... in published files, or
-model.language_model.layers...; beside them are those of the vision tower.
+config.json has the settings of the text part in `text_config`. Tensor names of
+the text part have a prefix: language_model.model.layers... in published files,
+or model.language_model.layers...; the vision tower has further tensors.
 """
 
 import dataclasses
@@ -15,15 +15,16 @@ from lm.huggingface import family as family_lib
 from lm.huggingface import parts, tensors
 
 _TEXT, _TIED = "text_config", "tie_word_embeddings"
-# Prefixes of the text part, and what its family has in their place.
+# Prefix of the text part's tensors -> prefix in the text part's family.
 _PREFIXES = {"model.language_model.": "model.", "language_model.": ""}
 
 
 @dataclasses.dataclass(frozen=True)
 class Multimodal:
-  """`text` is the model_type of the text part, and `defaults` are of settings
-  that its family requires. `keys` of config.json and the pattern `others` of
-  tensors are about images alone.
+  """A multimodal model_type; `text` is the model_type of the text part.
+
+  `defaults` are values for required settings of the text part. `keys` of
+  config.json and tensor names matching `others` concern images only.
   """
 
   model_type: str
@@ -33,8 +34,10 @@ class Multimodal:
   others: str
 
   def text_of(self, content: parts.Content) -> dict[str, Any]:
-    """config.json of the text part. Raises ConfigError if there is none, on
-    unknown keys, and if it says something else than its surroundings.
+    """Returns config.json of the text part.
+
+    Raises ConfigError without `text_config`, on unknown keys, and if
+    tie_word_embeddings has different values inside and outside.
     """
     known = {_TEXT, _TIED} | self.keys
     family_lib.require_known(content, known, self.model_type)
@@ -57,8 +60,9 @@ class Multimodal:
   def split(
     self, stored: Mapping[str, list[tensors.Stored]]
   ) -> tuple[dict[str, list[tensors.Stored]], int]:
-    """(the other tensors, by the names that the text part's family has for
-    them; how many are left out as they are about images alone).
+    """Returns (tensors of the text part, number of image tensors left out).
+
+    The names are translated to names of the text part's family.
     """
     found: dict[str, list[tensors.Stored]] = {}
     left_out = 0
@@ -74,7 +78,7 @@ class Multimodal:
     return found, left_out
 
 
-# The tensors of SigLIP, and of the projection of its outputs.
+# Tensor names of SigLIP and of the projection of image features.
 _LAYER = r"(self_attn\.(q|k|v|out)_proj|layer_norm[12]|mlp\.fc[12])"
 _HEAD = r"probe|attention\.in_proj_(weight|bias)"
 _HEAD += r"|(attention\.out_proj|layernorm|mlp\.fc[12])\.(weight|bias)"
@@ -107,6 +111,6 @@ BY_NAME = {one.model_type: one for one in (GEMMA3,)}
 
 
 def of(content: parts.Content) -> Multimodal | None:
-  """What a config.json wraps its text part in, if it does."""
+  """Returns the Multimodal of a config.json; None for other model types."""
   name = content.get("model_type")
   return BY_NAME.get(name) if isinstance(name, str) else None

@@ -1,9 +1,9 @@
-"""Parts of the map between config.json and our model config.
+"""Parts of the map between config.json and ModelConfig.
 
 A family's map is a tuple of parts (lm/huggingface/families.py). A part reads
-some keys of config.json into some of our fields, and writes them back. Writing
-may lose what the family lacks: `families.differences` reads back what was
-written, and names what was lost.
+keys of config.json into fields of ModelConfig, and writes the keys from the
+fields. Writing may lose settings beyond the family: `expressible.lost` reads
+the written config.json again and returns the differences.
 """
 
 import dataclasses
@@ -18,8 +18,9 @@ Content = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """`read` gives fields of ModelConfig, of which `biases` add up over the
-  parts; `write` gives keys of config.json. `keys` are the keys that are read.
+  """`read` maps config.json to fields of ModelConfig, and `write` maps a
+  ModelConfig to keys of config.json. `keys` are the keys known to the part. The
+  field `biases` is the union over all parts of a family.
   """
 
   keys: tuple[str, ...]
@@ -31,8 +32,8 @@ _REQUIRED = object()
 
 
 def as_declared(kind: type, field: str, value: Any) -> Any:
-  """A value of JSON for a field of the dataclass `kind`: JSON has 8 for 8.0,
-  256.0 for 256, and lists for tuples.
+  """Converts a JSON value to the type of a field of the dataclass `kind`: JSON
+  may have 8 for 8.0 or 256.0 for 256, and has lists for tuples.
   """
   inner, _ = schema.bare(schema.hints(kind)[field])
   if inner is float and type(value) is int:
@@ -45,7 +46,9 @@ def as_declared(kind: type, field: str, value: Any) -> Any:
 
 
 def get(content: Content, key: str, default: Any = _REQUIRED) -> Any:
-  """The value of `key`; raises ConfigError if it is missing without default."""
+  """Returns the value of `key`, or `default` if the key is missing; without a
+  default raises ConfigError.
+  """
   if key in content:
     return content[key]
   if default is _REQUIRED:
@@ -54,7 +57,7 @@ def get(content: Content, key: str, default: Any = _REQUIRED) -> Any:
 
 
 def same(theirs: str, ours: str, default: Any = _REQUIRED) -> Part:
-  """A key with the meaning of one of our fields."""
+  """A key `theirs` with the meaning of the field `ours`."""
   return Part(
     (theirs,),
     lambda c: {ours: get(c, theirs, default)},
@@ -63,12 +66,12 @@ def same(theirs: str, ours: str, default: Any = _REQUIRED) -> Part:
 
 
 def fixed(**ours: Any) -> Part:
-  """Fields that every model of the family has."""
+  """Fields with the same value in every model of the family."""
   return Part((), lambda c: ours, lambda m: {})
 
 
 def must(theirs: str, *values: Any) -> Part:
-  """A key that may only have one of `values`; the first is the default."""
+  """A key restricted to `values`; the first value is default and written."""
 
   def read(c: Content) -> dict[str, Any]:
     check(theirs, get(c, theirs, values[0]), values)
@@ -89,8 +92,9 @@ def check(key: str, value: Any, values: tuple[Any, ...]) -> None:
 def choice(
   theirs: str, ours: str, values: Mapping[str, Any], default: str
 ) -> Part:
-  """A key whose values stand for values of one of our fields; of several with
-  one meaning, the default is written.
+  """A key with `values` mapped to values of the field `ours`.
+
+  If several values have the same meaning, the default is preferred in writing.
   """
 
   def read(c: Content) -> dict[str, Any]:
@@ -107,7 +111,7 @@ def choice(
 
 
 def biases(theirs: str, *parts: str, default: bool) -> Part:
-  """A switch of the biases of `parts`."""
+  """A boolean key for the biases of `parts` of a layer."""
   return Part(
     (theirs,),
     lambda c: {"biases": parts if get(c, theirs, default) else ()},
@@ -116,7 +120,7 @@ def biases(theirs: str, *parts: str, default: bool) -> Part:
 
 
 def ignored(**theirs: Callable[[config_lib.ModelConfig], Any]) -> Part:
-  """Keys that change no logits; what is written for them."""
+  """Keys without effect on logits: name -> value to write for a model."""
   return Part(
     tuple(theirs),
     lambda c: {},
@@ -125,8 +129,8 @@ def ignored(**theirs: Callable[[config_lib.ModelConfig], Any]) -> Part:
 
 
 def heads(kv: int | None = None, *, width: int | None = None) -> Part:
-  """Heads, kv heads (default `kv`, None: as many as heads), and head width
-  (default `width`, None: D / heads).
+  """Number of query heads, number of kv heads (default `kv`; None: as many as
+  query heads), and head dimension (default `width`; None: D / heads).
   """
 
   def read(c: Content) -> dict[str, Any]:
@@ -155,7 +159,7 @@ TYPES = {False: "full_attention", True: "sliding_attention"}
 
 
 def window(default: int | None = None) -> Part:
-  """A window in all layers or in none."""
+  """The key sliding_window: the same window, or none, in all layers."""
   return Part(
     ("sliding_window",),
     lambda c: {"windows": (get(c, "sliding_window", default),)},
@@ -170,9 +174,12 @@ def windows(
   switch: str | None = None,
   reach: str | None = None,
 ) -> Part:
-  """Windows by layer_types; without the key, layer i has one if `types`, which
-  reads `keys`, says so. The key `switch` must be true for any window. In place
-  of sliding_window, `reach` counts the positions on both sides (ModernBERT).
+  """Windows by layer, from the key layer_types.
+
+  Without layer_types, layer i has a window if `types(config.json, i)` is true;
+  `types` reads `keys`. Windows are ignored unless the key `switch` is true. In
+  place of sliding_window, the key `reach` gives the positions on both sides
+  together (ModernBERT).
   """
   key = reach or "sliding_window"
 
@@ -217,12 +224,12 @@ def windows(
 
 
 def by_layer(pattern: tuple[Any, ...], n: int) -> list[Any]:
-  """The entry of `pattern` for each of n layers."""
+  """Repeats `pattern` over n layers."""
   return [pattern[i % len(pattern)] for i in range(n)]
 
 
 def period(layers: list[Any]) -> tuple[Any, ...]:
-  """Shortest pattern of which `by_layer` gives `layers`."""
+  """Inverse of `by_layer`: the shortest pattern repeating into `layers`."""
   for n in range(1, len(layers) + 1):
     if by_layer(tuple(layers[:n]), len(layers)) == layers:
       return tuple(layers[:n])
@@ -230,14 +237,14 @@ def period(layers: list[Any]) -> tuple[Any, ...]:
 
 
 def has_rope(c: Content, i: int) -> bool:
-  """Whether layer i has rotary positions, in SmolLM3."""
+  """Whether layer i of a SmolLM3 has rotary positions."""
   if (given := c.get("no_rope_layers")) is not None:
     return bool(given[i])
   return (i + 1) % get(c, "no_rope_layer_interval", 4) != 0
 
 
 def nope() -> Part:
-  """Layers without rotary positions (SmolLM3)."""
+  """Layers without rotary positions, "NoPE" (SmolLM3, arXiv:2501.18795)."""
 
   def read(c: Content) -> dict[str, Any]:
     n = get(c, "num_hidden_layers")

@@ -1,8 +1,8 @@
-"""Adapters (LoRA) in the file format of Hugging Face's PEFT.
+"""Adapters (LoRA, arXiv:2106.09685) in the file format of Hugging Face's PEFT.
 
 A folder has adapter_config.json and adapter_model.safetensors. Tensors have the
-module names of the model's family in transformers (lm/huggingface/tables.py); A
-is [rank, inputs] and B is [outputs, rank] there. Needs the extra `hf`.
+module names of the model's family in transformers (lm/huggingface/tables.py); a
+file has A as [rank, inputs] and B as [outputs, rank]. Needs the extra `hf`.
 
 L layers, R rank.
 """
@@ -24,8 +24,8 @@ from lm.model import decoder, lora
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16"}
-# Fields that do not change what an adapter computes, or are read below. Any
-# other field must be empty, as in a plain LoRA: it may stand for an extension.
+# Keys without effect on an adapter's outputs, and keys read below. Every other
+# key must be empty, as in plain LoRA, since a value may turn on an extension.
 _HARMLESS = set(
   "alpha_pattern auto_mapping base_model_name_or_path ensure_weight_tying"
   " exclude_modules fan_in_fan_out inference_mode init_lora_weights"
@@ -33,16 +33,16 @@ _HARMLESS = set(
   " peft_type peft_version qalora_group_size r rank_pattern revision"
   " target_modules task_type use_rslora".split()
 )
-# Initialisers that leave the base weights as they are; PiSSA, OLoRA and others
-# change them, and their adapters fit changed weights only.
+# Initialisers without effect on the base weights. PiSSA, OLoRA and others
+# change the base weights; an adapter then fits the changed weights only.
 _INITIALISERS = (True, False, None, "gaussian", "eva", "orthogonal")
-_ALL = config_lib.LoraConfig()  # of all matrices
+_ALL = config_lib.LoraConfig()  # By default targets are all matrices.
 
 
 def _rows(cfg: config_lib.ModelConfig) -> dict[str, tables.Row]:
-  """The tensor of each matrix that stands alone in the model's family.
+  """Returns the row of each matrix with a tensor of its own in the family.
 
-  Raises ConfigError if no family has the model.
+  Raises ConfigError if no family can express the model.
   """
   found = {}
   for row in expressible.of(lora.base(cfg)).rows:
@@ -61,7 +61,7 @@ def _module(row: tables.Row, layer: int) -> str:
 
 
 def _short(row: tables.Row) -> str:
-  """As self_attn.q_proj."""
+  """Returns the module's name within a layer, such as self_attn.q_proj."""
   return row.theirs.partition("{}.")[2].removesuffix(".weight")
 
 
@@ -70,9 +70,9 @@ def save(
 ) -> None:
   """Writes the adapters [L, ...] of a model (`params["layers"]["lora"]`).
 
-  `base` is what the file names as the base model. Raises ConfigError if the
-  model has no adapters, if no family has the model, or if the family has an
-  adapted matrix joined with others in one tensor.
+  `base` is the base model's name in the file. Raises ConfigError if the model
+  has no adapters, if no family can express the model, or if an adapted matrix
+  shares a tensor with further matrices in the family.
   """
   if cfg.lora is None:
     raise schema.ConfigError(
@@ -113,7 +113,7 @@ def save(
     "modules_to_save": None,
     "use_dora": False,
   }
-  # The library writes the memory of an array, whatever its strides are.
+  # The library writes an array's memory and ignores the strides.
   whole = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
   packed = _library().numpy.save(whole, metadata={"format": "pt"})
   os.makedirs(folder, exist_ok=True)
@@ -124,11 +124,12 @@ def save(
 def load(
   folder: str, cfg: config_lib.ModelConfig
 ) -> tuple[config_lib.LoraConfig, Any]:
-  """(config, adapters) in `folder` for the model `cfg`: float32 arrays [L, ...]
-  by target, as `params["layers"]["lora"]`. A layer without an adapter gets 0.
+  """Returns (config, adapters) in `folder` for the model `cfg`: float32 arrays
+  [L, ...] by target, as in `params["layers"]["lora"]`; layers without an
+  adapter get zeros.
 
-  Raises ConfigError if a file is missing or invalid, if the adapter has a part
-  beyond plain LoRA, such as DoRA, or if a tensor does not fit the model.
+  Raises ConfigError if a file is missing or invalid, if the adapter goes beyond
+  plain LoRA, as DoRA does, or if a tensor does not fit the model.
   """
   content = _config(folder)
   tensors = _tensors(os.path.join(folder, TENSORS))
@@ -174,7 +175,7 @@ def load(
 
 
 def _stacked(folder, module, parts, like, rank):
-  """{"a": [L, *inputs, R], "b": [L, R, *outputs]} from PEFT's matrices."""
+  """Stacks PEFT's matrices: {"a": [L, *inputs, R], "b": [L, R, *outputs]}."""
   stacked = {key: np.zeros(x.shape, np.float32) for key, x in like.items()}
   n_layers = len(stacked["a"])
   flat = {
@@ -236,7 +237,7 @@ def _config(folder: str) -> dict[str, Any]:
 
 
 def _tensors(path: str) -> dict[str, np.ndarray]:
-  """Tensors by name, in float32."""
+  """Returns the tensors of a safetensors file by name, in float32."""
   library, found = _library(), {}
   try:
     with open(path, "rb") as file:
@@ -245,7 +246,7 @@ def _tensors(path: str) -> dict[str, np.ndarray]:
     said = getattr(error, "strerror", None) or error
     raise schema.ConfigError(f"adapter {path}: {said}") from error
   for name, part in parts:
-    # The library's own reader for NumPy has no bfloat16.
+    # safetensors.numpy cannot read bfloat16.
     dtype = _DTYPES.get(part["dtype"])
     if dtype is None and part["dtype"] != "BF16":
       raise schema.ConfigError(

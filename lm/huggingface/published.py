@@ -1,7 +1,7 @@
-"""Models that are often fine-tuned, by their published settings.
+"""Published settings of models often fine-tuned.
 
-The entries hold what decides the model in each one's config.json, and are read
-as any config.json is.
+An entry holds the keys of the published config.json with an effect on logits,
+and is read like any config.json.
 """
 
 from typing import Any
@@ -61,7 +61,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def model(name: str) -> config_lib.ModelConfig:
-  """The model config of an entry. Raises ConfigError on an unknown name."""
+  """Returns the ModelConfig of an entry; raises ConfigError if unknown."""
   if name not in CONFIGS:
     raise schema.ConfigError(
       f"published model: {schema.unknown(name, CONFIGS)}"

@@ -1,9 +1,9 @@
 """Rotary positions in config.json, in the forms of transformers 4 and 5.
 
-Transformers 4 has rope_theta, and rope_scaling or null. Transformers 5 has both
-in rope_parameters, which transformers 4 does not read: a file with the new form
-alone loses its base there (+0.765 nats a token, marin-community/marin#7146). So
-both are read, and both are written.
+Transformers 4 has the keys rope_theta and rope_scaling. Transformers 5 has both
+settings in rope_parameters, a key unknown to transformers 4: a config.json with
+only the new form loses rope_theta there (+0.765 nats per token,
+marin-community/marin#7146). Hence both forms are read, and both are written.
 """
 
 import math
@@ -13,7 +13,7 @@ from lm import config as config_lib
 from lm import schema
 from lm.huggingface import parts
 
-# Keys of a scaling in config.json -> our fields, by kind.
+# By kind of scaling: key in config.json -> field of RopeScaling.
 _ORIGINAL = "original_max_position_embeddings"
 _SCALINGS: dict[str, dict[str, str]] = {
   "llama3": {
@@ -44,11 +44,11 @@ _FRACTION, _THETA = "partial_rotary_factor", "rope_theta"
 
 
 def everywhere(theta: float, *, partial: bool = False) -> parts.Part:
-  """Rotary positions, the same in all layers, with base `theta` by default.
+  """Rotary positions with the same settings in all layers; `theta` is the
+  default base.
 
-  Reads and writes the form of transformers 4 (rope_theta, rope_scaling) and of
-  transformers 5 (rope_parameters). `partial` is Phi-3, which may rotate a share
-  of the head, and has no scaling but longrope.
+  With `partial`, as in Phi-3, a fraction of the head dimensions may rotate, and
+  longrope is the only scaling.
   """
 
   def read(c: parts.Content) -> dict[str, Any]:
@@ -86,9 +86,11 @@ def by_type(
   local_key: str | None = None,
   theta_key: str = _THETA,
 ) -> parts.Part:
-  """Rotary positions with a base of their own, and no scaling, in layers with a
-  window: the key `local_key` of transformers 4, by default `local` (None: the
-  base of the other layers).
+  """Rotary positions with a separate base, and no scaling, in windowed layers.
+
+  `theta` and `local` are the default bases of full and of windowed layers, and
+  `theta_key` and `local_key` their keys in transformers 4. With `local` None,
+  windowed layers default to the base of full layers.
   """
   full, sliding = parts.TYPES[False], parts.TYPES[True]
 
@@ -139,10 +141,9 @@ def by_type(
 def _flat(
   c: parts.Content, default: float
 ) -> tuple[float, float, config_lib.RopeScaling | None]:
-  """(theta, rotary fraction, scaling) of settings for all layers.
+  """Returns (theta, rotary fraction, scaling) of one kind of layers.
 
-  Raises ConfigError if the forms of transformers 4 and 5 both stand there and
-  say different things.
+  Raises ConfigError if the forms of transformers 4 and 5 contradict each other.
   """
   forms = [dict(c.get(k) or {}) for k in ("rope_scaling", "rope_parameters")]
   said = {}
@@ -166,7 +167,7 @@ def _flat(
 def _scaling(
   form: dict[str, Any], c: parts.Content
 ) -> config_lib.RopeScaling | None:
-  """The scaling of one form; `c` is all of config.json."""
+  """Returns the scaling of one form; `c` is the whole config.json."""
   form = {k: v for k, v in form.items() if v is not None}
   named = {form.pop(key, None) for key in ("rope_type", "type")} - {None}
   name = " and ".join(map(str, named)) or "default"
@@ -185,7 +186,8 @@ def _scaling(
   if kind == "default":
     return None
   longest = parts.get(c, "max_position_embeddings")
-  # Phi-3 has it beside the other settings, and this value has precedence.
+  # Phi-3 has the original length at the top level of config.json, and this
+  # value has precedence.
   original = c.get(_ORIGINAL) or form.get(_ORIGINAL) or longest
   if _ORIGINAL in known:
     form[_ORIGINAL] = original
@@ -209,7 +211,7 @@ def _today(
   theta: float,
   scaling: config_lib.RopeScaling | None,
 ) -> dict[str, Any]:
-  """The form of transformers 5."""
+  """Returns rope_parameters, the form of transformers 5."""
   if scaling is None:
     return {"rope_type": "default", _THETA: theta}
   found: dict[str, Any] = {"rope_type": scaling.kind, _THETA: theta}
@@ -231,8 +233,8 @@ def _former(
   scaling: config_lib.RopeScaling | None,
   outside: bool,
 ) -> dict[str, Any] | None:
-  """The form of transformers 4. There Phi-3's has exactly three keys, and the
-  original length stands `outside`.
+  """Returns rope_scaling, the form of transformers 4. With `outside` (Phi-3)
+  the original length is left to the top level of config.json.
   """
   if scaling is None:
     return None

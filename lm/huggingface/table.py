@@ -1,6 +1,6 @@
-"""Tables of tensors: which of their tensors holds which of our parameters.
+"""Converts between the tensors of a checkpoint and the parameters of a model.
 
-A family has one table (lm/huggingface/families.py), read in both directions.
+A family has one table (lm/huggingface/tables.py), used in both directions.
 
 L layers, D model, N heads, H head.
 """
@@ -28,13 +28,13 @@ _BLOCK = 128
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-  """Shape of a parameter without its layer axis, and its declaration."""
+  """A parameter: the shape without the layer axis, and the declaration."""
 
   shape: tuple[int, ...]
   declared: weights.Weight
 
   def flat(self) -> tuple[int, ...]:
-    """[inputs, outputs] of a matrix, [rows, D] of a table, [n] of a vector."""
+    """Shape: matrix [inputs, outputs], embedding [rows, D], vector [n]."""
     if self.declared.role == "vector":
       return (math.prod(self.shape),)
     if self.declared.role == "embedding":
@@ -44,14 +44,14 @@ class Leaf:
 
 
 def _flat(tree: Any) -> dict[str, Any]:
-  """Leaves of nested dicts by path, as layers/attention/q."""
+  """Flattens nested dicts to {path: leaf}, as in layers/attention/q."""
   found: Any = traverse_util.flatten_dict(tree, sep="/")
   return found
 
 
 @functools.lru_cache
 def leaves(cfg: config_lib.ModelConfig) -> dict[str, Leaf]:
-  """The parameters of a model by path."""
+  """Returns the parameters of a model by path."""
   make = functools.partial(decoder.init_params, cfg)
   shapes = _flat(jax.eval_shape(make, jax.random.key(0)))
   declared = _flat(decoder.declared(cfg))
@@ -63,7 +63,7 @@ def leaves(cfg: config_lib.ModelConfig) -> dict[str, Leaf]:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """A tensor of theirs in a model: a row of the table, in `layer` if any."""
+  """A tensor of a checkpoint: a row of the table, in `layer` unless None."""
 
   row: tables.Row
   layer: int | None
@@ -85,7 +85,7 @@ class Place:
     return (size, first[0]) if self.row.linear else (first[0], size)
 
   def _sizes(self) -> list[int]:
-    """Lengths of the parameters where they stand side by side."""
+    """Lengths of the parameters along the axis of concatenation."""
     if self.parts[0].declared.role == "embedding":
       return [self.parts[0].shape[0]]
     return [part.flat()[-1] for part in self.parts]
@@ -98,7 +98,7 @@ class Place:
     )
 
   def ours(self, theirs: np.ndarray) -> dict[str, np.ndarray]:
-    """Their tensor's parameters by path: views, in their dtype."""
+    """Splits a tensor into parameters by path: views of the same dtype."""
     if self._transposed():
       theirs = theirs.T
     if self.parts[0].declared.role == "embedding":
@@ -113,7 +113,7 @@ class Place:
     }
 
   def theirs(self, ours: Sequence[np.ndarray]) -> np.ndarray:
-    """Inverse of `ours`."""
+    """Joins parameters into a tensor, the inverse of `ours`."""
     flat = [
       x.reshape(part.flat()) for x, part in zip(ours, self.parts, strict=True)
     ]
@@ -124,9 +124,9 @@ class Place:
 def places(
   table: Sequence[tables.Row], cfg: config_lib.ModelConfig
 ) -> dict[str, Place]:
-  """Every tensor that a checkpoint of `cfg` has, by name.
+  """Returns every tensor of a checkpoint of `cfg`, by name.
 
-  Raises ConfigError if the table has no place for a parameter.
+  Raises ConfigError if the table has no row for a parameter.
   """
   there, found = leaves(cfg), {}
   for line in table:
@@ -148,8 +148,8 @@ def places(
 def compare(
   wanted: Mapping[str, Place], found: Mapping[str, list[tensors.Stored]]
 ) -> Iterator[str]:
-  """Yields a line for each tensor that is missing, unknown, given twice, or of
-  another shape or dtype.
+  """Yields a line for each missing, unknown or repeated tensor, and for each
+  tensor with a wrong shape or an unsupported dtype.
   """
   for name in sorted(wanted.keys() | found.keys()):
     if name not in found:
@@ -174,7 +174,7 @@ def compare(
 
 
 def require_none(folder: str, lines: Sequence[str]) -> None:
-  """Raises ConfigError that lists `lines`, if there are some."""
+  """Raises ConfigError with `lines` unless `lines` is empty."""
   if not lines:
     return
   more = len(lines) - _MOST_LINES
@@ -193,10 +193,10 @@ def load(
   found: Mapping[str, list[tensors.Stored]],
   like: decoder.Params,
 ) -> decoder.Params:
-  """Parameters in float32, sharded as the abstract tree `like`.
+  """Returns parameters in float32, with the shardings of the tree `like`.
 
-  The host holds one tensor, and what a device takes of it in float32: layers
-  are written into the stacked arrays on the devices.
+  The host holds one tensor at a time, and in float32 only the shard for one
+  device: layers are written into the stacked arrays on the devices.
   """
   flat = _flat(like)
   arrays: dict[str, jax.Array] = {}
@@ -228,8 +228,8 @@ def _placed(value: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
 
 
 def _float32(view: np.ndarray) -> np.ndarray:
-  """A copy in rows. Transposed in blocks that fit a cache, in a third of the
-  time that NumPy's own order takes (benchmarks/convert.py).
+  """Returns a row-major copy in float32. A transposed view is copied in blocks
+  of cache size, in a third of NumPy's own time (benchmarks/convert.py).
   """
   out = np.empty(view.shape, np.float32)
   if view.ndim < 2 or view.flags.c_contiguous:
@@ -243,7 +243,7 @@ def _float32(view: np.ndarray) -> np.ndarray:
 
 
 def _of_layer(where: Any) -> jax.sharding.Sharding:
-  """Sharding of a layer of an array that is sharded as `where`."""
+  """Returns the sharding of one layer of an array with sharding `where`."""
   if not isinstance(where, jax.sharding.NamedSharding):
     return where
   spec = jax.sharding.PartitionSpec(*where.spec[1:])
@@ -263,7 +263,7 @@ def _put(stacked: jax.Array, layer: jax.Array, i: Any) -> jax.Array:
 def planned(
   wanted: Mapping[str, Place], params: decoder.Params
 ) -> list[tensors.Planned]:
-  """Their tensors of the parameters `params`, to be written one by one."""
+  """Returns the tensors of `params`, to be written one at a time."""
   flat = _flat(params)
 
   def read(place: Place) -> np.ndarray:

@@ -1,18 +1,19 @@
-"""The tensors of each family, by name: one table for both directions."""
+"""Tables of each family: tensor names in a checkpoint -> parameter paths."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One of their tensors and the parameters in it, side by side if several.
+  """A tensor `theirs` of a checkpoint and the parameters `ours` within, joined
+  along the output axis if several.
 
-  `theirs` has "{}" for the layer. A matrix is [outputs, inputs] there, as in
-  torch.nn.Linear, or [inputs, outputs] if not `linear`, as in GPT-2's Conv1D.
-  Heads and head width are one axis there; vectors have one axis. A row of
-  parameters that a model does not have, as a bias, holds nothing. Layers before
-  `first` have no such tensor. A `folded` tensor has that many rows, and the
-  first is added to each row of the parameter: it is written as zeros.
+  In `theirs`, "{}" is the layer. A matrix is stored as [outputs, inputs], as in
+  torch.nn.Linear, or as [inputs, outputs] if not `linear`, as in GPT-2's
+  Conv1D. Heads and head dimension are stored as one axis. A row is ignored if
+  the model lacks the parameters, such as biases. Layers before `first` lack the
+  tensor. A `folded` tensor has `folded` rows: reading adds the first row to
+  each row of the parameter, and writing writes zeros.
   """
 
   theirs: str
@@ -38,7 +39,7 @@ def _layers(prefix: str, *rows: Row) -> tuple[Row, ...]:
 
 
 def _norms(**ours: str) -> tuple[Row, ...]:
-  """Norms of a layer, with biases if the model has some."""
+  """Rows for the scale and the bias of norms."""
   return tuple(
     row(f"{name}.{theirs}", f"{path}/{part}")
     for name, path in ours.items()
@@ -124,7 +125,7 @@ GPT2 = (
 
 
 def _both(theirs: str, *ours: str) -> tuple[Row, ...]:
-  """Rows of a matrix and its bias, of torch.nn.Linear."""
+  """Rows for the matrix and the bias of a torch.nn.Linear."""
   return (
     row(f"{theirs}.weight", *ours),
     row(f"{theirs}.bias", *(f"{path}_bias" for path in ours)),
@@ -134,7 +135,7 @@ def _both(theirs: str, *ours: str) -> tuple[Row, ...]:
 BERT = (
   row("bert.embeddings.word_embeddings.weight", "embed"),
   row("bert.embeddings.position_embeddings.weight", "position_embed"),
-  # Token types: a text is of type 0 throughout.
+  # Token type embeddings: all tokens of a text have type 0.
   Row(
     "bert.embeddings.token_type_embeddings.weight",
     ("position_embed",),
@@ -175,7 +176,8 @@ MODERNBERT = (
   row("decoder.bias", "head_bias"),
   *_layers(
     "model.layers",
-    # The first layer has no norm there, and ours is not read.
+    # Checkpoints have no attention norm in the first layer; lm.model stacks a
+    # scale for this layer too, and does not read the scale.
     *(
       dataclasses.replace(r, first=1)
       for r in _norms(attn_norm="attention_norm")

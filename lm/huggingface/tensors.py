@@ -1,10 +1,10 @@
-"""Files of tensors: safetensors, single or in shards with an index.
+"""Reads and writes safetensors files, single or in shards with an index.
 
-A file has the length of its header in 8 bytes, the header in JSON (name ->
-dtype, shape, offsets), and the tensors' bytes in one run
-(github.com/huggingface/safetensors). Tensors are read and written one by one,
-with plain reads: a map would count as resident memory, and is slow on network
-file systems. Nothing is unpickled.
+A file has the length of the header in 8 bytes, the header in JSON (name ->
+dtype, shape, offsets), and the tensors' bytes without gaps
+(github.com/huggingface/safetensors). Tensors are read and written one at a
+time, by plain reads: a memory map would count as resident memory, and is slow
+on network file systems. Nothing is unpickled.
 """
 
 import collections
@@ -24,7 +24,7 @@ import numpy as np
 from lm import files, schema
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Types of parameters that can be read and written.
+# Supported dtypes, by their names in the format.
 DTYPES = {
   "F32": np.dtype(np.float32),
   "F16": np.dtype(np.float16),
@@ -37,7 +37,7 @@ SHARD_BYTES = 5_000_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-  """A tensor in a file; `start` counts from the start of the file."""
+  """A tensor in a file; `start` is the byte offset within the file."""
 
   path: str
   dtype: str
@@ -45,7 +45,9 @@ class Stored:
   start: int
 
   def read(self) -> np.ndarray:
-    """The tensor, in one of `DTYPES`. Raises ConfigError if it is cut off."""
+    """Reads the tensor. Raises ConfigError if the file is too short, KeyError
+    if the dtype is not in `DTYPES`.
+    """
     dtype, n = DTYPES[self.dtype], math.prod(self.shape)
     with open(self.path, "rb") as file:
       file.seek(self.start)
@@ -56,10 +58,11 @@ class Stored:
 
 
 def find(folder: str) -> dict[str, list[Stored]]:
-  """The tensors in `folder` by name: each once, or as often as files hold it.
+  """Returns the tensors in `folder` by name, from the headers alone; a name has
+  several entries if several shards hold the tensor.
 
-  Raises ConfigError if there are none, and if a file is corrupt, truncated,
-  missing, or outside the folder. Reads headers only.
+  Raises ConfigError if the folder has no safetensors, and if a file is corrupt,
+  truncated, missing, or outside the folder.
   """
   if os.path.lexists(os.path.join(folder, SINGLE)):
     names = [SINGLE]
@@ -85,7 +88,7 @@ def find(folder: str) -> dict[str, list[Stored]]:
 
 
 def _indexed(folder: str) -> list[str]:
-  """File names in the index of shards."""
+  """Returns the file names in the index of shards."""
   path = os.path.join(folder, INDEX)
   try:
     with open(_inside(folder, INDEX), encoding="utf-8") as file:
@@ -102,10 +105,11 @@ def _indexed(folder: str) -> list[str]:
 
 
 def _inside(folder: str, name: str) -> str:
-  """Path of the file `name` in `folder`. Raises ConfigError if it is no plain
-  name, no regular file, or a link out of the folder.
+  """Returns the path of the file `name` in `folder`. Raises ConfigError if
+  `name` is not a plain name of a regular file, or is a link out of the folder.
 
-  Hugging Face's cache has links: snapshots/REVISION/NAME -> ../../blobs/HASH.
+  Links of Hugging Face's cache, snapshots/REVISION/NAME -> ../../blobs/HASH,
+  are accepted.
   """
   plain = name == os.path.basename(name) and name not in ("", ".", "..")
   if not plain or "\\" in name or "\0" in name:
@@ -134,7 +138,7 @@ def _inside(folder: str, name: str) -> str:
 
 
 def _header(path: str) -> Iterator[tuple[str, Stored]]:
-  """Yields (name, tensor) of a file; raises ConfigError if it is corrupt."""
+  """Yields (name, tensor) of a file; raises ConfigError on a corrupt file."""
   size = os.path.getsize(path)
   try:
     with open(path, "rb") as file:
@@ -181,7 +185,7 @@ def _header(path: str) -> Iterator[tuple[str, Stored]]:
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-  """A tensor to be written; `read` returns it, in any float type."""
+  """A tensor to write; `read` returns the array, of any float dtype."""
 
   name: str
   shape: tuple[int, ...]
@@ -194,8 +198,8 @@ def write(
   dtype: str,
   shard_bytes: int = SHARD_BYTES,
 ) -> None:
-  """Writes tensors into an existing folder, in one file or in shards with an
-  index. Holds one tensor at a time.
+  """Writes tensors into an existing folder: one file, or, beyond `shard_bytes`,
+  shards with an index. Memory holds one tensor at a time.
   """
   size = np.dtype(DTYPES[_CODES[dtype]]).itemsize
   shards: list[list[Planned]] = [[]]
@@ -242,7 +246,7 @@ def _write_file(path: str, tensors: Sequence[Planned], dtype: str) -> None:
     for tensor in tensors:
       value = tensor.read()
       assert value.shape == tensor.shape, tensor.name
-      # tofile would write a multiple of the disk's block behind the buffer.
+      # ndarray.tofile would bypass the buffer of `file`.
       file.write(np.ascontiguousarray(value, kind).reshape(-1).view(np.uint8))
 
 
@@ -254,5 +258,5 @@ def _created(path: str) -> Iterator[Any]:
       file.flush()
       os.fsync(file.fileno())
   except OSError as error:
-    error.filename = error.filename or path  # a full-disk error names no file
+    error.filename = error.filename or path  # Absent if the disk is full.
     raise

@@ -1,7 +1,7 @@
 """Rotary positions (RoPE, arXiv:2104.09864): frequencies, scaling, rotation.
 
-B batch, T query length, H head, R pairs of a head that rotate: d_rotary / 2.
-The kinds of scaling compute what `modeling_rope_utils` of transformers does.
+B batch, T query length, H head, R rotating pairs of a head: d_rotary / 2.
+The kinds of scaling follow `modeling_rope_utils` of transformers.
 """
 
 import math
@@ -17,8 +17,8 @@ Angles = tuple[Float[Array, "B T R"], Float[Array, "B T R"]]
 def angles(
   cfg: config_lib.ModelConfig, positions: Int[Array, "B T"]
 ) -> list[Angles | None]:
-  """Cos and sin for each entry of cfg.layer_pattern; None in a layer without
-  rotary positions.
+  """Returns (cos, sin) for each entry of cfg.layer_pattern, None for layers
+  without rotary positions.
   """
   pattern = [(window is not None, rope) for window, rope in cfg.layer_pattern]
   made = {
@@ -49,13 +49,13 @@ def _scaled(
   scaling: config_lib.RopeScaling,
   context_length: int,
 ) -> Float[Array, "R"]:
-  """The frequencies after scaling.
+  """Returns the frequencies (radians per position) after scaling.
 
-  transformers takes the long divisors of `longrope` where the positions of a
-  call go beyond original_length, so that a KV cache must be made anew when a
-  text grows beyond it. Here the model's context decides: logits are those of
-  transformers for texts beyond original_length if context_length is beyond it,
-  and for the others if it is not.
+  For `longrope` (arXiv:2402.13753), transformers takes the long factors if the
+  positions of a call exceed original_length, and must then recompute a KV cache
+  when a text grows beyond original_length. Here context_length decides: if
+  context_length exceeds original_length, logits equal the logits of
+  transformers for texts longer than original_length, else for shorter texts.
   """
   if scaling.kind == "longrope":
     long = context_length > scaling.original_length
@@ -66,8 +66,8 @@ def _scaled(
   if scaling.kind == "yarn":
     keep = 1 - _ramp(2 * len(frequency), theta, scaling)
   else:
-    # Llama 3.1: stretch wavelengths above original_length / low by `factor`,
-    # keep wavelengths below original_length / high, blend in between.
+    # Llama 3.1 stretches wavelengths above original_length / low by `factor`,
+    # keeps wavelengths below original_length / high, and blends in between.
     turns = scaling.original_length * frequency / (2 * jnp.pi)
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
     keep = jnp.clip((turns - low) / (high - low), 0, 1)
@@ -77,8 +77,9 @@ def _scaled(
 def _ramp(
   d_rotary: int, theta: float, scaling: config_lib.RopeScaling
 ) -> Float[Array, "R"]:
-  """YaRN's share of each frequency that is divided: from 0 at the pair of
-  beta_fast turns in original_length, up to 1 at the one of beta_slow.
+  """Returns YaRN's ramp (arXiv:2309.00071), the share of a frequency divided by
+  `factor`: 0 up to the pair with beta_fast turns in original_length, and 1 from
+  the pair with beta_slow turns on.
   """
 
   def pair_of(turns: float) -> float:
@@ -96,7 +97,9 @@ def _ramp(
 
 
 def attention_factor(scaling: config_lib.RopeScaling) -> float:
-  """Multiplies rotated queries and keys, so that scores grow by its square."""
+  """Returns the factor on cos and sin, hence on rotated queries and keys:
+  attention scores of rotated dimensions grow by the factor squared.
+  """
   if scaling.kind not in ("yarn", "longrope"):
     return 1.0
   if scaling.attention_factor is not None:
@@ -112,8 +115,8 @@ def attention_factor(scaling: config_lib.RopeScaling) -> float:
 def rotate(
   x: Float[Array, "B T heads H"], angles: Angles
 ) -> Float[Array, "B T heads H"]:
-  """Rotates each pair (x[i], x[i + R]) by the angle of the position; dimensions
-  from 2 R on pass.
+  """Rotates each pair (x[i], x[i + R]) by the angle of the position; the
+  dimensions from 2 R on stay unchanged.
   """
   cos, sin = (a[:, :, None, :].astype(x.dtype) for a in angles)
   d_rotary = 2 * cos.shape[-1]

@@ -1,5 +1,5 @@
-"""/tokenize, /detokenize and /tokenizer_info: text to ids and back for clients
-without the tokenizer, as vLLM has them. lm-evaluation-harness reads them with
+"""Answers /tokenize, /detokenize and /tokenizer_info, as vLLM does, for clients
+without the tokenizer, such as lm-evaluation-harness with
 `tokenizer_backend=remote`.
 """
 
@@ -17,11 +17,12 @@ DETOKENIZE = ("tokens",)
 def tokenize(
   sampler: sampler_lib.Sampler, model: str, body: bytes
 ) -> dict[str, Any]:
-  """Ids of a text, bos first unless `add_special_tokens` is false; or of a
-  conversation up to the assistant's answer.
+  """Returns the token ids of a `prompt`, with bos first unless
+  `add_special_tokens` is false, or of `messages` up to the assistant's answer.
 
-  A prompt that is the name of a token and nothing else has that token's id:
-  clients find bos and eos so. Within a text, a name stays text.
+  A prompt equal to the name of a token gives the id of the token, for clients
+  looking up bos and eos; within a longer text, a name stays text. Raises
+  Refusal on an invalid request.
   """
   fields = fields_lib.read(body, model, TOKENIZE)
   tokenizer = sampler.tokenizer
@@ -49,7 +50,9 @@ def tokenize(
 def detokenize(
   sampler: sampler_lib.Sampler, model: str, body: bytes
 ) -> dict[str, Any]:
-  """Text of ids; reserved and special tokens have none."""
+  """Returns the text of `tokens`; reserved and special tokens have no text.
+  Raises Refusal on an invalid request.
+  """
   fields = fields_lib.read(body, model, DETOKENIZE)
   if "tokens" not in fields:
     raise fields_lib.Refusal(400, "tokens: missing", "tokens")
@@ -65,7 +68,9 @@ def detokenize(
 
 
 def info(sampler: sampler_lib.Sampler) -> dict[str, Any]:
-  """The fields of a Hugging Face tokenizer_config.json that clients read."""
+  """Returns the keys of tokenizer_config.json read by clients, and the
+  vocabulary size and the fingerprint.
+  """
   tokenizer = sampler.tokenizer
   return {
     "tokenizer_class": type(tokenizer).__name__,
@@ -79,5 +84,5 @@ def info(sampler: sampler_lib.Sampler) -> dict[str, Any]:
   }
 
 
-# By URL path.
+# The functions with a request body, by URL path.
 READERS = {"/tokenize": tokenize, "/detokenize": detokenize}

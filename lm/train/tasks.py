@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness during training (config.tasks)."""
+"""Runs tasks of lm-evaluation-harness during training (config.tasks)."""
 
 import jax
 from jax.sharding import NamedSharding
@@ -12,11 +12,10 @@ from lm.train import stop as stop_lib
 
 
 class Tasks:
-  """The tasks of a run (maybe none), loaded once by process 0, and their
-  programs.
+  """The tasks of a run, maybe none, loaded once by process 0.
 
-  Raises ConfigError on every process: without lm-eval, on unknown tasks, and on
-  data that cannot be loaded.
+  Raises ConfigError, on every process, without lm-eval, on unknown tasks, and
+  on data impossible to load.
   """
 
   def __init__(
@@ -45,8 +44,9 @@ class Tasks:
     return step % self._tasks.every == 0 or step == last_step
 
   def run(self, params: decoder.Params) -> dict[str, float] | None:
-    """Collective. task/NAME/METRIC of each task on process 0, {} on the others;
-    None if a stop, heeded between batches, cut it short.
+    """Collective: returns {"task/NAME/METRIC": value} on process 0 and {} on
+    the remaining processes. Returns None after a stop (SIGTERM), checked for
+    between batches.
     """
     from lm.evaluate import harness_model, likelihood
 
