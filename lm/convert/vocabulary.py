@@ -90,7 +90,7 @@ def verify(tokenizer: tokenizer_lib.Tokenizer, folder: str) -> None:
   except ImportError as error:
     raise schema.ConfigError(
       "transformers is not installed, so the files cannot be read again; "
-      "install the extra 'bench'"
+      "pip install torch transformers"
     ) from error
   other = transformers.AutoTokenizer.from_pretrained(
     folder, trust_remote_code=False
