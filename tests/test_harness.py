@@ -658,14 +658,20 @@ def test_what_is_not_installed_is_named(workdir, monkeypatch):
 
 
 def test_flags_of_another_evaluation_are_refused(workdir):
+  run = f"--workdir={workdir}"
   children = [
-    command(f"--workdir={workdir}", *flags)
-    for flags in (["--tasks=a", "--stride=4"], ["--limit=3"])
+    command(*flags)
+    for flags in (
+      [run, "--tasks=a", "--stride=4"],
+      [run, "--limit=3"],
+      ["--compare", "a", "b", "--limit=3"],
+    )
   ]
   said = [child.communicate()[1] for child in children]
-  assert [child.returncode for child in children] == [2, 2]
+  assert [child.returncode for child in children] == [2, 2, 2]
   assert "--stride: has a meaning for sources, not --tasks only" in said[0]
   assert "--limit: has a meaning for --tasks only" in said[1]
+  assert "--limit=3: is about one run" in said[2]
 
 
 def test_without_tasks_lm_eval_is_not_imported():

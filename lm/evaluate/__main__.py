@@ -103,6 +103,12 @@ _NUM_FEWSHOT = flags.DEFINE_integer(
 _APPLY_CHAT_TEMPLATE = flags.DEFINE_bool(
   "apply_chat_template", False, "Lay the prompts of tasks out as chats."
 )
+_COMPARE = cli.define_paths(
+  "compare",
+  "Two or more of RUN, RUN@STEP and files of --documents --output: compares "
+  "each with the first on the same documents.",
+)
+_DRAW = cli.define_path("draw", "With --compare: PNG file to write.")
 # Flags of one kind of evaluation, refused beside the other.
 _OF_SOURCES = (
   "source",
@@ -115,14 +121,6 @@ _OF_SOURCES = (
   "max_new_tokens",
 )
 _OF_TASKS = ("include_path", "limit", "num_fewshot", "apply_chat_template")
-
-
-_COMPARE = cli.define_paths(
-  "compare",
-  "Two or more of RUN, RUN@STEP and files of --documents --output: compares "
-  "each with the first on the same documents.",
-)
-_DRAW = cli.define_path("draw", "With --compare: PNG file to write.")
 # Flags that are about one run.
 _OF_ONE_RUN = (
   *("workdir", "step", "adapter", "chat_template", "tasks"),
@@ -188,8 +186,9 @@ def _evaluate(data: dict[str, Any]) -> None:
 
 
 def _compare(data: dict[str, Any]) -> None:
-  for name in _OF_ONE_RUN:
-    if (value := flags.FLAGS[name].value) is not None:
+  for name in (*_OF_ONE_RUN, *_OF_TASKS):
+    if flags.FLAGS[name].present:
+      value = flags.FLAGS[name].value
       raise schema.ConfigError(
         f"--{name}={value}: is about one run, and --compare about several; "
         "leave it out (a step is named by RUN@STEP)"
