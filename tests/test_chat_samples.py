@@ -12,7 +12,7 @@ import doors
 import numpy as np
 import pytest
 import reference
-import runs
+import saved_runs
 import test_chat
 
 from lm import batch as batch_lib
@@ -56,7 +56,7 @@ def run(tmp_path_factory):
   (path / "text.txt").write_text("some text")
   spoken = [*T.encode("abcdefgé"), T.end_of_turn]
   sources = (f"jsonl:{held_out}|chat", f"text:{path}/text.txt")
-  return runs.save(path / "run", T, CONTEXT, sources, spoken=spoken)
+  return saved_runs.save(path / "run", T, CONTEXT, sources, spoken=spoken)
 
 
 def evaluate(workdir, **options):
@@ -238,7 +238,7 @@ def test_mistakes_are_refused_before_parameters_are_loaded(
 
 def test_a_checkpoint_without_a_chat_template(run, tmp_path):
   specs = (f"jsonl:{run}/../held_out.jsonl|chat",)
-  bare = runs.save(tmp_path, tokenizer_lib.Tokenizer(), CONTEXT, specs)
+  bare = saved_runs.save(tmp_path, tokenizer_lib.Tokenizer(), CONTEXT, specs)
   with pytest.raises(schema.ConfigError, match="has no chat template"):
     evaluate(bare)
 

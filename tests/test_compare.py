@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import rich.console
-import runs as saved
+import saved_runs
 from scipy import stats
 
 from lm import checkpoint, cli, schema
@@ -186,11 +186,13 @@ def runs(tmp_path_factory):
   pieces = tokenizer_training.train(config, [text] * 9)
   alphabet = tokenizer_lib.Tokenizer()
   lines = {"text_unit": "line", "train": (f"text:{folder}/train.txt",)}
-  saved.save(folder / "bytes", alphabet, 11, sources, **lines)
-  saved.save(folder / "pieces", pieces, 7, sources, **lines)
-  saved.save(folder / "random", alphabet, 11, sources, uniform=False, **lines)
-  saved.save(folder / "files", alphabet, 11, sources, text_unit="file")
-  saved.save(folder / "one", alphabet, 11, sources[:1], **lines)
+  saved_runs.save(folder / "bytes", alphabet, 11, sources, **lines)
+  saved_runs.save(folder / "pieces", pieces, 7, sources, **lines)
+  saved_runs.save(
+    folder / "random", alphabet, 11, sources, uniform=False, **lines
+  )
+  saved_runs.save(folder / "files", alphabet, 11, sources, text_unit="file")
+  saved_runs.save(folder / "one", alphabet, 11, sources[:1], **lines)
   # Training has the first three lines of a.txt.
   text = "\n".join((folder / "a.txt").read_text().split("\n")[:3])
   (folder / "train.txt").write_text(text)

@@ -121,3 +121,15 @@ def test_the_readme_counts_lines_as_they_are():
   for name, stated in rows:
     n = (LM.parent / name).read_text().count("\n")
     assert abs(n - int(stated)) <= 10, f"{name} has {n} lines"
+
+
+def test_no_script_or_helper_hides_another_module():
+  """A benchmark named as a package, before which Python finds it; a helper of
+  tests named as a folder of results, for which ruff takes its imports.
+  """
+  for path in (LM.parent / "benchmarks").glob("*.py"):
+    assert importlib.util.find_spec(path.stem) is None, path
+  ignored = (LM.parent / ".gitignore").read_text().split()
+  folders = {line.strip("/") for line in ignored if line.startswith("/")}
+  helpers = {path.stem for path in (LM.parent / "tests").glob("*.py")}
+  assert {"runs", "data"} <= folders and not folders & helpers

@@ -12,7 +12,7 @@ import hypothesis
 import numpy as np
 import pytest
 import rich.console
-import runs as saved
+import saved_runs
 from hypothesis import strategies as st
 
 from lm import checkpoint, schema
@@ -268,7 +268,7 @@ def given(tmp_path_factory):
   (folder / "train.txt").write_text(f"line\n\n{QUOTE}\nline\n")
   tasks = [{"q": QUOTE.upper()}, {"q": "what is it? " * 7}]
   (folder / "tasks.jsonl").write_text("\n".join(map(json.dumps, tasks)))
-  saved.save(
+  saved_runs.save(
     folder / "run",
     tokenizer_lib.Tokenizer(),
     11,
