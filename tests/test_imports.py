@@ -1,6 +1,7 @@
 """Imports run one way, and what must be light is light."""
 
 import ast
+import importlib.metadata
 import importlib.util
 import pathlib
 import re
@@ -127,8 +128,9 @@ def test_no_script_or_helper_hides_another_module():
   """A benchmark named as a package, before which Python finds it; a helper of
   tests named as a folder of results, for which ruff takes its imports.
   """
-  for path in (LM.parent / "benchmarks").glob("*.py"):
-    assert importlib.util.find_spec(path.stem) is None, path
+  packages = {*importlib.metadata.packages_distributions()}
+  scripts = {path.stem for path in (LM.parent / "benchmarks").glob("*.py")}
+  assert not scripts & (packages | sys.stdlib_module_names)
   ignored = (LM.parent / ".gitignore").read_text().split()
   folders = {line.strip("/") for line in ignored if line.startswith("/")}
   helpers = {path.stem for path in (LM.parent / "tests").glob("*.py")}
