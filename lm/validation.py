@@ -232,6 +232,11 @@ def _validate_run(config: config_lib.Config) -> None:
     t.profile,
     f"must be (first step, number of steps), within train.steps={t.steps}",
   )
+  _validate_schedule(o)
+  _validate_mesh(config.mesh)
+
+
+def _validate_schedule(o: config_lib.OptimizerConfig) -> None:
   schema.require(
     0 < o.decay_fraction <= 1,
     "config.optimizer.decay_fraction",
@@ -244,7 +249,10 @@ def _validate_run(config: config_lib.Config) -> None:
     o.final_lr_fraction,
     "must be in [0, 1]",
   )
-  axes = config.mesh.sizes()
+
+
+def _validate_mesh(mesh: config_lib.MeshConfig) -> None:
+  axes = mesh.sizes()
   schema.require(
     sum(a is None for a in axes.values()) <= 1,
     "config.mesh",
@@ -254,7 +262,7 @@ def _validate_run(config: config_lib.Config) -> None:
   others = [name for name in axes if name != "data"]
   remedy = " and ".join(f"{name}=1" for name in others)
   schema.require(
-    config.mesh.mode == "jit" or all(axes[name] == 1 for name in others),
+    mesh.mode == "jit" or all(axes[name] == 1 for name in others),
     "config.mesh",
     axes,
     f"mode pmap is pure data parallel: set {remedy}",

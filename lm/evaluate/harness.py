@@ -70,20 +70,7 @@ def evaluate(
   if output is not None:
     files.check_output(output, "--output")
   meta = checkpoint.load_meta(workdir, step)
-  schema.require(
-    meta.config.model.causal,
-    "config.model.causal",
-    False,
-    "tasks ask for the next token, which an encoder does not predict",
-  )
-  tokenizer = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
-  if chat_template is not None:
-    tokenizer = tokenizer.with_template(chat_template)
-  if chats and tokenizer.chat_template is None:
-    raise schema.ConfigError(
-      "--apply_chat_template: this checkpoint has no chat template; name one "
-      "with --chat_template=FILE.jinja"
-    )
+  tokenizer = _tokenizer(meta, chats, chat_template)
   train, cache_dir = meta.config.train, meta.config.data.cache_dir
   loaded = processes.only_first(lambda: find(tasks, include_path, cache_dir))
   corpora.check_batch_size(batch_size, meta.config.model.context_length)
@@ -117,6 +104,29 @@ def evaluate(
     "apply_chat_template": chats,
     "tasks": found,
   }
+
+
+def _tokenizer(
+  meta: checkpoint.Meta, chats: bool, chat_template: str | None
+) -> tokenizer_lib.Tokenizer:
+  """The tokenizer for tasks. Raises ConfigError if the model is an encoder, or
+  if `chats` is True and there is no chat template.
+  """
+  schema.require(
+    meta.config.model.causal,
+    "config.model.causal",
+    False,
+    "tasks ask for the next token, which an encoder does not predict",
+  )
+  tokenizer = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
+  if chat_template is not None:
+    tokenizer = tokenizer.with_template(chat_template)
+  if chats and tokenizer.chat_template is None:
+    raise schema.ConfigError(
+      "--apply_chat_template: this checkpoint has no chat template; name one "
+      "with --chat_template=FILE.jinja"
+    )
+  return tokenizer
 
 
 # --- tasks -------------------------------------------------------------------
