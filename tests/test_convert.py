@@ -18,6 +18,7 @@ import transformers
 from lm import checkpoint, schema
 from lm import config as config_lib
 from lm.convert import huggingface, recheck
+from lm.data import chat
 from lm.data import tokenizer as tokenizer_lib
 from lm.huggingface import (
   config_json,
@@ -520,13 +521,18 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("objective", ["causal", "fim", "prefix"])
+@pytest.mark.parametrize("objective", ["causal", "fim", "prefix", "chat"])
 def test_a_model_trained_here_has_the_same_losses_in_transformers(
   objective, make, tmp_path
 ):
   """Per token, to 1e-5, on the ids that both make of the same text."""
   config = make(train__steps=3, optimizer__ema_decay=None)
   config.data.train = tuple(f"{s}|{objective}" for s in config.data.train)
+  if objective == "chat":
+    config.tokenizer.chat_template = f"{doors.ROOT}/configs/chat.jinja"
+    path = tmp_path / "chats.jsonl"
+    path.write_text('{"prompt": "Say a", "completion": "a"}\n' * 40)
+    config.data.train = (f"jsonl:{path}|chat",)
   run, out = str(tmp_path / "run"), str(tmp_path / "out")
   assert loop.train(config, run) == 0
   meta = checkpoint.load_meta(run)
@@ -538,7 +544,14 @@ def test_a_model_trained_here_has_the_same_losses_in_transformers(
     ids = ours.encode(text)
     assert theirs.encode(text, **PLAIN) == ids
   cfg, params = load.model(run, meta)
-  ids = np.array([ours.encode("def f(x): return 'x\u00fc' + x[1:]")[:30]])
+  ids = ours.encode("def f(x): return 'x\u00fc' + x[1:]")
+  if objective == "chat":
+    said = [("user", "f(x)?"), ("assistant", "x \u00fc")]
+    messages = [{"role": role, "content": text} for role, text in said]
+    ids = chat.encode(ours, messages)[0].tolist()
+    laid_out = theirs.apply_chat_template(messages, return_dict=False)
+    assert laid_out == ids
+  ids = np.array([ids[:30]])
   scores = torch.log_softmax(
     torch.tensor(test_families.logits(cfg, params, ids)), -1
   )
