@@ -1,12 +1,14 @@
-"""Fill-in-the-middle for free? python benchmarks/fim.py [--seeds=3] [--steps=N]
+"""Fill-in-the-middle for free?
+
+  python benchmarks/fim.py [--seeds=3] [--steps=N] [--config.FIELD=VALUE ...]
 
 Trains configs/quickstart.py twice for each seed, causal and with half of the
 documents reordered (`|fim`), at the same budget, both packed best-fit. Prints
 the causal validation loss of both and their ratio, and the share of held-out
-single-line gaps that each fills exactly (greedy): the FIM model reads prefix
-and suffix, the causal model only the prefix; and the bits per byte that these
-gaps cost. A gap is the rest of a line, from its first letter ("line") or from a
-random place inside a token ("token").
+single-line gaps whose text the first line of each one's greedy answer is: the
+FIM model reads prefix and suffix, in both orders, the causal model only the
+prefix; and the bits per byte that these gaps cost. A gap is the rest of a line,
+from its first letter ("line") or from a random place inside a token ("token").
 """
 
 import argparse
@@ -20,15 +22,18 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 # Characters of context on each side, and of a gap; tokens of a prompt.
 AROUND, SHORTEST, LONGEST, MOST_TOKENS = 200, 4, 40, 220
+ORDERS = {"causal": (None,), "fim": ("psm", "spm")}
 
 
-def train(steps: int | None, seed: int, suffix: str, workdir: str) -> float:
+def train(
+  fields: list[str], steps: int | None, seed: int, suffix: str, workdir: str
+) -> float:
   """Trains one run; returns the validation loss of the causal source."""
   from lm import cli
   from lm.train import loop, metrics
 
-  config = cli.load("configs/quickstart.py")
-  config.seed = seed
+  config = cli.load("configs/quickstart.py", fields)
+  config.seed += seed
   config.data.train = (config.data.train[0] + suffix,)
   config.data.packing = "best_fit"
   if steps is not None:
@@ -70,9 +75,11 @@ def gaps(workdir: str, n: int) -> list[tuple[str, str, str, str]]:
   return found
 
 
-def judge(workdir: str, fim: bool, n: int) -> dict[str, tuple[float, float]]:
+def judge(
+  workdir: str, order: str | None, n: int
+) -> dict[str, tuple[float, float]]:
   """For each kind of gap: the share that the run fills exactly, and the bits
-  per byte that the gap's text costs.
+  per byte that the gap's text costs. `order` of FIM's prompt, None: prefix only.
   """
   from lm.data import fim as fim_lib
   from lm.sample import sampler as sampler_lib
@@ -81,7 +88,9 @@ def judge(workdir: str, fim: bool, n: int) -> dict[str, tuple[float, float]]:
   tokenizer, prompts, wanted = sampler.tokenizer, [], gaps(workdir, n)
   for _, prefix, _, suffix in wanted:
     ids = [tokenizer.bos, *tokenizer.encode(prefix)]
-    prompts.append(fim_lib.fim_ids(tokenizer, prefix, suffix) if fim else ids)
+    if order is not None:
+      ids = fim_lib.fim_ids(tokenizer, prefix, suffix, order)
+    prompts.append(ids)
   results = sampler.generate(
     [
       sampler_lib.Request(ids, temperature=0.0, max_new_tokens=32)
@@ -95,7 +104,7 @@ def judge(workdir: str, fim: bool, n: int) -> dict[str, tuple[float, float]]:
     wanted, prompts, results, strict=True
   ):
     text = tokenizer.decode(result.token_ids)
-    hits[kind].append(text == gap if fim else text.split("\n")[0] == gap)
+    hits[kind].append(text.split("\n")[0] == gap)
     middle = tokenizer.encode(gap)
     logs = sampler.score([*ids, *middle]).log_probabilities[-len(middle) :]
     bits[kind].append(-sum(logs) / math.log(2))
@@ -111,26 +120,26 @@ def main() -> None:
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--steps", type=int)
   parser.add_argument("--gaps", type=int, default=200)
+  parser.add_argument("--only", choices=ORDERS, help="else both")
   parser.add_argument("--workdir", help="where runs are kept and resumed")
-  options = parser.parse_args()
+  options, fields = parser.parse_known_args()
   with tempfile.TemporaryDirectory() as folder:
     folder = options.workdir or folder
     for seed in range(options.seeds):
       losses = {}
-      for name, suffix in (("causal", "|causal"), ("fim", "|fim")):
+      for name in ORDERS if options.only is None else (options.only,):
         workdir = os.path.join(folder, f"{name}-{seed}")
-        losses[name] = train(options.steps, seed, suffix, workdir)
-        found = judge(workdir, name == "fim", options.gaps)
-        said = ", ".join(
-          f"{kind} {share:.1%} ({bits:.2f} bits per byte)"
-          for kind, (share, bits) in found.items()
-        )
-        print(
-          f"seed {seed} {name}: causal loss {losses[name]:.4f}, "
-          f"exact gaps: {said}",
-          flush=True,
-        )
-      print(f"seed {seed} ratio {losses['fim'] / losses['causal']:.4f}")
+        losses[name] = train(fields, options.steps, seed, f"|{name}", workdir)
+        print(f"seed {seed} {name}: causal loss {losses[name]:.4f}", flush=True)
+        for order in ORDERS[name]:
+          found = judge(workdir, order, options.gaps)
+          said = ", ".join(
+            f"{kind} {share:.1%} ({bits:.2f} bits per byte)"
+            for kind, (share, bits) in found.items()
+          )
+          print(f"  {order or 'prefix only'}: exact gaps: {said}", flush=True)
+      if options.only is None:
+        print(f"seed {seed} ratio {losses['fim'] / losses['causal']:.4f}")
 
 
 if __name__ == "__main__":

@@ -281,7 +281,11 @@ def run(options) -> dict:
     if absent := turns.missing("torch", "transformers"):
       sides.remove("torch")
       notes.append(f"PyTorch is left out: {absent}")
-    jobs = jobs_for(card, options.small, notes)
+    jobs = [
+      job
+      for job in jobs_for(card, options.small, notes)
+      if options.only in (None, job.work)
+    ]
     found = measure(jobs, sides, options, environment, notes)
   results: dict[str, list] = {"training": [], "decoding": []}
   makers = {"training": training_results, "decoding": decoding_results}
@@ -323,6 +327,7 @@ def main() -> None:
   add("--small", action="store_true", help="tiny shapes, on a CPU too")
   add("--turns", type=int, default=3, help="at most")
   add("--seconds", type=float, default=570)
+  add("--only", choices=("training", "decoding"), help="else both")
   add("--json", action="store_true")
   hidden = {"help": argparse.SUPPRESS}
   add("--side", choices=SIDES, **hidden)

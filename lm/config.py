@@ -57,8 +57,9 @@ class RopeScaling:
 
 @dataclasses.dataclass(unsafe_hash=True)
 class LoraConfig:
-  """LoRA (arXiv:2106.09685): only low-rank updates of the layers' matrices are
-  trained, all other weights are frozen. lm/model/lora.py says how.
+  """LoRA (arXiv:2106.09685): low-rank updates of the layers' matrices are
+  trained, and what `full` names; all other weights are frozen. lm/model/lora.py
+  says how.
   """
 
   rank: Count = 8
@@ -70,6 +71,9 @@ class LoraConfig:
   dropout: BelowOne = 0.0
   # Matrices that are adapted; (): all matrices of the layers.
   targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = ()
+  # Embedding and head (if not tied) that are trained whole beside the updates,
+  # as where chats bring tokens that the base never saw (PEFT: modules_to_save).
+  full: tuple[Literal["embed", "head"], ...] = ()
 
   @property
   def scale(self) -> float:

@@ -122,6 +122,12 @@ def _validate_model(m: config_lib.ModelConfig) -> None:
       m.lora.targets,
       f"mlp={m.mlp!r} has no matrix 'gate'; leave it out",
     )
+    schema.require(
+      not (m.tied_embedding and "head" in m.lora.full),
+      "config.model.lora.full",
+      m.lora.full,
+      "tied_embedding=True has no 'head' of its own; write 'embed'",
+    )
 
 
 def _validate_rope(m: config_lib.ModelConfig) -> None:

@@ -149,6 +149,7 @@ def test_dropout_is_of_the_input_of_each_update():
     ({"targets": ("q", "qkv")}, "swiglu", "targets[1]='qkv': unknown; did you"),
     ({"targets": ("embed",)}, "swiglu", "Known: q, k, v, o, gate, up, down"),
     ({"targets": ("gate",)}, "gelu", "mlp='gelu' has no matrix 'gate'; leave"),
+    ({"full": ("norm",)}, "swiglu", "Known: embed, head"),
     ({"rank": 0}, "swiglu", "config.model.lora.rank=0: must be at least 1"),
     ({"rank": 17}, "swiglu", "rank=17: must be at most d_model=16: no update"),
     ({"alpha": 0.0}, "swiglu", "config.model.lora.alpha=0.0: must be positive"),
@@ -159,6 +160,15 @@ def test_wrong_adapters_are_refused(fields, mlp, says, make):
   with pytest.raises(schema.ConfigError) as error:
     make(model__mlp=mlp, model__lora=dataclasses.replace(LORA, **fields))
   assert says in str(error.value)
+
+
+def test_a_tied_head_is_no_array_of_its_own(make):
+  with pytest.raises(schema.ConfigError) as error:
+    make(
+      model__tied_embedding=True,
+      model__lora=dataclasses.replace(LORA, full=("head",)),
+    )
+  assert "full=('head',): tied_embedding=True has no 'head'" in str(error.value)
 
 
 def test_muon_is_refused_as_nothing_is_left_for_it(make):
@@ -182,6 +192,7 @@ def train_config(name="adamw", **fields):
     d_mlp=24,
     context_length=12,
     residual_dropout=0.1,
+    tied_embedding="head" not in fields.get("full", ()),
     lora=dataclasses.replace(LORA, dropout=0.2, **fields),
   )
   c.optimizer = config_lib.OptimizerConfig(
@@ -231,6 +242,39 @@ def test_only_adapters_are_trained(name):
   assert n_bytes <= 2 * n_adapters + 200
 
 
+def test_what_is_trained_whole_has_its_gradient():
+  """By differences of the logits' loss in NumPy; the rest stays frozen."""
+  config = harness.with_mesh(train_config(full=("embed", "head")), (1, 1, 1))
+  config.model.residual_dropout = config.model.lora.dropout = 0.0
+  config.optimizer.clip_norm, cfg = None, config.model
+  batch, params = harness.random_batch(config, 0), harness.random_params(cfg)
+  found = harness.train_steps(config, [batch])
+  assert set(found.state.params) == {"embed", "head", "layers"}
+  assert set(found.state.params["layers"]) == {"lora"}
+  assert set(found.state.frozen) == {"layers", "final_norm"}
+
+  def loss(changed):
+    logits = harness.logits(cfg, changed, batch).astype(np.float64)
+    peak = logits.max(axis=-1, keepdims=True)
+    logits -= peak + np.log(np.exp(logits - peak).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]
+    return np.sum(nll * batch.weights) / np.sum(batch.weights)
+
+  rng = np.random.default_rng(0)
+  for name in cfg.lora.full:
+    gradient = found.moments[0].mu[name] / (1 - config.optimizer.b1)
+    assert found.state.ema[name].shape == gradient.shape
+    # Along the gradient and some noise, which has a slope of its own.
+    size = np.linalg.norm(gradient) / math.sqrt(gradient.size)
+    noise = size * rng.standard_normal(gradient.shape)
+    along = (gradient + noise).astype(np.float32) * (1e-4 / size)
+    slope = [
+      loss({**params, name: params[name] + sign * along}) for sign in (1, -1)
+    ]
+    wanted = np.sum(gradient * along)
+    np.testing.assert_allclose((slope[0] - slope[1]) / 2, wanted, rtol=0.02)
+
+
 @pytest.mark.parametrize(
   ("shape", "mode", "parts"),
   [((1, 2, 2), "jit", 1), ((2, 2, 2), "jit", 2), ((8, 1, 1), "pmap", 1)],
@@ -270,6 +314,8 @@ def test_a_frozen_matrix_costs_two_products_in_place_of_three():
   adapters = 3 * R * (2 * (D + N * H) + 2 * (D + K * H) + 3 * (D + F))
   assert one - base == 2 * adapters
   assert counts.train_flops(cfg, 12) == 3 * one - 2 * matrices
+  whole = adapted(cfg, full=("head",))
+  assert counts.train_flops(whole, 12) == 3 * one - 2 * (matrices - V * D)
 
 
 # --- runs ---------------------------------------------------------------------

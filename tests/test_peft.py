@@ -26,7 +26,7 @@ from lm import checkpoint, schema
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
 from lm.huggingface import folder, peft
-from lm.model import lora
+from lm.model import decoder, lora, weights
 from lm.sample import load
 from lm.verify.checks import harness
 
@@ -41,7 +41,7 @@ def test_the_files_are_pefts(tmp_path):
   """By keys, shapes and the update of each matrix; and they come back."""
   params = test_lora.random_params(CFG)
   adapters = params["layers"]["lora"]
-  peft.save(str(tmp_path / "a"), CFG, adapters, "runs/base")
+  peft.save(str(tmp_path / "a"), CFG, params, "runs/base")
   content = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
   assert content["peft_type"] == "LORA" and content["use_rslora"] is False
   assert (content["r"], content["lora_alpha"]) == (3, 5)
@@ -63,18 +63,18 @@ def test_the_files_are_pefts(tmp_path):
       np.testing.assert_allclose((b @ a).T, update, atol=1e-5)
   config, back = peft.load(str(tmp_path / "a"), lora.base(CFG))
   assert config == CFG.lora
-  same = jax.tree.map(np.array_equal, back, adapters)
+  same = jax.tree.map(np.array_equal, back, {"layers": {"lora": adapters}})
   assert all(jax.tree.leaves(same))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float64])
 def test_other_dtypes_are_read_as_what_they_are(dtype, tmp_path):
   params = test_lora.random_params(CFG)
-  peft.save(str(tmp_path), CFG, params["layers"]["lora"], None)
+  peft.save(str(tmp_path), CFG, params, None)
   found = {k: v.astype(dtype) for k, v in tensors_of(tmp_path).items()}
   (tmp_path / peft.TENSORS).write_bytes(safetensors.numpy.save(found))
   _, back = peft.load(str(tmp_path), lora.base(CFG))
-  for name, factors in back.items():
+  for name, factors in back["layers"]["lora"].items():
     for key, got in factors.items():
       want = params["layers"]["lora"][name][key].astype(dtype)
       np.testing.assert_array_equal(got, want.astype(np.float32))
@@ -82,18 +82,19 @@ def test_other_dtypes_are_read_as_what_they_are(dtype, tmp_path):
 
 def test_a_layer_without_an_adapter_keeps_its_matrix(tmp_path):
   params = test_lora.random_params(CFG)
-  peft.save(str(tmp_path), CFG, params["layers"]["lora"], None)
+  peft.save(str(tmp_path), CFG, params, None)
   found = tensors_of(tmp_path)
   some = {k: v for k, v in found.items() if ".0.self_attn.q_proj" not in k}
   (tmp_path / peft.TENSORS).write_bytes(safetensors.numpy.save(some))
   _, back = peft.load(str(tmp_path), lora.base(CFG))
-  assert not np.any(back["q"]["a"][0]) and np.any(back["q"]["a"][1])
+  q = back["layers"]["lora"]["q"]["a"]
+  assert not np.any(q[0]) and np.any(q[1])
 
 
 BAD_CONFIGS = [
   ({"use_dora": True}, "has more than plain LoRA (use_dora)"),
   ({"bias": "all"}, "another peft_type or bias"),
-  ({"modules_to_save": ["lm_head"]}, "(modules_to_save)"),
+  ({"modules_to_save": ["lm_head"]}, "['lm_head'], and the file has []"),
   ({"rank_pattern": {"q_proj": 4}}, "(rank_pattern)"),
   ({"alpha_pattern": {"q_proj": 4}}, "(alpha_pattern)"),
   ({"init_lora_weights": "pissa"}, "(init_lora_weights)"),
@@ -110,7 +111,7 @@ BAD_CONFIGS = [
 @pytest.mark.parametrize("changes, says", BAD_CONFIGS, ids=str)
 def test_more_than_plain_lora_is_refused(changes, says, tmp_path):
   params = test_lora.random_params(CFG)
-  peft.save(str(tmp_path), CFG, params["layers"]["lora"], None)
+  peft.save(str(tmp_path), CFG, params, None)
   path = tmp_path / peft.CONFIG
   path.write_text(json.dumps(json.loads(path.read_text()) | changes))
   with pytest.raises(schema.ConfigError) as error:
@@ -120,7 +121,7 @@ def test_more_than_plain_lora_is_refused(changes, says, tmp_path):
 
 def test_tensors_that_do_not_fit_are_refused(tmp_path):
   params = test_lora.random_params(CFG)
-  peft.save(str(tmp_path), CFG, params["layers"]["lora"], None)
+  peft.save(str(tmp_path), CFG, params, None)
   found, path = tensors_of(tmp_path), tmp_path / peft.TENSORS
   first = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
   embedding = "base_model.model.model.embed_tokens.lora_embedding_A"
@@ -162,28 +163,33 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("name", "targets"),
+  ("name", "fields"),
   [
-    *(("LLAMA3", ()), ("GPT2", ("o", "up", "down")), ("STARCODER2", ())),
+    ("LLAMA3", {}),
+    ("LLAMA3", {"full": ("embed", "head")}),
+    ("GPT2", {"targets": ("o", "up", "down")}),
+    ("STARCODER2", {}),
   ],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft
 def test_peft_reads_what_is_written_and_what_it_writes_is_read(
-  name, targets, tmp_path
+  name, fields, tmp_path
 ):
   """Logits of the library's adapted model are those of ours, both ways."""
-  cfg = test_lora.adapted(getattr(families, name), targets=targets)
-  params = jax.tree.map(np.array, test_lora.random_params(cfg))
-  adapters = params["layers"].pop("lora")
+  cfg = test_lora.adapted(getattr(families, name), **fields)
+  whole = jax.tree.map(np.array, test_lora.random_params(cfg))
+  trained, _ = weights.split(whole, decoder.declared(cfg))
   base = lora.base(cfg)
+  params = reference.random_params(base)
+  for other in cfg.lora.full:  # not what the adapter has
+    params[other] = params[other][::-1].copy()
   folder.write(str(tmp_path), base, params)
-  peft.save(str(tmp_path / "a"), cfg, adapters, None)
+  peft.save(str(tmp_path / "a"), cfg, whole, None)
   model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
   model = library.PeftModel.from_pretrained(model, tmp_path / "a").eval()
   inputs = np.random.default_rng(0).integers(0, cfg.vocab_size, (2, 9))
   with torch.no_grad():
     theirs = model(torch.tensor(inputs)).logits.numpy()
-  whole = {**params, "layers": {**params["layers"], "lora": adapters}}
   ours = test_families.logits(cfg, whole, inputs.astype(np.int32))
   assert np.abs(theirs - ours).max() <= 1e-4 * max(1, ours.std())
   plain = test_families.logits(base, params, inputs.astype(np.int32))
@@ -193,8 +199,7 @@ def test_peft_reads_what_is_written_and_what_it_writes_is_read(
   assert dataclasses.replace(config, targets=()) == dataclasses.replace(
     cfg.lora, targets=()
   )
-  assert lora.targets(dataclasses.replace(base, lora=config)) == tuple(back)
-  same = jax.tree.map(np.array_equal, back, adapters)
+  same = jax.tree.map(np.array_equal, back, trained)
   assert all(jax.tree.leaves(same))
 
 
@@ -291,7 +296,7 @@ def test_an_adapter_that_does_not_fit_is_one_line(arguments, says, saved):
   other = folder / "other"
   if not other.exists():
     params = test_lora.random_params(CFG)
-    peft.save(str(other), CFG, params["layers"]["lora"], None)
+    peft.save(str(other), CFG, params, None)
   for door in ("lm.sample", "lm.evaluate"):
     given = [f"--workdir={folder}/base", *arguments]
     ended = doors.run(door, given, str(folder))
@@ -303,12 +308,12 @@ def test_a_model_with_pefts_files_is_the_updated_model(saved, tmp_path):
   """On a mesh, too; rsLoRA's scale comes from the file."""
   cfg = test_lora.adapted(families.QWEN3, rank_stabilized=True)
   params = test_lora.random_params(cfg)
-  peft.save(str(tmp_path), cfg, params["layers"]["lora"], None)
+  peft.save(str(tmp_path), cfg, params, None)
   config, adapters = peft.load(str(tmp_path), lora.base(cfg))
   assert config.rank_stabilized
   want = test_lora.merged_by_numpy(cfg, params, 5 / 3**0.5)
   again = dataclasses.replace(cfg, lora=config)
-  params["layers"]["lora"] = adapters
+  params["layers"]["lora"] = adapters["layers"]["lora"]
   batch = families.packed_batch(test_lora.LENGTHS, 19, cfg.vocab_size)
   logits = harness.logits(again, params, batch)
   expected = reference.forward(want, lora.base(cfg), batch)
@@ -320,7 +325,7 @@ def test_a_model_with_pefts_files_is_the_updated_model(saved, tmp_path):
   peft.save(
     str(tmp_path / "files"),
     config.model,
-    test_lora.random_params(config.model)["layers"]["lora"],
+    test_lora.random_params(config.model),
     None,
   )
   for adapter in (folder / "tuned", tmp_path / "files"):

@@ -544,6 +544,7 @@ OTHER = {
   "model.lora.rank_stabilized": True,
   "model.lora.dropout": 0.1,
   "model.lora.targets": ("q", "down"),
+  "model.lora.full": ("embed",),
   "model.dtype": "bfloat16",
   "model.remat": "full",
   "model.scan_layers": False,

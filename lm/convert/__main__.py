@@ -24,7 +24,6 @@ from etils import epath
 from lm import checkpoint, cli, files, schema
 from lm.convert import huggingface
 from lm.huggingface import config_json, families, peft, tensors
-from lm.model import lora
 from lm.sample import load
 
 _FORMATS = ("huggingface", "merged", "peft")
@@ -150,7 +149,7 @@ def to_peft(workdir: str, meta: checkpoint.Meta, output: str) -> None:
   params = checkpoint.load_params(workdir, model, meta.step)
   base = meta.config.init_from
   with huggingface.made(output) as partial:
-    peft.save(partial, model, params["layers"][lora.NAME], base)
+    peft.save(partial, model, params, base)
 
 
 def to_merged(workdir: str, meta: checkpoint.Meta, output: str) -> None:

@@ -2,7 +2,8 @@
 
 A folder has adapter_config.json and adapter_model.safetensors. Tensors have the
 module names of the model's family in transformers (lm/huggingface/tables.py); a
-file has A as [rank, inputs] and B as [outputs, rank]. Needs the extra `hf`.
+file has A as [rank, inputs] and B as [outputs, rank]. What is trained whole
+(`LoraConfig.full`) is PEFT's modules_to_save. Needs the extra `hf`.
 
 L layers, R rank.
 """
@@ -30,8 +31,8 @@ _HARMLESS = set(
   "alpha_pattern auto_mapping base_model_name_or_path ensure_weight_tying"
   " exclude_modules fan_in_fan_out inference_mode init_lora_weights"
   " layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core"
-  " peft_type peft_version qalora_group_size r rank_pattern revision"
-  " target_modules task_type use_rslora".split()
+  " modules_to_save peft_type peft_version qalora_group_size r rank_pattern"
+  " revision target_modules task_type use_rslora".split()
 )
 # Initialisers without effect on the base weights. PiSSA, OLoRA and others
 # change the base weights; an adapter then fits the changed weights only.
@@ -56,19 +57,34 @@ def _rows(cfg: config_lib.ModelConfig) -> dict[str, tables.Row]:
   }
 
 
+def _full_rows(cfg: config_lib.ModelConfig) -> dict[str, tables.Row]:
+  """Returns the rows of embedding and head, which the library can train whole.
+
+  A tied pair is left out: the library would train only the embedding.
+  """
+  if cfg.tied_embedding:
+    return {}
+  rows = {row.ours: row for row in expressible.of(lora.base(cfg)).rows}
+  return {name: rows[name,] for name in ("embed", "head") if (name,) in rows}
+
+
 def _module(row: tables.Row, layer: int) -> str:
   return "base_model.model." + row.theirs.format(layer).removesuffix(".weight")
 
 
 def _short(row: tables.Row) -> str:
-  """Returns the module's name within a layer, such as self_attn.q_proj."""
-  return row.theirs.partition("{}.")[2].removesuffix(".weight")
+  """Returns the module's name within a layer, such as self_attn.q_proj, and of
+  the others without what is before it, such as embed_tokens.
+  """
+  name = row.theirs.removesuffix(".weight")
+  return name.partition("{}.")[2] or name.rpartition(".")[2]
 
 
 def save(
-  folder: str, cfg: config_lib.ModelConfig, adapters: Any, base: str | None
+  folder: str, cfg: config_lib.ModelConfig, params: Any, base: str | None
 ) -> None:
-  """Writes the adapters [L, ...] of a model (`params["layers"]["lora"]`).
+  """Writes the trained ones of a model's parameters: the adapters, and what
+  `cfg.lora.full` names.
 
   `base` is the base model's name in the file. Raises ConfigError if the model
   has no adapters, if no family can express the model, or if an adapted matrix
@@ -79,7 +95,7 @@ def save(
       "model.lora=None: the run has no adapters that could be written; train "
       "one with --config.model.lora.rank=8 and --config.init_from"
     )
-  rows, tensors = _rows(cfg), {}
+  rows, whole, tensors = _rows(cfg), _full_rows(cfg), {}
   targets = lora.targets(cfg)
   if joined := [name for name in targets if name not in rows]:
     family = expressible.of(lora.base(cfg)).model_type
@@ -89,8 +105,18 @@ def save(
       "adapter would not fit; adapt other matrices, or write the merged model "
       "by --to=huggingface"
     )
+  if tied := [name for name in cfg.lora.full if name not in whole]:
+    raise schema.ConfigError(
+      f"model.lora.full={tuple(tied)}: the embedding is also the head, and "
+      "PEFT would train a copy; write the merged model by --to=huggingface"
+    )
+  for name in cfg.lora.full:
+    value = np.asarray(params[name], np.float32)
+    key = f"{_module(whole[name], 0)}.weight"
+    tensors[key] = value if name == "embed" else value.T
   for name in targets:
-    a, b = (np.asarray(adapters[name][key], np.float32) for key in "ab")
+    factors = params["layers"][lora.NAME][name]
+    a, b = (np.asarray(factors[key], np.float32) for key in "ab")
     for i in range(cfg.n_layers):
       key = _module(rows[name], i)
       rank = cfg.lora.rank
@@ -110,12 +136,12 @@ def save(
     "bias": "none",
     "fan_in_fan_out": not rows[targets[0]].linear,
     "init_lora_weights": True,
-    "modules_to_save": None,
+    "modules_to_save": [_short(whole[n]) for n in cfg.lora.full] or None,
     "use_dora": False,
   }
   # The library writes an array's memory and ignores the strides.
-  whole = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
-  packed = _library().numpy.save(whole, metadata={"format": "pt"})
+  tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+  packed = _library().numpy.save(tensors, metadata={"format": "pt"})
   os.makedirs(folder, exist_ok=True)
   files.replace(os.path.join(folder, TENSORS), packed)
   files.replace(os.path.join(folder, CONFIG), json.dumps(content, indent=2))
@@ -124,9 +150,9 @@ def save(
 def load(
   folder: str, cfg: config_lib.ModelConfig
 ) -> tuple[config_lib.LoraConfig, Any]:
-  """Returns (config, adapters) in `folder` for the model `cfg`: float32 arrays
-  [L, ...] by target, as in `params["layers"]["lora"]`; layers without an
-  adapter get zeros.
+  """Returns (config, trained parameters) in `folder` for the model `cfg`:
+  float32 arrays in a tree as of `weights.split`; layers without an adapter get
+  zeros.
 
   Raises ConfigError if a file is missing or invalid, if the adapter goes beyond
   plain LoRA, as DoRA does, or if a tensor does not fit the model.
@@ -134,6 +160,9 @@ def load(
   content = _config(folder)
   tensors = _tensors(os.path.join(folder, TENSORS))
   rows = _rows(cfg)
+  whole = {
+    f"{_module(row, 0)}.weight": name for name, row in _full_rows(cfg).items()
+  }
   known = {
     f"{_module(row, i)}.lora_{factor}.weight": (name, i, factor)
     for name, row in rows.items()
@@ -142,11 +171,16 @@ def load(
   }
   # Target -> (layer, "A" or "B") -> matrix.
   found: dict[str, dict[tuple[int, str], np.ndarray]] = {}
+  full: dict[str, np.ndarray] = {}
   for key, value in sorted(tensors.items()):
+    if key in whole:
+      full[whole[key]] = value if whole[key] == "embed" else value.T
+      continue
     if key not in known:
       raise schema.ConfigError(
         f"adapter {folder}: tensor {key!r} fits no matrix of the "
         f"{cfg.n_layers} layers; only adapters of {', '.join(rows)} can be read"
+        f"{''.join(f', and {name} whole' for name in whole.values())}"
       )
     name, i, factor = known[key]
     found.setdefault(name, {})[i, factor] = value
@@ -156,6 +190,7 @@ def load(
     rank_stabilized=bool(content.get("use_rslora", False)),
     dropout=float(content.get("lora_dropout", 0.0)),
     targets=tuple(n for n in rows if n in found),  # type: ignore[arg-type]
+    full=tuple(n for n in whole.values() if n in full),  # type: ignore[arg-type]
   )
   schema.check_types(config, config_lib.LoraConfig, f"adapter {folder}")
   model = dataclasses.replace(cfg, lora=config)
@@ -165,13 +200,28 @@ def load(
       f"model has {lora.targets(model)}; name the adapter's own base"
     )
   make = functools.partial(decoder.init_params, model)
-  like = jax.eval_shape(make, jax.random.key(0))["layers"][lora.NAME]
-  return config, {
+  like = jax.eval_shape(make, jax.random.key(0))
+  asked = content.get("modules_to_save") or []
+  names = [_short(_full_rows(cfg)[name]) for name in full]
+  if sorted(asked) != sorted(names):
+    raise schema.ConfigError(
+      f"adapter {folder}: modules_to_save={asked}, and the file has {names}; "
+      f"of this model {' and '.join(whole.values()) or 'none'} can be read"
+    )
+  for name, value in full.items():
+    if value.shape != like[name].shape:
+      raise schema.ConfigError(
+        f"adapter {folder}: {name} is {list(value.shape)}, and of this model "
+        f"{list(like[name].shape)}; name the adapter's own base"
+      )
+  adapters = {
     name: _stacked(
-      folder, _short(rows[name]), found[name], like[name], config.rank
+      *(folder, _short(rows[name]), found[name]),
+      *(like["layers"][lora.NAME][name], config.rank),
     )
     for name in config.targets
   }
+  return config, {**full, "layers": {lora.NAME: adapters}}
 
 
 def _stacked(folder, module, parts, like, rank):

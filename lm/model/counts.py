@@ -57,7 +57,11 @@ def train_flops(cfg: config_lib.ModelConfig, length: int) -> float:
   not computed.
   """
   flops = 3 * forward_flops(cfg, length)
-  return flops if cfg.lora is None else flops - 2 * _matrices(cfg)
+  if cfg.lora is None:
+    return flops
+  trained = ("embed" if cfg.tied_embedding else "head") in cfg.lora.full
+  head = cfg.vocab_size * cfg.d_model if trained else 0
+  return flops - 2 * (_matrices(cfg) - head)
 
 
 def _matrices(cfg: config_lib.ModelConfig) -> int:

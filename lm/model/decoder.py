@@ -331,7 +331,7 @@ def declared(cfg: config_lib.ModelConfig) -> Any:
     return dataclasses.replace(
       weights.declared(param),
       stacked=path[0].key == "layers",
-      frozen=cfg.lora is not None and not lora.is_adapter(path),
+      frozen=cfg.lora is not None and not lora.is_trained(cfg.lora, path),
     )
 
   return nnx.to_pure_dict(

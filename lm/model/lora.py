@@ -3,8 +3,8 @@
 With `ModelConfig.lora`, each target matrix W of a layer has two factors A and
 B, and a product x W becomes x W + scale * x A B. The scale is alpha / rank, or
 alpha / sqrt(rank) for rsLoRA (arXiv:2312.03732). B starts at 0: the model first
-equals the base. All other weights are frozen (`decoder.declared`): no gradient,
-no optimizer state, no average.
+equals the base. All other weights but those that `LoraConfig.full` names are
+frozen (`decoder.declared`): no gradient, no optimizer state, no average.
 
 L layers, B batch, T length, R rank.
 """
@@ -121,6 +121,11 @@ def base(cfg: config_lib.ModelConfig) -> config_lib.ModelConfig:
 def is_adapter(path: tuple[Any, ...]) -> bool:
   """Whether a tree path of the parameters leads to a factor of an adapter."""
   return any(getattr(key, "key", None) == NAME for key in path)
+
+
+def is_trained(cfg: config_lib.LoraConfig, path: tuple[Any, ...]) -> bool:
+  """Whether the parameter at a tree path is trained: an adapter's, or whole."""
+  return is_adapter(path) or path[0].key in cfg.full
 
 
 def merge(cfg: config_lib.ModelConfig, params: Any) -> Any:

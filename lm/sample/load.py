@@ -49,9 +49,7 @@ def _adapter(
     cfg, like = _like(base, config, mesh)
     here = weights.split(like, decoder.declared(cfg))[0]
     return cfg, jax.tree.map(
-      lambda x, to: jax.device_put(x, to.sharding),
-      {"layers": {lora.NAME: arrays}},
-      here,
+      lambda x, to: jax.device_put(x, to.sharding), arrays, here
     )
   meta = checkpoint.load_meta(path) if checkpoint.steps(path) else None
   if meta is None or meta.config.model.lora is None:
