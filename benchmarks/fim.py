@@ -79,7 +79,8 @@ def judge(
   workdir: str, order: str | None, n: int
 ) -> dict[str, tuple[float, float]]:
   """For each kind of gap: the share that the run fills exactly, and the bits
-  per byte that the gap's text costs. `order` of FIM's prompt, None: prefix only.
+  per byte that the gap's text costs. FIM's prompt has its parts in `order`; by
+  None the prompt is the prefix alone.
   """
   from lm.data import fim as fim_lib
   from lm.sample import sampler as sampler_lib
@@ -105,7 +106,7 @@ def judge(
   ):
     text = tokenizer.decode(result.token_ids)
     hits[kind].append(text.split("\n")[0] == gap)
-    middle = tokenizer.encode(gap)
+    middle = tokenizer.encode(gap, continues=True)
     logs = sampler.score([*ids, *middle]).log_probabilities[-len(middle) :]
     bits[kind].append(-sum(logs) / math.log(2))
     n_bytes[kind] += len(gap.encode())
