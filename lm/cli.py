@@ -221,6 +221,27 @@ def define_paths(name: str, about: str) -> flags.FlagHolder:
   )
 
 
+class _OptionalPath(_Path):
+  """absl parser of a path that the flag alone, without a value, leaves open."""
+
+  def parse(self, argument: Any) -> Any:
+    if argument in ("true", "false"):  # absl's, for --NAME and --noNAME
+      return argument == "true" or None
+    return super().parse(argument)
+
+
+def define_optional_path(name: str, about: str) -> flags.FlagHolder:
+  """Defines a flag `--NAME[=PATH]`: True without a value, None if absent."""
+  return flags.DEFINE_flag(
+    flags.Flag(
+      _OptionalPath(name),
+      flags.ArgumentSerializer(),
+      *(name, None, about),
+      boolean=True,
+    )
+  )
+
+
 class _Optional(flags.IntegerParser):
   """absl parser of an integer that the flag alone, without a value, sets."""
 
