@@ -65,6 +65,28 @@ def _short(row: tables.Row) -> str:
   return row.theirs.partition("{}.")[2].removesuffix(".weight")
 
 
+def misfit(cfg: config_lib.ModelConfig) -> str | None:
+  """Why `save` refuses the adapters of `cfg`: no family can express the model,
+  or an adapted matrix shares a tensor with further matrices in the family. None
+  if `save` would write them.
+  """
+  targets = lora.targets(cfg)
+  try:
+    rows = _rows(cfg)
+  except schema.ConfigError as error:
+    return str(error)
+  joined = [name for name in targets if name not in rows]
+  if not joined:
+    return None
+  family = expressible.of(lora.base(cfg)).model_type
+  return (
+    f"model.lora.targets={targets}: the family {family!r} of transformers has "
+    f"{', '.join(joined)} joined with others in one matrix, which this adapter "
+    "would not fit; adapt other matrices, or write the merged model by "
+    "--to=huggingface"
+  )
+
+
 def save(
   folder: str, cfg: config_lib.ModelConfig, adapters: Any, base: str | None
 ) -> None:
@@ -79,16 +101,9 @@ def save(
       "model.lora=None: the run has no adapters that could be written; train "
       "one with --config.model.lora.rank=8 and --config.init_from"
     )
-  rows, tensors = _rows(cfg), {}
-  targets = lora.targets(cfg)
-  if joined := [name for name in targets if name not in rows]:
-    family = expressible.of(lora.base(cfg)).model_type
-    raise schema.ConfigError(
-      f"model.lora.targets={targets}: the family {family!r} of transformers has"
-      f" {', '.join(joined)} joined with others in one matrix, which this "
-      "adapter would not fit; adapt other matrices, or write the merged model "
-      "by --to=huggingface"
-    )
+  if (why := misfit(cfg)) is not None:
+    raise schema.ConfigError(why)
+  rows, targets, tensors = _rows(cfg), lora.targets(cfg), {}
   for name in targets:
     a, b = (np.asarray(adapters[name][key], np.float32) for key in "ab")
     for i in range(cfg.n_layers):
