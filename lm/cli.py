@@ -15,6 +15,7 @@ import io
 import logging as pylogging
 import os
 import runpy
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
+import lm
 from lm import config as config_lib
 from lm import files, schema, validation
 
@@ -71,6 +73,8 @@ def run(
 
   def guarded(argv: list[str]) -> int | None:
     try:
+      if signal.getsignal(signal.SIGINT) is lm.stopped:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
       config = [load(flags.FLAGS.config, overrides)] if takes_config else []
       if len(argv) > 1:
         raise schema.ConfigError(f"{argv[1]!r}: not a flag; write --FLAG=VALUE")
