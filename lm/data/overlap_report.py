@@ -127,7 +127,7 @@ def _watch() -> Iterator[overlap.Watch]:
       for document in overlap.read(source):
         yield document
         progress.advance(bar)
-      progress.update(bar, completed=len(source))
+      progress.remove_task(bar)
 
     yield watch
 

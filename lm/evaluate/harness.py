@@ -339,7 +339,7 @@ def _seeded() -> Iterator[None]:
 
 def show(content: dict[str, Any], console: rich.console.Console) -> None:
   """Prints a row for each metric of each task; a known overlap with training
-  text has columns of its own, and a line for each task below.
+  text has columns of its own.
   """
   tasks = content["tasks"].items()
   known = any("overlap" in task for _, task in tasks)
@@ -369,22 +369,25 @@ def show(content: dict[str, Any], console: rich.console.Console) -> None:
       table.add_row(label, *row)
       label, first = "", ["", "", ""]
   console.print(table)
-  for name, task in tasks:
-    if overlap := task.get("overlap"):
-      line = _overlap_line(name, overlap)
-      console.print(line, markup=False, highlight=False, soft_wrap=True)
+  for line in _overlap_lines(content["tasks"]):
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _overlap_line(name: str, overlap: dict[str, Any]) -> str:
-  said = (
-    f"{name}: training text has {overlap['share_of_bytes']:.1%} of its bytes, "
-    f"in passages of {overlap['n']} words in "
-    f"{overlap['share_of_documents']:.1%} of its documents"
-  )
-  if n := overlap["n_short"]:
-    some = schema.counted(n, "document")
-    said += f"; {some} of fewer than {overlap['n']} words can overlap with none"
-  return f"{said}."
+def _overlap_lines(tasks: dict[str, dict[str, Any]]) -> Iterator[str]:
+  """Says what the shares of an overlap count, where one is known."""
+  known = {k: task["overlap"] for k, task in tasks.items() if "overlap" in task}
+  for overlap in [*known.values()][:1]:
+    yield (
+      f"overlap: documents with a passage of {overlap['n']} words that "
+      "training text has, and bytes in such passages."
+    )
+  for name, overlap in known.items():
+    if n_short := overlap["n_short"]:
+      some = schema.counted(n_short, "document")
+      yield (
+        f"{name}: {some} of fewer than {overlap['n']} words can overlap with "
+        "none."
+      )
 
 
 def write(content: dict[str, Any], path: str) -> None:
