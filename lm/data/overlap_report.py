@@ -226,8 +226,7 @@ def shares(
   if isinstance(given, str):
     content = _load(given, held_out, config)
   else:
-    if given.output is not None:
-      files.check_output(given.output, "--overlap_output")
+    check(given, config)
     training = [
       overlap.open_source(spec, config) for spec in _specs(config.train)
     ]
@@ -241,6 +240,16 @@ def shares(
     name: _read(content["n"], parts[overlap.spec_of(source)])
     for name, source in held_out.items()
   }
+
+
+def check(given: str | Search, config: config_lib.DataConfig) -> None:
+  """Raises ConfigError where `shares` would, whatever the held-out sources, on
+  a file; reads no source.
+  """
+  if isinstance(given, str):
+    _load(given, {}, config)
+  elif given.output is not None:
+    files.check_output(given.output, "--overlap_output")
 
 
 def open_held_out(

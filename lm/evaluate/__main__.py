@@ -166,10 +166,10 @@ def _evaluate(data: dict[str, Any]) -> None:
       raise schema.ConfigError(
         f"--{name}: has a meaning for {needed} only; leave it out"
       )
-  if _TASKS.value == []:
+  if _TASKS.value is not None and "" in (_TASKS.value or [""]):
     raise schema.ConfigError(
-      "--tasks=: names no task; write --tasks=docstring_bodies, or see "
-      "`lm_eval ls tasks`"
+      f"--tasks={','.join(_TASKS.value)}: has an empty name; write "
+      "--tasks=docstring_bodies, or see `lm_eval ls tasks`"
     )
   if _TASKS.value:
     harness.check_installed()

@@ -77,6 +77,7 @@ def evaluate(
   train, cache_dir = meta.config.train, meta.config.data.cache_dir
   if overlap is not None:
     corpora.check_training_known(workdir, meta)
+    overlap_report.check(overlap, meta.config.data)
   loaded = processes.only_first(lambda: find(tasks, include_path, cache_dir))
   corpora.check_batch_size(batch_size, meta.config.model.context_length)
   shares = processes.only_first(lambda: _overlap(overlap, loaded, limit, meta))
