@@ -518,10 +518,13 @@ def test_in_process_is_over_http_is_by_hand(
 def workdir(tmp_path_factory):
   """A run with one checkpoint."""
   path = tmp_path_factory.mktemp("run")
+  (path / "train.txt").write_text(f"In it: {QUESTIONS[0]['question']}\n")
   config = config_lib.Config(
     model=MODEL,
     tokenizer=config_lib.TokenizerConfig(kind="bytes"),
-    data=config_lib.DataConfig(cache_dir=str(path / "cache")),
+    data=config_lib.DataConfig(
+      train=(f"text:{path}/train.txt",), cache_dir=str(path / "cache")
+    ),
     train=config_lib.TrainConfig(batch_size=3, sequence_length=11),
   )
   checkpoints = checkpoint.Checkpoints(str(path), config.checkpoint)
@@ -575,7 +578,7 @@ def test_two_processes_give_what_one_gives(workdir, folder, tmp_path):
     said = child.communicate()[1]
     assert child.returncode == 2, said
     assert "long: generation_kwargs.max_gen_toks=101: must be in" in said
-  children = two(f"--tasks={','.join(TASKS)}")
+  children = two(f"--tasks={','.join(TASKS)}", "--overlap", "--overlap_words=3")
   alone = harness.evaluate(workdir, [*TASKS], include_path=folder)
   assert alone is not None
   (out, err), (other, other_err) = [child.communicate() for child in children]
@@ -588,6 +591,8 @@ def test_two_processes_give_what_one_gives(workdir, folder, tmp_path):
   assert content["date"] and content["lm_eval"]
   for name, task in alone["tasks"].items():
     written = content["tasks"][name]
+    is_question = 0 if name == "rolling" else 1 / 3
+    assert written["overlap"]["share_of_documents"] == is_question
     for metric, score in task["metrics"].items():
       assert written["metrics"][metric]["value"] == pytest.approx(
         score["value"], rel=1e-5
