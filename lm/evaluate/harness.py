@@ -350,7 +350,7 @@ def show(content: dict[str, Any], console: rich.console.Console) -> None:
   for name in ("version", "docs", "shots", "metric", "value", "stderr"):
     is_number = name in ("docs", "shots", "value", "stderr")
     table.add_column(name, justify="right" if is_number else "left")
-  for name in ("overlap, docs", "bytes") if known else ():
+  for name in ("overlap", "bytes") if known else ():
     table.add_column(name, justify="right")
 
   def cell(value: Any) -> str:
