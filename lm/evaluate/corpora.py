@@ -342,8 +342,8 @@ def _check_text(source: sources_lib.Source) -> None:
   documents = (source[i] for i in range(len(source)))
   if not any(document and document.text for document in documents):
     raise schema.ConfigError(
-      f"source {source.spec!r}: none of its "
-      f"{schema.counted(len(source), 'document')} has text that is "
+      f"source {source.spec!r}: has "
+      f"{schema.counted(len(source), 'document')}, and none has text that is "
       "UTF-8; correct them, or set invalid_utf8 to 'replace'"
     )
 
