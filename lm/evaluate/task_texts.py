@@ -1,7 +1,6 @@
 """Texts of lm-evaluation-harness tasks, as sources to search for overlaps."""
 
 import hashlib
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,17 +74,8 @@ def add_groups(
   """Returns `shares` of tasks with those of lm-eval's groups of them added;
   `loaded` is lm-eval's TaskDict.
   """
-
-  def leaves(name: str) -> Iterator[str]:
-    if name not in loaded["group_map"]:
-      return iter([name])
-    children = loaded["group_map"][name]
-    return itertools.chain.from_iterable(map(leaves, children))
-
-  groups = {
-    name: overlap_report.joined(
-      [shares[x] for x in dict.fromkeys(leaves(name))]
-    )
-    for name in loaded["group_map"]
-  }
+  groups = {}
+  for name, group in loaded["groups"].items():
+    tasks = dict.fromkeys(task.task_name for task in group.get_all_tasks())
+    groups[name] = overlap_report.joined([shares[task] for task in tasks])
   return shares | groups
