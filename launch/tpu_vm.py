@@ -271,7 +271,7 @@ class _Machine:
     if not self.left:
       return False
     self.left -= 1
-    _say(f"again in {self.delay:.0f} s, {self.left} retries left")
+    _say(f"again in {self.delay:.0f} s, retries left: {self.left}")
     self.sleep(self.delay)
     self.delay = min(2 * self.delay, 300.0)
     return True

@@ -15,6 +15,7 @@ import io
 import logging as pylogging
 import os
 import runpy
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
+import lm
 from lm import config as config_lib
 from lm import files, schema, validation
 
@@ -71,6 +73,8 @@ def run(
 
   def guarded(argv: list[str]) -> int | None:
     try:
+      if signal.getsignal(signal.SIGINT) is lm.stopped:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
       config = [load(flags.FLAGS.config, overrides)] if takes_config else []
       if len(argv) > 1:
         raise schema.ConfigError(f"{argv[1]!r}: not a flag; write --FLAG=VALUE")
@@ -218,6 +222,27 @@ def define_paths(name: str, about: str) -> flags.FlagHolder:
   """Defines a repeatable path flag, as `define_path`; default []."""
   return flags.DEFINE_multi(
     _Path(name), flags.ArgumentSerializer(), name, [], about
+  )
+
+
+class _OptionalPath(_Path):
+  """absl parser of a path that the flag alone, without a value, leaves open."""
+
+  def parse(self, argument: Any) -> Any:
+    if argument in ("true", "false"):  # absl's, for --NAME and --noNAME
+      return argument == "true" or None
+    return super().parse(argument)
+
+
+def define_optional_path(name: str, about: str) -> flags.FlagHolder:
+  """Defines a flag `--NAME[=PATH]`: True without a value, None if absent."""
+  return flags.DEFINE_flag(
+    flags.Flag(
+      _OptionalPath(name),
+      flags.ArgumentSerializer(),
+      *(name, None, about),
+      boolean=True,
+    )
   )
 
 

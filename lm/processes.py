@@ -110,6 +110,9 @@ def only_first(function: Callable[[], T]) -> T | None:
   """Collective: `function()` on process 0, None on the others; a ConfigError
   of it is raised on every process.
   """
+  # On CPUs a first collective waits half a minute for the slowest process, and
+  # further ones for long: `function` may load data for minutes.
+  broadcast("")
   result, refused = None, ""
   if jax.process_index() == 0:
     try:

@@ -164,6 +164,11 @@ def shown(value: Any) -> str:
   return text if len(text) <= 300 else f"{text[:300]}..."
 
 
+def counted(n: int, noun: str) -> str:
+  """`1 document`, `1,234 documents`: a count before a noun, for messages."""
+  return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def _float32(value: float) -> float:
   """`value` rounded to float32; inf on overflow."""
   try:

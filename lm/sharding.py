@@ -132,8 +132,9 @@ def mesh_shape(config: config_lib.Config, n_devices: int) -> tuple[int, ...]:
   }
   if math.prod(filled.values()) != n_devices:
     raise schema.ConfigError(
-      f"config.mesh={shape}: does not multiply to the {n_devices} devices "
-      "here; change an axis, or set one to None to take what is left"
+      f"config.mesh={shape}: does not multiply to the "
+      f"{schema.counted(n_devices, 'device')} here; change an axis, "
+      "or set one to None to take what is left"
     )
   t = config.train
   rows = t.batch_size // t.microbatches

@@ -460,7 +460,7 @@ def test_a_conversation_longer_than_a_row(prepare):
   assert texts("cut_end") == {"aaaaa", first}
   (kept,) = texts("cut_start") - {"aaaaa"}
   assert kept.endswith(last) and kept.startswith("x")
-  with pytest.raises(schema.ConfigError, match="none of its 2 conversations"):
+  with pytest.raises(schema.ConfigError, match="has 2 conversations, and none"):
     store.objective = objective_lib.Chat("drop")
     rows_of(store, 5)
 

@@ -2,6 +2,7 @@
 
 import errno
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -93,6 +94,26 @@ def test_a_bug_shows_its_traceback_once_and_says_where_to_report_it():
 def test_ctrl_c_is_a_line():
   child = start("stop")
   _, said = child.communicate()
+  assert child.returncode == 130 and said == "stopped by Ctrl-C\n"
+
+
+@pytest.mark.parametrize("module", ["lm.data", "lm.evaluate", "lm.sample"])
+def test_ctrl_c_during_imports_is_a_line(module, tmp_path):
+  """Which take seconds; here JAX takes for ever."""
+  (tmp_path / "jax.py").write_text(
+    "import time\nprint('importing', flush=True)\ntime.sleep(60)\n"
+  )
+  with subprocess.Popen(
+    [sys.executable, "-m", module],
+    cwd=ROOT,
+    env={"PYTHONPATH": str(tmp_path)},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  ) as child:
+    assert child.stdout is not None and child.stdout.readline()
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate()
   assert child.returncode == 130 and said == "stopped by Ctrl-C\n"
 
 

@@ -358,7 +358,7 @@ def test_runs_that_differ_by_luck_are_not_told_apart(quick):
     (["bytes", "bytes@7"], {}, "bytes and .*bytes@7 are the same scores"),
     (["bytes", "../runs0/bytes"], {}, "are the same scores"),
     (["bytes", "pieces"], {"specs": ["text:{}/a.txt|fim"]}, "objective"),
-    (["bytes", "pieces"], {"data": {"text_unit": "file"}}, "1 documents with"),
+    (["bytes", "pieces"], {"data": {"text_unit": "file"}}, "1 document with"),
     (["bytes", "pieces"], {"specs": ["text:{}/none"]}, "no file matches"),
     (["bytes", "pieces"], {"stride": 9}, "--stride=9: must be from 1 to .*=7"),
     (["bytes", "files"], {}, "other documents, .*a.txt:1' of"),

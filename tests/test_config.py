@@ -1111,3 +1111,13 @@ def test_initialised_parameters_equal_the_count(path):
   shapes = jax.eval_shape(lambda: decoder.init_params(cfg, key))
   sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)]
   assert sum(sizes) == PARAMETERS[path.stem]
+
+
+def test_a_count_agrees_with_its_noun():
+  found = [schema.counted(n, "document") for n in (0, 1, 2, 1234)]
+  assert found == [
+    "0 documents",
+    "1 document",
+    "2 documents",
+    "1,234 documents",
+  ]

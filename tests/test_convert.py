@@ -158,7 +158,7 @@ def test_all_tensors_that_do_not_fit_are_listed_at_once(copied, tmp_path):
   refused(
     tmp_path,
     copied,
-    "4 tensors do not fit its config.json",
+    "config.json does not fit 4 tensors: ",
     "model.norm.weight: missing, [24]",
     "model.layers.9.mlp.up_proj.weight: unknown, F32[2, 3]",
     "model.layers.0.mlp.down_proj.weight: shape [29, 24], must be [24, 29]",

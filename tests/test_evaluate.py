@@ -745,7 +745,7 @@ def test_skipped_documents_are_counted(workdir, tmp_path):
   assert [d.name for d in result.documents] == [str(tmp_path / "good.txt")]
   assert result.n_skipped == 1
   (tmp_path / "good.txt").unlink()
-  with pytest.raises(schema.ConfigError, match="none of its 1 documents"):
+  with pytest.raises(schema.ConfigError, match="has 1 document, and none has"):
     evaluate(workdir, specs=specs, data=options)
 
 
@@ -755,7 +755,7 @@ def test_a_source_without_text_has_no_bits_per_byte(workdir, tmp_path):
   (tmp_path / "b.txt").touch()
   options = {"text_unit": "file"}
   specs = [f"text:{tmp_path}/*.txt"]
-  with pytest.raises(schema.ConfigError, match="none of its 2 doc"):
+  with pytest.raises(schema.ConfigError, match="has 2 documents, and none"):
     evaluate(workdir, specs=specs, data=options)
   (tmp_path / "b.txt").write_text("b")
   (result,) = evaluate(workdir, specs=specs, data=options).results

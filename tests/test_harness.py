@@ -93,13 +93,11 @@ def _offline():
     yield
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def write_tasks(path, questions, texts):
   """Task files in lm-eval's format, beside their data."""
-  path = tmp_path_factory.mktemp("tasks")
   for name, content in TASKS.items():
     data = path / f"{name}.jsonl"
-    rows = TEXTS if name == "rolling" else QUESTIONS
+    rows = texts if name == "rolling" else questions
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (path / f"{name}.yaml").write_text(
       f"task: {name}\ntest_split: test\ndataset_path: json\n"
@@ -107,6 +105,11 @@ def folder(tmp_path_factory):
       f"metadata: {{version: 1.5}}\n{content}"
     )
   return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return write_tasks(tmp_path_factory.mktemp("tasks"), QUESTIONS, TEXTS)
 
 
 def make(
@@ -515,10 +518,13 @@ def test_in_process_is_over_http_is_by_hand(
 def workdir(tmp_path_factory):
   """A run with one checkpoint."""
   path = tmp_path_factory.mktemp("run")
+  (path / "train.txt").write_text(f"In it: {QUESTIONS[0]['question']}\n")
   config = config_lib.Config(
     model=MODEL,
     tokenizer=config_lib.TokenizerConfig(kind="bytes"),
-    data=config_lib.DataConfig(cache_dir=str(path / "cache")),
+    data=config_lib.DataConfig(
+      train=(f"text:{path}/train.txt",), cache_dir=str(path / "cache")
+    ),
     train=config_lib.TrainConfig(batch_size=3, sequence_length=11),
   )
   checkpoints = checkpoint.Checkpoints(str(path), config.checkpoint)
@@ -572,7 +578,7 @@ def test_two_processes_give_what_one_gives(workdir, folder, tmp_path):
     said = child.communicate()[1]
     assert child.returncode == 2, said
     assert "long: generation_kwargs.max_gen_toks=101: must be in" in said
-  children = two(f"--tasks={','.join(TASKS)}")
+  children = two(f"--tasks={','.join(TASKS)}", "--overlap", "--overlap_words=3")
   alone = harness.evaluate(workdir, [*TASKS], include_path=folder)
   assert alone is not None
   (out, err), (other, other_err) = [child.communicate() for child in children]
@@ -585,6 +591,8 @@ def test_two_processes_give_what_one_gives(workdir, folder, tmp_path):
   assert content["date"] and content["lm_eval"]
   for name, task in alone["tasks"].items():
     written = content["tasks"][name]
+    is_question = 0 if name == "rolling" else 1 / 3
+    assert written["overlap"]["share_of_documents"] == is_question
     for metric, score in task["metrics"].items():
       assert written["metrics"][metric]["value"] == pytest.approx(
         score["value"], rel=1e-5
@@ -683,6 +691,61 @@ def test_without_tasks_lm_eval_is_not_imported():
     [sys.executable, "-c", program], capture_output=True, text=True, check=True
   )
   assert done.stdout == "set()\n"
+
+
+@pytest.mark.slow
+def test_the_command_line_of_lm_eval_and_the_server(workdir, tmp_path):
+  """Both as a user starts them, on texts that the context holds: the scores
+  are those of `lm.evaluate --tasks`.
+  """
+  folder = write_tasks(tmp_path, QUESTIONS[:2], [TEXTS[0], TEXTS[2]])
+  environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+  with subprocess.Popen(
+    [
+      *(sys.executable, "-m", "lm.serve", f"--workdir={workdir}"),
+      *("--add_bos", "--port=0", "--nowarmup"),
+    ],
+    stdout=subprocess.PIPE,
+    text=True,
+    env=environment,
+  ) as server:
+    try:
+      assert server.stdout is not None
+      name, _, url = server.stdout.readline().partition(": ")
+      arguments = {
+        "model": name,
+        "base_url": f"{url.strip()}v1/completions",
+        "tokenizer_backend": "remote",
+        "max_length": CONTEXT,
+        "max_retries": 1,
+      }
+      given = ",".join(f"{key}={value}" for key, value in arguments.items())
+      client = subprocess.run(
+        [
+          *(sys.executable, "-m", "lm_eval", "run"),
+          *("--model", "local-completions", "--model_args", given),
+          *("--tasks", ",".join(TASKS), "--include_path", folder),
+          *("--output_path", str(tmp_path / "found")),
+        ],
+        capture_output=True,
+        text=True,
+        env=environment | {"OPENAI_API_KEY": "none"},
+      )
+    finally:
+      server.send_signal(signal.SIGTERM)
+  assert client.returncode == 0, client.stderr
+  assert server.returncode == 0
+  (path,) = (tmp_path / "found").rglob("results_*.json")
+  results = json.loads(path.read_text())["results"]
+  alone = harness.evaluate(workdir, [*TASKS], include_path=folder)
+  assert alone is not None and results.keys() == alone["tasks"].keys()
+  n_metrics = 0
+  for name, task in alone["tasks"].items():
+    for metric, score in task["metrics"].items():
+      over_http = results[name][f"{metric},none"]
+      assert over_http == pytest.approx(score["value"], rel=1e-6), metric
+      n_metrics += 1
+  assert n_metrics == 7
 
 
 # --- during training ---------------------------------------------------------

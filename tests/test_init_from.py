@@ -344,9 +344,30 @@ def test_it_trains_from_there_and_goes_on_without(hub, make, tmp_path):
 def test_low_rank_updates_of_a_folder(hub, make):
   config = from_hub(make, hub, lora=config_lib.LoraConfig(rank=2))
   state, said = started(config, hub)
-  assert "fresh: adapters of rank 2" in said
+  assert "fresh: adapters of rank 2" in said and "--to=peft" not in said
   want = folder.load_on(folder.find(str(hub)))
   assert_same(state.frozen, want)
+
+
+@pytest.mark.parametrize(
+  ("targets", "joined"), [((), "q, k, v"), (("v", "o"), "v"), (("o",), None)]
+)
+def test_adapters_that_no_file_can_hold_are_told_of(
+  make, tmp_path, targets, joined
+):
+  """GPT-2 of transformers has queries, keys and values in one matrix."""
+  test_families.reference("gpt2", tmp_path, vocab_size=320)
+  test_convert.save_tokenizer(tmp_path)
+  config = from_hub(make, tmp_path)
+  config.mesh.fsdp, config.mesh.data = 1, 1
+  config.model.lora = config_lib.LoraConfig(rank=2, targets=targets)
+  said: list[str] = []
+  mesh = sharding.make_mesh(config, jax.devices()[:1])
+  init_from.load(config, mesh, said.append)
+  told = [line for line in said if "--to=peft will refuse" in line]
+  assert [f"'gpt2' of transformers has {joined} joined" in x for x in told] == (
+    [True] if joined else []
+  )
 
 
 def test_a_folder_of_another_model_is_refused(hub, make, tmp_path):

@@ -239,7 +239,7 @@ def test_tpu_vm_comes_back_after_a_preemption(tools, capfd):
   assert verbs(tools) == worked * 2
   assert progress.read_text() == "step\n" * 3
   assert "of the checkout" in said and "llama-1b: SUSPENDED" in said
-  assert "9 retries left" in said and "launch: complete" in said
+  assert "retries left: 9" in said and "launch: complete" in said
   assert pauses.count(10.0) == 1
   installed = {" ".join(call[0][:3]) for call in recorded(tools, "python3")}
   assert installed == {"-m pip install", "-m uv venv", "-m uv pip"}

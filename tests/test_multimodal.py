@@ -218,7 +218,7 @@ def test_tensors_that_do_not_fit_are_refused(copied, tmp_path):
   test_convert.refused(
     tmp_path,
     copied,
-    "6 tensors do not fit its config.json",
+    "config.json does not fit 6 tensors: ",
     "model.layers.1.mlp.up_proj.weight: missing, [28, 48]",
     "model.norm.weight: 2 times",
     *(f"{name}: unknown, F32[2]" for name in unknown),

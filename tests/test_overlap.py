@@ -315,7 +315,7 @@ def test_report_names_what_overlaps(given, tmp_path, capsys):
   assert (held["n_bytes"], held["share_of_bytes"]) == (total, n / total)
   assert (task["n_touched"], task["share_of_documents"]) == (1, 0.5)
   said = capsys.readouterr().out
-  assert "held.txt: 2 documents have fewer than 13 words" in said
+  assert "held.txt: 2 documents of fewer than 13 words can overlap with" in said
   assert f"14 words, bytes 4 to {4 + n} of {given}/held.txt:2" in said
 
 

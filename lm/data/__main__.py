@@ -120,8 +120,8 @@ def _rows(config: config_lib.Config, prepared: store.Prepared) -> list[str]:
   for s, windows in enumerate(pipeline.training_windows(config, prepared)):
     scored, padding = pipeline.shares(config, prepared, s)
     found.append(
-      f"{prepared.train[s].spec}: {len(windows):,} rows; {scored:.1%} of the "
-      f"positions are scored, {padding:.1%} are padding; "
+      f"{prepared.train[s].spec}: {schema.counted(len(windows), 'row')}; "
+      f"{scored:.1%} of the positions are scored, {padding:.1%} are padding; "
       f"{windows.cut_share:.1%} of the documents fit no row whole"
     )
   return found

@@ -192,9 +192,9 @@ class HuggingFace(vocabulary_lib.Vocabulary):
       some = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
       raise schema.ConfigError(
         f"config.model.vocab_size={room}: the objectives of the sources need "
-        f"{len(missing)} tokens that the vocabulary of tokenizer.path lacks "
-        f"({some}), and has no unused ids for; set it to at least {size}, or "
-        "choose other objectives"
+        f"{schema.counted(len(missing), 'token')} that the vocabulary of "
+        f"tokenizer.path lacks ({some}), and has no unused ids for; set it "
+        f"to at least {size}, or choose other objectives"
       )
     return dataclasses.replace(
       self.source, added=(*self.source.added, *missing)

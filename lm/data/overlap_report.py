@@ -1,8 +1,11 @@
-"""Reports overlaps as a table and as JSON, and reads shares from the JSON."""
+"""Reports overlaps as a table and as JSON; shares for scores, from a search or
+from the JSON.
+"""
 
 import contextlib
+import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import rich.console
@@ -23,13 +26,35 @@ _N_SHOWN = 3
 class Shares(NamedTuple):
   """The overlap of a held-out source with training text, as fractions: of the
   documents (with a common passage of `n` words), of the bytes (in common
-  passages), and of the bytes of each overlapping document, by name.
+  passages), and of the bytes of each overlapping document, by name. `n_short`
+  of the `n_documents` documents have fewer than `n` words.
   """
 
   n: int
   of_documents: float
   of_bytes: float
   of_bytes_by_document: dict[str, float]
+  n_documents: int
+  n_bytes: int
+  n_short: int
+
+  def to_json(self) -> dict[str, Any]:
+    return {
+      "n": self.n,
+      "n_short": self.n_short,
+      "share_of_documents": self.of_documents,
+      "share_of_bytes": self.of_bytes,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+  """A search of the training sources, in passages of `n` words; the report of
+  all passages is written to the file `output` unless None.
+  """
+
+  n: int = overlap.DEFAULT_N
+  output: str | None = None
 
 
 def report(
@@ -50,7 +75,18 @@ def report(
     [overlap.open_source(spec, config.data) for spec in _specs(names)]
     for names in ((*config.data.validation, *more), config.data.train)
   )
-  console = rich.console.Console()
+  found = _find(held_out, training, n)
+  show(found, n, rich.console.Console())
+  if output is not None:
+    _write(to_json(found, training, n), output)
+
+
+def _find(
+  held_out: Sequence[sources_lib.Source],
+  training: Sequence[sources_lib.Source],
+  n: int,
+) -> list[overlap.HeldOut]:
+  """Calls `overlap.find` with a progress bar; RunError if a source changes."""
   with _watch() as watch:
     found = overlap.find(held_out, training, n, watch)
   for source in (*held_out, *training):
@@ -58,10 +94,11 @@ def report(
       raise schema.RunError(
         f"{changed}: has changed while it was read; start again"
       )
-  show(found, n, console)
-  if output is not None:
-    content = to_json(found, training, n)
-    files.replace(output, json.dumps(content, indent=2) + "\n")
+  return found
+
+
+def _write(content: dict[str, Any], path: str) -> None:
+  files.replace(path, json.dumps(content, indent=2) + "\n")
 
 
 def _specs(names: Iterable[str]) -> list[str]:
@@ -90,7 +127,7 @@ def _watch() -> Iterator[overlap.Watch]:
       for document in overlap.read(source):
         yield document
         progress.advance(bar)
-      progress.update(bar, completed=len(source))
+      progress.remove_task(bar)
 
     yield watch
 
@@ -117,8 +154,8 @@ def show(
     )
     if part.n_short:
       lines.append(
-        f"{part.source}: {part.n_short:,} documents have fewer than {n} words, "
-        "and overlap with none"
+        f"{part.source}: {schema.counted(part.n_short, 'document')} of fewer "
+        f"than {n} words can overlap with none"
       )
     matches = [(m, d.name) for d in part.touched for m in d.matches]
     matches.sort(key=lambda pair: -pair[0].n_words)
@@ -170,29 +207,98 @@ def to_json(
   }
 
 
-def _share(part: int, whole: int) -> float:
+def _share(part: int | float, whole: int) -> float:
   return part / whole if whole else 0.0
 
 
 def shares(
-  path: str, names: Sequence[str], config: config_lib.DataConfig
+  given: str | Search,
+  held_out: Mapping[str, sources_lib.Source],
+  config: config_lib.DataConfig,
 ) -> dict[str, Shares]:
-  """Reads the shares of the sources `names` from the JSON file `path`, written
-  by `lm.data --overlap`; `config` has the training sources and the options for
-  reading. Raises ConfigError if the file is invalid, or if sources or their
-  contents differ.
+  """Returns the shares of the sources `held_out`, by the caller's names: from a
+  search, one for all of them, or from the JSON file `given`, which a search
+  wrote; `config` has the training sources and the options for reading.
+
+  Raises ConfigError if the file is invalid, or if sources or their contents
+  differ; RunError if a source changes during the search.
   """
+  if isinstance(given, str):
+    content = _load(given, held_out, config)
+  else:
+    check(given, config)
+    training = [
+      overlap.open_source(spec, config) for spec in _specs(config.train)
+    ]
+    unique = {overlap.spec_of(source): source for source in held_out.values()}
+    found = _find([*unique.values()], training, given.n)
+    content = to_json(found, training, given.n)
+    if given.output is not None:
+      _write(content, given.output)
+  parts = {part["source"]: part for part in content["sources"]}
+  return {
+    name: _read(content["n"], parts[overlap.spec_of(source)])
+    for name, source in held_out.items()
+  }
+
+
+def check(given: str | Search, config: config_lib.DataConfig) -> None:
+  """Raises ConfigError where `shares` would, whatever the held-out sources, on
+  a file; reads no source.
+  """
+  if isinstance(given, str):
+    _load(given, {}, config)
+  elif given.output is not None:
+    files.check_output(given.output, "--overlap_output")
+
+
+def open_held_out(
+  names: Iterable[str], config: config_lib.DataConfig
+) -> dict[str, sources_lib.Source]:
+  """Opens the sources `names` as `shares` takes them."""
+  return {
+    name: overlap.open_source(spec, config)
+    for name in names
+    for spec in _specs([name])
+  }
+
+
+def joined(parts: Sequence[Shares]) -> Shares:
+  """Shares of all `parts`, at least one, of different documents."""
+  n_documents = sum(part.n_documents for part in parts)
+  n_bytes = sum(part.n_bytes for part in parts)
+  n_touched = sum(part.of_documents * part.n_documents for part in parts)
+  n_covered = sum(part.of_bytes * part.n_bytes for part in parts)
+  return Shares(
+    parts[0].n,
+    _share(n_touched, n_documents),
+    _share(n_covered, n_bytes),
+    {k: v for part in parts for k, v in part.of_bytes_by_document.items()},
+    n_documents,
+    n_bytes,
+    sum(part.n_short for part in parts),
+  )
+
+
+def _load(
+  path: str,
+  held_out: Mapping[str, sources_lib.Source],
+  config: config_lib.DataConfig,
+) -> dict[str, Any]:
+  """Reads and checks a file of overlaps, as `shares` says."""
   again = (
     "write it anew: python -m lm.data --config=FILE --overlap "
-    "--overlap_source=SPEC --output=FILE"
+    "--overlap_source=SPEC --output=FILE, or, for tasks too, python -m "
+    "lm.evaluate with --overlap --overlap_output=FILE"
   )
   where = f"--overlap={path}"
   try:
     with open(path, "rb") as file:
       content = json.load(file)
     training = [source["source"] for source in content["training"]]
-    parts = {part["source"]: part for part in content["sources"]}
-    found = {name: _read(content["n"], part) for name, part in parts.items()}
+    known = {part["source"]: part["fingerprint"] for part in content["sources"]}
+    for part in content["sources"]:
+      _read(content["n"], part)
   except OSError as error:
     raise schema.ConfigError(f"{where}: {error.strerror}; {again}") from error
   except files.MALFORMED as error:
@@ -204,24 +310,19 @@ def shares(
       f"{where}: is about the training sources {training}, and the run was "
       f"trained on {_specs(config.train)}; {again}"
     )
-  result = {}
-  for name in names:
-    (spec,) = _specs([name])
-    if spec not in found:
+  for source in held_out.values():
+    spec = overlap.spec_of(source)
+    if spec not in known:
       raise schema.ConfigError(
-        f"{where}: has no source {spec!r}, only {', '.join(map(repr, found))}; "
+        f"{where}: has no source {spec!r}, only {', '.join(map(repr, known))}; "
         f"{again}"
       )
-    if (
-      overlap.open_source(spec, config).fingerprint()
-      != (parts[spec]["fingerprint"])
-    ):
+    if source.fingerprint() != known[spec]:
       raise schema.ConfigError(
         f"{where}: {spec!r} has changed since, or is read with other options "
-        f"(text_unit, invalid_utf8); {again}"
+        f"(text_unit, invalid_utf8; of tasks, limit); {again}"
       )
-    result[name] = found[spec]
-  return result
+  return content
 
 
 def _read(n: int, part: dict[str, Any]) -> Shares:
@@ -232,6 +333,7 @@ def _read(n: int, part: dict[str, Any]) -> Shares:
     {
       d["name"]: _share(d["n_covered"], d["n_bytes"]) for d in part["documents"]
     },
+    *(int(part[name]) for name in ("n_documents", "n_bytes", "n_short")),
   )
   for share in (*found[1:3], *found.of_bytes_by_document.values()):
     if not 0 <= share <= 1:

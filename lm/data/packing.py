@@ -79,8 +79,9 @@ class BestFit:
     self._starts, self._sizes = pieces
     if not len(self._sizes):
       raise schema.ConfigError(
-        f"source {store.spec!r}: none of its {len(lengths)} conversations fits "
-        f"a row of train.sequence_length={length}; the shortest has "
+        f"source {store.spec!r}: has "
+        f"{schema.counted(len(lengths), 'conversation')}, and none fits a row "
+        f"of train.sequence_length={length}; the shortest has "
         f"{lengths.min()} tokens: raise it, or write |chat(long='cut_start')"
       )
     needed = shape.size(self._sizes)

@@ -176,9 +176,9 @@ def shares(
   scored = float(np.mean([row.weights > 0 for row in rows]))
   if scored == 0:
     raise schema.ConfigError(
-      f"source {prepared.train[s].spec!r}: none of {len(rows)} rows has a "
-      "target: there is nothing to learn. Look at its documents with "
-      "`python -m lm.data --show=3`"
+      f"source {prepared.train[s].spec!r}: of "
+      f"{schema.counted(len(rows), 'row')} none has a target: there is nothing "
+      "to learn. Look at its documents with `python -m lm.data --show=3`"
     )
   return scored, float(np.mean([row.segments == 0 for row in rows]))
 

@@ -332,8 +332,8 @@ def _build(
   if skipped.n_changed:
     print(
       f"source {source.spec!r}: the tokenizer changes the text of "
-      f"{skipped.n_changed} documents ({tokenizer.lossy}); bytes are counted "
-      "over the text as it is",
+      f"{schema.counted(skipped.n_changed, 'document')} ({tokenizer.lossy}); "
+      "bytes are counted over the text as it is",
       file=sys.stderr,
     )
 

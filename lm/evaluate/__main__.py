@@ -20,6 +20,8 @@ from etils import epath
 
 from lm import checkpoint, cli, files, processes, schema, validation
 from lm import config as config_lib
+from lm.data import overlap as overlap_lib
+from lm.data import overlap_report
 from lm.data import tokenizer as tokenizer_lib
 from lm.evaluate import compare, compare_output, corpora, harness, output
 from lm.sample import request as request_lib
@@ -60,10 +62,23 @@ _CHAT_TEMPLATE = cli.define_path(
   "Jinja file that lays out the conversations of a source SPEC|chat; default: "
   "the checkpoint's.",
 )
-_OVERLAP = cli.define_path(
+_OVERLAP = cli.define_optional_path(
   "overlap",
-  "File of lm.data --overlap --output: what overlaps with training text stands "
-  "beside each score.",
+  "Contamination: what overlaps with training text stands beside each score. "
+  "--overlap searches the run's training sources; --overlap=FILE reads what "
+  "lm.data --overlap --output or --overlap_output wrote.",
+)
+_OVERLAP_WORDS = flags.DEFINE_integer(
+  "overlap_words",
+  None,
+  "With --overlap, without a file: words of a common passage; default: "
+  f"{overlap_lib.DEFAULT_N}.",
+  lower_bound=2,
+  upper_bound=1000,
+)
+_OVERLAP_OUTPUT = cli.define_path(
+  "overlap_output",
+  "With --overlap, without a file: JSON file to write, of every passage.",
 )
 _DOCUMENTS = flags.DEFINE_bool(
   "documents", False, "Show and write every document."
@@ -116,7 +131,6 @@ _OF_SOURCES = (
   "text_unit",
   "invalid_utf8",
   "documents",
-  "overlap",
   "samples",
   "max_new_tokens",
 )
@@ -124,7 +138,7 @@ _OF_TASKS = ("include_path", "limit", "num_fewshot", "apply_chat_template")
 # Flags that are about one run.
 _OF_ONE_RUN = (
   *("workdir", "step", "adapter", "chat_template", "tasks"),
-  *("samples", "max_new_tokens"),
+  *("samples", "max_new_tokens", "overlap_words", "overlap_output"),
 )
 
 
@@ -152,10 +166,10 @@ def _evaluate(data: dict[str, Any]) -> None:
       raise schema.ConfigError(
         f"--{name}: has a meaning for {needed} only; leave it out"
       )
-  if _TASKS.value == []:
+  if _TASKS.value is not None and "" in (_TASKS.value or [""]):
     raise schema.ConfigError(
-      "--tasks=: names no task; write --tasks=docstring_bodies, or see "
-      "`lm_eval ls tasks`"
+      f"--tasks={','.join(_TASKS.value)}: has an empty name; write "
+      "--tasks=docstring_bodies, or see `lm_eval ls tasks`"
     )
   if _TASKS.value:
     harness.check_installed()
@@ -175,7 +189,7 @@ def _evaluate(data: dict[str, Any]) -> None:
     output=_OUTPUT.value,
     adapter=_ADAPTER.value,
     chat_template=template,
-    overlap=_OVERLAP.value,
+    overlap=_overlap(),
     samples=_SAMPLES.value,
     max_new_tokens=_MAX_NEW_TOKENS.value,
   )
@@ -193,6 +207,10 @@ def _compare(data: dict[str, Any]) -> None:
         f"--{name}={value}: is about one run, and --compare about several; "
         "leave it out (a step is named by RUN@STEP)"
       )
+  if _OVERLAP.value is True:
+    raise schema.ConfigError(
+      "--overlap: with --compare, name a file of lm.data --overlap --output"
+    )
   if _DRAW.value is not None:
     files.check_output(_DRAW.value, "--draw")
   processes.join(
@@ -229,11 +247,26 @@ def _run_tasks(
     output=_OUTPUT.value,
     adapter=_ADAPTER.value,
     chat_template=chat_template,
+    overlap=_overlap(),
   )
   if content is not None:
     harness.show(content, rich.console.Console())
     if _OUTPUT.value is not None:
       harness.write(content, _OUTPUT.value)
+
+
+def _overlap() -> str | overlap_report.Search | None:
+  """What --overlap asks for. Raises ConfigError on a flag without meaning."""
+  if _OVERLAP.value is True:
+    n = _OVERLAP_WORDS.value or overlap_lib.DEFAULT_N
+    return overlap_report.Search(n, _OVERLAP_OUTPUT.value)
+  for flag in (_OVERLAP_WORDS, _OVERLAP_OUTPUT):
+    if flag.value is not None:
+      raise schema.ConfigError(
+        f"--{flag.name}={flag.value}: is about a search; add --overlap, "
+        "without a file"
+      )
+  return _OVERLAP.value
 
 
 def _heartbeat_seconds(workdir: str) -> int:

@@ -337,9 +337,10 @@ def _check_documents(runs: Sequence[Run], specs: Sequence[str]) -> Documents:
     n = sum(d.n_bytes > 0 for d in listed)
     if n < bootstrap.MIN_DOCUMENTS:
       raise schema.ConfigError(
-        f"source {spec!r}: has {n} documents with text; an interval needs "
-        f"{bootstrap.MIN_DOCUMENTS}, since it comes from how documents differ: "
-        "name more files, or cut them by --text_unit=block or line"
+        f"source {spec!r}: has {schema.counted(n, 'document')} with text; an "
+        f"interval needs {bootstrap.MIN_DOCUMENTS}, since it comes "
+        "from how documents differ: name more files, or cut them by "
+        "--text_unit=block or line"
       )
   return documents
 

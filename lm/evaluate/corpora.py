@@ -10,7 +10,7 @@ import jax
 import rich.console
 import rich.progress
 
-from lm import checkpoint, files, schema, sharding
+from lm import checkpoint, files, processes, schema, sharding
 from lm import config as config_lib
 from lm import objective as objective_lib
 from lm.data import overlap_report, pipeline
@@ -117,7 +117,7 @@ def evaluate(
   output: str | None,
   adapter: str | None = None,
   chat_template: str | None = None,
-  overlap: str | None = None,
+  overlap: str | overlap_report.Search | None = None,
   samples: int | None = None,
   max_new_tokens: int | None = None,
 ) -> Evaluation:
@@ -129,8 +129,8 @@ def evaluate(
   (only a document's last window overlaps); the rows of a training microbatch;
   the run's validation sources. `data` changes fields of the run's DataConfig;
   `adapter` is that of `load.model`; the text `chat_template` replaces the
-  checkpoint's; `overlap` is a file that `lm.data --overlap` wrote. `samples` of
-  each source of chats are answered, as by `chat_samples.answer`.
+  checkpoint's; `overlap` is that of `overlap_report.shares`. `samples` of each
+  source of chats are answered, as by `chat_samples.answer`.
   Raises ConfigError on bad input before parameters are loaded.
   """
   if output is not None:
@@ -161,7 +161,7 @@ def prepare(
   data: dict[str, Any],
   adapter: str | None = None,
   chat_template: str | None = None,
-  overlap: str | None = None,
+  overlap: str | overlap_report.Search | None = None,
   samples: int | None = None,
   max_new_tokens: int | None = None,
 ) -> Job:
@@ -192,12 +192,12 @@ def prepare(
   sources = [_open(name, tokenizer, data_config) for name in names]
   shares = {}
   if overlap is not None:
-    if not meta.trained_on:
-      raise schema.ConfigError(
-        f"--overlap={overlap}: {workdir} was converted, and what it was "
-        "trained on is unknown; leave --overlap out"
+    check_training_known(workdir, meta)
+    shares = processes.only_first(
+      lambda: overlap_report.shares(
+        overlap, overlap_report.open_held_out(names, data_config), data_config
       )
-    shares = overlap_report.shares(overlap, names, data_config)
+    )
   rows = config.train.batch_size // config.train.microbatches
   rows = rows if batch_size is None else batch_size
   return Job(
@@ -208,10 +208,19 @@ def prepare(
     rows,
     stride,
     adapter,
-    shares,
+    shares or {},
     asked,
     max_new_tokens,
   )
+
+
+def check_training_known(workdir: str, meta: checkpoint.Meta) -> None:
+  """Raises ConfigError on a converted run, with which nothing can overlap."""
+  if not meta.trained_on:
+    raise schema.ConfigError(
+      f"--overlap: {workdir} was converted, and what it was trained on is "
+      "unknown; leave --overlap out"
+    )
 
 
 def _check_objectives(
@@ -233,7 +242,7 @@ def score(job: Job) -> Evaluation:
   config, results = job.meta.config, []
   about = provenance.of(job.meta, job.tokenizer, job.adapter)
   mesh, n_rows = make_mesh(config, job.n_rows)
-  with jax.set_mesh(mesh), _progress() as progress:
+  with jax.set_mesh(mesh), progress_bar() as progress:
     model, params = load.model(job.workdir, job.meta, mesh, job.adapter)
     score_step = perplexity.eval_step(model)
     for source in job.sources:
@@ -333,8 +342,9 @@ def _check_text(source: sources_lib.Source) -> None:
   documents = (source[i] for i in range(len(source)))
   if not any(document and document.text for document in documents):
     raise schema.ConfigError(
-      f"source {source.spec!r}: none of its {len(source)} documents has text "
-      "that is UTF-8; correct them, or set invalid_utf8 to 'replace'"
+      f"source {source.spec!r}: has "
+      f"{schema.counted(len(source), 'document')}, and none has text that is "
+      "UTF-8; correct them, or set invalid_utf8 to 'replace'"
     )
 
 
@@ -367,7 +377,7 @@ def make_mesh(
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[rich.progress.Progress]:
+def progress_bar() -> Iterator[rich.progress.Progress]:
   """Progress bar of process 0, only in a terminal. The bar vanishes at the end:
   an error stays a single line.
   """

@@ -6,6 +6,7 @@ lm-eval is imported inside functions, since most commands run no tasks.
 
 import contextlib
 import fnmatch
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -26,8 +27,9 @@ import rich.markup
 import rich.table
 
 from lm import checkpoint, files, processes, schema
+from lm.data import overlap_report
 from lm.data import tokenizer as tokenizer_lib
-from lm.evaluate import corpora, provenance
+from lm.evaluate import corpora, provenance, task_texts
 from lm.sample import load
 
 # Tasks of this project: found without a network and without lm-eval's index.
@@ -58,6 +60,7 @@ def evaluate(
   output: str | None = None,
   adapter: str | None = None,
   chat_template: str | None = None,
+  overlap: str | overlap_report.Search | None = None,
 ) -> dict[str, Any] | None:
   """Runs tasks on a checkpoint. Returns the scores, as for `show` and `write`,
   on process 0, and None on every further process.
@@ -72,8 +75,12 @@ def evaluate(
   meta = checkpoint.load_meta(workdir, step)
   tokenizer = _tokenizer(meta, chats, chat_template)
   train, cache_dir = meta.config.train, meta.config.data.cache_dir
+  if overlap is not None:
+    corpora.check_training_known(workdir, meta)
+    overlap_report.check(overlap, meta.config.data)
   loaded = processes.only_first(lambda: find(tasks, include_path, cache_dir))
   corpora.check_batch_size(batch_size, meta.config.model.context_length)
+  shares = processes.only_first(lambda: _overlap(overlap, loaded, limit, meta))
   rows = batch_size or train.batch_size // train.microbatches
   mesh, n_rows = corpora.make_mesh(meta.config, rows)
   with jax.set_mesh(mesh):
@@ -81,18 +88,29 @@ def evaluate(
 
   from lm.evaluate import harness_model
 
-  answerer = harness_model.Answerer(cfg, params, tokenizer, mesh, n_rows)
-  found = answerer.lead(
-    lambda: run(
-      harness_model.HarnessModel(answerer),
-      loaded,
-      limit=limit,
-      num_fewshot=num_fewshot,
-      chats=chats,
+  with corpora.progress_bar() as progress:
+    bar = progress.add_task("requests", total=None)
+
+    def tell(kind: str, n_done: int, n: int) -> None:
+      progress.update(bar, description=kind, completed=n_done, total=n)
+
+    answerer = harness_model.Answerer(
+      cfg, params, tokenizer, mesh, n_rows, tell=tell
     )
-  )
+    found = answerer.lead(
+      lambda: run(
+        harness_model.HarnessModel(answerer),
+        loaded,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        chats=chats,
+      )
+    )
   if found is None:
     return None
+  for name, known in (shares or {}).items():
+    if name in found:
+      found[name]["overlap"] = known.to_json()
   return {
     "workdir": workdir,
     "step": meta.step,
@@ -127,6 +145,25 @@ def _tokenizer(
       "with --chat_template=FILE.jinja"
     )
   return tokenizer
+
+
+def _overlap(
+  given: str | overlap_report.Search | None,
+  loaded: Any,
+  limit: int | None,
+  meta: checkpoint.Meta,
+) -> dict[str, overlap_report.Shares]:
+  """The overlap of each task and group with the run's training sources, by one
+  search for all; {} if `given` is None.
+  """
+  if given is None:
+    return {}
+  held_out = {
+    name: task_texts.TaskTexts(name, task, limit)
+    for name, task in loaded["tasks"].items()
+  }
+  shares = overlap_report.shares(given, held_out, meta.config.data)
+  return task_texts.add_groups(shares, loaded)
 
 
 # --- tasks -------------------------------------------------------------------
@@ -253,10 +290,12 @@ def _scores(found: Any, name: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Hides lm-eval's messages, redirects lm-eval's stdout to stderr, and turns
-  off the process pool of the bootstrap: JAX's threads do not survive a fork.
+  """Hides lm-eval's messages and bars, redirects lm-eval's stdout to stderr,
+  and turns off the process pool of the bootstrap: JAX's threads do not survive
+  a fork.
   """
   import datasets
+  import tqdm
 
   logger, key = logging.getLogger("lm_eval"), "DISABLE_MULTIPROC"
   level, bars = logger.level, datasets.is_progress_bar_enabled()
@@ -264,10 +303,15 @@ def _quiet() -> Iterator[None]:
   os.environ[key] = "1"
   logger.setLevel(logging.ERROR)
   datasets.disable_progress_bars()
+  # tqdm reads TQDM_DISABLE only when it is imported.
+  bars: Any = tqdm.tqdm
+  begin = bars.__init__
+  bars.__init__ = functools.partialmethod(begin, disable=True)
   try:
     with contextlib.redirect_stdout(sys.stderr):
       yield
   finally:
+    bars.__init__ = begin
     logger.setLevel(level)
     os.environ.pop(key)
     if before is not None:
@@ -295,27 +339,56 @@ def _seeded() -> Iterator[None]:
 
 
 def show(content: dict[str, Any], console: rich.console.Console) -> None:
-  """Prints a row for each metric of each task."""
+  """Prints a row for each metric of each task; a known overlap with training
+  text has columns of its own.
+  """
+  tasks = content["tasks"].items()
+  known = any("overlap" in task for _, task in tasks)
   title = f"{content['workdir']}, step {content['step']}"
   table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, padding=0)
   table.add_column("task", overflow="fold")
   for name in ("version", "docs", "shots", "metric", "value", "stderr"):
     is_number = name in ("docs", "shots", "value", "stderr")
     table.add_column(name, justify="right" if is_number else "left")
+  for name in ("overlap", "bytes") if known else ():
+    table.add_column(name, justify="right")
 
   def cell(value: Any) -> str:
     if value is None:
       return "-"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
-  for name, task in content["tasks"].items():
+  for name, task in tasks:
     first = [str(task["version"]), task["n"], task["num_fewshot"]]
     label = rich.markup.escape(name)
+    shares = ()
+    if overlap := task.get("overlap"):
+      parts = ("share_of_documents", "share_of_bytes")
+      shares = [f"{overlap[part]:.1%}" for part in parts]
     for metric, score in task["metrics"].items():
-      row = [*map(cell, first), metric, *map(cell, score.values())]
+      row = [*map(cell, first), metric, *map(cell, score.values()), *shares]
       table.add_row(label, *row)
       label, first = "", ["", "", ""]
   console.print(table)
+  for line in _overlap_lines(content["tasks"]):
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _overlap_lines(tasks: dict[str, dict[str, Any]]) -> Iterator[str]:
+  """Says what the shares of an overlap count, where one is known."""
+  known = {k: task["overlap"] for k, task in tasks.items() if "overlap" in task}
+  for overlap in [*known.values()][:1]:
+    yield (
+      f"overlap: documents with a passage of {overlap['n']} words that "
+      "training text has, and bytes in such passages."
+    )
+  for name, overlap in known.items():
+    if n_short := overlap["n_short"]:
+      some = schema.counted(n_short, "document")
+      yield (
+        f"{name}: {some} of fewer than {overlap['n']} words can overlap with "
+        "none."
+      )
 
 
 def write(content: dict[str, Any], path: str) -> None:

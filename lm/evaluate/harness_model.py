@@ -53,7 +53,8 @@ class Answerer:
 
   `params` are placed on `mesh` (None: one device), in mode pmap replicated. A
   batch has `n_rows` rows, a multiple of the devices along the batch.
-  `should_stop` is as in `likelihood.score`.
+  `should_stop` is as in `likelihood.score`; `tell` gets the kind of request,
+  how many of a list are answered, and how many there are.
   """
 
   def __init__(
@@ -65,6 +66,7 @@ class Answerer:
     n_rows: int,
     should_stop: Callable[[], bool] = lambda: False,
     step: likelihood.Step | None = None,
+    tell: Callable[[str, int, int], None] = lambda kind, n_done, n: None,
   ):
     self.cfg, self.tokenizer = cfg, tokenizer
     self._params, self._n_rows, self._should_stop = params, n_rows, should_stop
@@ -74,7 +76,7 @@ class Answerer:
     if mesh is not None and is_pmap:
       self._where = NamedSharding(mesh, sharding.partition("batch", "length"))
       self._mesh = None
-    self._step = step or make_step(cfg, mesh)
+    self._step, self._tell = step or make_step(cfg, mesh), tell
     self._made: sampler_lib.Sampler | None = None
     # Whether other processes wait for a message of process 0.
     self._awaited = jax.process_count() > 1
@@ -140,6 +142,7 @@ class Answerer:
         context=self.cfg.context_length,
         where=self._where,
         should_stop=self._should_stop,
+        tell=lambda n_done: self._tell(kind, n_done, len(asked)),
       )
 
   def _decode(self, requests: Sequence[request_lib.Request]) -> list[str]:
@@ -161,6 +164,7 @@ class Answerer:
       for piece in engine.step():
         if piece.result is not None:
           texts[piece.job] = piece.result.text
+          self._tell("texts", len(texts), len(jobs))
     return [texts[job] for job in jobs]
 
 

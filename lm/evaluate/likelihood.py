@@ -95,16 +95,18 @@ def score(
   context: int,
   where: NamedSharding | None = None,
   should_stop: Callable[[], bool] = lambda: False,
+  tell: Callable[[int], None] = lambda n_done: None,
 ) -> list[Likelihood]:
   """Returns the Likelihood of each span, (0, True) if no token is scored.
 
   `n_rows` is a multiple of the devices along the batch, and `where` the
   sharding of a batch if no mesh is in context. Collective: all processes pass
   the same spans. Raises Stopped if `should_stop`, called once per batch, is
-  true; `should_stop` must return the same value on every process.
+  true; `should_stop` must return the same value on every process. `tell` gets
+  the number of spans scored so far.
   """
   found = [Likelihood(0.0, True)] * len(spans)
-  batches = pack(spans, n_rows, context)
+  batches, n_done = pack(spans, n_rows, context), 0
   for places, scores in perplexity.ahead(
     (places, step(params, perplexity.place_rows(batch, where)))
     for batch, places in batches
@@ -117,6 +119,8 @@ def score(
       total = -math.fsum(nll[part].tolist())
       is_greedy = bool((ranks[part] == 1).all())
       found[place.document] = Likelihood(total, is_greedy)
+    n_done += len(places)
+    tell(n_done)
   return found
 
 

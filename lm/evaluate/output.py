@@ -182,11 +182,7 @@ def _overlap_object(result: corpora.Result) -> dict[str, Any]:
   """Returns the overlap with training text for JSON; {} if unknown."""
   if (shares := result.overlap) is None:
     return {}
-  found: dict[str, Any] = {
-    "n": shares.n,
-    "share_of_documents": shares.of_documents,
-    "share_of_bytes": shares.of_bytes,
-  }
+  found = shares.to_json()
   if (clean := result.clean) is not None:
     found["without_them"] = _object(clean)
   return {"overlap": found}

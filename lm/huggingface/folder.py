@@ -61,7 +61,8 @@ def find(path: str) -> Folder:
   around = multimodal.of(config_json.read_json(path, config_json.NAME))
   if around is not None:
     stored, n = around.split(stored)
-    notes = (f"vision tower left out: {n} tensors",) if n else ()
+    if n:
+      notes = (f"vision tower left out: {schema.counted(n, 'tensor')}",)
   for former, today in _FORMER.items():
     for name in [name for name in stored if name.endswith(former)]:
       renamed = name.removesuffix(former) + today

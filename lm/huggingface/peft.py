@@ -80,6 +80,34 @@ def _short(row: tables.Row) -> str:
   return name.partition("{}.")[2] or name.rpartition(".")[2]
 
 
+def misfit(cfg: config_lib.ModelConfig) -> str | None:
+  """Why `save` refuses the adapters of `cfg`: no family can express the model,
+  an adapted matrix shares a tensor with further matrices in the family, or an
+  embedding that is also the head is trained. None if `save` would write them.
+  """
+  assert cfg.lora is not None
+  targets = lora.targets(cfg)
+  try:
+    rows, whole = _rows(cfg), _full_rows(cfg)
+  except schema.ConfigError as error:
+    return str(error)
+  if any(name not in whole for name in cfg.lora.full):
+    return (
+      f"model.lora.full={cfg.lora.full}: the embedding is also the head, and "
+      "PEFT would train a copy; write the merged model by --to=huggingface"
+    )
+  joined = [name for name in targets if name not in rows]
+  if not joined:
+    return None
+  family = expressible.of(lora.base(cfg)).model_type
+  return (
+    f"model.lora.targets={targets}: the family {family!r} of transformers has "
+    f"{', '.join(joined)} joined with others in one matrix, which this adapter "
+    "would not fit; adapt other matrices, or write the merged model by "
+    "--to=huggingface"
+  )
+
+
 def save(
   folder: str, cfg: config_lib.ModelConfig, params: Any, base: str | None
 ) -> None:
@@ -87,29 +115,17 @@ def save(
   `cfg.lora.full` names.
 
   `base` is the base model's name in the file. Raises ConfigError if the model
-  has no adapters, if no family can express the model, or if an adapted matrix
-  shares a tensor with further matrices in the family.
+  has no adapters, or as `misfit` says.
   """
   if cfg.lora is None:
     raise schema.ConfigError(
       "model.lora=None: the run has no adapters that could be written; train "
       "one with --config.model.lora.rank=8 and --config.init_from"
     )
-  rows, whole, tensors = _rows(cfg), _full_rows(cfg), {}
-  targets = lora.targets(cfg)
-  if joined := [name for name in targets if name not in rows]:
-    family = expressible.of(lora.base(cfg)).model_type
-    raise schema.ConfigError(
-      f"model.lora.targets={targets}: the family {family!r} of transformers has"
-      f" {', '.join(joined)} joined with others in one matrix, which this "
-      "adapter would not fit; adapt other matrices, or write the merged model "
-      "by --to=huggingface"
-    )
-  if tied := [name for name in cfg.lora.full if name not in whole]:
-    raise schema.ConfigError(
-      f"model.lora.full={tuple(tied)}: the embedding is also the head, and "
-      "PEFT would train a copy; write the merged model by --to=huggingface"
-    )
+  if (why := misfit(cfg)) is not None:
+    raise schema.ConfigError(why)
+  targets, tensors = lora.targets(cfg), {}
+  rows, whole = _rows(cfg), _full_rows(cfg)
   for name in cfg.lora.full:
     value = np.asarray(params[name], np.float32)
     key = f"{_module(whole[name], 0)}.weight"

@@ -180,8 +180,8 @@ def require_none(folder: str, lines: Sequence[str]) -> None:
   more = len(lines) - _MOST_LINES
   said = [*lines[:_MOST_LINES], *([f"and {more} more"] if more > 0 else [])]
   raise schema.ConfigError(
-    f"{folder}: {len(lines)} tensors do not fit its config.json: "
-    f"{'; '.join(said)}"
+    f"{folder}: config.json does not fit "
+    f"{schema.counted(len(lines), 'tensor')}: {'; '.join(said)}"
   )
 
 

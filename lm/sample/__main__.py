@@ -129,8 +129,8 @@ def _generate(
       _write(shown)
   n_tokens = sum(len(result.token_ids) for result in results)
   print(
-    f"{n_tokens} tokens in {seconds:.1f} s, compilation included: "
-    f"{n_tokens / seconds:.1f} tokens/s",
+    f"{schema.counted(n_tokens, 'token')} in {seconds:.1f} s, compilation "
+    f"included: {n_tokens / seconds:.1f} tokens/s",
     file=sys.stderr,
   )
   failed = [r.seed for r in results if r.finish_reason == "error"]

@@ -126,7 +126,8 @@ class LoadedModel:
       )
     if request.min_tokens > limit:
       raise schema.ConfigError(
-        f"min_tokens={request.min_tokens}: at most {limit} tokens are drawn"
+        f"min_tokens={request.min_tokens}: at most "
+        f"{schema.counted(limit, 'token')} can be drawn"
       )
     return prompt, limit
 

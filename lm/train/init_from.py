@@ -19,7 +19,7 @@ from lm import checkpoint, files, schema, validation
 from lm import config as config_lib
 from lm.data import huggingface_files
 from lm.data import tokenizer as tokenizer_lib
-from lm.huggingface import config_json, expressible, imported
+from lm.huggingface import config_json, expressible, imported, peft
 from lm.huggingface import folder as folder_lib
 from lm.model import decoder, lora, weights
 from lm.train import programs
@@ -168,6 +168,9 @@ def load(
     f"arrays, {sum(x.size for x in arrays):,} parameters{merged}; fresh: "
     f"{fresh}"
   )
+  converted = mine is not None and source.folder is not None
+  if converted and (why := peft.misfit(config.model)) is not None:
+    say(f"lm.convert --to=peft will refuse these adapters: {why}")
   for line in _differences(config, source):
     say(f"another model than at {source.workdir}: {line}")
   return loaded
