@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+_PRIME = np.uint32(0x01000193)
+
 
 def of_tree(tree: Any, first_row: Array | int = 0) -> Array:
   """Digest, uint32 [2], of the bits, positions and tree path of all elements.
@@ -27,18 +29,32 @@ def of_tree(tree: Any, first_row: Array | int = 0) -> Array:
 def _digest(x: Array, name: Array, first_row: Array) -> Array:
   if x.ndim == 0:
     x = x[None]
+  where = jax.typeof(x).sharding
+  if x.ndim < 3 or not (where.mesh.empty or where.spec[0] is None):
+    return _mixed(x, name, first_row)
+
+  # Row by row: XLA on CPUs holds all words of a sum, twice the array's memory.
+  def add(total: Array, row: tuple[Array, Array]) -> tuple[Array, None]:
+    i, x = row
+    return total + _mixed(x, name * _PRIME + i, np.uint32(0)), None
+
+  rows = first_row + jnp.arange(len(x), dtype=jnp.uint32)
+  return jax.lax.scan(add, jnp.zeros(2, jnp.uint32), (rows, x))[0]
+
+
+def _mixed(x: Array, place: Array, first_row: Array | np.uint32) -> Array:
+  """Sums, uint32 [2], of the words of `x`, each mixed with its position."""
   if x.dtype == bool:  # has no bits to cast
     x = x.astype(jnp.uint8)
   width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
   words = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
   where = jax.typeof(x).sharding
   where = None if where.mesh.empty else where
-  place = name
   for axis in range(x.ndim):
     i = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis, out_sharding=where)
     if axis == 0:
       i += first_row
-    place = place * np.uint32(0x01000193) + i
+    place = place * _PRIME + i
   # The finalizer of MurmurHash3 (A. Appleby, public domain), with two seeds.
   sums = []
   for seed in (0x9E3779B9, 0x85EBCA77):

@@ -61,6 +61,16 @@ def join(heartbeat_seconds: int) -> None:
     ) from error
 
 
+def refuse_several(reason: str) -> None:
+  """Raises ConfigError, with the reason and the remedy, if the environment
+  names several processes: by hand as for `join`, by SLURM or by Open MPI.
+  """
+  by_hand = "COORDINATOR_ADDRESS" in os.environ
+  count = _first_set(*_ALIASES["PROCESS_COUNT"])
+  if (by_hand or _in_step()) and count not in (None, "1"):
+    raise schema.ConfigError(f"{count} processes: {reason}")
+
+
 def wait_for_all(what: str) -> None:
   """Collective barrier: returns after every process has called; `what` names
   the barrier.
@@ -163,11 +173,16 @@ def _first_set(*names: str) -> str | None:
   return next((os.environ[n] for n in names if n in os.environ), None)
 
 
+def _in_step() -> bool:
+  """Whether SLURM's srun (not `sbatch` alone) or Open MPI started this."""
+  names = ("SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE")
+  return any(name in os.environ for name in names)
+
+
 def _in_cluster() -> bool:
   """Whether JAX will detect several processes by SLURM, Open MPI or TPU."""
   count = _first_set("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-  in_step = "SLURM_STEP_NODELIST" in os.environ  # else `sbatch` alone
-  if count is not None and (in_step or "OMPI_COMM_WORLD_SIZE" in os.environ):
+  if count is not None and _in_step():
     return int(count) > 1
   if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
     return False

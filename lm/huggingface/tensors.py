@@ -53,7 +53,7 @@ class Stored:
     `DTYPES`.
     """
     whole = np.empty(self.shape, DTYPES[self.dtype])
-    rows = whole[first:last].reshape(-1).view(np.uint8)
+    rows = whole[first:last].reshape(-1).view(np.uint8).data
     with open(self.path, "rb") as file:
       file.seek(self.start + first * whole.strides[0])
       if file.readinto(rows) < len(rows):
