@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 _PRIME = np.uint32(0x01000193)
+_BLOCK = 1 << 24  # words
 
 
 def of_tree(tree: Any, first_row: Array | int = 0) -> Array:
@@ -30,19 +31,31 @@ def _digest(x: Array, name: Array, first_row: Array) -> Array:
   if x.ndim == 0:
     x = x[None]
   where = jax.typeof(x).sharding
-  if x.ndim < 3 or not (where.mesh.empty or where.spec[0] is None):
+  whole = where.mesh.empty or where.spec[0] is None
+  n = _rows(len(x), x.size) if whole else len(x)
+  if n == len(x):
     return _mixed(x, name, first_row)
 
-  # Row by row: XLA on CPUs holds all words of a sum, twice the array's memory.
-  def add(total: Array, row: tuple[Array, Array]) -> tuple[Array, None]:
-    i, x = row
-    return total + _mixed(x, name * _PRIME + i, np.uint32(0)), None
+  def add(total: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
+    first, rows = block
+    return total + _mixed(rows.reshape(n, *x.shape[1:]), name, first), None
 
-  rows = first_row + jnp.arange(len(x), dtype=jnp.uint32)
-  return jax.lax.scan(add, jnp.zeros(2, jnp.uint32), (rows, x))[0]
+  firsts = first_row + jnp.arange(0, len(x), n, dtype=jnp.uint32)
+  # With n = 1, a reshape would copy all of x.
+  blocks = x if n == 1 else x.reshape(-1, n, *x.shape[1:])
+  return jax.lax.scan(add, jnp.zeros(2, jnp.uint32), (firsts, blocks))[0]
 
 
-def _mixed(x: Array, place: Array, first_row: Array | np.uint32) -> Array:
+def _rows(n: int, size: int) -> int:
+  """Rows of a block of an array of `n` rows and `size` words: the most, of at
+  most `_BLOCK` words, that divide `n`. XLA on CPUs holds the mixed words of a
+  block, for each of two sums.
+  """
+  most = min(n, max(1, _BLOCK * n // max(1, size)))
+  return next((k for k in range(most, 0, -1) if n % k == 0), n)
+
+
+def _mixed(x: Array, place: Array, first_row: Array) -> Array:
   """Sums, uint32 [2], of the words of `x`, each mixed with its position."""
   if x.dtype == bool:  # has no bits to cast
     x = x.astype(jnp.uint8)
