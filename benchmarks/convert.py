@@ -4,8 +4,10 @@
 
 Makes a sparse file of zeros in bfloat16 with the shapes of Llama 3 8B (16 GB,
 no space on disk), reads it onto the CPU devices in float32 (32 GB), and prints
-the time and the peak of resident memory beyond the parameters, which the design
-bounds by twice the largest tensor. `--run` also writes a run directory.
+the time, the peak of resident memory, and the part of it beyond the parameters,
+which the design bounds by twice the largest tensor. `--run` then writes a run
+directory, as python -m lm.convert does. The files lie in a temporary directory,
+which is removed. Without --run it needs numpy, jax, flax and jaxtyping alone.
 """
 
 import argparse
@@ -74,10 +76,7 @@ def main() -> None:
   import numpy as np
 
   jax.config.update("jax_num_cpu_devices", asked.devices)
-  from lm import checkpoint, sharding
-  from lm import config as config_lib
-  from lm.convert import huggingface
-  from lm.data import tokenizer as tokenizer_lib
+  from lm import sharding
   from lm.huggingface import folder as folder_lib
 
   mesh = None
@@ -95,19 +94,28 @@ def main() -> None:
     largest = max(4 * np.prod(p.shape) for p in found.places.values()) / 1e9
     print(
       f"read {size:.2f} GB onto {asked.devices} device(s) in {seconds:.1f} s; "
-      f"parameters {held:.2f} GB, largest tensor {largest:.2f} GB in float32; "
-      f"peak resident memory beyond parameters {peak() - before - held:.2f} GB"
+      f"parameters {held:.2f} GB, largest tensor {largest:.2f} GB in float32"
     )
+    beyond = before + held
+    print(f"peak resident memory {peak():.2f} GB: {peak() - beyond:.2f} beyond")
     if asked.run:
       started = time.perf_counter()
-      config = config_lib.Config(model=found.model)
-      tokenizer = tokenizer_lib.Tokenizer().to_json()
-      meta = checkpoint.Meta(0, config, tokenizer, "none")
-      huggingface.save_run(os.path.join(folder, "run"), params, meta)
-      print(
-        f"wrote a run in {time.perf_counter() - started:.1f} s; peak resident "
-        f"memory beyond parameters {peak() - before - held:.2f} GB"
-      )
+      write_run(os.path.join(folder, "run"), found.model, params)
+      seconds = time.perf_counter() - started
+      print(f"wrote a run in {seconds:.1f} s; {peak() - beyond:.2f} GB beyond")
+
+
+def write_run(path: str, model, params) -> None:
+  """Writes a run directory with the parameters and a tokenizer of bytes."""
+  from lm import checkpoint
+  from lm import config as config_lib
+  from lm.convert import huggingface
+  from lm.data import tokenizer as tokenizer_lib
+
+  config = config_lib.Config(model=model)
+  tokenizer = tokenizer_lib.Tokenizer().to_json()
+  meta = checkpoint.Meta(0, config, tokenizer, checkpoint.CONVERTED)
+  huggingface.save_run(path, params, meta)
 
 
 if __name__ == "__main__":

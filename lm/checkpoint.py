@@ -38,6 +38,8 @@ Trees = dict[str, Any]
 FORMAT = 2
 # Fingerprint of the data of what was not trained here.
 CONVERTED = "converted"
+# Sizes of what Orbax compresses at a time, and of the files that it writes.
+_CHUNK_BYTES, _FILE_BYTES = 1 << 26, 1 << 28
 # Keys of `meta` in format 1: no format number, no `trees`, no digest of `meta`.
 _FORMAT_1 = ("config", "tokenizer", "fingerprint", "batch_hash", "digests")
 
@@ -118,7 +120,7 @@ class Checkpoints:
     `ema` and `frozen`) as the checkpoint of `meta.step`.
     """
     items: dict[str, Any] = {
-      name: ocp.args.StandardSave(tree) for name, tree in trees.items()
+      name: _saving(tree) for name, tree in trees.items()
     }
     digests = {name: _digest(tree) for name, tree in trees.items()}
     content: dict[str, Any] = {
@@ -381,6 +383,18 @@ def describe(different: Mapping[str, list[str]], most: int = 5) -> str:
     more = f" and {len(lines) - most} more" if len(lines) > most else ""
     parts.append(f"in `{name}` {', '.join(lines[:most])}{more}")
   return "; ".join(parts)
+
+
+def _saving(tree: Any) -> ocp.args.PyTreeSave:
+  """Saves in pieces: Orbax's own sizes hold a copy of nearly all arrays while
+  it writes (benchmarks/convert.py --run).
+  """
+  piece = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
+  return ocp.args.PyTreeSave(
+    tree,
+    save_args=jax.tree.map(lambda _: piece, tree),
+    ocdbt_target_data_file_size=_FILE_BYTES,
+  )
 
 
 def _names(tree: Any) -> dict[str, str]:

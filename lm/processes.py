@@ -3,10 +3,11 @@
 import glob
 import hashlib
 import importlib.util
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import jax
 import numpy as np
@@ -60,6 +61,16 @@ def join(heartbeat_seconds: int) -> None:
     ) from error
 
 
+def refuse_several(reason: str) -> None:
+  """Raises ConfigError, with the reason and the remedy, if the environment
+  names several processes: by hand as for `join`, by SLURM or by Open MPI.
+  """
+  by_hand = "COORDINATOR_ADDRESS" in os.environ
+  count = _first_set(*_ALIASES["PROCESS_COUNT"])
+  if (by_hand or _in_step()) and count not in (None, "1"):
+    raise schema.ConfigError(f"{count} processes: {reason}")
+
+
 def wait_for_all(what: str) -> None:
   """Collective barrier: returns after every process has called; `what` names
   the barrier.
@@ -82,9 +93,7 @@ def check_agreement(facts: Mapping[str, str]) -> None:
   for i, (name, value) in enumerate(facts.items()):
     others = np.flatnonzero((found[:, i] != found[0, i]).any(axis=-1))
     if len(others):
-      if jax.process_index() == 0:
-        # Process 0 is the coordinator: the other processes must exit first.
-        time.sleep(1.0)
+      _let_others_exit()
       raise schema.ConfigError(
         f"{name}: process(es) {others.tolist()} have another value than "
         f"process 0; on process {jax.process_index()} it is {value[:300]}. All "
@@ -92,38 +101,68 @@ def check_agreement(facts: Mapping[str, str]) -> None:
       )
 
 
-def broadcast(text: str | None) -> str:
-  """Collective: the text of process 0, on every process; others pass None."""
+def _let_others_exit() -> None:
+  """Before an error on all processes: process 0 coordinates, and exits last."""
+  if jax.process_index() == 0:
+    time.sleep(1.0)
+
+
+def broadcast(text: str | None, source: int = 0) -> str:
+  """Collective: the text of the process `source`, on every process; others may
+  pass None.
+  """
   if jax.process_count() == 1:
     return text or ""
+  mine = jax.process_index() == source
   content = (text or "").encode()
-  n = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+  n = int(multihost_utils.broadcast_one_to_all(np.int32(len(content)), mine))
   # Texts share programs: as many words as the next power of two.
   words = np.zeros(1 << (n // 4).bit_length(), np.uint32)
-  if jax.process_index() == 0:
+  if mine:
     words.view(np.uint8)[:n] = np.frombuffer(content, np.uint8)
-  words = np.asarray(multihost_utils.broadcast_one_to_all(words))
+  words = np.asarray(multihost_utils.broadcast_one_to_all(words, mine))
   return words.view(np.uint8)[:n].tobytes().decode()
 
 
 def only_first(function: Callable[[], T]) -> T | None:
-  """Collective: `function()` on process 0, None on the others; a ConfigError
-  of it is raised on every process.
+  """Collective: `function()` on process 0, None on the others; an error of it
+  is raised on every process.
   """
+  first = jax.process_index() == 0
+  return on_all(lambda: function() if first else None)
+
+
+def on_all(function: Callable[[], T]) -> T:
+  """Collective: `function()` on every process.
+
+  If it raises on some processes, the others do not wait for those: they raise
+  the first one's error, as ConfigError if it is one, else as RunError.
+  """
+  if jax.process_count() == 1:
+    return function()
   # On CPUs a first collective waits half a minute for the slowest process, and
   # further ones for long: `function` may load data for minutes.
   broadcast("")
-  result, refused = None, ""
-  if jax.process_index() == 0:
-    try:
-      result = function()
-    except schema.ConfigError as error:
-      refused = str(error)
-      if jax.process_count() == 1:
-        raise
-  if refused := broadcast(refused):
-    raise schema.ConfigError(refused)
-  return result
+  try:
+    result, mine = function(), None
+  except Exception as error:
+    result, mine = None, error
+  failed = multihost_utils.process_allgather(np.array(mine is not None))
+  if not failed.any():
+    return cast(T, result)
+  first = int(np.argmax(failed))
+  said = isinstance(mine, schema.ConfigError), _said(mine)
+  is_config, line = json.loads(broadcast(json.dumps(said), first))
+  _let_others_exit()
+  if mine is not None:
+    raise mine
+  kind = schema.ConfigError if is_config else schema.RunError
+  raise kind(f"process {first}: {line}")
+
+
+def _said(error: Exception | None) -> str:
+  known = isinstance(error, schema.UserError)
+  return str(error) if known else f"{type(error).__name__}: {error}"
 
 
 _ALIASES = {
@@ -137,11 +176,16 @@ def _first_set(*names: str) -> str | None:
   return next((os.environ[n] for n in names if n in os.environ), None)
 
 
+def _in_step() -> bool:
+  """Whether SLURM's srun (not `sbatch` alone) or Open MPI started this."""
+  names = ("SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE")
+  return any(name in os.environ for name in names)
+
+
 def _in_cluster() -> bool:
   """Whether JAX will detect several processes by SLURM, Open MPI or TPU."""
   count = _first_set("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-  in_step = "SLURM_STEP_NODELIST" in os.environ  # else `sbatch` alone
-  if count is not None and (in_step or "OMPI_COMM_WORLD_SIZE" in os.environ):
+  if count is not None and _in_step():
     return int(count) > 1
   if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
     return False

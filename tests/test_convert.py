@@ -15,7 +15,7 @@ import tokenizers
 import torch
 import transformers
 
-from lm import checkpoint, schema
+from lm import checkpoint, processes, schema
 from lm import config as config_lib
 from lm.convert import huggingface, recheck
 from lm.data import chat
@@ -345,6 +345,32 @@ def test_the_flags_are_one_pair_or_the_other(copied, tmp_path):
 
 
 # --- what real folders look like ----------------------------------------------
+
+
+def test_one_process_converts(tmp_path, monkeypatch):
+  """By whatever the others are named; what a job has alone may convert."""
+  asked = ("--from=none", f"--to={tmp_path}/run")
+  for by_hand in ("--coordinator_address=host:1", "--process_count=2"):
+    asked += (by_hand,)
+  ended = convert(tmp_path, *asked)
+  assert (
+    ended.code == 2 and "2 processes: lm.convert is one process" in ended.err
+  )
+  for names, said in (
+    ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "a"}, "4 processes: "),
+    ({"OMPI_COMM_WORLD_SIZE": "3"}, "3 processes: "),
+    ({"SLURM_NTASKS": "4"}, None),  # sbatch alone
+    ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "a"}, None),
+    ({"COORDINATOR_ADDRESS": "a:1", "PROCESS_COUNT": "1"}, None),
+  ):
+    with monkeypatch.context() as patch:
+      for name, value in names.items():
+        patch.setenv(name, value)
+      if said is None:
+        processes.refuse_several("no")
+      else:
+        with pytest.raises(schema.ConfigError, match=f"^{said}no$"):
+          processes.refuse_several("no")
 
 
 def test_a_tied_head_may_stand_there_if_it_is_the_embedding(tmp_path):

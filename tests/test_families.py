@@ -16,7 +16,7 @@ import transformers
 from lm import batch as batch_lib
 from lm import sharding
 from lm.data import tokenizer as tokenizer_lib
-from lm.huggingface import config_json, folder
+from lm.huggingface import config_json, families, folder, table
 from lm.model import decoder
 from lm.sample import request as request_lib
 from lm.sample import sampler as sampler_lib
@@ -308,6 +308,46 @@ def test_parameters_come_in_shards(name, shape, tmp_path):
   written.mkdir()
   folder.write(str(written), found.model, got, family=found.family.model_type)
   assert bits(written) == bits(tmp_path)
+
+
+class Shards(jax.sharding.Sharding):
+  """Of two devices of a process: random shards of each array."""
+
+  def __init__(self, seed):
+    self.seed = seed
+
+  def addressable_devices_indices_map(self, global_shape):
+    rng = np.random.default_rng(self.seed)
+
+    def cut(n):
+      first = int(rng.integers(n))
+      return slice(first, int(rng.integers(first, n)) + 1)
+
+    return {device: tuple(map(cut, global_shape)) for device in range(2)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_hold_the_shards(name):
+  """Of each tensor, for random shards: the first row needed, to the last."""
+  kind, fields = CASES[name]
+  content = getattr(transformers, f"{kind}Config")(**fields).to_dict()
+  family = families.find(content["model_type"])
+  model = family.read(content)
+  for seed, place in enumerate(table.places(family.rows, model).values()):
+    if place.row.folded:
+      continue
+    where = {path: Shards(seed + i) for i, path in enumerate(place.row.ours)}
+    first, last = place.rows(where)
+    numbers = np.arange(place.shape[0])
+    whole = np.empty(place.shape, np.int32)
+    whole[...] = numbers.reshape(-1, *[1] * (whole.ndim - 1))
+    needed = set()
+    for path, x in place.ours(whole).items():
+      for index in (
+        where[path].addressable_devices_indices_map(x.shape).values()
+      ):
+        needed |= {*x[index].ravel().tolist()}
+    assert (first, last) == (min(needed), max(needed) + 1), place.name
 
 
 # --- gradients and tokens -----------------------------------------------------

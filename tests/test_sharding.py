@@ -57,6 +57,16 @@ def test_digest_is_the_same_on_any_mesh(shape):
   assert np.asarray(inside).tolist() == _digest(_tree())
 
 
+def test_digest_is_the_same_in_blocks(monkeypatch):
+  whole, part = _digest(_tree()), np.asarray(digest.of_tree(_tree(), 5))
+  for n_words in (1, 7, 40):
+    jax.clear_caches()
+    monkeypatch.setattr(digest, "_BLOCK", n_words)
+    assert _digest(_tree()) == whole
+    np.testing.assert_array_equal(digest.of_tree(_tree(), 5), part)
+  jax.clear_caches()
+
+
 def test_digest_sees_every_bit_and_its_place():
   whole = _digest(_tree())
 

@@ -21,7 +21,7 @@ import os
 from absl import flags
 from etils import epath
 
-from lm import checkpoint, cli, files, schema
+from lm import checkpoint, cli, files, processes, schema
 from lm.convert import huggingface
 from lm.huggingface import config_json, families, peft, tensors
 from lm.sample import load
@@ -67,6 +67,12 @@ _OF_EXPORT = (_DTYPE, _FAMILY, _CHECK)
 
 
 def main() -> None:
+  processes.refuse_several(
+    "lm.convert is one process, which writes files; start it once, on a host "
+    "that sees both folders and has memory for the parameters in float32. A "
+    "run of several processes reads a Hugging Face folder by itself: "
+    "--config.init_from=FOLDER"
+  )
   source, to, output = _asked()
   unread = () if to == "huggingface" else _OF_EXPORT
   for flag in (*unread, *((_STEP,) if to == "run" else ())):

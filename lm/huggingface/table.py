@@ -112,6 +112,21 @@ class Place:
       )
     }
 
+  def rows(
+    self, placed: Mapping[str, jax.sharding.Sharding]
+  ) -> tuple[int, int]:
+    """Returns [first, last): rows of the tensor that hold the shards of this
+    process, of the parameters with shardings `placed`.
+    """
+    numbers = np.arange(self.shape[0]).reshape(-1, *[1] * len(self.shape[1:]))
+    found = []
+    for path, x in self.ours(np.broadcast_to(numbers, self.shape)).items():
+      indices = placed[path].addressable_devices_indices_map(x.shape)
+      found += [x[index] for index in indices.values()]
+    # `ours` keeps the order of the rows along each axis.
+    first, last = min(x.flat[0] for x in found), max(x.flat[-1] for x in found)
+    return int(first), int(last) + 1
+
   def theirs(self, ours: Sequence[np.ndarray]) -> np.ndarray:
     """Joins parameters into a tensor, the inverse of `ours`."""
     flat = [
@@ -195,23 +210,27 @@ def load(
 ) -> decoder.Params:
   """Returns parameters in float32, with the shardings of the tree `like`.
 
-  The host holds one tensor at a time, and in float32 only the shard for one
-  device: layers are written into the stacked arrays on the devices.
+  The host holds one tensor at a time, of which it reads the rows that this
+  process's devices hold, and the shards of it in float32: layers are written
+  into the stacked arrays on the devices.
   """
   flat = _flat(like)
   arrays: dict[str, jax.Array] = {}
   for name, place in wanted.items():
     if place.row.folded:
       continue
-    parts = place.ours(found[name][0].read())
+    where = {path: flat[path].sharding for path in place.row.ours}
+    if place.layer is not None:
+      where = {path: _of_layer(x) for path, x in where.items()}
+    parts = place.ours(found[name][0].read(*place.rows(where)))
     for path, value in parts.items():
+      one = _placed(value, where[path])
       if place.layer is None:
-        arrays[path] = _placed(value, flat[path].sharding)
+        arrays[path] = one
         continue
       if path not in arrays:
         arrays[path] = _empty(flat[path])
-      where = _of_layer(flat[path].sharding)
-      arrays[path] = _put(arrays[path], _placed(value, where), place.layer)
+      arrays[path] = _put(arrays[path], one, place.layer)
   for name, place in wanted.items():
     if place.row.folded:
       (path,) = place.row.ours
@@ -221,8 +240,13 @@ def load(
 
 
 def _placed(value: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+  shards: dict[str, np.ndarray] = {}
+
   def shard(index: Any) -> np.ndarray:
-    return _float32(value[index])
+    key = str(index)  # replicas share a copy
+    if key not in shards:
+      shards[key] = _float32(value[index])
+    return shards[key]
 
   return jax.make_array_from_callback(value.shape, where, shard)
 

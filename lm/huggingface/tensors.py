@@ -33,6 +33,7 @@ DTYPES = {
 _CODES = {dtype.name: code for code, dtype in DTYPES.items()}
 _MOST_HEADER = 100_000_000  # bytes, the limit of the format
 SHARD_BYTES = 5_000_000_000
+_BLOCK = 1024  # rows that are compared at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,17 +45,32 @@ class Stored:
   shape: tuple[int, ...]
   start: int
 
-  def read(self) -> np.ndarray:
-    """Reads the tensor. Raises ConfigError if the file is too short, KeyError
-    if the dtype is not in `DTYPES`.
+  def read(self, first: int = 0, last: int | None = None) -> np.ndarray:
+    """Reads the rows [first, last) of the first axis into an array of the whole
+    shape. The other rows are undefined, and not touched: they take no memory.
+
+    Raises ConfigError if the file is too short, KeyError if the dtype is not in
+    `DTYPES`.
     """
-    dtype, n = DTYPES[self.dtype], math.prod(self.shape)
+    whole = np.empty(self.shape, DTYPES[self.dtype])
+    rows = whole[first:last].reshape(-1).view(np.uint8).data
     with open(self.path, "rb") as file:
-      file.seek(self.start)
-      flat = np.fromfile(file, dtype, n)
-    if len(flat) < n:
-      raise schema.ConfigError(f"{self.path}: became shorter while it was read")
-    return flat.reshape(self.shape)
+      file.seek(self.start + first * whole.strides[0])
+      if file.readinto(rows) < len(rows):
+        raise schema.ConfigError(
+          f"{self.path}: became shorter while it was read"
+        )
+    return whole
+
+
+def equal(a: Stored, b: Stored) -> bool:
+  """Whether two tensors of one dtype and shape are the same to the bit."""
+  for first in range(0, a.shape[0], _BLOCK):
+    last = first + _BLOCK
+    pair = (x.read(first, last)[first:last].tobytes() for x in (a, b))
+    if len({*pair}) > 1:
+      return False
+  return True
 
 
 def find(folder: str) -> dict[str, list[Stored]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from lm import checkpoint, files, schema, validation
+from lm import checkpoint, files, processes, schema, validation
 from lm import config as config_lib
 from lm.data import huggingface_files
 from lm.data import tokenizer as tokenizer_lib
@@ -38,6 +38,13 @@ class Source:
   @property
   def model(self) -> config_lib.ModelConfig:
     return self.meta.config.model
+
+  @property
+  def identity(self) -> str:
+    """Text that differs between checkpoints; reads little of a folder."""
+    if self.folder is not None:
+      return folder_lib.fingerprint(self.folder)
+    return f"step {self.meta.step}, digests {self.meta.digests}"
 
 
 def find(name: str) -> Source:
@@ -141,13 +148,15 @@ def load(
   checkpoint is.
   """
   assert config.init_from is not None
-  source, mine = find(config.init_from), config.model.lora
+  source = processes.on_all(functools.partial(find, config.init_from))
+  mine = config.model.lora
   _check_model(config, source)
   theirs = dataclasses.replace(config, model=source.model)
   state = programs.abstract_state(theirs, mesh)
   like = weights.join(state.params, state.frozen)
   if source.folder is not None:
-    loaded = folder_lib.load(source.folder, like)
+    read = functools.partial(folder_lib.load, source.folder, like)
+    loaded = processes.on_all(read)
     for note in source.folder.notes:
       say(f"{source.workdir}: {note}")
   else:

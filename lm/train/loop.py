@@ -16,7 +16,7 @@ from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lm import checkpoint, locks, sharding, validation
+from lm import checkpoint, locks, processes, sharding, validation
 from lm import config as config_lib
 from lm.data import pipeline, prefetch, store
 from lm.evaluate import perplexity
@@ -54,10 +54,9 @@ def train(
     )
     resume.check_processes_start_alike(config)
     mesh = sharding.make_mesh(config)
-    resume.refuse_other_config(config, resume.earlier_config(workdir), workdir)
-    resume.check_from_step(workdir, from_step)
+    prepare = functools.partial(_prepare, config, workdir, from_step)
     prepared = stop.start(
-      "preparing the corpus", functools.partial(_prepare, config, workdir)
+      "preparing the corpus", functools.partial(processes.on_all, prepare)
     )
     resume.check_processes_read_alike(config, prepared, workdir)
     config = _ending_with_data(config, prepared)
@@ -87,7 +86,11 @@ def train(
         raise
 
 
-def _prepare(config: config_lib.Config, workdir: str) -> store.Prepared:
+def _prepare(
+  config: config_lib.Config, workdir: str, from_step: int | None
+) -> store.Prepared:
+  resume.refuse_other_config(config, resume.earlier_config(workdir), workdir)
+  resume.check_from_step(workdir, from_step)
   return store.prepare(config, init_from.tokenizer(config, workdir))
 
 

@@ -140,12 +140,16 @@ def check_processes_read_alike(
   config: config_lib.Config, prepared: store.Prepared, workdir: str
 ) -> None:
   """Collective: raises ConfigError if the processes have different tokenizers,
-  data or checkpoints.
+  data, checkpoints or sources of parameters.
   """
+  steps = checkpoint.steps(workdir)
   facts: dict[str, str] = {
     "tokenizer": prepared.tokenizer.fingerprint,
-    f"checkpoints in --workdir={workdir}": str(checkpoint.steps(workdir)),
+    f"checkpoints in --workdir={workdir}": str(steps),
   }
+  if config.init_from is not None:
+    source = "not read" if steps else init_from.find(config.init_from).identity
+    facts[f"config.init_from={config.init_from}"] = source
   windows = {
     "train": pipeline.training_windows(config, prepared),
     "validation": pipeline.validation_windows(config, prepared),
