@@ -22,6 +22,7 @@ ORDER = (
   ("schema",),
   ("objective",),
   ("config",),
+  ("effects",),
   ("validation",),
   ("files",),
   ("locks",),
