@@ -27,7 +27,7 @@ ORDER = (
   ("files",),
   ("locks",),
   ("batch", "chips", "digest", "cli", "processes", "sharding"),
-  ("model", "data"),
+  ("items", "model", "data"),
   ("checkpoint",),
   ("huggingface",),
   ("sample",),
