@@ -31,10 +31,13 @@ print(hashlib.sha256("\0".join(parts).encode()).hexdigest())')"
   done
   say "Installing the project into .venv, minutes the first time ($log)"
   if ! python -m pip install --disable-pip-version-check --progress-bar off \
-    --editable ".${extra:+[$extra]}" 2>&1 | tee "$log" |
+    --no-compile --editable ".${extra:+[$extra]}" 2>&1 | tee "$log" |
     awk '/^Collecting/ { printf "."; fflush() } END { print "" }'; then
     tail -n 20 "$log" >&2
     exit 1
   fi
+  # To bytecode, on all cores: pip would use one. Some packages have files that
+  # are no Python.
+  python -m compileall -qq -j 0 .venv/lib/python*/site-packages || true
   echo "$key" > ".venv/installed-${extra:-core}"
 }

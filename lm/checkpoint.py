@@ -20,26 +20,21 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
 
 from lm import config as config_lib
-from lm import digest, files, schema, sharding, validation
+from lm import files, items, schema, sharding, validation
 from lm.model import decoder, weights
-
-Trees = dict[str, Any]
 
 FORMAT = 2
 # Fingerprint of the data of what was not trained here.
 CONVERTED = "converted"
-# Sizes of what Orbax compresses at a time, and of the files that it writes.
-_CHUNK_BYTES, _FILE_BYTES = 1 << 26, 1 << 28
 # Keys of `meta` in format 1: no format number, no `trees`, no digest of `meta`.
 _FORMAT_1 = ("config", "tokenizer", "fingerprint", "batch_hash", "digests")
 
@@ -115,14 +110,14 @@ class Checkpoints:
   def steps(self) -> list[int]:
     return sorted(self._manager.all_steps())
 
-  def save(self, trees: Trees, meta: Meta) -> None:
+  def save(self, trees: items.Trees, meta: Meta) -> None:
     """Starts an asynchronous save of the items `trees` (`params`, `rest`, maybe
     `ema` and `frozen`) as the checkpoint of `meta.step`.
     """
-    items: dict[str, Any] = {
-      name: _saving(tree) for name, tree in trees.items()
+    saved: dict[str, Any] = {
+      name: items.saving(tree) for name, tree in trees.items()
     }
-    digests = {name: _digest(tree) for name, tree in trees.items()}
+    digests = {name: items.digest_of(tree) for name, tree in trees.items()}
     content: dict[str, Any] = {
       "format": FORMAT,
       "config": config_lib.to_json(meta.config),
@@ -133,25 +128,25 @@ class Checkpoints:
       "loss": meta.loss,
       "unreported": meta.unreported,
       "digests": digests,
-      "trees": {name: _names(tree) for name, tree in trees.items()},
+      "trees": {name: items.names(tree) for name, tree in trees.items()},
     }
-    items["meta"] = ocp.args.JsonSave(files.seal(content))
+    saved["meta"] = ocp.args.JsonSave(files.seal(content))
     metrics = None if meta.loss is None else {"loss": meta.loss}
     with self._writing():
       self._manager.save(
-        meta.step, args=ocp.args.Composite(**items), metrics=metrics, force=True
+        meta.step, args=ocp.args.Composite(**saved), metrics=metrics, force=True
       )
 
-  def restore(self, meta: Meta, like: Trees) -> Trees:
+  def restore(self, meta: Meta, like: items.Trees) -> items.Trees:
     """Restores the items of `meta.step`, sharded as the abstract trees `like`.
 
     Raises ConfigError if `compare` finds differences, Damaged on corruption.
     """
     return _restore(self._manager.directory, meta, like)
 
-  def restore_parts(self, meta: Meta, like: Trees) -> Trees:
+  def restore_parts(self, meta: Meta, like: items.Trees) -> items.Trees:
     """Restores only the arrays in `like`, without checking any digest."""
-    return read_items(self._manager.directory / str(meta.step), like)
+    return items.read(self._manager.directory / str(meta.step), like)
 
   def reload(self) -> None:
     """Rereads the list of steps, after another process has moved a step."""
@@ -296,121 +291,44 @@ def restore_params(
   """
   trained, frozen = weights.split(like, decoder.declared(model))
   name = "ema" if "ema" in meta.digests else "params"
-  items = {name: trained}
+  wanted = {name: trained}
   if frozen and with_frozen:
-    items["frozen"] = frozen
-  found = _restore(_directory(workdir), meta, items)
+    wanted["frozen"] = frozen
+  found = _restore(_directory(workdir), meta, wanted)
   return weights.join(found[name], found.get("frozen", {}))
 
 
-def compare(workdir: str, meta: Meta, like: Trees) -> dict[str, list[str]]:
+def compare(
+  workdir: str, meta: Meta, like: items.Trees
+) -> dict[str, list[str]]:
   """Differences between the stored arrays and the arrays of `like`: item ->
   messages; {} if all arrays match. Reads no array.
   """
-  return _compare(_directory(workdir), meta, like)
+  path = _directory(workdir) / str(meta.step)
+  return items.compare(path, meta.trees, meta.digests, like)
 
 
-def _compare(
-  directory: epath.Path, meta: Meta, like: Trees
-) -> dict[str, list[str]]:
-  found = {}
-  for name, tree in like.items():
-    want, have = _names(tree), meta.trees.get(name)
-    if have is None and name in meta.digests:  # format 1
-      have = _stored_names(directory / str(meta.step) / name)
-    have = have or {}
-    lines = [
-      f"{array}: stored {have.get(array, 'not')}, wanted "
-      f"{want.get(array, 'not')}"
-      for array in sorted(want.keys() | have.keys())
-      if want.get(array) != have.get(array)
-    ]
-    if lines:
-      found[name] = lines
-  return found
-
-
-def _restore(directory: epath.Path, meta: Meta, like: Trees) -> Trees:
+def _restore(
+  directory: epath.Path, meta: Meta, like: items.Trees
+) -> items.Trees:
   """Restores items sharded as `like` and checks the digests. Raises ConfigError
   if the stored arrays differ from `like`, Damaged if a digest differs.
   """
-  if different := _compare(directory, meta, like):
+  path = directory / str(meta.step)
+  if different := items.compare(path, meta.trees, meta.digests, like):
     raise schema.ConfigError(
-      f"checkpoint {directory / str(meta.step)}: holds other arrays than this "
-      f"program wants: {describe(different)}. Use the code and config that "
-      "wrote it"
+      f"checkpoint {path}: holds other arrays than this program wants: "
+      f"{items.describe(different)}. Use the code and config that wrote it"
     )
-  found = read_items(directory / str(meta.step), like)
+  found = items.read(path, like)
   for name, tree in found.items():
-    got, want = _digest(tree), meta.digests[name]
+    got, want = items.digest_of(tree), meta.digests[name]
     if got != want:
       raise files.Damaged(
-        f"checkpoint {directory / str(meta.step) / name} is damaged: the "
+        f"checkpoint {path / name} is damaged: the "
         f"digest of `{name}` is {got}, and of what was saved {want}"
       )
   return found
-
-
-def read_items(path: epath.Path, like: Trees) -> Trees:
-  """Reads only the arrays in `like` from a checkpoint's items, without checking
-  any digest. Raises Damaged or, after retries, RunError.
-  """
-  handler = ocp.PyTreeCheckpointHandler()
-  found = {}
-  with ocp.Checkpointer(handler) as checkpointer:
-    for name, tree in like.items():
-      found[name] = files.attempt(
-        path / name,
-        lambda name=name, tree=tree: checkpointer.restore(
-          path / name,
-          args=ocp.args.PyTreeRestore(
-            item=tree,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
-            partial_restore=True,
-          ),
-        ),
-        # `compare` has matched the arrays: errors of these types mean that
-        # Orbax's own metadata is corrupt.
-        corrupt=(ValueError, AttributeError),
-      )
-  return found
-
-
-def describe(different: Mapping[str, list[str]], most: int = 5) -> str:
-  """Formats `compare`'s result as a line: the first `most` of each item."""
-  parts = []
-  for name, lines in different.items():
-    more = f" and {len(lines) - most} more" if len(lines) > most else ""
-    parts.append(f"in `{name}` {', '.join(lines[:most])}{more}")
-  return "; ".join(parts)
-
-
-def _saving(tree: Any) -> ocp.args.PyTreeSave:
-  """Saves in pieces: Orbax's own sizes hold a copy of nearly all arrays while
-  it writes (benchmarks/convert.py --run).
-  """
-  piece = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
-  return ocp.args.PyTreeSave(
-    tree,
-    save_args=jax.tree.map(lambda _: piece, tree),
-    ocdbt_target_data_file_size=_FILE_BYTES,
-  )
-
-
-def _names(tree: Any) -> dict[str, str]:
-  """Path in the tree -> `dtype[shape]` of each array."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): (
-      f"{x.dtype}[{','.join(map(str, x.shape))}]"
-    )
-    for path, x in jax.tree_util.tree_leaves_with_path(tree)
-  }
-
-
-def _stored_names(path: epath.Path) -> dict[str, str]:
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-    stored = files.attempt(path, lambda: checkpointer.metadata(path))
-  return _names(stored.item_metadata.tree)
 
 
 def _mend_losses(workdir: str) -> None:
@@ -439,10 +357,6 @@ def _mend_loss(workdir: str, step: int) -> None:
     files.replace(path, json.dumps({"loss": known}))
     done = "written again"
   print(f"{path} is damaged: {done}", file=sys.stderr)
-
-
-def _digest(tree: Any) -> str:
-  return "".join(f"{word:08x}" for word in np.asarray(digest.of_tree(tree)))
 
 
 def _directory(workdir: str) -> epath.Path:

@@ -26,13 +26,11 @@ import lm
 # Annotations such as Float[Array, "B T D"] are executed at every call. The
 # config is left out: its own validation of its own types is what is tested.
 HAS_CHECKER = importlib.util.find_spec("beartype") is not None
+CONFIG = {"config", "effects", "objective", "schema", "validation"}
 if HAS_CHECKER:
   rooms = {room.name for room in pkgutil.iter_modules(lm.__path__)}
   jaxtyping.install_import_hook(
-    [
-      f"lm.{room}"
-      for room in rooms - {"config", "objective", "schema", "validation"}
-    ],
+    [f"lm.{room}" for room in rooms - CONFIG],
     "beartype.beartype",
   )
 
@@ -43,9 +41,13 @@ else:
   atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
   if jax.__version_info__ < (0, 11):
     # The older code generator of XLA's CPU compiler takes half the time. JAX
-    # 0.12 has only the newer one. Workers inherit this, too.
-    flag, given = "--xla_cpu_use_fusion_emitters=false", os.getenv("XLA_FLAGS")
-    os.environ["XLA_FLAGS"] = f"{given or ''} {flag}"
+    # 0.12 has only the newer one. A program in one part takes a tenth less than
+    # one in many, which are for more cores. Workers inherit this, too.
+    flags = os.getenv("XLA_FLAGS", "") + (
+      " --xla_cpu_use_fusion_emitters=false"
+      " --xla_cpu_parallel_codegen_split_count=1"
+    )
+    os.environ["XLA_FLAGS"] = flags
 QUICK = {
   "jax_disable_most_optimizations": True,
   "jax_compilation_cache_dir": CACHE,
@@ -68,9 +70,17 @@ def pytest_report_header():
   return f"shape annotations: {state}"
 
 
+# The files that take longest, the longest first.
+LONG = """
+test_faults test_slurm test_step test_verify test_train test_wrong_inputs
+test_harness test_families test_processes test_engine
+""".split()
+
+
 def pytest_collection_modifyitems(items):
-  """The longest test first: other workers (pytest -n) run the rest."""
-  items.sort(key=lambda item: "recover_from_every_fault" not in item.name)
+  """Long files first, so that no worker (pytest -n) ends with one alone."""
+  rank = {name: i for i, name in enumerate(LONG)}
+  items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(autouse=True, scope="module")

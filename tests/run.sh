@@ -14,6 +14,8 @@ python -m ruff check .
 say "Types (pyright)"
 python -m pyright
 say "Tests (pytest $*)"
-# A worker per core, up to four: tests wait for child processes, files and ports.
-JAX_PLATFORMS=cpu python -m pytest -n auto --maxprocesses=4 --dist=loadfile \
+# A worker more than cores, up to five: tests wait for child processes, files
+# and ports.
+workers="$(python -c 'import os; print(min(5, 1 + (os.cpu_count() or 1)))')"
+JAX_PLATFORMS=cpu python -m pytest -n "$workers" --dist=loadfile \
   --no-loadscope-reorder "$@"

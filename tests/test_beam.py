@@ -207,6 +207,7 @@ def test_each_beam_is_penalised_by_its_own_past():
       seen.append(i)
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_no_token_and_an_int8_cache_little():
   mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
   with jax.set_mesh(mesh):

@@ -127,6 +127,7 @@ def test_a_reader_that_leaves_ends_the_program_quietly():
   assert child.wait() == 141 and said == ""
 
 
+@pytest.mark.slow
 def test_what_one_run_has_compiled_serves_the_next(make, tmp_path):
   """Entries that cannot be read, as after a kill, are compiled again."""
   text = config_lib.to_json(make(train__steps=1, mesh__fsdp=1))

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 
+import doors
 import families
 import jax
 import numpy as np
@@ -665,21 +666,18 @@ def test_what_is_not_installed_is_named(workdir, monkeypatch):
     harness.evaluate(workdir, ["choices"])
 
 
-def test_flags_of_another_evaluation_are_refused(workdir):
+def test_flags_of_another_evaluation_are_refused(workdir, tmp_path):
   run = f"--workdir={workdir}"
-  children = [
-    command(*flags)
-    for flags in (
+  for flags, says in (
+    (
       [run, "--tasks=a", "--stride=4"],
-      [run, "--limit=3"],
-      ["--compare", "a", "b", "--limit=3"],
-    )
-  ]
-  said = [child.communicate()[1] for child in children]
-  assert [child.returncode for child in children] == [2, 2, 2]
-  assert "--stride: has a meaning for sources, not --tasks only" in said[0]
-  assert "--limit: has a meaning for --tasks only" in said[1]
-  assert "--limit=3: is about one run" in said[2]
+      "--stride: has a meaning for sources, not --tasks only",
+    ),
+    ([run, "--limit=3"], "--limit: has a meaning for --tasks only"),
+    (["--compare", "a", "b", "--limit=3"], "--limit=3: is about one run"),
+  ):
+    ended = doors.run("lm.evaluate", flags, str(tmp_path))
+    assert ended.code == 2 and says in ended.err, ended
 
 
 def test_without_tasks_lm_eval_is_not_imported():
@@ -753,6 +751,7 @@ def test_the_command_line_of_lm_eval_and_the_server(workdir, tmp_path):
 
 def training(make, folder, **fields):
   """A config whose tasks are due at steps 5, 10 and 12, the last."""
+  fields = {"mesh__data": 2, "mesh__tensor": 2} | fields
   config = make(model__residual_dropout=0.0, **fields)
   config.tasks = config_lib.TasksConfig(
     names=tuple(TASKS), every=5, include_path=folder
@@ -763,7 +762,7 @@ def training(make, folder, **fields):
 @pytest.fixture(scope="module")
 def trained(make, folder, tmp_path_factory):
   workdir = str(tmp_path_factory.mktemp("trained") / "run")
-  config = training(make, folder, mesh__data=2, mesh__tensor=2)
+  config = training(make, folder)
   assert loop.train(config, workdir) == 0
   return workdir
 
@@ -793,8 +792,10 @@ def test_training_reports_what_the_command_says(trained, folder):
   assert reports[12]["task/rolling/bits_per_byte"] < before
 
 
+@pytest.mark.slow
 def test_pmap_reports_the_same(make, folder, trained, tmp_path):
-  config = training(make, folder, mesh__data=8, mesh__fsdp=1, mesh__mode="pmap")
+  mesh = {"mesh__data": 8, "mesh__fsdp": 1, "mesh__tensor": 1}
+  config = training(make, folder, **mesh, mesh__mode="pmap")
   assert loop.train(config, str(tmp_path / "run")) == 0
   reports, wanted = task_reports(str(tmp_path / "run")), task_reports(trained)
   assert sorted(reports) == sorted(wanted)
@@ -802,7 +803,7 @@ def test_pmap_reports_the_same(make, folder, trained, tmp_path):
     assert report == pytest.approx(wanted[step], rel=1e-4)
 
 
-@pytest.mark.parametrize("step", [5, 12])
+@pytest.mark.parametrize("step", [5, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_stop_is_heeded_between_batches(
   make, folder, trained, tmp_path, monkeypatch, step
 ):

@@ -7,11 +7,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import reference
 import test_convert
 import test_families
 from etils import epath
 
-from lm import checkpoint, schema, sharding, validation
+from lm import checkpoint, items, schema, sharding, validation
 from lm import config as config_lib
 from lm.data import store, tokenizer_training
 from lm.data import tokenizer as tokenizer_lib
@@ -67,7 +68,7 @@ def test_parameters_are_the_sources_and_all_else_is_fresh(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), want
   )
   path = epath.Path(source[1]) / "checkpoints" / "6"
-  assert_same(want, checkpoint.read_items(path, {"ema": like})["ema"])
+  assert_same(want, items.read(path, {"ema": like})["ema"])
   config = make(mesh__mode=mode, mesh__fsdp=fsdp)
   state, said = started(config, source[1])
   assert_same(state.params, want)
@@ -182,7 +183,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
   _, run = source
   monkeypatch.setattr(programs, "create_state", None)
   monkeypatch.setattr(programs, "compile_step", None)
-  monkeypatch.setattr(checkpoint, "read_items", None)
+  monkeypatch.setattr(items, "read", None)
   learned = make(model__positions="learned")
   cases = [
     (make(), tmp_path / "absent", "absent has no checkpoint; name a run dir"),
@@ -211,8 +212,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
 
 
 def test_learned_positions_of_another_length_are_refused(make, tmp_path):
-  config = make(model__positions="learned", train__steps=1)
-  assert loop.train(config, str(tmp_path / "run")) == 0
+  config = make(model__positions="learned")
+  checkpoints = checkpoint.Checkpoints(str(tmp_path / "run"), config.checkpoint)
+  bytes_ = tokenizer_lib.Tokenizer().to_json()
+  params = reference.random_params(config.model)
+  trees = {"params": params, "rest": {"step": np.zeros(())}}
+  checkpoints.save(trees, checkpoint.Meta(1, config, bytes_, "none"))
+  checkpoints.close()
   longer = make(model__positions="learned", model__context_length=64)
   longer.init_from = str(tmp_path / "run")
   with pytest.raises(schema.ConfigError) as error:
@@ -338,7 +344,8 @@ def test_it_trains_from_there_and_goes_on_without(hub, make, tmp_path):
   shutil.rmtree(copied)
   longer = copy.deepcopy(config)
   longer.train.steps = 6
-  assert loop.train(config, str(tmp_path / "run")) == 0
+  assert loop.train(longer, str(tmp_path / "run")) == 0
+  assert metrics_lib.read(str(tmp_path / "run"))[-1]["step"] == 6
 
 
 def test_low_rank_updates_of_a_folder(hub, make):

@@ -292,7 +292,9 @@ def test_tpu_vm_gives_up(fails, verbs_after, pauses, tools, capfd):
 def test_tpu_vm_leaves_a_run_whose_connection_is_lost(tools, capfd):
   """It is followed again, from the start of its output, and not stopped."""
   (tools / "losses").write_text("1")
-  command = ("bash", "-c", "echo $$ >> ../../begun; sleep 2")
+  again = """until [ "$(grep -c 'tail -n [+]1' ../../calls)" = 2 ]"""
+  waits = f"echo $$ >> ../../begun; {again}; do sleep 0.1; done"
+  command = ("bash", "-c", waits)
   code, said, _ = run_on_tpu(capfd, command=command)
   assert code == 0 and "exit code 255" in said
   attempt = ["install", "start", "follow"]

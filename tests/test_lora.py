@@ -211,7 +211,7 @@ def flat(tree):
   }
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_only_adapters_are_trained(name):
   """The others have no gradient, optimizer state or average, and stay as they
   are, whichever the optimizer.
@@ -275,16 +275,21 @@ def test_what_is_trained_whole_has_its_gradient():
     np.testing.assert_allclose((slope[0] - slope[1]) / 2, wanted, rtol=0.02)
 
 
+@pytest.fixture(scope="module")
+def on_a_device():
+  config = train_config()
+  batches = [harness.random_batch(config, seed) for seed in range(2)]
+  one = harness.with_mesh(config, (1, 1, 1))
+  return config, batches, harness.train_steps(one, batches)
+
+
 @pytest.mark.parametrize(
   ("shape", "mode", "parts"),
-  [((1, 2, 2), "jit", 1), ((2, 2, 2), "jit", 2), ((8, 1, 1), "pmap", 1)],
+  [((2, 2, 2), "jit", 2), ((8, 1, 1), "pmap", 1)],
 )
-def test_adapters_on_a_mesh(shape, mode, parts):
+def test_adapters_on_a_mesh(shape, mode, parts, on_a_device):
   """Same losses and factors as on a device, dropout included."""
-  config = train_config()
-  one = harness.with_mesh(config, (1, 1, 1))
-  batches = [harness.random_batch(config, seed) for seed in range(2)]
-  want = harness.train_steps(one, batches)
+  config, batches, want = on_a_device
   many = harness.with_mesh(config, shape, mode)
   many.train.microbatches = parts if mode == "jit" else 1
   if mode == "jit":

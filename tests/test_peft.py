@@ -228,6 +228,7 @@ def saved(make, tmp_path_factory):
   return folder, config
 
 
+@pytest.mark.slow
 def test_adapters_are_written_read_and_merged_by_commands(saved):
   """The same model, as a LoRA run, a base with PEFT's files, a base with the
   run as its adapter, and a merged run.

@@ -127,7 +127,7 @@ def _children(program, arguments, n_processes):
   ("n_processes", "mode", "data", "fsdp", "tensor"),
   [
     (2, "jit", 2, 2, 2),
-    (2, "pmap", 8, 1, 1),
+    pytest.param(2, "pmap", 8, 1, 1, marks=pytest.mark.slow),
     pytest.param(4, "jit", 1, 4, 2, marks=pytest.mark.slow),
   ],
 )

@@ -105,12 +105,12 @@ class Cluster:
     files |= {"key-file": "munge.key"}
     options = [f"--{k}={self.folder}/{v}" for k, v in files.items()]
     self._daemon("munged", "--foreground", "--num-threads=10", *options)
-    self._until(lambda: (self.folder / "munge.socket").exists())
+    self.until(lambda: (self.folder / "munge.socket").exists())
     self._daemon("slurmctld", "-D")
     for node in ("127.0.0.1", "127.0.0.2"):
       self._daemon("slurmd", "-D", "-N", node)
     ready = ("sinfo", "--noheader", "--format=%D %t")
-    self._until(lambda: self.ask(*ready, check=False).strip() == "2 idle")
+    self.until(lambda: self.ask(*ready, check=False).strip() == "2 idle")
 
   def _daemon(self, *argv: str) -> None:
     log = (self.folder / f"daemon-{len(self.daemons)}.log").open("w")
@@ -121,7 +121,7 @@ class Cluster:
         )
       )
 
-  def _until(self, holds) -> None:
+  def until(self, holds) -> None:
     for _ in range(300):
       if holds():
         return
@@ -177,10 +177,10 @@ class Cluster:
   def wait(self, job: str) -> str:
     """The state in which the job ends."""
     ended = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL")
-    for _ in range(400):
+    for _ in range(2000):
       if (state := self.state(job)) in ended:
         return state
-      time.sleep(1)
+      time.sleep(0.2)
     raise TimeoutError(self.log("*"))
 
   def wait_for_step(self, name: str, step: int) -> None:
@@ -215,7 +215,7 @@ def cluster():
       made.stop()
 
 
-STEPS = 200
+STEPS = 60
 
 
 def test_two_nodes_and_on_after_scancel(cluster):
@@ -232,11 +232,12 @@ def test_two_nodes_and_on_after_scancel(cluster):
   cluster.wait_for_step("broken", 20)
   cluster.ask("scancel", first)
   assert cluster.wait(first) == "CANCELLED", cluster.log("broken")
-  time.sleep(5)
+  queued = ("squeue", "--noheader", "--me")
+  cluster.until(lambda: cluster.ask(*queued) == "")
   # It was told in time to save, did, and is not in the queue again.
   saved = re.findall(r"step (\d+) is saved", cluster.log("broken"))
   assert len(saved) == 1 and 20 <= int(saved[0]) < STEPS, cluster.log("broken")
-  assert cluster.ask("squeue", "--noheader", "--me") == ""
+  assert cluster.ask(*queued) == ""
 
   second = cluster.launch("broken", STEPS)
   assert cluster.wait(second) == "COMPLETED", cluster.log("broken")
@@ -256,9 +257,14 @@ def test_it_queues_again_before_the_time_limit(cluster):
     if cluster.state(job) == "PENDING":
       break
     time.sleep(0.1)
-  # SLURM waits two minutes for the nodes to have cleared; they have sooner.
-  time.sleep(10)
-  cluster.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+  def started():
+    # SLURM waits two minutes for the nodes to have cleared; they have sooner.
+    again = ("scontrol", "update", f"JobId={job}", "StartTime=now")
+    cluster.ask(*again, check=False)
+    return cluster.state(job) != "PENDING"
+
+  cluster.until(started)
   assert cluster.wait(job) == "COMPLETED", cluster.log("noticed")
   log = cluster.log("noticed")
   (saved,) = re.findall(r"step (\d+) is saved", log)

@@ -28,7 +28,7 @@ import reference
 from backports import zstd
 
 from launch import specs
-from lm import checkpoint, schema
+from lm import checkpoint, cli, schema
 from lm import config as config_lib
 from lm.data import tokenizer as tokenizer_lib
 
@@ -121,15 +121,16 @@ UNBOUNDED = set(
 
 
 def fields(door: str) -> Iterator[Case]:
-  """Each field with a type that is wrong, a range that is, or no end. Those of
-  the config are dealt out to the doors that take one: all read it alike.
+  """Each field with a type that is wrong, a range that is, or no end. Of the
+  config's, some for each door: all read it by `cli.load`, which is tested with
+  every one.
   """
   if door == "launch":
     yield from _fields(door, specs.Spec, "spec")
   elif door in TAKES_CONFIG:
     first = TAKES_CONFIG.index(door)
     every = _fields(door, config_lib.Config, "config")
-    yield from itertools.islice(every, first, None, len(TAKES_CONFIG))
+    yield from itertools.islice(every, first, None, 20 * len(TAKES_CONFIG))
 
 
 def _fields(door: str, kind: type, root: str) -> Iterator[Case]:
@@ -663,6 +664,19 @@ def test_wrong_input_is_one_line_and_writes_nothing(door, given, tmp_path):
     ]
   assert not faults, f"{len(faults)} of {len(todo)}:\n" + "\n".join(faults)
   assert listing(given) == before
+
+
+def test_no_field_of_the_config_takes_a_wrong_text(given):
+  """As every program reads them before it does anything."""
+  before, n = listing(given), 0
+  for case in _fields("lm.train", config_lib.Config, "config"):
+    arguments = [a.replace("GIVEN", str(given)) for a in case.arguments]
+    with pytest.raises(schema.ConfigError) as refused:
+      overrides, _ = schema.split_arguments(arguments, "config")
+      cli.load(str(given / "config.py"), overrides)
+    assert case.says in str(refused.value), case.arguments
+    n += 1
+  assert n > 1000 and listing(given) == before
 
 
 def test_the_cases_are_many_and_of_every_door():

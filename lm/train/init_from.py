@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from lm import checkpoint, files, processes, schema, validation
+from lm import checkpoint, files, items, processes, schema, validation
 from lm import config as config_lib
 from lm.data import huggingface_files
 from lm.data import tokenizer as tokenizer_lib
@@ -206,7 +206,7 @@ def _check_model(config: config_lib.Config, source: Source) -> None:
   ]
   raise schema.ConfigError(
     f"config.init_from={config.init_from}: config.model has arrays of other "
-    f"shapes: {checkpoint.describe({'params': arrays}, 3)}. Set the fields of "
+    f"shapes: {items.describe({'params': arrays}, 3)}. Set the fields of "
     "config.model that decide shapes as in that run; these differ: "
     f"{'; '.join(_differences(config, source))}"
   )

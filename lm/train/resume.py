@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from lm import checkpoint, files, processes, schema, validation
+from lm import checkpoint, files, items, processes, schema, validation
 from lm import config as config_lib
 from lm import objective as objective_lib
 from lm.data import pipeline, store
@@ -297,7 +297,7 @@ def _restored(config, mesh, workdir, checkpoints, meta, like, say):
   if not different:
     return step_lib.from_trees(checkpoints.restore(meta, like))
   where = f"checkpoint {meta.step} of {workdir}"
-  said = checkpoint.describe(different)
+  said = items.describe(different)
   model = {name: like[name] for name in ("params", "frozen") if name in like}
   if model.keys() & different.keys():
     raise schema.ConfigError(
