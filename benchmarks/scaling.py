@@ -15,7 +15,8 @@ All times are CPU seconds, since these hardly depend on what else the machine
 does: of the process, but in `devices` of the one thread that places a batch,
 dispatches the step and reads the metrics, without the computation of the
 devices. What is compared takes turns; a time is the least of the turns, since
-other work only adds to it, and a ratio the median of those of the turns.
+other work only adds to it (in `devices` the median of the steps), and a ratio
+the median of those of the turns.
 `--json` prints the same as JSON, with versions and cores.
 """
 
