@@ -3,9 +3,10 @@
   python benchmarks/start.py [--workdir=RUN] [--checkout=DIR]
 
 Prints the CPU seconds of `import lm.train.loop`, as a command imports it and as
-a program does; the wall seconds from the command to the first report of
-training, with nothing compiled before and with a compilation cache; and, of
-RUN, those to the first character of a sample.
+a program does; the wall and the CPU seconds from the command to the report of
+the first step of training, with nothing compiled before and with a compilation
+cache; and, of RUN, those to the first character of a sample. CPU seconds, read
+from /proc, hardly depend on what else the machine does.
 With `--checkout`, another checkout takes turns with this one. Medians of the
 turns; the range of each is printed behind it.
 """
@@ -22,8 +23,10 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 IMPORT = "import sys; sys.argv = ['{}']; import lm.train.loop"
+# The first step is reported when the second has been dispatched, and the second
+# with the evaluation after it.
 TRAIN = (
-  "--config=configs/tiny.py --config.train.steps=1 --config.train.log_every=1 "
+  "--config=configs/tiny.py --config.train.steps=2 --config.train.log_every=1 "
   "--config.optimizer.warmup_steps=0 --config.train.eval_every=2"
 ).split()
 SAMPLE = ["--prompt=def main(", "--stream", "--max_new_tokens=8"]
@@ -53,7 +56,17 @@ def cpu_of_import(checkout: pathlib.Path, started_as: str) -> float:
   return used() - before
 
 
-def first_step(checkout: pathlib.Path, cache: str | None) -> float:
+def cpu_seconds(pid: int) -> float:
+  """CPU seconds of all threads of a process so far."""
+  text = pathlib.Path(f"/proc/{pid}/stat").read_text()
+  user, system = text.rpartition(")")[2].split()[11:13]
+  return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def first_step(
+  checkout: pathlib.Path, cache: str | None
+) -> tuple[float, float]:
+  """(wall seconds, CPU seconds) from the command to the first report."""
   with tempfile.TemporaryDirectory() as folder:
     workdir = pathlib.Path(folder) / "run"
     command = [sys.executable, "-m", "lm.train", *TRAIN]
@@ -66,17 +79,21 @@ def first_step(checkout: pathlib.Path, cache: str | None) -> float:
       stdout=subprocess.DEVNULL,
     )
     report = workdir / "metrics.jsonl"
-    while child.poll() is None and not report.exists():
+    # The file is empty until the first report.
+    while not (report.exists() and report.stat().st_size):
+      if child.poll() is not None:
+        sys.exit(f"error: {' '.join(command)}: exit code {child.returncode}")
       time.sleep(0.01)
-    seconds = time.monotonic() - began
-    if child.wait() or not report.exists():
+    spent = time.monotonic() - began, cpu_seconds(child.pid)
+    if child.wait():
       sys.exit(f"error: {' '.join(command)}: exit code {child.returncode}")
-  return seconds
+  return spent
 
 
 def first_token(
   checkout: pathlib.Path, cache: str | None, workdir: str
-) -> float:
+) -> tuple[float, float]:
+  """(wall seconds, CPU seconds) from the command to the first character."""
   command = [sys.executable, "-m", "lm.sample", f"--workdir={workdir}", *SAMPLE]
   began = time.monotonic()
   with subprocess.Popen(
@@ -88,11 +105,11 @@ def first_token(
     assert child.stdout is not None
     while child.stdout.read(1) == b" ":
       pass
-    seconds = time.monotonic() - began
+    spent = time.monotonic() - began, cpu_seconds(child.pid)
     child.stdout.read()
   if child.returncode:
     sys.exit(f"error: {' '.join(command)}: exit code {child.returncode}")
-  return seconds
+  return spent
 
 
 def main() -> None:
@@ -112,20 +129,21 @@ def main() -> None:
         now = {
           "import, command, CPU": cpu_of_import(checkout, "-m"),
           "import, program, CPU": cpu_of_import(checkout, "x.py"),
-          "first step, cold": first_step(checkout, None),
-          "first step, cached": first_step(checkout, cache),
         }
-        if arguments.workdir:
-          run = checkout, None, arguments.workdir
-          now["first token, cold"] = first_token(*run)
-          run = checkout, cache, arguments.workdir
-          now["first token, cached"] = first_token(*run)
+        for kind, kept in (("cold", None), ("cached", cache)):
+          spent = {"step": first_step(checkout, kept)}
+          if arguments.workdir:
+            spent["token"] = first_token(checkout, kept, arguments.workdir)
+          for what, (wall, cpu) in spent.items():
+            now[f"first {what}, {kind}, wall"] = wall
+            now[f"first {what}, {kind}, CPU"] = cpu
         if turn:  # the first fills the caches: data, programs, pages of files
           for name, seconds in now.items():
             found.setdefault((name, side), []).append(seconds)
+  print(f"seconds; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
   for (name, side), s in found.items():
     low, middle, high = min(s), statistics.median(s), max(s)
-    print(f"{name:20} {side:14} {middle:5.1f} ({low:.1f} to {high:.1f})")
+    print(f"{name:26} {side:14} {middle:5.1f} ({low:.1f} to {high:.1f})")
 
 
 if __name__ == "__main__":

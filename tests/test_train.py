@@ -162,6 +162,26 @@ def test_a_layer_that_is_not_finite_is_null(tmp_path):
   assert report["nonfinite"] == ["layers/mlp_rms"]
 
 
+def test_event_files_need_no_torch(tmp_path):
+  """tensorboardX would import it, for a second, where it is installed; later
+  imports find it.
+  """
+  (tmp_path / "torch.py").write_text("print('torch is imported')")
+  program = (
+    "import sys; from lm.train import metrics; metrics.Writer(sys.argv[1], 0); "
+    "print('written'); import torch"
+  )
+  child = subprocess.run(
+    [sys.executable, "-c", program, str(tmp_path)],
+    env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert child.stdout == "written\ntorch is imported\n", child.stderr
+  assert [*(tmp_path / "tensorboard").iterdir()]
+
+
 def test_a_finished_run_is_left_alone(unbroken):
   config, workdir = unbroken
   before = (workdir / "metrics.jsonl").read_text()

@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -77,14 +78,30 @@ class Writer:
         self._events.close()
 
 
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+  """Hides PyTorch, if installed and not yet imported, from an import inside:
+  tensorboardX imports it to know its tensors, for more than a second of CPU.
+  """
+  hidden: dict[str, Any] = {"torch": None} if "torch" not in sys.modules else {}
+  modules: dict[str, Any] = sys.modules
+  modules.update(hidden)
+  try:
+    yield
+  finally:
+    for name in hidden:
+      modules.pop(name)
+
+
 class _Events:
   """Writes TensorBoard scalars in the calling thread: a writer thread would
   outlive a stop, and print the disk's errors.
   """
 
   def __init__(self, directory: str, first_step: int):
-    from tensorboardX import event_file_writer, record_writer, summary
-    from tensorboardX.proto import event_pb2
+    with _without_torch():
+      from tensorboardX import event_file_writer, record_writer, summary
+      from tensorboardX.proto import event_pb2
 
     # The generated protobuf module creates its classes at import.
     made: Any = vars(event_pb2)

@@ -276,6 +276,8 @@ def _changes(before: checkpoint.Meta, now: checkpoint.Meta) -> list[str]:
   for name, (was, now_is) in validation.differences(old, new).items():
     if name.startswith("config.optimizer."):
       lines.append(f"from step {step} on {name} is {now_is!r}; was {was!r}")
+  if (old.optimizer, old.train.steps) == (new.optimizer, new.train.steps):
+    return lines  # a rate is a dozen programs to compile
   rates = [
     optimizer.rate_at(c.optimizer, c.train.steps, step) for c in (old, new)
   ]

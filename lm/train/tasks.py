@@ -1,4 +1,8 @@
-"""Runs tasks of lm-evaluation-harness during training (config.tasks)."""
+"""Runs tasks of lm-evaluation-harness during training (config.tasks).
+
+lm/evaluate/harness.py and the sampler behind it are imported inside functions:
+they are a tenth of a start, and most runs have no tasks.
+"""
 
 import jax
 from jax.sharding import NamedSharding
@@ -6,7 +10,6 @@ from jax.sharding import NamedSharding
 from lm import config as config_lib
 from lm import processes
 from lm.data import tokenizer as tokenizer_lib
-from lm.evaluate import harness
 from lm.model import decoder
 from lm.train import stop as stop_lib
 
@@ -29,6 +32,9 @@ class Tasks:
     self._config, self._tasks = config, config.tasks
     if config.tasks is None:
       return
+
+    from lm.evaluate import harness
+
     harness.check_installed("config.tasks")
     self._mesh, self._rows = mesh, rows
     self._tokenizer, self._stop = tokenizer, stop
@@ -48,7 +54,7 @@ class Tasks:
     the remaining processes. Returns None after a stop (SIGTERM), checked for
     between batches.
     """
-    from lm.evaluate import harness_model, likelihood
+    from lm.evaluate import harness, harness_model, likelihood
 
     assert self._tasks is not None
     train = self._config.train
@@ -77,6 +83,8 @@ class Tasks:
     }
 
   def _find(self):
+    from lm.evaluate import harness
+
     assert self._tasks is not None
     names = "config.tasks.names", "config.tasks.include_path"
     return harness.find(
