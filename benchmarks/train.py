@@ -245,6 +245,15 @@ def compare(name: str, dtype: str, optimizer: str, n_turns: int) -> dict:
   }
 
 
+STAGES = ("optimizer", "loss", "attention", "mlp", "embed", "norm", "clip")
+
+
+def stage(scope: str) -> str:
+  """The stage of an operation, by the named scopes in `scope`."""
+  found = next((name for name in STAGES if name in scope), "rest")
+  return f"{found}, {'backward' if 'transpose(' in scope else 'forward'}"
+
+
 def profile(step, compiled) -> None:
   """Prints the step's time by operation, of XLA's own events."""
   import jax
@@ -267,6 +276,13 @@ def profile(step, compiled) -> None:
           if event.name in kinds:
             spent[event.name] += event.duration_ns
   whole = sum(spent.values())
+  stages: collections.Counter = collections.Counter()
+  for name, t in spent.items():
+    what = "products" if kinds[name] == "dot" else "other"
+    stages[f"{stage(source.get(name, ''))}, {what}"] += t
+  print("by stage:")
+  for name, t in stages.most_common():
+    print(f"{t / n / 1e6:8.3f} ms {t / whole:5.1%}  {name}")
   print(f"{whole / n / 1e6:.2f} ms a step in operations, by time:")
   for name, t in spent.most_common(40):
     print(

@@ -18,9 +18,12 @@ import runpy
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import rich.box
+import rich.console
+import rich.table
 from absl import app, flags, logging
 
 import lm
@@ -345,3 +348,25 @@ def _from_file(path: str) -> config_lib.Config:
       f"--config={path}: needs a function get_config() that returns a Config"
     )
   return config
+
+
+# --- output -------------------------------------------------------------------
+
+
+def table(*columns: str, title: str | None = None) -> rich.table.Table:
+  """A table for `console.print`. The first column folds long names; the others
+  are right-aligned, or left-aligned if the name ends in a blank.
+  """
+  found = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, padding=0)
+  first, *others = columns
+  found.add_column(first, overflow="fold")
+  for name in others:
+    justify = "left" if name.endswith(" ") else "right"
+    found.add_column(name.strip(), justify=justify, no_wrap=True)
+  return found
+
+
+def print_lines(console: rich.console.Console, lines: Iterable[str]) -> None:
+  """Prints text as it is, each line whole."""
+  for line in lines:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -7,7 +7,6 @@ python -m lm.data --config=configs/quickstart.py --overlap --output=overlap.json
 import numpy as np
 import rich.console
 import rich.markup
-import rich.table
 from absl import flags
 
 from lm import cli, files, schema
@@ -76,11 +75,11 @@ def describe(
     files.check_output(picture, "--draw")
   prepared = store.prepare(config, init_from.tokenizer(config))
   window = config.train.sequence_length
-  table = rich.table.Table(title=f"{prepared.tokenizer.size} ids")
-  table.add_column("source", overflow="fold")
-  for column in ("documents", "bytes", "tokens", "bytes/token"):
-    table.add_column(column, justify="right")
-  table.add_column(f"over {window} tokens", justify="right")
+  table = cli.table(
+    *("source", "documents", "bytes", "tokens", "bytes/token"),
+    f"over {window} tokens",
+    title=f"{prepared.tokenizer.size} ids",
+  )
   # Sources that differ in their objective share a store.
   stores = {t.path: t for t in (*prepared.train, *prepared.validation)}
   console = rich.console.Console()
@@ -102,8 +101,7 @@ def describe(
       lines.append(f"  training targets: {tokens.n_scored:,} ({share:.0%})")
   console.print(table)
   lines += ["", *_rows(config, prepared)]
-  for line in lines:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+  cli.print_lines(console, lines)
   if n_shown:
     _show_rows(config, prepared, console, n_shown)
   if picture is not None:

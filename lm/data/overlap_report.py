@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import rich.console
 import rich.markup
 import rich.progress
-import rich.table
 
+from lm import cli, files, schema
 from lm import config as config_lib
-from lm import files, schema
 from lm import objective as objective_lib
 from lm.data import overlap
 from lm.data import sources as sources_lib
@@ -137,10 +136,8 @@ def show(
 ) -> None:
   """Prints a line per source, then the longest passages of each source."""
   title = f"passages of {n} words that training text has"
-  table = rich.table.Table(title=title)
-  table.add_column("held out", overflow="fold")
-  for column in ("documents", "overlap", "share", "bytes", "overlap", "share"):
-    table.add_column(column, justify="right")
+  counts = ("documents", "overlap", "share", "bytes", "overlap", "share")
+  table = cli.table("held out", *counts, title=title)
   lines = []
   for part in found:
     table.add_row(
@@ -166,8 +163,7 @@ def show(
         f"{m.training_document} ({m.training_source})"
       )
   console.print(table)
-  for line in lines:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+  cli.print_lines(console, lines)
 
 
 def to_json(

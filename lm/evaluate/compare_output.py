@@ -4,12 +4,10 @@ import io
 import json
 from typing import Any
 
-import rich.box
 import rich.console
 import rich.markup
-import rich.table
 
-from lm import files
+from lm import cli, files
 from lm.evaluate import bootstrap, compare, provenance
 
 # The colours of Okabe and Ito (2008) are distinct for colour-blind readers.
@@ -24,10 +22,8 @@ def show(comparison: compare.Comparison, console: rich.console.Console) -> None:
       *_overlap(comparison, row.source),
     ]
     title = f"{rich.markup.escape(row.source)}: {', '.join(about)}"
-    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, padding=0)
-    table.add_column("run", overflow="fold")
-    for name in ("bits/byte", "95 %", "difference", "95 %", "p"):
-      table.add_column(name, justify="right", no_wrap=True)
+    columns = ("run", "bits/byte", "95 %", "difference", "95 %", "p")
+    table = cli.table(*columns, title=title)
     for k, run in enumerate(comparison.runs):
       bits, found, p = row.bits_per_byte[k], row.difference[k], row.p_holm[k]
       cells = [f"{bits.value:.4f}", f"{bits.low:.4f} to {bits.high:.4f}"]
@@ -40,8 +36,7 @@ def show(comparison: compare.Comparison, console: rich.console.Console) -> None:
     compare.verdict(comparison, comparison.overall, k) + "."
     for k in range(1, len(comparison.runs))
   ]
-  for line in [*lines, method(comparison)]:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+  cli.print_lines(console, [*lines, method(comparison)])
 
 
 def _overlap(comparison: compare.Comparison, source: str) -> list[str]:

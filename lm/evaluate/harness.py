@@ -21,12 +21,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import rich.box
 import rich.console
 import rich.markup
-import rich.table
 
-from lm import checkpoint, files, processes, schema
+from lm import checkpoint, cli, files, processes, schema
 from lm.data import overlap_report
 from lm.data import tokenizer as tokenizer_lib
 from lm.evaluate import corpora, provenance, task_texts
@@ -345,13 +343,9 @@ def show(content: dict[str, Any], console: rich.console.Console) -> None:
   tasks = content["tasks"].items()
   known = any("overlap" in task for _, task in tasks)
   title = f"{content['workdir']}, step {content['step']}"
-  table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, padding=0)
-  table.add_column("task", overflow="fold")
-  for name in ("version", "docs", "shots", "metric", "value", "stderr"):
-    is_number = name in ("docs", "shots", "value", "stderr")
-    table.add_column(name, justify="right" if is_number else "left")
-  for name in ("overlap", "bytes") if known else ():
-    table.add_column(name, justify="right")
+  columns = ["task", "version ", "docs", "shots", "metric ", "value", "stderr"]
+  columns += ["overlap", "bytes"] if known else []
+  table = cli.table(*columns, title=title)
 
   def cell(value: Any) -> str:
     if value is None:
@@ -370,8 +364,7 @@ def show(content: dict[str, Any], console: rich.console.Console) -> None:
       table.add_row(label, *row)
       label, first = "", ["", "", ""]
   console.print(table)
-  for line in _overlap_lines(content["tasks"]):
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+  cli.print_lines(console, _overlap_lines(content["tasks"]))
 
 
 def _overlap_lines(tasks: dict[str, dict[str, Any]]) -> Iterator[str]:

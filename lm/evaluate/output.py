@@ -6,13 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import rich.box
 import rich.console
 import rich.markup
 import rich.table
 import rich.text
 
-from lm import files
+from lm import cli, files
 from lm.evaluate import chat_samples, corpora, perplexity
 from lm.sample import output as sample_output
 
@@ -50,8 +49,7 @@ def show(
       f"{totals.bits_per_byte_without_eos:.4f} bits/byte, ppl "
       f"{totals.perplexity_without_eos:.4g}."
     )
-  for line in lines:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+  cli.print_lines(console, lines)
   for result in results:
     title, ranked = "best and worst documents", result.ranked
     if documents:
@@ -121,12 +119,8 @@ def _overlap(result: corpora.Result) -> str:
 
 
 def _table(title: str, first: str, *last: str) -> rich.table.Table:
-  table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, padding=0)
-  table.add_column(first, overflow="fold")
   measures = ("bits/byte", "loss", "ppl", "word ppl", "tokens", "bytes")
-  for name in (*measures, *last):
-    table.add_column(name, justify="right", no_wrap=True)
-  return table
+  return cli.table(first, *measures, *last, title=title)
 
 
 def _cells(totals: perplexity.Totals) -> tuple[str, ...]:
