@@ -4,7 +4,8 @@
 
 Needs the `tpu` extra (libtpu). Prints bytes per chip as XLA's memory analysis
 has them, and what the compiler estimates of the step (benchmarks/cycles.py); a
-step that does not fit is an error of the compiler, with its table.
+step that does not fit is an error of the compiler, with its table. Options of
+the compiler are tried by LIBTPU_INIT_ARGS="--xla_NAME=VALUE ...".
 """
 
 import os

@@ -311,6 +311,24 @@ def test_remat_computes_again_what_it_says(scan):
   }
 
 
+def test_kept_context_runs_the_kernel_once():
+  """Splash, lowered for TPUs: forward, and backward of queries and of keys."""
+  cfg = dataclasses.replace(
+    families.LLAMA3, context_length=128, attention="splash"
+  )
+  params = random_params(cfg)
+  batch = families.packed_batch([[50, 78]], 128, cfg.vocab_size)
+
+  def kernels(remat):
+    model = dataclasses.replace(cfg, remat=remat)
+    loss = jax.grad(lambda params: jnp.sum(forward(model, params, batch)))
+    lowered = jax.jit(loss).trace(params).lower(lowering_platforms=("tpu",))
+    return lowered.as_text().count("tpu_custom_call")
+
+  runs = {remat: kernels(remat) for remat in ("none", "full", "save_context")}
+  assert runs == {"none": 3, "full": 4, "save_context": 3}
+
+
 def test_names_of_values_are_no_operations(monkeypatch):
   """Without remat the program is what it was without names."""
   cfg = dataclasses.replace(families.LLAMA3, remat="none")
