@@ -3,7 +3,9 @@
   python benchmarks/aot.py --config=configs/llama3_8b.py --topology=v5p:4x4x4
 
 Needs the `tpu` extra (libtpu). Prints bytes per chip as XLA's memory analysis
-has them; a step that does not fit is an error of the compiler, with its table.
+has them, and what the compiler estimates of the step (benchmarks/cycles.py); a
+step that does not fit is an error of the compiler, with its table. Options of
+the compiler are tried by LIBTPU_INIT_ARGS="--xla_NAME=VALUE ...".
 """
 
 import os
@@ -24,8 +26,11 @@ def main(config: config_lib.Config) -> None:
   # libtpu would otherwise ask a metadata server what machine this is.
   os.environ["TPU_SKIP_MDS_QUERY"] = "1"
   os.environ["JAX_PLATFORMS"] = "cpu"
+  # Several may compile at once: none of them opens a TPU.
+  os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
   import time
 
+  import cycles
   from jax.experimental import topologies
 
   from lm import sharding
@@ -39,7 +44,8 @@ def main(config: config_lib.Config) -> None:
   )
   mesh = sharding.make_mesh(config, topology.devices)
   started = time.perf_counter()
-  memory = programs.compile_step(config, mesh).memory_analysis()
+  program = programs.compile_step(config, mesh)
+  memory = program.memory_analysis()
   seconds = time.perf_counter() - started
   print(
     f"{counts.parameter_count(config.model):,} parameters on {mesh.size} chips "
@@ -49,8 +55,16 @@ def main(config: config_lib.Config) -> None:
   print(
     f"bytes per chip: peak {memory.peak_memory_in_bytes / GIB:.2f} GiB, "
     f"state {memory.argument_size_in_bytes / GIB:.2f} GiB, "
-    f"temporary {memory.temp_size_in_bytes / GIB:.2f} GiB "
+    f"temporary {memory.temp_size_in_bytes / GIB:.2f} GiB, "
+    f"in the host's memory {memory.host_temp_size_in_bytes / GIB:.2f} GiB "
     f"(compiled in {seconds:.0f} s)"
+  )
+  of = cycles.estimate(program.as_text())
+  print(
+    f"estimated cycles per chip: {of.cycles / 1e6:,.0f}e6, "
+    f"{of.again / of.cycles:.1%} of them to compute values again; not among "
+    f"them: runs of kernels {of.kernels}; GB of results of collectives "
+    f"{ {name: round(n / 1e9, 1) for name, n in of.collectives.items()} }"
   )
 
 

@@ -9,7 +9,8 @@ Hardware: 64 to 512 accelerators, each with a row or more of the batch.
 Size: 4.2e6 tokens a step; 168e9 tokens (21 a parameter)
 and 8.1e21 FLOPs (6 N D).
 Evidence: compiles for v5p:4x4x4 with one row of 8192 tokens a chip: peak
-7.8 GiB a chip (python benchmarks/aot.py). No loss or tokens/s measured.
+7.9 GiB a chip, 9.7 with model.remat=save_context (python benchmarks/aot.py).
+No loss or tokens/s measured.
 """
 
 from lm import config as config_lib

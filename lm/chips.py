@@ -35,6 +35,21 @@ _OPTIONS: dict[str, Options] = {
   # for large matrices; for the small ones of attention (256 x 64 x 256) they
   # take 1.7 times as long (benchmarks/products.py).
   "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
+  # None for "tpu": of those tried with libtpu 0.0.42 on a product whose weight
+  # is gathered over all chips, and its gradient, none changed a collective.
+  # v5e:16x16 gathers beside products without options, and sums gradients by
+  # all-reduces also with
+  # - xla_enable_async_all_reduce and
+  #   xla_tpu_enable_async_collective_fusion_fuse_all_reduce;
+  # - MaxText's for reduce-scatters: xla_tpu_assign_all_reduce_scatter_layout,
+  #   xla_tpu_use_minor_sharding_for_major_trivial_input and
+  #   xla_tpu_relayout_group_size_threshold_for_reduce_scatter=1.
+  # v5p:4x4x4 gathers by all-reduces (with fsdp=32 it does not), also with
+  # - xla_enable_all_gather_3d_emitter;
+  # - xla_enable_async_all_gather, xla_tpu_prefer_async_allgather_to_allreduce;
+  # - MaxText's for all-gathers: xla_tpu_overlap_compute_collective_tc and
+  #   xla_tpu_enable_async_collective_fusion{,_fuse_all_gather,_multiple_steps}.
+  # LIBTPU_INIT_ARGS tries others, in benchmarks/aot.py too.
 }
 # Added to a program that runs once. LLVM's third level takes two to four times
 # as long as the second for the initial state, whose bits are the same

@@ -171,7 +171,24 @@ class ModelConfig:
   dtype: Literal["float32", "bfloat16"] = "float32"
   # `auto`: splash on TPU, mosaic or cudnn on GPU, else reference.
   attention: Literal["auto", "reference", "cudnn", "mosaic", "splash"] = "auto"
-  remat: Literal["none", "dots", "full"] = "none"
+  # What a layer keeps for the backward pass; the rest is computed again, to the
+  # same numbers. From least memory: `full` its input; `save_context` also the
+  # attention's mixture of values, so that the kernel runs once (not on GPUs);
+  # `save_out_proj` also the attention's result; `save_attention` also queries,
+  # keys and values; `minimal_with_context` also the MLP's products; `none` all.
+  # `dots` (MaxText's `minimal`) keeps products with weights, not the kernel's.
+  remat: Literal[
+    "none",
+    "full",
+    "save_context",
+    "save_out_proj",
+    "save_attention",
+    "minimal_with_context",
+    "dots",
+  ] = "none"
+  # `save_*` and `minimal_with_context` keep values in the host's memory. On
+  # TPU and GPU: slower where the way there is too narrow to be hidden.
+  remat_offload: bool = False
   # False runs the layers as a Python loop: slower to compile, same numbers.
   scan_layers: bool = True
   # The loss computes logits in chunks of at most this many tokens per device

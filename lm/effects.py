@@ -54,6 +54,11 @@ _READERS: tuple[tuple[str, Callable[[config_lib.Config], bool], str], ...] = (
     )
   ),
   (
+    "model.remat_offload",
+    lambda c: c.model.remat not in ("none", "full", "dots"),
+    "model.remat='minimal_with_context' or one of save_*",
+  ),
+  (
     "tokenizer.path",
     lambda c: c.tokenizer.kind in ("sentencepiece", "huggingface"),
     "tokenizer.kind='sentencepiece' or 'huggingface'",

@@ -179,10 +179,12 @@ def make_mesh(config: config_lib.Config, devices=None) -> jax.sharding.Mesh:
   hosts slices, and slices are ignored: devices of hosts need no order. In mode
   pmap the mesh axes are Auto: array types carry no sharding, and the mesh only
   says where rows are placed. Raises ConfigError if the slices do not divide
-  `data`, and as `mesh_shape`.
+  `data`, if the devices cannot do `model.remat_offload`, and as `mesh_shape`.
   """
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape(config, len(devices))
+  if config.model.remat_offload:
+    _check_host_memory(devices[0])
   slices = 1
   if devices[0].platform == "tpu":
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -205,6 +207,16 @@ def make_mesh(config: config_lib.Config, devices=None) -> jax.sharding.Mesh:
       within, between, devices, **split
     )
   return jax.sharding.Mesh(grid, MESH_AXES, axis_types=kinds)
+
+
+def _check_host_memory(device) -> None:
+  kinds = sorted(memory.kind for memory in device.addressable_memories())
+  if "pinned_host" not in kinds:
+    raise schema.ConfigError(
+      "config.model.remat_offload=True: needs devices with a part of the "
+      f"host's memory, pinned_host; {device.device_kind} has {kinds}; set it "
+      "to False, or a config.model.remat that keeps less"
+    )
 
 
 def local_rows(sharding: NamedSharding, n_rows: int) -> tuple[int, int]:

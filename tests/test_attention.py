@@ -104,13 +104,29 @@ def test_the_keys_of_a_query_are_the_range_that_mosaic_is_given(
 
 
 @pytest.mark.parametrize(
-  ("window", "softcap", "n_prefix"),
+  ("length", "tile"),
   [
-    *((None, None, None), (37, None, None), (None, 2.0, None)),
-    *((None, None, 31), (19, None, 31), (None, 2.0, 75)),
+    (8192, (1024, 512)),
+    (4608, (512, 512)),
+    (768, (256, 256)),
+    (384, (128,) * 2),
   ],
 )
-def test_splash_is_the_plain_form(window, softcap, n_prefix, monkeypatch):
+def test_tiles_of_splash_divide_the_row(length, tile):
+  assert kernels.splash_blocks(length) == tile
+  assert length % tile[0] == tile[0] % tile[1] == 0
+
+
+@pytest.mark.parametrize(
+  ("window", "softcap", "n_prefix", "T"),
+  [
+    *((None, None, None, 128), (37, None, None, 128), (None, 2.0, None, 128)),
+    *((None, None, 31, 128), (19, None, 31, 128), (None, 2.0, 75, 128)),
+    # A tile that is computed in two parts.
+    (None, None, None, 1024),
+  ],
+)
+def test_splash_is_the_plain_form(window, softcap, n_prefix, T, monkeypatch):
   """Grouped queries over packed documents, values and gradients."""
   make = splash_attention_kernel.make_splash_mha
   monkeypatch.setattr(
@@ -118,13 +134,13 @@ def test_splash_is_the_plain_form(window, softcap, n_prefix, monkeypatch):
     "make_splash_mha",
     functools.partial(make, interpret=True),
   )
-  B, T, N, K, H = 1, 128, 4, 2, 8
+  B, N, K, H = 1, 4, 2, 8
   rng = np.random.default_rng(0)
   q, k, v, mix = (
     jnp.asarray(rng.normal(size=(B, T, n, H)).astype(np.float32))
     for n in (N, K, K, N)
   )
-  lengths = (53, 75)
+  lengths = (53, T - 53)
   tokens = attention.Tokens(
     jnp.concatenate([jnp.arange(n) for n in lengths])[None],
     jnp.concatenate([jnp.full(n, i + 1) for i, n in enumerate(lengths)])[None],

@@ -1,6 +1,7 @@
 """What holds for every model: masks, causality, packing, remat, dropout."""
 
 import dataclasses
+import typing
 
 import families
 import jax
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 import reference
 
+from lm import config as config_lib
 from lm.model import attention, decoder, layers
+from lm.model import remat as remat_lib
 
 
 def random_params(cfg):
@@ -221,7 +224,14 @@ def loss_of(cfg):
 
 
 # The baseline is ("none", False); tests/test_verify.py has all combinations.
-LAYER_RUNS = [("none", True), ("full", True), ("dots", False)]
+LAYER_RUNS = [
+  ("none", True),
+  ("full", True),
+  ("save_out_proj", True),
+  ("minimal_with_context", True),
+  ("dots", False),
+  ("save_context", False),
+]
 
 
 @pytest.fixture(scope="module")
@@ -251,18 +261,81 @@ def test_scan_and_remat_change_no_number(remat, scan, plain_loss_and_gradients):
   )
 
 
+def test_offloaded_values_change_no_number(plain_loss_and_gradients):
+  cfg, params, expected = plain_loss_and_gradients
+  cfg = dataclasses.replace(
+    cfg, remat="minimal_with_context", remat_offload=True, scan_layers=True
+  )
+  run = jax.value_and_grad(loss_of(cfg))
+  # The context with its log-sum, the result, q, k, v, up and gate, of a layer
+  # of each window and the layer left over.
+  assert str(jax.make_jaxpr(run)(params)).count("MemorySpace.Host") == 3 * 8
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+    jax.jit(run)(params),
+    expected,
+  )
+
+
 @pytest.mark.parametrize("scan", [True, False])
 def test_remat_computes_again_what_it_says(scan):
-  """Matrix products in forward and backward: `full` repeats all of a layer's,
-  `dots` those with batch dimensions alone (scores and mixing of values).
+  """Matrix products of a layer that its backward pass repeats. It never needs
+  the MLP's result: of all nine (four with weights and two without in attention,
+  three in the MLP) `full` repeats eight.
   """
   products = {}
-  for remat in ("none", "dots", "full"):
+  policies = typing.get_args(
+    typing.get_type_hints(config_lib.ModelConfig)["remat"]
+  )
+  for remat in policies:
     cfg = dataclasses.replace(families.LLAMA3, remat=remat, scan_layers=scan)
     params = random_params(cfg)
     text = str(jax.make_jaxpr(jax.grad(loss_of(cfg)))(params))
     products[remat] = text.count("dot_general[")
-  assert products["none"] < products["dots"] < products["full"]
+  layers = 1 if scan else families.LLAMA3.n_layers
+  repeated = {
+    remat: (n - products["none"]) / layers for remat, n in products.items()
+  }
+  assert repeated == {
+    "none": 0,
+    "full": 8,
+    "save_context": 6,
+    "save_out_proj": 5,
+    "save_attention": 2,
+    "minimal_with_context": 0,
+    "dots": 2,
+  }
+
+
+def test_kept_context_runs_the_kernel_once():
+  """Splash, lowered for TPUs: forward, and backward of queries and of keys."""
+  cfg = dataclasses.replace(
+    families.LLAMA3, context_length=128, attention="splash"
+  )
+  params = random_params(cfg)
+  batch = families.packed_batch([[50, 78]], 128, cfg.vocab_size)
+
+  def kernels(remat):
+    model = dataclasses.replace(cfg, remat=remat)
+    loss = jax.grad(lambda params: jnp.sum(forward(model, params, batch)))
+    lowered = jax.jit(loss).trace(params).lower(lowering_platforms=("tpu",))
+    return lowered.as_text().count("tpu_custom_call")
+
+  runs = {remat: kernels(remat) for remat in ("none", "full", "save_context")}
+  assert runs == {"none": 3, "full": 4, "save_context": 3}
+
+
+def test_names_of_values_are_no_operations(monkeypatch):
+  """Without remat the program is what it was without names."""
+  cfg = dataclasses.replace(families.LLAMA3, remat="none")
+  params = random_params(cfg)
+
+  def program():
+    return jax.jit(jax.grad(loss_of(cfg))).lower(params).as_text()
+
+  named = program()
+  monkeypatch.setattr(remat_lib, "name", lambda x, name: x)
+  assert program() == named
 
 
 def test_scan_keeps_the_program_small():

@@ -439,7 +439,7 @@ def test_command(given, tmp_path):
     arguments = [f"--config={config}", flag, f"--output={tmp_path}/{i}.json"]
     ended = doors.run("lm.data", arguments, str(tmp_path))
     assert ended.code == 0, ended.err
-    assert ("1 │ 100.0%" in ended.out) == (i == 0)
+    assert ("1 100.0%" in ended.out) == (i == 0)
   found = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
   assert [f["n"] for f in found] == [13, 15]
   assert [f["sources"][0]["n_touched"] for f in found] == [1, 0]

@@ -262,3 +262,14 @@ def test_half_an_address_is_refused(monkeypatch):
   monkeypatch.setattr(jax.config, "update", lambda *_: None)
   with pytest.raises(schema.ConfigError, match="needs PROCESS_COUNT"):
     processes.join(heartbeat_seconds=7)
+
+
+def test_offloading_needs_a_part_of_the_hosts_memory():
+  c = config_lib.Config()
+  c.model.remat, c.model.remat_offload = "save_context", True
+  memory = types.SimpleNamespace(kind="device")
+  device = types.SimpleNamespace(
+    device_kind="a chip", addressable_memories=lambda: [memory]
+  )
+  with pytest.raises(schema.ConfigError, match="pinned_host; a chip has"):
+    sharding.make_mesh(c, [device])

@@ -547,6 +547,7 @@ OTHER = {
   "model.lora.full": ("embed",),
   "model.dtype": "bfloat16",
   "model.remat": "full",
+  "model.remat_offload": True,
   "model.scan_layers": False,
   "model.loss_chunk": 33,
   "train.steps": 11,
@@ -571,6 +572,7 @@ UNDER = (
   {
     "model.context_length": {"model.positions": "learned"},
     "model.causal": {"data.train": ("text:a|masked",), "data.validation": ()},
+    "model.remat_offload": {"model.remat": "save_context"},
     "model.rope_theta_windowed": {"model.windows": (3,)},
   }
   | {

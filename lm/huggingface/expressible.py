@@ -16,7 +16,7 @@ from lm.huggingface import family as family_lib
 # Fields of ModelConfig without effect on the logits of given parameters.
 _FREE = (
   "init_scale embedding_dropout residual_dropout lora dtype attention remat"
-  " scan_layers loss_chunk".split()
+  " remat_offload scan_layers loss_chunk".split()
 )
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lm import config as config_lib
 from lm import sharding
-from lm.model import kernels, layers, rotary, weights
+from lm.model import kernels, layers, remat, rotary, weights
 
 
 @functools.partial(
@@ -147,6 +147,7 @@ class Attention(nnx.Module):
       q, k = self.q_norm(q), self.k_norm(k)
     if angles is not None:
       q, k = rotary.rotate(q, angles), rotary.rotate(k, angles)
+    q, k, v = remat.name(q, "q"), remat.name(k, "k"), remat.name(v, "v")
     how = {
       "scale": (cfg.query_scale_dim or cfg.d_head) ** -0.5,
       "window": window,
@@ -159,4 +160,4 @@ class Attention(nnx.Module):
       out, kept = attend(q, k, v, tokens, tokens, **how, kernel=kernel), (k, v)
     outer = ("batch", "length", None)
     y = weights.dot("BTNH,NHD->BTD", out, self.o, *outer, adapter=find("o"))
-    return layers.add_bias(y, self.o_bias), kept
+    return remat.name(layers.add_bias(y, self.o_bias), "out_proj"), kept

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from lm import batch as batch_lib
 from lm import config as config_lib
-from lm.model import attention, layers, lora, rotary, weights
+from lm.model import attention, layers, lora, remat, rotary, weights
 
 Params = Any  # nested dict of arrays; `layers` arrays have a leading axis L
 # What layers report beside their output: name -> float32 array, [] of a layer
@@ -253,11 +253,7 @@ def _run_layer(
     )
     return y, aux
 
-  if cfg.remat == "full":
-    layer = jax.checkpoint(layer)
-  elif cfg.remat == "dots":
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    layer = jax.checkpoint(layer, policy=policy)
+  layer = remat.checkpointed(layer, cfg)
   return layer(x, state, keys, tokens, angles[which])
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from lm import config as config_lib
 from lm import sharding
-from lm.model import weights
+from lm.model import remat, weights
 
 
 def add_bias(x: Array, bias: nnx.Param | None) -> Array:
@@ -107,12 +107,12 @@ class MLP(nnx.Module):
     """`adapters` has the updates of matrices by name (lm/model/lora.py)."""
     inner, find = ("batch", "length", "mlp"), adapters.get
     h = weights.dot("BTD,DF->BTF", x, self.up, *inner, adapter=find("up"))
-    h = add_bias(h, self.up_bias)
+    h = remat.name(add_bias(h, self.up_bias), "up")
     gate = None
     if self.gate is not None:
       adapter = find("gate")
       gate = weights.dot("BTD,DF->BTF", x, self.gate, *inner, adapter=adapter)
-      gate = add_bias(gate, self.gate_bias)
+      gate = remat.name(add_bias(gate, self.gate_bias), "gate")
     h = self._activate(h, gate)
     outer = ("batch", "length", None)
     y = weights.dot("BTF,FD->BTD", h, self.down, *outer, adapter=find("down"))

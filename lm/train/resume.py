@@ -33,6 +33,7 @@ _FREE = (
   "config.data.prefetch_rows",
   "config.model.attention",
   "config.model.remat",
+  "config.model.remat_offload",
   "config.model.scan_layers",
   "config.model.loss_chunk",
   "config.train.steps",

@@ -40,15 +40,17 @@ def accumulation(config: config_lib.Config) -> Iterator[Result]:
 
 
 def layers(config: config_lib.Config) -> Iterator[Result]:
-  """All combinations of scan and remat must match a loop without remat."""
+  """All combinations of scan and remat, the config's own among them, must match
+  a loop without remat.
+  """
   config = harness.exact(config)
   config.train.microbatches = 1
   batch = harness.random_batch(config, 0)
-  model = config.model
+  model, chosen = config.model, config.model.remat
   model.remat, model.scan_layers = "none", False
   (plain,) = harness.gradients(config, [batch])
   for scan in (True, False):
-    for remat in ("none", "dots", "full"):
+    for remat in dict.fromkeys(("none", "dots", "full", chosen)):
       if (scan, remat) == (False, "none"):
         continue
       model.remat, model.scan_layers = remat, scan
