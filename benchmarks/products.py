@@ -1,12 +1,16 @@
 """What XLA's CPU compiler is slow at, in small programs: the reasons for the
 form of products in lm/model/weights.py and kernels.py, and for lm/chips.py.
 
-  JAX_PLATFORMS=cpu python benchmarks/products.py
+  JAX_PLATFORMS=cpu python benchmarks/products.py [--torch]
 
 Prints the milliseconds of each form, the best of several, in turns, and the
-ratio to the form that the code has.
+ratio to the form that the code has. `--torch` prints instead how fast XLA
+multiplies the matrices of the shapes of benchmarks/train.py, over PyTorch's
+rate, each in a process of its own, in turns: what a step can reach of PyTorch's
+speed where products take its time.
 """
 
+import argparse
 import os
 import sys
 import time
@@ -16,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import turns
 
 from lm import chips
 
@@ -112,6 +118,78 @@ def attention() -> None:
   )
 
 
+# --- beside PyTorch -----------------------------------------------------------
+
+# rows, inputs, outputs of a product in float32.
+SHAPES = {
+  "nanoGPT's size, MLP": (768, 128, 512),
+  "quickstart, MLP": (2048, 192, 768),
+  "quickstart, head": (2048, 192, 2048),
+  "GPT-2, attention": (1024, 768, 768),
+  "GPT-2, MLP": (1024, 768, 3072),
+  "GPT-2, head": (1024, 768, 50304),
+}
+
+
+def side(name: str):
+  """Answers a shape's name by the GFLOP/s of the product and its gradients."""
+  if name == "torch":
+    import torch
+
+    tensor = torch.from_numpy
+
+    def products(x, w, dy):
+      return x @ w, dy @ w.T, x.T @ dy
+  else:
+    tensor, products = jnp.asarray, lambda x, w, dy: (x @ w, dy @ w.T, x.T @ dy)
+
+  def rate(shape: str) -> float:
+    M, K, N = SHAPES[shape]
+    rng = np.random.default_rng(0)
+    x, w, dy = (
+      tensor(rng.normal(size=size).astype(np.float32))
+      for size in ((M, K), (K, N), (M, N))
+    )
+    run = products if name == "torch" else compiled(products, x, w, dy)
+    flops, seconds, n = 6 * M * K * N, 0.0, 0
+    jax.block_until_ready(run(x, w, dy))
+    started = time.perf_counter()
+    while seconds < 1:
+      jax.block_until_ready(run(x, w, dy))
+      n, seconds = n + 1, time.perf_counter() - started
+    return n * flops / seconds / 1e9
+
+  return rate
+
+
+def beside_torch() -> None:
+  environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+  sides = [
+    turns.Side(f"--side={name}", environment=environment)
+    for name in ("ours", "torch")
+  ]
+  rows = []
+  for shape in SHAPES:
+    rates = [[one.ask(shape) for one in sides] for _ in range(5)]
+    ours, theirs = zip(*rates, strict=True)
+    ratio = turns.described(*turns.ratios(ours, theirs))
+    rows.append([shape, *(f"{turns.median(x):.0f}" for x in (ours, theirs))])
+    rows[-1].append(ratio)
+  columns = ("product and gradients", "XLA GFLOP/s", "PyTorch", "ratio")
+  turns.print_table("float32", columns, rows)
+  for one in sides:
+    one.close()
+
+
 if __name__ == "__main__":
-  mlp()
-  attention()
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--torch", action="store_true")
+  parser.add_argument("--side", choices=("ours", "torch"))
+  options = parser.parse_args()
+  if options.side:
+    turns.serve(lambda: side(options.side))
+  elif options.torch:
+    beside_torch()
+  else:
+    mlp()
+    attention()

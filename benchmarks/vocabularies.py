@@ -11,13 +11,14 @@ import os
 import sys
 import tempfile
 
-# Behind the others: this file is named as the library `tokenizers`.
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 KINDS = ("sentencepiece", "bpe")
 
 
-def train(kind: str, steps: int | None, seed: int, workdir: str) -> list[float]:
+def train(
+  kind: str, steps: int | None, seed: int, workdir: str
+) -> tuple[float, float]:
   """Trains one run; returns bytes per token and bits per byte of validation."""
   from lm import cli
   from lm.data import store
@@ -32,7 +33,7 @@ def train(kind: str, steps: int | None, seed: int, workdir: str) -> list[float]:
     sys.exit(code)
   text = store.prepare(config).validation[0]
   bits = metrics.read(workdir)[-1]["eval/bits_per_byte"]
-  return [text.n_bytes / text.n_tokens, bits]
+  return text.n_bytes / text.n_tokens, bits
 
 
 def main() -> None:
@@ -40,17 +41,16 @@ def main() -> None:
   parser.add_argument("--steps", type=int, help="default: the config's")
   parser.add_argument("--seeds", type=int, default=2)
   args = parser.parse_args()
-  rows = []
   for seed in range(args.seeds):
     for kind in KINDS:
       with tempfile.TemporaryDirectory() as folder:
-        found = train(kind, args.steps, seed, os.path.join(folder, "run"))
-      rows.append((kind, seed, *found))
-  for kind, seed, per_token, bits in rows:
-    print(
-      f"{kind:13} seed {seed}  {per_token:.3f} bytes per token  "
-      f"{bits:.4f} bits per byte"
-    )
+        workdir = os.path.join(folder, "run")
+        per_token, bits = train(kind, args.steps, seed, workdir)
+      print(
+        f"{kind:13} seed {seed}  {per_token:.3f} bytes per token  "
+        f"{bits:.4f} bits per byte",
+        flush=True,
+      )
 
 
 if __name__ == "__main__":
