@@ -265,7 +265,8 @@ def test_a_trained_tokenizer_comes_with_the_parameters(
   assert prepared.tokenizer.chat_template == "<user>"
   # A run with a checkpoint has its own.
   tuned.init_from = str(tmp_path / "gone")
-  again = loop._prepare(tuned, str(workdir))
+  found = init_from.tokenizer(tuned, str(workdir))
+  again = store.prepare(tuned, found)
   assert again.tokenizer.fingerprint == stored.fingerprint
   # lm.data cannot read runs, and says so.
   with pytest.raises(schema.ConfigError, match="lm.train reads and then prep"):

@@ -195,7 +195,7 @@ def hub(tmp_path_factory):
   [
     ("jit", 1, 4, 2),
     pytest.param("jit", 2, 2, 2, marks=pytest.mark.slow),
-    ("pmap", 8, 1, 1),
+    pytest.param("pmap", 8, 1, 1, marks=pytest.mark.slow),
   ],
 )
 def test_processes_start_from_a_folder_of_hugging_face(

@@ -124,10 +124,10 @@ def one_device():
   [
     ((8, 1, 1), "jit", 1),
     ((1, 8, 1), "jit", 1),
-    ((2, 2, 2), "jit", 1),
+    pytest.param((2, 2, 2), "jit", 1, marks=pytest.mark.slow),
     ((2, 2, 2), "jit", 4),
-    ((1, 1, 1), "jit", 2),
-    ((8, 1, 1), "pmap", 1),
+    pytest.param((1, 1, 1), "jit", 2, marks=pytest.mark.slow),
+    pytest.param((8, 1, 1), "pmap", 1, marks=pytest.mark.slow),
     ((8, 1, 1), "pmap", 2),
   ],
 )
@@ -166,6 +166,7 @@ SWITCHES = {
 }
 
 
+@pytest.mark.slow
 def test_an_encoder_on_a_mesh_under_muon():
   """Its head has a matrix, vectors, and a bias that the vocabulary's devices
   share.
@@ -187,6 +188,7 @@ def test_an_encoder_on_a_mesh_under_muon():
   assert np.abs(np.asarray(state.params["head_bias"])).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_switches_of_families_on_a_mesh(capfd, compiled_anew):
   config = _config(optimizer__clip_norm=None, **SWITCHES)
   want, _, reference = _run(config)
@@ -298,8 +300,8 @@ def _changed(monkeypatch, path, **fields):
   ("name", "mesh", "mode"),
   [
     ("adamw", (2, 2, 2), "jit"),
-    ("muon", (8, 1, 1), "pmap"),
-    ("adafactor", (1, 1, 1), "jit"),
+    pytest.param("muon", (8, 1, 1), "pmap", marks=pytest.mark.slow),
+    pytest.param("adafactor", (1, 1, 1), "jit", marks=pytest.mark.slow),
   ],
 )
 def test_a_frozen_weight(name, mesh, mode, monkeypatch, tmp_path):

@@ -258,7 +258,12 @@ def test_damaged_parameters_are_not_sampled_from(unbroken, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("at", "step"), [("step", 6), ("evaluation", 6), ("step", 12)]
+  ("at", "step"),
+  [
+    pytest.param("step", 6, marks=pytest.mark.slow),
+    ("evaluation", 6),
+    pytest.param("step", 12, marks=pytest.mark.slow),
+  ],
 )
 def test_a_stop_where_an_evaluation_is_due_loses_nothing(
   at, step, unbroken, tmp_path, monkeypatch
@@ -303,7 +308,10 @@ def test_a_stop_where_an_evaluation_is_due_loses_nothing(
 
 @pytest.mark.parametrize(
   ("mode", "fsdp", "tensor", "parts"),
-  [("jit", 2, 2, 2), ("pmap", 1, 1, 1)],
+  [
+    ("jit", 2, 2, 2),
+    pytest.param("pmap", 1, 1, 1, marks=pytest.mark.slow),
+  ],
 )
 def test_resumed_on_another_mesh(
   mode, fsdp, tensor, parts, unbroken, tmp_path, make
