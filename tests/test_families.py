@@ -398,7 +398,7 @@ def test_gradients_equal_those_of_transformers(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "gemma3", "smollm3"])
 def test_greedy_tokens_equal_those_of_transformers(name, tmp_path):
-  """32 tokens, by the KV cache and past every window, unpadded and padded."""
+  """64 tokens, by the KV cache and past every window, unpadded and padded."""
   tokenizer = tokenizer_lib.Tokenizer()
   longer = {"n_positions" if name == "gpt2" else "max_position_embeddings": 96}
   fields = {"vocab_size": tokenizer.size, **longer, **SHORTER.get(name, {})}
@@ -410,7 +410,7 @@ def test_greedy_tokens_equal_those_of_transformers(name, tmp_path):
   prompts = [prompts[0], prompts[1][:5], prompts[2][:1]]
   results = loaded.generate(
     [
-      request_lib.Request(prompt=p.tolist(), max_new_tokens=32, temperature=0.0)
+      request_lib.Request(prompt=p.tolist(), max_new_tokens=64, temperature=0.0)
       for p in prompts
     ]
   )
@@ -418,7 +418,7 @@ def test_greedy_tokens_equal_those_of_transformers(name, tmp_path):
     want = model.generate(
       torch.tensor(prompt[None], dtype=torch.int64),
       attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-      max_new_tokens=32,
+      max_new_tokens=64,
       do_sample=False,
     )[0, len(prompt) :].numpy()
     assert got.token_ids == want.tolist()
