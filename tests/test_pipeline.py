@@ -379,16 +379,19 @@ def test_damage_to_a_store_reaches_the_caller(
 def test_threads_stop_with_the_consumer(make):
   config, prepared = make(documents(31, 1))
 
-  def threads() -> int:
-    return sum("grain" in t.name for t in threading.enumerate())
+  # Threads of earlier tests may still be ending: only new ones count.
+  before = set(threading.enumerate())
 
-  before = threads()
+  def new() -> list[threading.Thread]:
+    now = threading.enumerate()
+    return [t for t in now if "grain" in t.name and t not in before]
+
   batches = pipeline.train_batches(config, prepared)
   device = prefetch.DevicePrefetch(batches, lambda batch: batch)
   next(device)
-  assert threads() > before
+  assert new()
   del device, batches
   deadline = time.monotonic() + 10
-  while threads() > before and time.monotonic() < deadline:
+  while new() and time.monotonic() < deadline:
     time.sleep(0.01)
-  assert threads() == before
+  assert not new()
