@@ -409,7 +409,8 @@ def test_a_run_is_sampled_and_evaluated_without_another_flag(runs, tmp_path):
   ]
   for a, b in zip(*map(jax.tree.leaves, unrolled), strict=True):
     if a.dtype == jnp.int8:  # a last bit of a matrix may round another way
-      assert np.mean(a != b) < 0.01
+      assert np.abs(a.astype(np.int32) - b).max() <= 1
+      assert np.mean(a != b) < 0.02
     else:
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
