@@ -255,7 +255,7 @@ def stage(scope: str) -> str:
 
 
 def profile(step, compiled) -> None:
-  """Prints the step's time by operation, of XLA's own events. An event ends when
+  """Prints the step's time by operation, of XLA's own events. An event ends as
   the operation has handed its work to other threads: large products, such as
   the MLP's, take more than their events, up to the time of the step.
   """
