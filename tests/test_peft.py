@@ -159,6 +159,17 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path):
     peft.save(str(tmp_path), test_lora.adapted(families.GPT2), {}, None)
 
 
+def test_a_whole_head_of_another_size_is_refused(tmp_path):
+  cfg = test_lora.adapted(families.LLAMA3, full=("head",))
+  peft.save(str(tmp_path), cfg, test_lora.random_params(cfg), None)
+  found, path = tensors_of(tmp_path), tmp_path / peft.TENSORS
+  key = "base_model.model.lm_head.weight"
+  found[key] = found[key][1:].copy()
+  path.write_bytes(safetensors.numpy.save(found))
+  with pytest.raises(schema.ConfigError, match=r"is \[36, 18\], and of this"):
+    peft.load(str(tmp_path), lora.base(cfg))
+
+
 # The library itself -----------------------------------------------------------
 
 

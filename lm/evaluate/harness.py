@@ -83,27 +83,13 @@ def evaluate(
   mesh, n_rows = corpora.make_mesh(meta.config, rows)
   with jax.set_mesh(mesh):
     cfg, params = load.model(workdir, meta, mesh, adapter)
-
-  from lm.evaluate import harness_model
-
-  with corpora.progress_bar() as progress:
-    bar = progress.add_task("requests", total=None)
-
-    def tell(kind: str, n_done: int, n: int) -> None:
-      progress.update(bar, description=kind, completed=n_done, total=n)
-
-    answerer = harness_model.Answerer(
-      cfg, params, tokenizer, mesh, n_rows, tell=tell
-    )
-    found = answerer.lead(
-      lambda: run(
-        harness_model.HarnessModel(answerer),
-        loaded,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        chats=chats,
-      )
-    )
+  found = _answered(
+    (cfg, params, tokenizer, mesh, n_rows),
+    loaded,
+    limit=limit,
+    num_fewshot=num_fewshot,
+    chats=chats,
+  )
   if found is None:
     return None
   for name, known in (shares or {}).items():
@@ -120,6 +106,26 @@ def evaluate(
     "apply_chat_template": chats,
     "tasks": found,
   }
+
+
+def _answered(
+  model: tuple[Any, ...], loaded: Any, **how: Any
+) -> dict[str, Any] | None:
+  """Runs `loaded` with a progress bar: `run`'s scores on process 0. `model` has
+  the arguments of `harness_model.Answerer`, `how` those of `run`.
+  """
+  from lm.evaluate import harness_model
+
+  with corpora.progress_bar() as progress:
+    bar = progress.add_task("requests", total=None)
+
+    def tell(kind: str, n_done: int, n: int) -> None:
+      progress.update(bar, description=kind, completed=n_done, total=n)
+
+    answerer = harness_model.Answerer(*model, tell=tell)
+    return answerer.lead(
+      lambda: run(harness_model.HarnessModel(answerer), loaded, **how)
+    )
 
 
 def _tokenizer(

@@ -20,9 +20,10 @@ import numpy as np
 
 from lm import config as config_lib
 from lm import files, schema
-from lm.huggingface import expressible, tables
+from lm.huggingface import expressible, table, tables
 from lm.model import decoder, lora
 
+_PREFIX = "base_model.model."
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16"}
 # Keys without effect on an adapter's outputs, and keys read below. Every other
@@ -57,19 +58,20 @@ def _rows(cfg: config_lib.ModelConfig) -> dict[str, tables.Row]:
   }
 
 
-def _full_rows(cfg: config_lib.ModelConfig) -> dict[str, tables.Row]:
-  """Returns the rows of embedding and head, which the library can train whole.
-
-  A tied pair is left out: the library would train only the embedding.
+def _whole(cfg: config_lib.ModelConfig) -> dict[str, table.Place]:
+  """Returns the places of embedding and head, which the library can train
+  whole. A tied pair is left out: the library would train only the embedding.
   """
   if cfg.tied_embedding:
     return {}
-  rows = {row.ours: row for row in expressible.of(lora.base(cfg)).rows}
-  return {name: rows[name,] for name in ("embed", "head") if (name,) in rows}
+  base = lora.base(cfg)
+  places = table.places(expressible.of(base).rows, base).values()
+  found = {place.row.ours: place for place in places}
+  return {name: found[name,] for name in ("embed", "head")}
 
 
 def _module(row: tables.Row, layer: int) -> str:
-  return "base_model.model." + row.theirs.format(layer).removesuffix(".weight")
+  return _PREFIX + row.theirs.format(layer).removesuffix(".weight")
 
 
 def _short(row: tables.Row) -> str:
@@ -88,7 +90,7 @@ def misfit(cfg: config_lib.ModelConfig) -> str | None:
   assert cfg.lora is not None
   targets = lora.targets(cfg)
   try:
-    rows, whole = _rows(cfg), _full_rows(cfg)
+    rows, whole = _rows(cfg), _whole(cfg)
   except schema.ConfigError as error:
     return str(error)
   if any(name not in whole for name in cfg.lora.full):
@@ -125,11 +127,10 @@ def save(
   if (why := misfit(cfg)) is not None:
     raise schema.ConfigError(why)
   targets, tensors = lora.targets(cfg), {}
-  rows, whole = _rows(cfg), _full_rows(cfg)
+  rows, whole = _rows(cfg), _whole(cfg)
   for name in cfg.lora.full:
     value = np.asarray(params[name], np.float32)
-    key = f"{_module(whole[name], 0)}.weight"
-    tensors[key] = value if name == "embed" else value.T
+    tensors[_PREFIX + whole[name].name] = whole[name].theirs([value])
   for name in targets:
     factors = params["layers"][lora.NAME][name]
     a, b = (np.asarray(factors[key], np.float32) for key in "ab")
@@ -152,7 +153,7 @@ def save(
     "bias": "none",
     "fan_in_fan_out": not rows[targets[0]].linear,
     "init_lora_weights": True,
-    "modules_to_save": [_short(whole[n]) for n in cfg.lora.full] or None,
+    "modules_to_save": [_short(whole[n].row) for n in cfg.lora.full] or None,
     "use_dora": False,
   }
   # The library writes an array's memory and ignores the strides.
@@ -176,9 +177,7 @@ def load(
   content = _config(folder)
   tensors = _tensors(os.path.join(folder, TENSORS))
   rows = _rows(cfg)
-  whole = {
-    f"{_module(row, 0)}.weight": name for name, row in _full_rows(cfg).items()
-  }
+  full = _taken(folder, cfg, tensors, content.get("modules_to_save") or [])
   known = {
     f"{_module(row, i)}.lora_{factor}.weight": (name, i, factor)
     for name, row in rows.items()
@@ -187,16 +186,11 @@ def load(
   }
   # Target -> (layer, "A" or "B") -> matrix.
   found: dict[str, dict[tuple[int, str], np.ndarray]] = {}
-  full: dict[str, np.ndarray] = {}
   for key, value in sorted(tensors.items()):
-    if key in whole:
-      full[whole[key]] = value if whole[key] == "embed" else value.T
-      continue
     if key not in known:
       raise schema.ConfigError(
         f"adapter {folder}: tensor {key!r} fits no matrix of the "
         f"{cfg.n_layers} layers; only adapters of {', '.join(rows)} can be read"
-        f"{''.join(f', and {name} whole' for name in whole.values())}"
       )
     name, i, factor = known[key]
     found.setdefault(name, {})[i, factor] = value
@@ -206,7 +200,7 @@ def load(
     rank_stabilized=bool(content.get("use_rslora", False)),
     dropout=float(content.get("lora_dropout", 0.0)),
     targets=tuple(n for n in rows if n in found),  # type: ignore[arg-type]
-    full=tuple(n for n in whole.values() if n in full),  # type: ignore[arg-type]
+    full=tuple(full),  # type: ignore[arg-type]
   )
   schema.check_types(config, config_lib.LoraConfig, f"adapter {folder}")
   model = dataclasses.replace(cfg, lora=config)
@@ -216,28 +210,35 @@ def load(
       f"model has {lora.targets(model)}; name the adapter's own base"
     )
   make = functools.partial(decoder.init_params, model)
-  like = jax.eval_shape(make, jax.random.key(0))
-  asked = content.get("modules_to_save") or []
-  names = [_short(_full_rows(cfg)[name]) for name in full]
-  if sorted(asked) != sorted(names):
-    raise schema.ConfigError(
-      f"adapter {folder}: modules_to_save={asked}, and the file has {names}; "
-      f"of this model {' and '.join(whole.values()) or 'none'} can be read"
-    )
-  for name, value in full.items():
-    if value.shape != like[name].shape:
-      raise schema.ConfigError(
-        f"adapter {folder}: {name} is {list(value.shape)}, and of this model "
-        f"{list(like[name].shape)}; name the adapter's own base"
-      )
+  like = jax.eval_shape(make, jax.random.key(0))["layers"][lora.NAME]
   adapters = {
     name: _stacked(
-      *(folder, _short(rows[name]), found[name]),
-      *(like["layers"][lora.NAME][name], config.rank),
+      folder, _short(rows[name]), found[name], like[name], config.rank
     )
     for name in config.targets
   }
   return config, {**full, "layers": {lora.NAME: adapters}}
+
+
+def _taken(folder, cfg, tensors, asked) -> dict[str, np.ndarray]:
+  """Takes what was trained whole out of `tensors`; returns it by our names."""
+  whole, full = _whole(cfg), {}
+  for place in whole.values():
+    if (value := tensors.pop(_PREFIX + place.name, None)) is None:
+      continue
+    if value.shape != place.shape:
+      raise schema.ConfigError(
+        f"adapter {folder}: {place.name} is {list(value.shape)}, and of this "
+        f"model {list(place.shape)}; name the adapter's own base"
+      )
+    full |= place.ours(value)
+  names = [_short(whole[name].row) for name in full]
+  if sorted(asked) != sorted(names):
+    raise schema.ConfigError(
+      f"adapter {folder}: modules_to_save={asked}, and the file has {names}; "
+      f"of this model {' and '.join(whole) or 'none'} can be read"
+    )
+  return full
 
 
 def _stacked(folder, module, parts, like, rank):
