@@ -34,7 +34,7 @@ def train(
 
   config = cli.load("configs/quickstart.py", fields)
   config.seed += seed
-  config.data.train = (config.data.train[0] + suffix,)
+  config.data.train = tuple(spec + suffix for spec in config.data.train)
   config.data.packing = "best_fit"
   if steps is not None:
     config.train.steps = steps

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding
@@ -108,6 +109,36 @@ def by_row(function: Callable, *trees: Any) -> Any:
     )
   rows = ("batch",)
   return per_shard(function, *[rows] * len(trees), out_axes=rows)(*trees)
+
+
+def spread(
+  function: Callable, x: Array, rows: tuple[str, ...], columns: tuple[str, ...]
+) -> Array:
+  """`function(x)` for matrices x [N, m, n], each device with N / devices whole
+  ones; N is filled up with zeros. `function` may not combine matrices.
+
+  For code whose layout is left to the partitioner (`jax.sharding.auto_axes`).
+  Before and after, m lies along the mesh axes `rows`, and n along `columns`.
+  Each step moves a dimension, an all-to-all, so that no device has all of x.
+  """
+  if not has_mesh():
+    return function(x)
+  others = tuple(a for a in MESH_AXES if a not in rows + columns)
+  steps = [
+    P(None, rows, columns),
+    P(rows, None, columns),
+    P(rows + columns),
+    P(rows + columns + others),
+  ]
+  n = x.shape[0]
+  devices = jax.sharding.get_abstract_mesh().size
+  x = jnp.pad(x, [(0, -n % devices), (0, 0), (0, 0)])
+  for where in steps:
+    x = jax.lax.with_sharding_constraint(x, where)
+  x = function(x)
+  for where in reversed(steps):
+    x = jax.lax.with_sharding_constraint(x, where)
+  return x[:n]
 
 
 def platform() -> str:

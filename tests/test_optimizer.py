@@ -3,17 +3,19 @@
 import dataclasses
 import math
 import re
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from lm import batch as batch_lib
 from lm import config as config_lib
-from lm import schema, validation
+from lm import schema, sharding, validation
 from lm.model import weights
-from lm.train import optimizer
+from lm.train import muon, optimizer
 from lm.train import step as step_lib
 
 L, D, N, H, F = 3, 5, 2, 7, 11
@@ -152,12 +154,12 @@ def test_muon_treats_each_layer_as_a_matrix_of_its_own():
   }
   for name, shape in shapes.items():
     for layer in range(L):
-      alone = {"w": _leaves(_params())[name][layer].reshape(shape)}
-      muon = optax.contrib.muon(0.1, beta=0.9)
-      state = muon.init(alone)
+      alone: Any = {"w": _leaves(_params())[name][layer].reshape(shape)}
+      library = optax.contrib.muon(0.1, beta=0.9)
+      state = library.init(alone)
       for i in range(3):
         gradient = _leaves(_params(100 + i))[name][layer].reshape(shape)
-        changes, state = muon.update({"w": gradient}, state, alone)
+        changes, state = library.update({"w": gradient}, state, alone)
         alone = optax.apply_updates(alone, changes)
       np.testing.assert_allclose(
         got[name][layer].reshape(shape), alone["w"], rtol=2e-3, atol=2e-4
@@ -167,6 +169,84 @@ def test_muon_treats_each_layer_as_a_matrix_of_its_own():
   want = _leaves(_run(adam, _params()))
   for name in got.keys() - shapes.keys():
     np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("n", "dtype", "least", "error"),
+  [(6, "float32", 0.0, 1e-5), (8, "float32", 0.0, 1e-5)]
+  # Products of x x^T alone: its rounding is that of squares.
+  + [(10, "float32", 0.0, 1e-3), (24, "float32", 0.0, 1e-3)]
+  + [(24, "float32", 0.1, 2e-6), (24, "bfloat16", 0.1, 0.1)],
+)
+def test_newton_schulz_is_its_polynomial_of_the_singular_values(
+  n, dtype, least, error
+):
+  """From 1 down to 0 or to `least`, in float64."""
+  rng = np.random.default_rng(0)
+  values = np.maximum([1, 0.3, 1e-2, 1e-3, 1e-5, 0], least)
+  left = np.linalg.qr(rng.normal(size=(2, 6, 6)))[0]
+  right = np.linalg.qr(rng.normal(size=(2, n, n)))[0][:, :6]
+  x = (left * values) @ right
+  for _ in range(5):
+    values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+  got = jax.jit(muon.newton_schulz)(jnp.asarray(x, dtype))
+  assert got.dtype == dtype
+  want = (left * values) @ right
+  np.testing.assert_allclose(np.float64(got), want, atol=error)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1), (8, 1, 1)])
+def test_a_device_orthogonalizes_its_share_of_whole_matrices(shape, capfd):
+  """Collectives stand before and after the iterations, none within; 9 matrices
+  of each of two shapes make 2 a device. The update is that of a single device.
+  """
+  declared = {
+    name: weights.Weight(axes, "matrix", n_inputs, True)
+    for name, axes, n_inputs in (
+      ("q", ("embed", "heads", None), 1),
+      ("k", ("embed", "kv_heads", None), 1),
+      ("o", ("heads", None, "embed"), 2),
+      ("up", ("embed", "mlp"), 1),
+      ("gate", ("embed", "mlp"), 1),
+      ("down", ("mlp", "embed"), 1),
+    )
+  }
+  sizes = {"embed": 16, "heads": 8, "kv_heads": 8, None: 2, "mlp": 40}
+  rng = np.random.default_rng(0)
+  gradients = {
+    name: rng.normal(size=[3, *(sizes[axis] for axis in weight.axes)]).astype(
+      np.float32
+    )
+    for name, weight in declared.items()
+  }
+  transform = optimizer.make(_config(name="muon"), 10, declared)
+
+  def changes(gradients):
+    return transform.update(gradients, transform.init(gradients), gradients)[0]
+
+  want = jax.jit(changes)(gradients)
+  names = ("data", "fsdp", "tensor")
+  auto = (jax.sharding.AxisType.Auto,) * 3
+  with jax.set_mesh(jax.make_mesh(shape, names, axis_types=auto)):
+    where = {
+      name: jax.NamedSharding(
+        jax.sharding.get_mesh(), sharding.partition(None, *weight.axes)
+      )
+      for name, weight in declared.items()
+    }
+    placed = jax.tree.map(jax.device_put, gradients, where)
+    program = jax.jit(changes, out_shardings=where).lower(placed).compile()
+    got = program(placed)
+  for name in want:
+    np.testing.assert_allclose(got[name], want[name], atol=2e-5)
+  text = program.as_text() or ""
+  lines = [line for line in text.splitlines() if "newton_schulz" in line]
+  products = [line for line in lines if re.search(r" dot\(", line)]
+  assert len(products) >= 15 + 16
+  assert {line.split("[")[1].split(",")[0] for line in products} == {"2"}
+  collective = r" (all|reduce|collective)-[a-z-]+\("
+  assert not [line for line in lines if re.search(collective, line)]
+  assert "rematerialization" not in capfd.readouterr().err
 
 
 def test_adafactor_treats_each_layer_as_a_tensor_of_its_own():

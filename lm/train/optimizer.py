@@ -4,7 +4,6 @@ The weights of layers are stacked on a leading axis L. No optimizer here may
 treat L as a dimension of the matrix.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ import optax
 
 from lm import config as config_lib
 from lm.model import weights
+from lm.train import muon
 
 
 def schedule(
@@ -53,11 +53,15 @@ def rate_at(cfg: config_lib.OptimizerConfig, steps: int, step: int) -> float:
 
 
 def make(
-  cfg: config_lib.OptimizerConfig, steps: int, declared: Any
+  cfg: config_lib.OptimizerConfig,
+  steps: int,
+  declared: Any,
+  dtype: Any = jnp.float32,
 ) -> optax.GradientTransformation:
   """Optax transformation, without gradient clipping: train/step.py clips.
 
-  `declared` is a tree like the parameters (`decoder.declared`). With every
+  `declared` is a tree like the parameters (`decoder.declared`); Muon multiplies
+  matrices in `dtype`. With every
   optimizer, weight decay takes lr * weight_decay of every parameter but
   vectors, at the parameter's own learning rate.
   """
@@ -96,45 +100,38 @@ def make(
         weight_decay_mask=decayed,
       )
     )
-  muon = optax.contrib.muon(
-    rate,
-    beta=cfg.momentum,
+  return _muon(cfg, steps, declared, dtype, decayed)
+
+
+def _muon(cfg, steps, declared, dtype, decayed):
+  """Muon for matrices, NAdamW for all else."""
+
+  def labels(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: (
+        "muon" if weights.of(declared, path).role == "matrix" else "adam"
+      ),
+      params,
+    )
+
+  # Checkpoints have the schedule's state as the fourth of the chain.
+  matrices = optax.chain(
+    muon.scale_by_muon(
+      declared, momentum=cfg.momentum, epsilon=cfg.epsilon, dtype=dtype
+    ),
+    optax.identity(),
+    optax.add_decayed_weights(cfg.weight_decay),
+    optax.scale_by_learning_rate(schedule(cfg, steps, cfg.peak_lr)),
+  )
+  others = optax.nadamw(
+    schedule(cfg, steps, cfg.adam_peak_lr),
+    b1=cfg.b1,
+    b2=cfg.b2,
     eps=cfg.epsilon,
     weight_decay=cfg.weight_decay,
-    weight_decay_mask=decayed,
-    adam_b1=cfg.b1,
-    adam_b2=cfg.b2,
-    adam_weight_decay=cfg.weight_decay,
-    adam_learning_rate=schedule(cfg, steps, cfg.adam_peak_lr),
-    muon_weight_dimension_numbers=functools.partial(_muon_dimensions, declared),
+    mask=decayed,
   )
-
-  def update(updates, state, params=None):
-    # optax.contrib.muon does not pass the mask to Adam: vectors would decay.
-    # Zeros stand for the vectors, since Muon and Adam read parameters only for
-    # weight decay.
-    shown = jax.tree.map(
-      lambda kept, p: p if kept else jnp.zeros_like(p), decayed(params), params
-    )
-    return muon.update(updates, state, shown)
-
-  return optax.GradientTransformation(muon.init, update)
-
-
-def _muon_dimensions(declared: Any, params: Any) -> Any:
-  """Input and output axes of each matrix, for Muon (heads and head width
-  together are a single dimension); None sends the weight to AdamW.
-  """
-
-  def dimensions(path, _):
-    weight = weights.of(declared, path)
-    if weight.role != "matrix":
-      return None
-    return optax.contrib.MuonDimensionNumbers(
-      reduction_axis=weight.input_axes, output_axis=weight.output_axes
-    )
-
-  return jax.tree_util.tree_map_with_path(dimensions, params)
+  return optax.partition({"muon": matrices, "adam": others}, labels)
 
 
 def _layerwise(make_transformation) -> optax.GradientTransformation:

@@ -133,7 +133,9 @@ def init_state(
 
 def _transform(config: config_lib.Config) -> optax.GradientTransformation:
   declared = decoder.declared(config.model)
-  return optimizer.make(config.optimizer, config.train.steps, declared)
+  return optimizer.make(
+    config.optimizer, config.train.steps, declared, config.model.dtype
+  )
 
 
 def train_step(
