@@ -27,6 +27,7 @@ ORDER = (
   ("files",),
   ("locks",),
   ("batch", "chips", "digest", "cli", "processes", "sharding"),
+  ("mesh",),
   ("items", "model", "data"),
   ("checkpoint",),
   ("huggingface",),

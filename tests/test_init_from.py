@@ -12,8 +12,9 @@ import test_convert
 import test_families
 from etils import epath
 
-from lm import checkpoint, items, schema, sharding, validation
+from lm import checkpoint, items, schema, validation
 from lm import config as config_lib
+from lm import mesh as mesh_lib
 from lm.data import store, tokenizer_training
 from lm.data import tokenizer as tokenizer_lib
 from lm.huggingface import config_json, folder, published
@@ -37,7 +38,7 @@ def started(config, name):
   config.init_from = str(name)
   validation.validate(config)
   said = []
-  mesh = sharding.make_mesh(config)
+  mesh = mesh_lib.make(config)
   loaded = init_from.load(config, mesh, said.append)
   return programs.create_state(config, mesh, loaded), "\n".join(said)
 
@@ -73,7 +74,7 @@ def test_parameters_are_the_sources_and_all_else_is_fresh(
   state, said = started(config, source[1])
   assert_same(state.params, want)
   assert_same(state.ema, want)
-  layout = programs.abstract_state(config, sharding.make_mesh(config))
+  layout = programs.abstract_state(config, mesh_lib.make(config))
   for leaf, like in zip(
     jax.tree.leaves(state), jax.tree.leaves(layout), strict=True
   ):
@@ -109,7 +110,7 @@ def test_initial_parameters_are_not_drawn_where_all_are_loaded(
   source, make, monkeypatch
 ):
   config = make(mesh__fsdp=1, mesh__data=8)
-  mesh = sharding.make_mesh(config)
+  mesh = mesh_lib.make(config)
   state = programs.abstract_state(config, mesh)
   programs_text = []
   jit = jax.jit
@@ -370,7 +371,7 @@ def test_adapters_that_no_file_can_hold_are_told_of(
   config.mesh.fsdp, config.mesh.data = 1, 1
   config.model.lora = config_lib.LoraConfig(rank=2, targets=targets)
   said: list[str] = []
-  mesh = sharding.make_mesh(config, jax.devices()[:1])
+  mesh = mesh_lib.make(config, jax.devices()[:1])
   init_from.load(config, mesh, said.append)
   told = [line for line in said if "--to=peft will refuse" in line]
   assert [f"'gpt2' of transformers has {joined} joined" in x for x in told] == (

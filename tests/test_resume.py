@@ -20,8 +20,9 @@ import numpy as np
 import optax
 import pytest
 
-from lm import checkpoint, files, locks, schema, sharding, validation
+from lm import checkpoint, files, locks, schema, validation
 from lm import config as config_lib
+from lm import mesh as mesh_lib
 from lm.train import loop, optimizer, resume
 from lm.train import metrics as metrics_lib
 from lm.train import step as step_lib
@@ -80,7 +81,7 @@ def first_state(config, workdir, said=None):
     # The data are those of the last checkpoint.
     now = checkpoint.load_meta(str(workdir), min(checkpoints.steps()))
     now = dataclasses.replace(now, config=config)
-    mesh = sharding.make_mesh(config)
+    mesh = mesh_lib.make(config)
     state, meta = resume.first_state(
       config, mesh, str(workdir), checkpoints, now, said.append
     )

@@ -10,8 +10,9 @@ import jax
 import rich.console
 import rich.progress
 
-from lm import checkpoint, files, processes, schema, sharding
+from lm import checkpoint, files, processes, schema
 from lm import config as config_lib
+from lm import mesh as mesh_lib
 from lm import objective as objective_lib
 from lm.data import overlap_report, pipeline
 from lm.data import sources as sources_lib
@@ -373,7 +374,7 @@ def make_mesh(
     mesh=config_lib.MeshConfig(data=None, fsdp=fsdp, tensor=1),
     train=dataclasses.replace(config.train, batch_size=n_rows, microbatches=1),
   )
-  return sharding.make_mesh(here), n_rows
+  return mesh_lib.make(here), n_rows
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from lm import checkpoint, locks, processes, sharding, validation
 from lm import config as config_lib
+from lm import mesh as mesh_lib
 from lm.data import pipeline, prefetch, store
 from lm.evaluate import perplexity
 from lm.train import init_from, plot, programs, report, resume, tasks
@@ -53,7 +54,7 @@ def train(
       jax.process_count() > 1 and jax.process_index() == 0
     )
     resume.check_processes_start_alike(config)
-    mesh = sharding.make_mesh(config)
+    mesh = mesh_lib.make(config)
     prepare = functools.partial(_prepare, config, workdir, from_step)
     prepared = stop.start(
       "preparing the corpus", functools.partial(processes.on_all, prepare)
