@@ -17,7 +17,7 @@ from lm import checkpoint, schema, validation
 from lm import config as config_lib
 from lm import mesh as mesh_lib
 from lm.evaluate import corpora
-from lm.model import counts, decoder, inference, layers, lora
+from lm.model import counts, decoder, dropout, inference, lora
 from lm.sample import sampler as sampler_lib
 from lm.train import init_from, loop, programs
 from lm.train import metrics as metrics_lib
@@ -126,13 +126,13 @@ def test_dropout_is_of_the_input_of_each_update():
   params = jax.tree.map(jnp.asarray, random_params(cfg))
   block = decoder.bind(cfg, params).unroll().layers[0]
   x = jax.random.normal(jax.random.key(1), (2, 5, cfg.d_model))
-  keys = layers.row_keys(jax.random.key(2), jnp.arange(2))
+  keys = dropout.row_keys(jax.random.key(2), jnp.arange(2))
   masks = []
   for name in ("q", "k"):
     factors = getattr(block.lora, name)
     update = functools.partial(block.lora.updates(keys)[name], "BTD,DNH->BTNH")
-    own = layers.fold_rows(keys, 2 + lora.targets(cfg).index(name))
-    mask = np.asarray(layers.dropout(jnp.ones(x.shape), 0.5, own))
+    own = dropout.fold_rows(keys, 2 + lora.targets(cfg).index(name))
+    mask = np.asarray(dropout.dropout(jnp.ones(x.shape), 0.5, own))
     assert set(np.unique(mask)) == {0, 2}
     masks.append(mask)
     h = np.einsum("BTD,DR->BTR", x * mask, factors.a[...])

@@ -21,7 +21,16 @@ from jax.sharding import PartitionSpec as P
 from lm import checkpoint, cli, schema, sharding, validation
 from lm import config as config_lib
 from lm.data import objectives, pipeline
-from lm.model import attention, counts, decoder, kernels, layers, loss, weights
+from lm.model import (
+  attention,
+  counts,
+  decoder,
+  dropout,
+  kernels,
+  layers,
+  loss,
+  weights,
+)
 from lm.sample import decoding
 from lm.train import optimizer
 from lm.train import step as step_lib
@@ -349,7 +358,7 @@ def test_layers_scanned_with_the_first_window(mutate):
 def test_layers_recomputed_under_another_mask(mutate):
   def mutant(original, graph, x, state, which, i, keys, *, cfg, **named):
     if cfg.remat == "dots":
-      keys = layers.fold_rows(keys, 1)
+      keys = dropout.fold_rows(keys, 1)
     return original(graph, x, state, which, i, keys, cfg=cfg, **named)
 
   mutate(decoder, "_run_layer", mutant)

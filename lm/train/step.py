@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from lm import batch as batch_lib
 from lm import config as config_lib
 from lm import digest, sharding
-from lm.model import decoder, layers, loss, weights
+from lm.model import decoder, dropout, loss, weights
 from lm.train import optimizer
 
 # Scalars, the batch's digest, and `layers`: arrays [L] by name.
@@ -272,7 +272,7 @@ def _loss_sums(config, params, frozen, batch, key, rows):
   m = config.model
   rates = (m.embedding_dropout, m.residual_dropout)
   drops = any(rates) or (m.lora is not None and m.lora.dropout > 0)
-  keys = layers.row_keys(key, rows) if drops else None
+  keys = dropout.row_keys(key, rows) if drops else None
   params = weights.join(params, frozen)
   statistics = config.train.statistics_every is not None
   hidden, aux = decoder.forward(
