@@ -19,7 +19,7 @@ from lm import checkpoint, cli, schema, sharding, validation
 from lm import config as config_lib
 from lm import mesh as mesh_lib
 from lm.model import decoder, weights
-from lm.train import programs
+from lm.train import programs, resume
 from lm.train import step as step_lib
 from lm.verify.checks import harness
 
@@ -334,13 +334,13 @@ def test_a_frozen_weight(name, mesh, mode, monkeypatch, tmp_path):
     assert not [path for path in named if "down" in path]
   meta = checkpoint.Meta(2, config, tokenizer="", fingerprint="")
   saved = checkpoint.Checkpoints(str(tmp_path), config.checkpoint)
-  saved.save(step_lib.to_trees(state), meta)
+  saved.save(resume.to_trees(state), meta)
   saved.wait()
   like = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
   )
   meta = checkpoint.load_meta(str(tmp_path))
-  back = step_lib.from_trees(saved.restore(meta, step_lib.to_trees(like)))
+  back = resume.from_trees(saved.restore(meta, resume.to_trees(like)))
   saved.close()
   alone = checkpoint.load_params(str(tmp_path), config.model)
   for got, want in ((back, state), (alone, state.model)):
@@ -605,7 +605,7 @@ READERS = {
   "tokenizer": "data/tokenizer.py data/tokenizer_cache.py",
   "data": "data/packing.py data/pipeline.py data/sources.py data/store.py "
   "data/tokenizing.py",
-  "optimizer": "train/optimizer.py train/step.py",
+  "optimizer": "train/optimizer.py train/skip.py train/step.py",
   "mesh": "train/__main__.py train/step.py",
   "train": "data/pipeline.py train/loop.py train/report.py",
   "checkpoint": "checkpoint.py train/loop.py train/resume.py",

@@ -25,7 +25,6 @@ from lm.train import init_from, plot, programs, report, resume, tasks
 from lm.train import ledger as ledger_lib
 from lm.train import metrics as metrics_lib
 from lm.train import profile as profile_lib
-from lm.train import step as step_lib
 from lm.train import stop as stop_lib
 from lm.train import watchdog as watchdog_lib
 
@@ -274,7 +273,7 @@ class _Run:
     self.watchdog.pause()
     with self.ledger.within("save"):
       meta = dataclasses.replace(self.meta, step=step, loss=loss)
-      self.checkpoints.save(step_lib.to_trees(state), meta)
+      self.checkpoints.save(resume.to_trees(state), meta)
     self.ledger.saved(step)
 
   # --- start ---
