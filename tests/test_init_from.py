@@ -19,7 +19,7 @@ from lm.data import store, tokenizer_training
 from lm.data import tokenizer as tokenizer_lib
 from lm.huggingface import config_json, folder, published
 from lm.model import counts
-from lm.train import init_from, loop, programs
+from lm.train import init_from, loop, programs, start
 from lm.train import metrics as metrics_lib
 
 
@@ -257,12 +257,12 @@ def test_a_trained_tokenizer_comes_with_the_parameters(
   monkeypatch.setattr(tokenizer_training, "train", None)
   tuned = copy.deepcopy(config)
   tuned.data.train, tuned.init_from = config.data.validation, str(workdir)
-  prepared = loop._prepare(tuned, str(tmp_path / "new"), None)
+  prepared = start.prepare(tuned, str(tmp_path / "new"), None)
   assert prepared.tokenizer.fingerprint == stored.fingerprint
   assert prepared.tokenizer.chat_template == "the run's own"
   (tmp_path / "chat.jinja").write_text("<user>")
   tuned.tokenizer.chat_template = str(tmp_path / "chat.jinja")
-  prepared = loop._prepare(tuned, str(tmp_path / "new"), None)
+  prepared = start.prepare(tuned, str(tmp_path / "new"), None)
   assert prepared.tokenizer.chat_template == "<user>"
   # A run with a checkpoint has its own.
   tuned.init_from = str(tmp_path / "gone")

@@ -607,7 +607,7 @@ READERS = {
   "data/tokenizing.py",
   "optimizer": "train/optimizer.py train/skip.py train/step.py",
   "mesh": "train/__main__.py train/step.py",
-  "train": "data/pipeline.py train/loop.py train/report.py",
+  "train": "data/pipeline.py train/evaluation.py train/loop.py train/report.py",
   "checkpoint": "checkpoint.py train/loop.py train/resume.py",
   "model": "model/kernels.py",
 }

@@ -5,7 +5,7 @@ gradient norm that is not finite is found here, before anything is saved.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -195,27 +195,6 @@ def _chained(before: str, words: np.ndarray) -> str:
   """Chained batch hash: hex digest of the hash `before` and new words."""
   text = bytes.fromhex(before) + words.astype("<u4").tobytes()
   return hashlib.blake2b(text, digest_size=8).hexdigest()
-
-
-def evaluation(
-  parts: Sequence[tuple[store.TokenStore, perplexity.Totals]],
-) -> tuple[perplexity.Totals, dict[str, float]]:
-  """(sums over the causal sources, what to report of an evaluation).
-
-  Without a causal source the sums are over all. Of several sources, each is
-  reported with its loss and its denominator: the weight of its scored tokens.
-  """
-  totals = perplexity.overall([(source.spec, part) for source, part in parts])
-  said = {
-    "eval/loss": totals.loss,
-    "eval/perplexity": totals.perplexity,
-    "eval/bits_per_byte": totals.bits_per_byte,
-  }
-  if len(parts) > 1:
-    for source, part in parts:
-      said[f"eval/{source.spec}/loss"] = part.loss
-      said[f"eval/{source.spec}/tokens"] = part.n_tokens
-  return totals, said
 
 
 def say_what_runs(
