@@ -5,6 +5,7 @@ treat L as a dimension of the matrix.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -96,8 +97,18 @@ def make(
         weight_decay_mask=decayed,
       )
     )
+  return _muon(cfg, steps, declared, decayed)
+
+
+def _muon(
+  cfg: config_lib.OptimizerConfig,
+  steps: int,
+  declared: Any,
+  decayed: Callable[[Any], Any],
+) -> optax.GradientTransformation:
+  """Muon of matrices, NAdamW of the rest."""
   muon = optax.contrib.muon(
-    rate,
+    schedule(cfg, steps, cfg.peak_lr),
     beta=cfg.momentum,
     eps=cfg.epsilon,
     weight_decay=cfg.weight_decay,
