@@ -4,7 +4,7 @@ A config is a tree of dataclasses; `configs/NAME.py` has `get_config()`, a small
 program that changes `Config()`. The fields of a part that is None by default
 (RoPE scaling, LoRA, skipped steps, tasks) are in lm/config_optional.py, and no
 default is anywhere else. Derived values are properties. lm/validation.py
-refuses an impossible config before compilation. No module of these imports JAX.
+refuses an impossible config before compilation. None of the three imports JAX.
 """
 
 import dataclasses

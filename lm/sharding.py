@@ -4,6 +4,7 @@ Mesh axes are Explicit: the sharding is part of each array's type, and a
 sharding error is a trace error. Other code names logical axes; only the table
 here maps logical axes to mesh axes. Without a mesh in context (mode `pmap`, or
 a plain array on a single device) `spec` is None and annotations do nothing.
+lm/mesh.py makes the mesh.
 """
 
 from collections.abc import Callable

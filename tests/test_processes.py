@@ -159,7 +159,8 @@ FROM_A_FOLDER = """
 import json, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
-from lm import digest, processes, sharding, validation
+from lm import digest, processes, validation
+from lm import mesh as mesh_lib
 processes.join(heartbeat_seconds=10)
 from lm.huggingface import tensors
 from lm.train import init_from, loop

@@ -3,7 +3,8 @@
 An objective is a pure NumPy function of tokens [T+1], document numbers [T+1],
 from 1 within the window, 0 for padding, and random numbers. The model and the
 train step do not depend on the objective: objectives differ in the tokens of a
-row, in what is seen ahead (`prefix`), and in what is scored (`weights`).
+row, in what is seen ahead (`prefix`), and in what is scored (`weights`). What
+span corruption and FIM do to one text is in spans.py and fim.py.
 """
 
 import dataclasses

@@ -2,8 +2,9 @@
 cfg.causal=False.
 
 B batch, T length, D model, V vocabulary, L layers. A model is a config and a
-pure dict of arrays; the functions below join the two. `forward` stops before
-the head: the loss never holds all logits (lm/model/loss.py).
+pure dict of arrays; the functions below join the two. The layers run one after
+another in stack.py. `forward` stops before the head: the loss never holds all
+logits (lm/model/loss.py).
 """
 
 import dataclasses

@@ -2,6 +2,7 @@
 
 B batch, T length, C tokens of a chunk, D model, V vocabulary. Losses are
 returned as sums; the caller divides by the weights once, over the global batch.
+Cutting into chunks and sums over devices are in chunks.py.
 
 tokamax's fused linear_softmax_cross_entropy_loss (0.0.17) is not used: no
 weight per token, no z-loss and no soft-cap.
