@@ -33,7 +33,7 @@ def main(config: config_lib.Config) -> None:
   import cycles
   from jax.experimental import topologies
 
-  from lm import sharding
+  from lm import mesh as mesh_lib
   from lm.model import counts
   from lm.train import programs
 
@@ -42,7 +42,7 @@ def main(config: config_lib.Config) -> None:
     topology_name=_TOPOLOGY.value,
     num_slices=_SLICES.value,
   )
-  mesh = sharding.make_mesh(config, topology.devices)
+  mesh = mesh_lib.make(config, topology.devices)
   started = time.perf_counter()
   program = programs.compile_step(config, mesh)
   memory = program.memory_analysis()

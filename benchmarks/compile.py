@@ -15,6 +15,7 @@ import numpy as np
 
 from lm import chips, sharding
 from lm import config as config_lib
+from lm import mesh as mesh_lib
 from lm.train import programs
 from lm.train import step as step_lib
 
@@ -30,7 +31,7 @@ def config_of(n_layers: int) -> config_lib.Config:
 
 def step_seconds(n_layers: int) -> float:
   config = config_of(n_layers)
-  mesh = sharding.make_mesh(config)
+  mesh = mesh_lib.make(config)
   jax.clear_caches()
   started = time.perf_counter()
   programs.compile_step(config, mesh)
@@ -54,7 +55,7 @@ def compare_depths() -> None:
 def compare_options() -> None:
   config = config_of(DEPTHS[0])
   times, states = {True: [], False: []}, {}
-  with jax.set_mesh(sharding.make_mesh(config)):
+  with jax.set_mesh(mesh_lib.make(config)):
     for _ in range(ROUNDS):
       for once in times:
         jax.clear_caches()

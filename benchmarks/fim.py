@@ -20,8 +20,8 @@ import tempfile
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-# Characters of context on each side, and of a gap; tokens of a prompt.
-AROUND, SHORTEST, LONGEST, MOST_TOKENS = 200, 4, 40, 220
+# Characters of a gap.
+SHORTEST, LONGEST = 4, 40
 ORDERS = {"causal": (None,), "fim": ("psm", "spm")}
 
 
@@ -44,13 +44,22 @@ def train(
   return metrics.read(workdir)[-1]["eval/loss"]
 
 
+def n_new(length: int) -> int:
+  """Tokens to answer with, of a row of `length`."""
+  return min(32, length // 3)
+
+
 def gaps(workdir: str, n: int) -> list[tuple[str, str, str, str]]:
-  """(kind, prefix, gap, suffix) of held-out lines."""
+  """(kind, prefix, gap, suffix) of held-out lines. Prefix and suffix have 25/32
+  characters for a token of a row.
+  """
   from lm import checkpoint
   from lm.data import sources
   from lm.data import tokenizer as tokenizer_lib
 
   meta = checkpoint.load_meta(workdir)
+  length = meta.config.train.sequence_length
+  around, most_tokens = 25 * length // 32, length - n_new(length) - 4
   tokenizer = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
   source = sources.open_source(meta.config.data.validation[0], meta.config.data)
   draw, found = random.Random(0), []
@@ -68,10 +77,10 @@ def gaps(workdir: str, n: int) -> list[tuple[str, str, str, str]]:
       if len(tokenizer.decode(ids[-1:])) < 2:
         continue  # the cut is between tokens
     gap = text[start:stop]
-    if line >= AROUND and SHORTEST <= len(gap) <= LONGEST:
-      around = text[start - AROUND : start], text[stop : stop + AROUND]
-      if sum(map(len, map(tokenizer.encode, around))) < MOST_TOKENS:
-        found.append((kind, around[0], gap, around[1]))
+    if line >= around and SHORTEST <= len(gap) <= LONGEST:
+      sides = text[start - around : start], text[stop : stop + around]
+      if sum(map(len, map(tokenizer.encode, sides))) < most_tokens:
+        found.append((kind, sides[0], gap, sides[1]))
   return found
 
 
@@ -82,6 +91,7 @@ def judge(
   per byte that the gap's text costs. FIM's prompt has its parts in `order`; by
   None the prompt is the prefix alone.
   """
+  from lm import checkpoint
   from lm.data import fim as fim_lib
   from lm.sample import sampler as sampler_lib
 
@@ -92,9 +102,10 @@ def judge(
     if order is not None:
       ids = fim_lib.fim_ids(tokenizer, prefix, suffix, order)
     prompts.append(ids)
+  new = n_new(checkpoint.load_meta(workdir).config.train.sequence_length)
   results = sampler.generate(
     [
-      sampler_lib.Request(ids, temperature=0.0, max_new_tokens=32)
+      sampler_lib.Request(ids, temperature=0.0, max_new_tokens=new)
       for ids in prompts
     ]
   )

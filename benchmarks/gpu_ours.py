@@ -8,7 +8,8 @@ import decode
 import jax
 import train
 
-from lm import chips, sharding
+from lm import chips
+from lm import mesh as mesh_lib
 from lm.model import kernels
 from lm.train import programs
 
@@ -47,7 +48,7 @@ def compile_lightest(job, rows: int, length: int):
   limit = memory("bytes_limit")
   for remat in ("none", "dots", "full"):
     config = job.config(rows, length, remat)
-    mesh = sharding.make_mesh(config)
+    mesh = mesh_lib.make(config)
     compiled = programs.compile_step(config, mesh)
     m = compiled.memory_analysis()
     needed = m.argument_size_in_bytes + m.output_size_in_bytes

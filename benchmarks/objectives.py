@@ -25,6 +25,7 @@ def side(config_path: str, objective: str):
   import jax
 
   from lm import cli, sharding
+  from lm import mesh as mesh_lib
   from lm.data import pipeline, store, tokenizer
   from lm.train import programs
 
@@ -36,7 +37,7 @@ def side(config_path: str, objective: str):
     made = store.prepare(config).tokenizer.with_template(text)
     source = "instruct:python_stdlib:train"
   config.data.train = (f"{source}|{objective}",)
-  mesh = sharding.make_mesh(config)
+  mesh = mesh_lib.make(config)
   batches = pipeline.train_batches(config, store.prepare(config, made))
   step = programs.compile_step(config, mesh)
   state = programs.create_state(config, mesh)

@@ -50,14 +50,14 @@ class Step:
   """
 
   def __init__(self, n_layers: int, n_rows: int, *, scan: bool = True):
-    from lm import sharding
+    from lm import mesh as mesh_lib
     from lm.train import programs
 
     shape = train.Shape(n_layers, 128, 2, 512, LENGTH, n_rows)
     config = train.our_config(shape, "float32", "adamw")
     config.model.scan_layers = scan
     config.mesh.data, config.mesh.fsdp = None, 1
-    mesh = sharding.make_mesh(config)
+    mesh = mesh_lib.make(config)
     began = time.process_time()
     self._program = programs.compile_step(config, mesh)
     self.compile_seconds = time.process_time() - began
@@ -184,13 +184,14 @@ def evaluation(n_turns: int) -> dict:
   import jax
   import jax.numpy as jnp
 
-  from lm import chips, cli, sharding
+  from lm import chips, cli
+  from lm import mesh as mesh_lib
   from lm.evaluate import perplexity
   from lm.model import counts, decoder
 
   config = cli.load(CONFIG)
   model, t = config.model, config.train
-  mesh = sharding.make_mesh(config)
+  mesh = mesh_lib.make(config)
   shape = t.batch_size, t.sequence_length + 1
   ids = np.random.default_rng(0).integers(0, model.vocab_size, shape)
   batch = train.placed(config, mesh, ids.astype(np.int32))

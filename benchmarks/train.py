@@ -106,11 +106,11 @@ def placed(config, mesh, tokens: np.ndarray):
 
 def ours(shape: Shape, dtype: str, optimizer: str):
   """(one step, the compiled program)."""
-  from lm import sharding
+  from lm import mesh as mesh_lib
   from lm.train import programs
 
   config = our_config(shape, dtype, optimizer)
-  mesh = sharding.make_mesh(config)
+  mesh = mesh_lib.make(config)
   state = programs.create_state(config, mesh)
   compiled = programs.compile_step(config, mesh)
   batch = placed(config, mesh, rows(shape))

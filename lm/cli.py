@@ -10,6 +10,7 @@ compilation or write.
 
 import contextlib
 import difflib
+import functools
 import glob
 import io
 import logging as pylogging
@@ -74,36 +75,44 @@ def run(
     except (flags.Error, schema.ConfigError) as error:
       sys.exit(refuse(schema.ConfigError(str(error))))
 
-  def guarded(argv: list[str]) -> int | None:
-    try:
-      if signal.getsignal(signal.SIGINT) is lm.stopped:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-      config = [load(flags.FLAGS.config, overrides)] if takes_config else []
-      if len(argv) > 1:
-        raise schema.ConfigError(f"{argv[1]!r}: not a flag; write --FLAG=VALUE")
-      _use_shared_flags()
-      code = main(*config)
-      sys.stdout.flush()
-      return code
-    except KeyboardInterrupt:
-      print("stopped by Ctrl-C", file=sys.stderr)
-      return _leave(130)
-    except BrokenPipeError:  # the reader of the pipe has exited, as `head` does
-      os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-      return _leave(141)
-    except Exception as error:
-      if (told := explain(error)) is not None:
-        return _leave(refuse(told))
-      error.add_note(
-        "This is an error in the program: report it, with this traceback and "
-        "the command, to the project's issue tracker."
-      )
-      if not _joined():
-        raise
-      traceback.print_exc()
-      return _leave(1)
+  def work(argv: list[str]) -> int | None:
+    if signal.getsignal(signal.SIGINT) is lm.stopped:
+      signal.signal(signal.SIGINT, signal.default_int_handler)
+    config = [load(flags.FLAGS.config, overrides)] if takes_config else []
+    if len(argv) > 1:
+      raise schema.ConfigError(f"{argv[1]!r}: not a flag; write --FLAG=VALUE")
+    _use_shared_flags()
+    code = main(*config)
+    sys.stdout.flush()
+    return code
 
+  guarded = functools.partial(_guarded, work)
   app.run(guarded, argv=arguments, flags_parser=parse)
+
+
+def _guarded(
+  work: Callable[[list[str]], int | None], argv: list[str]
+) -> int | None:
+  """work(argv), or the exit code of what stops it, told on stderr."""
+  try:
+    return work(argv)
+  except KeyboardInterrupt:
+    print("stopped by Ctrl-C", file=sys.stderr)
+    return _leave(130)
+  except BrokenPipeError:  # the reader of the pipe has exited, as `head` does
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return _leave(141)
+  except Exception as error:
+    if (told := explain(error)) is not None:
+      return _leave(refuse(told))
+    error.add_note(
+      "This is an error in the program: report it, with this traceback and "
+      "the command, to the project's issue tracker."
+    )
+    if not _joined():
+      raise
+    traceback.print_exc()
+    return _leave(1)
 
 
 def spread(arguments: Sequence[str], lists: Sequence[str]) -> list[str]:

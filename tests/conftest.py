@@ -26,7 +26,9 @@ import lm
 # Annotations such as Float[Array, "B T D"] are executed at every call. The
 # config is left out: its own validation of its own types is what is tested.
 HAS_CHECKER = importlib.util.find_spec("beartype") is not None
-CONFIG = {"config", "effects", "objective", "schema", "validation"}
+CONFIG = set(
+  "config config_optional effects objective schema validation".split()
+)
 if HAS_CHECKER:
   rooms = {room.name for room in pkgutil.iter_modules(lm.__path__)}
   jaxtyping.install_import_hook(

@@ -15,8 +15,9 @@ import typing
 import jax
 import pytest
 
-from lm import cli, schema, sharding, validation
+from lm import cli, schema, validation
 from lm import config as config_lib
+from lm import mesh as mesh_lib
 from lm import objective as objective_lib
 from lm.data import sources
 from lm.model import counts, decoder
@@ -616,7 +617,7 @@ def test_edge_of_a_rule_is_allowed(changes):
 def test_mesh_shape_fills_the_open_axis(axes, n_devices, shape):
   config = config_lib.Config()
   config.mesh.data, config.mesh.fsdp, config.mesh.tensor = axes
-  assert sharding.mesh_shape(config, n_devices) == shape
+  assert mesh_lib.shape_of(config, n_devices) == shape
 
 
 @pytest.mark.parametrize(
@@ -663,7 +664,7 @@ def test_mesh_shape_fills_the_open_axis(axes, n_devices, shape):
 )
 def test_mesh_that_does_not_fit_is_refused(changes, n_devices, expected):
   with pytest.raises(schema.ConfigError) as info:
-    sharding.mesh_shape(changed(changes), n_devices)
+    mesh_lib.shape_of(changed(changes), n_devices)
   assert str(info.value).startswith(expected)
 
 

@@ -21,12 +21,14 @@ LM = pathlib.Path(__file__).parent.parent / "lm"
 ORDER = (
   ("schema",),
   ("objective",),
+  ("config_optional",),
   ("config",),
   ("effects",),
   ("validation",),
   ("files",),
   ("locks",),
   ("batch", "chips", "digest", "cli", "processes", "sharding"),
+  ("mesh",),
   ("items", "model", "data"),
   ("checkpoint",),
   ("huggingface",),
@@ -123,6 +125,19 @@ def test_the_readme_counts_lines_as_they_are():
   for name, stated in rows:
     n = (LM.parent / name).read_text().count("\n")
     assert abs(n - int(stated)) <= 10, f"{name} has {n} lines"
+
+
+def test_the_path_from_text_to_gradient_is_short():
+  """The README's files up to the loop: each says first what is found there."""
+  named = re.findall(
+    r"^\| `(lm/.*?)` \|", (LM.parent / "README.md").read_text(), re.M
+  )
+  path = named[: named.index("lm/train/loop.py") + 1]
+  texts = [(LM.parent / name).read_text() for name in path]
+  lengths = {n: t.count("\n") for n, t in zip(path, texts, strict=True)}
+  assert len(path) == 11 and max(lengths.values()) < 450
+  assert sum(lengths.values()) <= 2400, lengths
+  assert all(ast.get_docstring(ast.parse(text)) for text in texts)
 
 
 def test_no_script_or_helper_hides_another_module():

@@ -12,13 +12,14 @@ import test_convert
 import test_families
 from etils import epath
 
-from lm import checkpoint, items, schema, sharding, validation
+from lm import checkpoint, items, schema, validation
 from lm import config as config_lib
+from lm import mesh as mesh_lib
 from lm.data import store, tokenizer_training
 from lm.data import tokenizer as tokenizer_lib
 from lm.huggingface import config_json, folder, published
 from lm.model import counts
-from lm.train import init_from, loop, programs
+from lm.train import init_from, loop, programs, start
 from lm.train import metrics as metrics_lib
 
 
@@ -37,7 +38,7 @@ def started(config, name):
   config.init_from = str(name)
   validation.validate(config)
   said = []
-  mesh = sharding.make_mesh(config)
+  mesh = mesh_lib.make(config)
   loaded = init_from.load(config, mesh, said.append)
   return programs.create_state(config, mesh, loaded), "\n".join(said)
 
@@ -73,7 +74,7 @@ def test_parameters_are_the_sources_and_all_else_is_fresh(
   state, said = started(config, source[1])
   assert_same(state.params, want)
   assert_same(state.ema, want)
-  layout = programs.abstract_state(config, sharding.make_mesh(config))
+  layout = programs.abstract_state(config, mesh_lib.make(config))
   for leaf, like in zip(
     jax.tree.leaves(state), jax.tree.leaves(layout), strict=True
   ):
@@ -109,7 +110,7 @@ def test_initial_parameters_are_not_drawn_where_all_are_loaded(
   source, make, monkeypatch
 ):
   config = make(mesh__fsdp=1, mesh__data=8)
-  mesh = sharding.make_mesh(config)
+  mesh = mesh_lib.make(config)
   state = programs.abstract_state(config, mesh)
   programs_text = []
   jit = jax.jit
@@ -256,12 +257,12 @@ def test_a_trained_tokenizer_comes_with_the_parameters(
   monkeypatch.setattr(tokenizer_training, "train", None)
   tuned = copy.deepcopy(config)
   tuned.data.train, tuned.init_from = config.data.validation, str(workdir)
-  prepared = loop._prepare(tuned, str(tmp_path / "new"), None)
+  prepared = start.prepare(tuned, str(tmp_path / "new"), None)
   assert prepared.tokenizer.fingerprint == stored.fingerprint
   assert prepared.tokenizer.chat_template == "the run's own"
   (tmp_path / "chat.jinja").write_text("<user>")
   tuned.tokenizer.chat_template = str(tmp_path / "chat.jinja")
-  prepared = loop._prepare(tuned, str(tmp_path / "new"), None)
+  prepared = start.prepare(tuned, str(tmp_path / "new"), None)
   assert prepared.tokenizer.chat_template == "<user>"
   # A run with a checkpoint has its own.
   tuned.init_from = str(tmp_path / "gone")
@@ -370,7 +371,7 @@ def test_adapters_that_no_file_can_hold_are_told_of(
   config.mesh.fsdp, config.mesh.data = 1, 1
   config.model.lora = config_lib.LoraConfig(rank=2, targets=targets)
   said: list[str] = []
-  mesh = sharding.make_mesh(config, jax.devices()[:1])
+  mesh = mesh_lib.make(config, jax.devices()[:1])
   init_from.load(config, mesh, said.append)
   told = [line for line in said if "--to=peft will refuse" in line]
   assert [f"'gpt2' of transformers has {joined} joined" in x for x in told] == (

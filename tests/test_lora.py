@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import reference
 
-from lm import checkpoint, schema, sharding, validation
+from lm import checkpoint, schema, validation
 from lm import config as config_lib
+from lm import mesh as mesh_lib
 from lm.evaluate import corpora
-from lm.model import counts, decoder, inference, layers, lora
+from lm.model import counts, decoder, dropout, inference, lora
 from lm.sample import sampler as sampler_lib
 from lm.train import init_from, loop, programs
 from lm.train import metrics as metrics_lib
@@ -125,13 +126,13 @@ def test_dropout_is_of_the_input_of_each_update():
   params = jax.tree.map(jnp.asarray, random_params(cfg))
   block = decoder.bind(cfg, params).unroll().layers[0]
   x = jax.random.normal(jax.random.key(1), (2, 5, cfg.d_model))
-  keys = layers.row_keys(jax.random.key(2), jnp.arange(2))
+  keys = dropout.row_keys(jax.random.key(2), jnp.arange(2))
   masks = []
   for name in ("q", "k"):
     factors = getattr(block.lora, name)
     update = functools.partial(block.lora.updates(keys)[name], "BTD,DNH->BTNH")
-    own = layers.fold_rows(keys, 2 + lora.targets(cfg).index(name))
-    mask = np.asarray(layers.dropout(jnp.ones(x.shape), 0.5, own))
+    own = dropout.fold_rows(keys, 2 + lora.targets(cfg).index(name))
+    mask = np.asarray(dropout.dropout(jnp.ones(x.shape), 0.5, own))
     assert set(np.unique(mask)) == {0, 2}
     masks.append(mask)
     h = np.einsum("BTD,DR->BTR", x * mask, factors.a[...])
@@ -345,7 +346,7 @@ def runs(make, tmp_path_factory):
 
 def test_a_run_starts_at_its_base(runs, make):
   (base, folder), (tuned, _) = runs
-  mesh, said = sharding.make_mesh(tuned), []
+  mesh, said = mesh_lib.make(tuned), []
   loaded = init_from.load(tuned, mesh, said.append)
   state = programs.create_state(tuned, mesh, loaded)
   want = flat(checkpoint.load_params(str(folder), base.model))
@@ -420,7 +421,7 @@ def test_adapters_go_on_or_are_merged_in_a_third_run(runs, make):
   params = checkpoint.load_params(str(folder), tuned.model)
   third = copy.deepcopy(tuned)
   third.init_from = str(folder)
-  mesh, said = sharding.make_mesh(third), []
+  mesh, said = mesh_lib.make(third), []
   loaded = init_from.load(third, mesh, said.append)
   state = programs.create_state(third, mesh, loaded)
   got, want = flat(state.model), flat(params)
@@ -434,7 +435,7 @@ def test_adapters_go_on_or_are_merged_in_a_third_run(runs, make):
   for mode in ("jit", "pmap"):
     whole = make(mesh__mode=mode, mesh__fsdp=2 if mode == "jit" else 1)
     whole.init_from = str(folder)
-    mesh = sharding.make_mesh(whole)
+    mesh = mesh_lib.make(whole)
     loaded = init_from.load(whole, mesh, said.append)
     assert "adapters merged" in " ".join(said)
     state = programs.create_state(whole, mesh, loaded)

@@ -11,7 +11,7 @@ import pytest
 import reference
 
 from lm import config as config_lib
-from lm.model import attention, decoder, layers
+from lm.model import attention, decoder, dropout
 from lm.model import remat as remat_lib
 
 
@@ -215,7 +215,7 @@ def loss_of(cfg):
   direction = np.random.default_rng(5).standard_normal(cfg.vocab_size)
 
   def loss(params):
-    keys = layers.row_keys(jax.random.key(11), jnp.arange(3))
+    keys = dropout.row_keys(jax.random.key(11), jnp.arange(3))
     hidden = forward(cfg, params, batch, keys)
     logits = decoder.bind(cfg, params).logits(hidden)
     return jnp.sum(jnp.sin(logits) @ direction.astype(np.float32)) / 100
@@ -357,9 +357,9 @@ def test_scan_keeps_the_program_small():
 
 def test_dropout_scales_and_drops_its_share():
   x = jax.random.normal(jax.random.key(0), (5, 31, 37)) + 10
-  keys = layers.row_keys(jax.random.key(1), jnp.arange(5))
+  keys = dropout.row_keys(jax.random.key(1), jnp.arange(5))
   rate = 0.3
-  y = np.asarray(layers.dropout(x, rate, keys))
+  y = np.asarray(dropout.dropout(x, rate, keys))
   kept = y != 0
   np.testing.assert_allclose(y[kept], np.asarray(x)[kept] / 0.7, rtol=1e-6)
   error = 5 * (rate * (1 - rate) / x.size) ** 0.5
@@ -373,9 +373,9 @@ def test_dropout_scales_and_drops_its_share():
 
 def test_dropout_of_rate_zero_or_without_keys_is_identity():
   x = jax.random.normal(jax.random.key(0), (2, 3, 5))
-  keys = layers.row_keys(jax.random.key(1), jnp.arange(2))
-  np.testing.assert_array_equal(layers.dropout(x, 0.0, keys), x)
-  np.testing.assert_array_equal(layers.dropout(x, 0.3, None), x)
+  keys = dropout.row_keys(jax.random.key(1), jnp.arange(2))
+  np.testing.assert_array_equal(dropout.dropout(x, 0.0, keys), x)
+  np.testing.assert_array_equal(dropout.dropout(x, 0.3, None), x)
 
 
 @pytest.mark.parametrize("knob", ["embedding_dropout", "residual_dropout"])
@@ -386,7 +386,7 @@ def test_dropout_in_the_model(knob):
   lengths = [[11], [11], [11]]
   batch = families.packed_batch(lengths, 11, cfg.vocab_size, prefix=False)
   batch.inputs[:] = batch.inputs[0]  # equal rows, so keys alone differ
-  keys = layers.row_keys(jax.random.key(1), jnp.arange(3))
+  keys = dropout.row_keys(jax.random.key(1), jnp.arange(3))
   run = jax.jit(lambda keys: forward(cfg, params, batch, keys))
   dropped = np.asarray(run(keys))
   plain = hidden_of(families.GPT2, params, batch)
@@ -407,7 +407,7 @@ def test_each_sub_layer_of_each_layer_draws_its_own_mask():
   params["layers"]["mlp"]["down_bias"] = ones
   params["final_norm"]["scale"] = ones[0]
   batch = families.packed_batch([[11]], 11, cfg.vocab_size, prefix=False)
-  keys = layers.row_keys(jax.random.key(1), jnp.arange(1))
+  keys = dropout.row_keys(jax.random.key(1), jnp.arange(1))
   hidden = jax.jit(lambda keys: forward(cfg, params, batch, keys))
   values = [set(np.round(x, 4)) for x in np.asarray(hidden(keys))[0]]
   assert max(len(distinct) for distinct in values) > 3
@@ -416,7 +416,7 @@ def test_each_sub_layer_of_each_layer_draws_its_own_mask():
 def test_row_keys_are_by_number_in_the_global_batch():
   """So microbatches and processes draw what the whole batch would."""
   key = jax.random.key(1)
-  whole = jax.random.key_data(layers.row_keys(key, jnp.arange(7)))
-  part = jax.random.key_data(layers.row_keys(key, jnp.arange(3, 7)))
+  whole = jax.random.key_data(dropout.row_keys(key, jnp.arange(7)))
+  part = jax.random.key_data(dropout.row_keys(key, jnp.arange(3, 7)))
   np.testing.assert_array_equal(part, whole[3:])
   assert len(np.unique(whole, axis=0)) == 7

@@ -172,7 +172,7 @@ TEXTS = st.text(st.sampled_from("ab \nä漢"), min_size=0, max_size=9)
 @hypothesis.settings(deadline=None, max_examples=150)
 def test_documents_can_be_recovered_from_a_row(texts, name, seed):
   _, objective = objective_lib.split_source(f"text:a|{name}")
-  shape = objectives.shape(objective, 199)
+  shape = packing.shape_of(objective, 199)
   documents = [[BOS, *BYTES.encode(text), EOS] for text in texts]
   sizes = shape.size(np.array([len(d) for d in documents]))
   assert sizes.sum() <= shape.room
@@ -378,7 +378,7 @@ def test_best_fit_cuts_no_document_that_fits(stores):
   config, prepared, lines = stores
   wanted = sorted([BOS, *BYTES.encode(line), EOS] for line in lines)
   for store in prepared.train:
-    shape = objectives.shape(store.objective, 24)
+    shape = packing.shape_of(store.objective, 24)
     found, windows = [], packing.windows(store, config, seed=0)
     for tokens, documents, _ in (windows[i] for i in range(len(windows))):
       assert len(tokens) == 25 and (documents >= 0).all()
@@ -460,7 +460,7 @@ def test_packed_and_unpacked_give_the_same_losses(stores, name):
   params = decoder.init_params(model, jax.random.key(0))
   s = ALL.index(name)
   packed = jax.tree.map(
-    lambda *rows: np.stack(rows), *pipeline.sample(config, prepared, s, 8)
+    lambda *rows: np.stack(rows), *show.sample(config, prepared, s, 8)
   )
   alone = []
   for r, d in zip(
@@ -503,11 +503,11 @@ def test_a_source_without_targets_is_refused(stores, monkeypatch):
     row = causal(*some)
     return dataclasses.replace(row, weights=0 * row.weights)
 
-  scored, padding = pipeline.shares(config, prepared, 0)
+  scored, padding = show.shares(config, prepared, 0)
   assert 0.7 < scored < 1 and 0 < padding < 1 - scored
   monkeypatch.setattr(objectives, "causal", unscored)
   with pytest.raises(schema.ConfigError, match="nothing to learn"):
-    pipeline.shares(config, prepared, 0)
+    show.shares(config, prepared, 0)
 
 
 def test_a_mixture_trains_and_each_objective_has_its_loss(make, tmp_path):

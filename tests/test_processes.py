@@ -17,7 +17,8 @@ import test_init_from
 import test_train
 
 from lm import config as config_lib
-from lm import digest, sharding
+from lm import digest
+from lm import mesh as mesh_lib
 from lm.train import init_from, loop
 from lm.train import metrics as metrics_lib
 
@@ -158,7 +159,8 @@ FROM_A_FOLDER = """
 import json, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
-from lm import digest, processes, sharding, validation
+from lm import digest, processes, validation
+from lm import mesh as mesh_lib
 processes.join(heartbeat_seconds=10)
 from lm.huggingface import tensors
 from lm.train import init_from, loop
@@ -170,7 +172,7 @@ def spy(self, first=0, last=None):
 tensors.Stored.read = spy
 
 c = validation.from_json(sys.argv[1])
-loaded = init_from.load(c, sharding.make_mesh(c), lambda line: None)
+loaded = init_from.load(c, mesh_lib.make(c), lambda line: None)
 found = {
   jax.tree_util.keystr(path): [int(x) for x in digest.of_tree(leaf)]
   for path, leaf in jax.tree_util.tree_leaves_with_path(loaded)
@@ -208,7 +210,7 @@ def test_processes_start_from_a_folder_of_hugging_face(
   config.train.steps, config.train.log_every = 3, 1
   m = config.mesh
   m.data, m.fsdp, m.tensor = data, fsdp, tensor
-  loaded = init_from.load(config, sharding.make_mesh(config), print)
+  loaded = init_from.load(config, mesh_lib.make(config), print)
   want = {
     jax.tree_util.keystr(path): [int(x) for x in digest.of_tree(leaf)]
     for path, leaf in jax.tree_util.tree_leaves_with_path(loaded)

@@ -20,11 +20,11 @@ import numpy as np
 import optax
 import pytest
 
-from lm import checkpoint, files, locks, schema, sharding, validation
+from lm import checkpoint, files, locks, schema, validation
 from lm import config as config_lib
+from lm import mesh as mesh_lib
 from lm.train import loop, optimizer, resume
 from lm.train import metrics as metrics_lib
-from lm.train import step as step_lib
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 # Orbax leaves coroutines behind where a restore fails.
@@ -80,7 +80,7 @@ def first_state(config, workdir, said=None):
     # The data are those of the last checkpoint.
     now = checkpoint.load_meta(str(workdir), min(checkpoints.steps()))
     now = dataclasses.replace(now, config=config)
-    mesh = sharding.make_mesh(config)
+    mesh = mesh_lib.make(config)
     state, meta = resume.first_state(
       config, mesh, str(workdir), checkpoints, now, said.append
     )
@@ -199,7 +199,7 @@ def test_an_average_and_a_history_can_be_added(broken):
   meta = checkpoint.load_meta(str(workdir))
   meta = dataclasses.replace(meta, step=13, config=plain)
   checkpoints = checkpoint.Checkpoints(str(workdir), config.checkpoint)
-  checkpoints.save(step_lib.to_trees(state), meta)
+  checkpoints.save(resume.to_trees(state), meta)
   checkpoints.close()
   with pytest.raises(schema.ConfigError, match="optimizer.ema_decay was"):
     first_state(config, workdir)

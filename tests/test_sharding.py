@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from lm import cli, digest, processes, schema, sharding
 from lm import config as config_lib
+from lm import mesh as mesh_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -38,7 +39,7 @@ def test_digest_is_the_same_on_any_mesh(shape):
     **dict(zip(sharding.MESH_AXES, shape, strict=True))
   )
   devices = jax.devices()[: int(np.prod(shape))]
-  mesh = sharding.make_mesh(config, devices)
+  mesh = mesh_lib.make(config, devices)
   spec = {
     "a": P(("data", "fsdp")),
     "b": P(("data", "fsdp"), "tensor"),
@@ -137,7 +138,7 @@ def test_only_data_crosses_slices(n, monkeypatch):
   config = config_lib.Config()
   config.model.n_heads = config.model.n_kv_heads = 8
   config.mesh = config_lib.MeshConfig(data=4, fsdp=2, tensor=1)
-  sharding.make_mesh(config, _in_slices(n))
+  mesh_lib.make(config, _in_slices(n))
   grid, names = made[0]
   assert grid.shape == (4, 2, 1) and names == sharding.MESH_AXES
   assert sorted(device.id for device in grid.flat) == list(range(8))
@@ -158,7 +159,7 @@ def test_hosts_that_jax_calls_slices_are_not_slices(platform, monkeypatch):
 
   monkeypatch.setattr(jax.sharding, "Mesh", mesh)
   config = cli.load(str(ROOT / "configs/llama3_8b.py"))
-  sharding.make_mesh(config, _in_slices(8, 64, platform))
+  mesh_lib.make(config, _in_slices(8, 64, platform))
   assert made[0].shape == (1, 64, 1)
   assert [device.id for device in made[0].flat] == list(range(64))
 
@@ -178,7 +179,7 @@ def test_an_axis_may_take_a_part_of_the_torus(monkeypatch):
   config = config_lib.Config()
   config.train.batch_size = 16
   config.mesh = config_lib.MeshConfig(data=8, fsdp=2, tensor=1)
-  sharding.make_mesh(config, devices)
+  mesh_lib.make(config, devices)
   assert made == [(8, 2, 1)]
 
 
@@ -186,7 +187,7 @@ def test_a_mesh_that_does_not_fit_the_slices_is_refused():
   config = config_lib.Config()
   config.mesh = config_lib.MeshConfig(data=1, fsdp=8, tensor=1)
   with pytest.raises(schema.ConfigError, match="multiple of the 2 slices"):
-    sharding.make_mesh(config, _in_slices(2))
+    mesh_lib.make(config, _in_slices(2))
 
 
 # --- processes ----------------------------------------------------------------
@@ -272,4 +273,4 @@ def test_offloading_needs_a_part_of_the_hosts_memory():
     device_kind="a chip", addressable_memories=lambda: [memory]
   )
   with pytest.raises(schema.ConfigError, match="pinned_host; a chip has"):
-    sharding.make_mesh(c, [device])
+    mesh_lib.make(c, [device])

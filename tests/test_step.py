@@ -17,8 +17,9 @@ import reference
 from lm import batch as batch_lib
 from lm import checkpoint, cli, schema, sharding, validation
 from lm import config as config_lib
+from lm import mesh as mesh_lib
 from lm.model import decoder, weights
-from lm.train import programs
+from lm.train import programs, resume
 from lm.train import step as step_lib
 from lm.verify.checks import harness
 
@@ -71,7 +72,7 @@ def _batch(seed, prefix=False):
 def _first_state(text):
   """The initial state of a config, in NumPy; compiled once for all meshes."""
   config = validation.from_json(text)
-  mesh = sharding.make_mesh(config, jax.devices()[:1])
+  mesh = mesh_lib.make(config, jax.devices()[:1])
   return jax.tree.map(np.asarray, programs.create_state(config, mesh))
 
 
@@ -84,7 +85,7 @@ def _run(config, n=2, prefix=False, created=False):
   devices = jax.devices()
   if config.mesh.mode == "jit":
     devices = devices[: math.prod(config.mesh.sizes().values())]
-  mesh = sharding.make_mesh(config, devices)
+  mesh = mesh_lib.make(config, devices)
   if created:
     state = programs.create_state(config, mesh)
   else:
@@ -225,7 +226,7 @@ def test_a_new_mesh_axis_is_a_field_and_a_rule(monkeypatch):
 def test_statistics_of_layers_against_numpy():
   """In a batch with padding, which counts nowhere."""
   config = _config(**STATISTICS, optimizer__clip_norm=0.01)
-  mesh = sharding.make_mesh(config, jax.devices()[:1])
+  mesh = mesh_lib.make(config, jax.devices()[:1])
   state = programs.create_state(config, mesh)
   params = jax.tree.map(np.array, state.params)
   batch = _batch(0)
@@ -270,7 +271,7 @@ def test_a_layer_reports_through_aux(monkeypatch):
     return x, kept, aux | {"position": jnp.sum(tokens.positions * 1.0)}
 
   def reported(config):
-    mesh = sharding.make_mesh(config)
+    mesh = mesh_lib.make(config)
     step = programs.compile_step(config, mesh)
     where = programs.batch_sharding(config, mesh)
     state = programs.create_state(config, mesh)
@@ -333,13 +334,13 @@ def test_a_frozen_weight(name, mesh, mode, monkeypatch, tmp_path):
     assert not [path for path in named if "down" in path]
   meta = checkpoint.Meta(2, config, tokenizer="", fingerprint="")
   saved = checkpoint.Checkpoints(str(tmp_path), config.checkpoint)
-  saved.save(step_lib.to_trees(state), meta)
+  saved.save(resume.to_trees(state), meta)
   saved.wait()
   like = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
   )
   meta = checkpoint.load_meta(str(tmp_path))
-  back = step_lib.from_trees(saved.restore(meta, step_lib.to_trees(like)))
+  back = resume.from_trees(saved.restore(meta, resume.to_trees(like)))
   saved.close()
   alone = checkpoint.load_params(str(tmp_path), config.model)
   for got, want in ((back, state), (alone, state.model)):
@@ -350,7 +351,7 @@ def test_a_weight_of_a_new_role(monkeypatch):
   """As a router's: AdamW trains it, beside Muon, and it decays."""
   config = _changed(monkeypatch, ("layers", "mlp", "down"), role="router")
   config.optimizer = config_lib.OptimizerConfig(name="muon", weight_decay=0.1)
-  mesh = sharding.make_mesh(config, jax.devices()[:1])
+  mesh = mesh_lib.make(config, jax.devices()[:1])
   state = programs.abstract_state(config, mesh)
   slots = [
     jax.tree_util.keystr(path)
@@ -364,7 +365,7 @@ def test_a_weight_of_a_new_role(monkeypatch):
 
 def test_layout_is_kept_by_the_step():
   config = _config(mesh=(2, 2, 2), optimizer__ema_decay=0.9)
-  mesh = sharding.make_mesh(config)
+  mesh = mesh_lib.make(config)
   promised = programs.abstract_state(config, mesh)
   _, state, _ = _run(config, n=1)
   for (path, want), got in zip(
@@ -420,7 +421,7 @@ def test_clip_bounds_the_gradient_that_the_optimizer_sees():
 
 def test_moving_average_closed_form():
   config = _config(optimizer__ema_decay=0.75)
-  mesh = sharding.make_mesh(config, jax.devices()[:1])
+  mesh = mesh_lib.make(config, jax.devices()[:1])
   state = programs.create_state(config, mesh)
   step = programs.compile_step(config, mesh)
   where = programs.batch_sharding(config, mesh)
@@ -439,7 +440,7 @@ def test_moving_average_closed_form():
 def test_steps_that_are_outliers_or_not_finite_are_left_out_and_counted():
   skip = config_lib.SkipConfig(window=4, sigma=6.0)
   config = _config(optimizer__skip=skip)
-  mesh = sharding.make_mesh(config, jax.devices()[:1])
+  mesh = mesh_lib.make(config, jax.devices()[:1])
   state = programs.create_state(config, mesh)
   step = programs.compile_step(config, mesh)
   where = programs.batch_sharding(config, mesh)
@@ -475,7 +476,7 @@ def test_layers_add_nothing_to_the_program():
 
   def lowered(n_layers):
     config = _config(model__n_layers=n_layers)
-    mesh = sharding.make_mesh(config, jax.devices()[:1])
+    mesh = mesh_lib.make(config, jax.devices()[:1])
     with jax.set_mesh(mesh):
       return (
         jax.jit(step_lib.train_step(config))
@@ -604,9 +605,9 @@ READERS = {
   "tokenizer": "data/tokenizer.py data/tokenizer_cache.py",
   "data": "data/packing.py data/pipeline.py data/sources.py data/store.py "
   "data/tokenizing.py",
-  "optimizer": "train/optimizer.py train/step.py",
+  "optimizer": "train/optimizer.py train/skip.py train/step.py",
   "mesh": "train/__main__.py train/step.py",
-  "train": "data/pipeline.py train/loop.py train/report.py",
+  "train": "data/pipeline.py train/evaluation.py train/loop.py train/report.py",
   "checkpoint": "checkpoint.py train/loop.py train/resume.py",
   "model": "model/kernels.py",
 }
@@ -663,7 +664,7 @@ def shardings() -> dict[str, dict[str, str]]:
     config.mesh = config_lib.MeshConfig(
       data=2, fsdp=4 if odd else 2, tensor=2 - odd
     )
-    mesh = sharding.make_mesh(config)
+    mesh = mesh_lib.make(config)
     state = programs.abstract_state(config, mesh)
     found[path.stem] = {
       jax.tree_util.keystr(

@@ -21,7 +21,18 @@ from jax.sharding import PartitionSpec as P
 from lm import checkpoint, cli, schema, sharding, validation
 from lm import config as config_lib
 from lm.data import objectives, pipeline
-from lm.model import attention, counts, decoder, kernels, layers, loss, weights
+from lm.model import (
+  attention,
+  chunks,
+  counts,
+  decoder,
+  dropout,
+  kernels,
+  layers,
+  loss,
+  stack,
+  weights,
+)
 from lm.sample import decoding
 from lm.train import optimizer
 from lm.train import step as step_lib
@@ -302,7 +313,7 @@ def test_accumulation_repeats_dropout(mutate):
   def mutant(original, key, rows):
     return original(key, rows - rows[0])
 
-  mutate(layers, "row_keys", mutant)
+  mutate(dropout, "row_keys", mutant)
   caught("accumulation", config(model__residual_dropout=0.2))
 
 
@@ -313,7 +324,7 @@ def test_meshes_without_a_psum(mutate, monkeypatch, axis):
     return jax.lax.psum(x, tuple(name for name in names if name != axis))
 
   monkeypatch.setattr(harness, "mesh_shapes", lambda n: [(1, 2, 2)])
-  mutate(loss, "_psum", mutant)
+  mutate(chunks, "psum", mutant)
   monkeypatch.setattr(jax, "device_count", lambda: 4)
   caught("meshes", config())
 
@@ -341,7 +352,7 @@ def test_layers_scanned_with_the_first_window(mutate):
 
     return original(first, stacked, x, keys, cfg)
 
-  mutate(decoder, "_scan", mutant)
+  mutate(stack, "_scan", mutant)
   c = config(model__windows=(2, None), model__n_layers=2)
   assert "scan" in caught("layers", c).compared
 
@@ -349,10 +360,10 @@ def test_layers_scanned_with_the_first_window(mutate):
 def test_layers_recomputed_under_another_mask(mutate):
   def mutant(original, graph, x, state, which, i, keys, *, cfg, **named):
     if cfg.remat == "dots":
-      keys = layers.fold_rows(keys, 1)
+      keys = dropout.fold_rows(keys, 1)
     return original(graph, x, state, which, i, keys, cfg=cfg, **named)
 
-  mutate(decoder, "_run_layer", mutant)
+  mutate(stack, "_run_layer", mutant)
   found = caught("layers", config(model__residual_dropout=0.2))
   assert "remat dots" in found.compared
 

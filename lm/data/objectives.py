@@ -3,19 +3,19 @@
 An objective is a pure NumPy function of tokens [T+1], document numbers [T+1],
 from 1 within the window, 0 for padding, and random numbers. The model and the
 train step do not depend on the objective: objectives differ in the tokens of a
-row, in what is seen ahead (`prefix`), and in what is scored (`weights`).
+row, in what is seen ahead (`prefix`), and in what is scored (`weights`). What
+span corruption and FIM do to one text is in spans.py and fim.py.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from lm import batch as batch_lib
 from lm import objective as objective_lib
-from lm import schema
-from lm.data import fim
+from lm.data import fim, spans
 from lm.data import tokenizer as tokenizer_lib
 
 # Least rate of masked diffusion, and so the largest weight, as in LLaDA.
@@ -30,50 +30,6 @@ class Window(NamedTuple):
   tokens: np.ndarray
   documents: np.ndarray
   scored: np.ndarray | None = None
-
-
-class Shape(NamedTuple):
-  """How documents of an objective fit a window of T + 1 tokens."""
-
-  # Most tokens of the store in one piece, and how many of them a document's
-  # next piece repeats.
-  longest: int
-  overlap: int
-  # Tokens in a window, and how many of them a piece of n tokens takes at most.
-  room: int
-  size: Callable[[np.ndarray], np.ndarray]
-
-
-def shape(objective: objective_lib.Causal, length: int) -> Shape:
-  """The shape of an objective in rows of `length`.
-
-  Raises ConfigError if a row is too short for any text.
-  """
-  room = length + 1
-  if isinstance(objective, objective_lib.Masked):
-    return Shape(length, 0, length, lambda n: n)
-  if not isinstance(
-    objective, objective_lib.Fim | objective_lib.SpanCorruption
-  ):
-    return Shape(room, 1, room, lambda n: n)
-
-  def size(n):
-    if isinstance(objective, objective_lib.Fim):
-      return n + fim.EXTRA
-    return n + 2 + 2 * _n_spans(objective, n)[1]
-
-  n = np.arange(room + 1)
-  fits = size(n) <= room
-  if isinstance(objective, objective_lib.SpanCorruption):
-    fits &= _n_spans(objective, n)[1] <= len(tokenizer_lib.SENTINELS)
-  longest = int(n[fits].max(initial=0))
-  schema.require(
-    longest > 0,
-    "config.train.sequence_length",
-    length,
-    f"too short for {objective}, which adds tokens to each text",
-  )
-  return Shape(longest, 0, room, size)
 
 
 def row(
@@ -180,39 +136,23 @@ def span_corruption(
   rng: np.random.Generator,
 ) -> batch_lib.Batch:
   """Span corruption: bos and the text with a sentinel in place of each span,
-  seen in both directions; then each sentinel and its span, and eos: scored.
-
-  Lengths of the spans, and of what is between, are random partitions, as in
-  T5. A document without text takes no place.
+  seen in both directions; then each sentinel and its span, and eos: scored
+  (lm/data/spans.py). A document without text takes no place.
   """
   pieces, n_seen = [], []
   for some in _documents(documents):
     text = tokens[some]
     text = text[(text != tokenizer.bos) & (text != tokenizer.eos)]
-    if not len(text):
-      continue
-    n_noise, n_spans = (int(n) for n in _n_spans(objective, len(text)))
-    spans = _partition(n_noise, n_spans, rng)
-    kept = _partition(len(text) - n_noise, n_spans, rng)
-    ends = np.cumsum(np.stack([kept, spans], axis=1).ravel())
-    parts = np.split(text, ends[:-1])
-    marks = np.array(tokenizer.sentinels[:n_spans], np.int32)[:, None]
-    pairs = zip(parts[::2], marks, parts[1::2], strict=True)
-    seen, said = [], []
-    for kept_part, mark, span in pairs:
-      seen += [kept_part, mark]
-      said += [mark, span]
-    pieces.append(
-      np.concatenate([[tokenizer.bos], *seen, *said, [tokenizer.eos]])
-    )
-    n_seen.append(1 + sum(map(len, seen)))
-  window = _joined(tokenizer.pad, len(tokens), pieces)
-  plain = causal(*window)
-  seen, weights = np.zeros(len(plain.inputs), np.bool_), plain.weights.copy()
+    if len(text):
+      seen, said = spans.corrupted(objective, tokenizer, text, rng)
+      pieces.append(np.concatenate([seen, said]))
+      n_seen.append(len(seen))
+  plain = causal(*_joined(tokenizer.pad, len(tokens), pieces))
+  ahead, weights = np.zeros(len(plain.inputs), np.bool_), plain.weights.copy()
   for some, n in zip(_documents(plain.segments), n_seen, strict=True):
-    seen[some.start : some.start + n] = True
+    ahead[some.start : some.start + n] = True
     weights[some.start : some.start + n - 1] = 0
-  return dataclasses.replace(plain, weights=weights, prefix=seen)
+  return dataclasses.replace(plain, weights=weights, prefix=ahead)
 
 
 def masked(
@@ -272,21 +212,3 @@ def _joined(
     tokens[start:stop], documents[start:stop] = piece, number
   assert stop <= n, (stop, n)
   return tokens, documents
-
-
-def _n_spans(objective, n):
-  """(tokens in spans, spans) of a text of `n` tokens, as T5 rounds them."""
-  n = np.asarray(n)
-  n_noise = np.round(n * objective.rate).astype(np.int64)
-  n_noise = np.minimum(np.maximum(n_noise, 1), np.maximum(n - 1, 1))
-  n_spans = np.round(n_noise / objective.mean_span).astype(np.int64)
-  most = np.minimum(n_noise, np.maximum(n - n_noise, 1))
-  return n_noise, np.minimum(np.maximum(n_spans, 1), most)
-
-
-def _partition(n: int, k: int, rng: np.random.Generator) -> np.ndarray:
-  """`k` lengths, all of sum `n`, each at least 1 if n allows: int64 [k]."""
-  if n < k:
-    return np.full(k, n)  # a text of one token: k is 1
-  cuts = np.sort(np.argsort(rng.random(n - 1))[: k - 1]) + 1
-  return np.diff(cuts, prepend=0, append=n)

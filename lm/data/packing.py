@@ -9,14 +9,17 @@ functions of the documents' lengths, the objective and the seed.
 
 import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from lm import config as config_lib
 from lm import objective as objective_lib
 from lm import schema
-from lm.data import objectives
+from lm.data import fim, objectives, spans
 from lm.data import store as store_lib
+from lm.data import tokenizer as tokenizer_lib
 
 
 def windows(
@@ -67,7 +70,7 @@ class BestFit:
     seed: int,
   ):
     self._store, self._length = store, length
-    shape = objectives.shape(objective, length)
+    shape = shape_of(objective, length)
     lengths = np.diff(store.ends, prepend=0)
     # As in Chopped.
     self.cut_share = float(np.mean(lengths > shape.longest))
@@ -106,8 +109,52 @@ class BestFit:
     return padded(self._store.pad, self._length, tokens, documents, scored)
 
 
+class Shape(NamedTuple):
+  """How documents of an objective fit a window of T + 1 tokens."""
+
+  # Most tokens of the store in one piece, and how many of them a document's
+  # next piece repeats.
+  longest: int
+  overlap: int
+  # Tokens in a window, and how many of them a piece of n tokens takes at most.
+  room: int
+  size: Callable[[np.ndarray], np.ndarray]
+
+
+def shape_of(objective: objective_lib.Causal, length: int) -> Shape:
+  """The shape of an objective in rows of `length`.
+
+  Raises ConfigError if a row is too short for any text.
+  """
+  room = length + 1
+  if isinstance(objective, objective_lib.Masked):
+    return Shape(length, 0, length, lambda n: n)
+  if not isinstance(
+    objective, objective_lib.Fim | objective_lib.SpanCorruption
+  ):
+    return Shape(room, 1, room, lambda n: n)
+
+  def size(n):
+    if isinstance(objective, objective_lib.Fim):
+      return n + fim.EXTRA
+    return n + 2 + 2 * spans.counts(objective, n)[1]
+
+  n = np.arange(room + 1)
+  fits = size(n) <= room
+  if isinstance(objective, objective_lib.SpanCorruption):
+    fits &= spans.counts(objective, n)[1] <= len(tokenizer_lib.SENTINELS)
+  longest = int(n[fits].max(initial=0))
+  schema.require(
+    longest > 0,
+    "config.train.sequence_length",
+    length,
+    f"too short for {objective}, which adds tokens to each text",
+  )
+  return Shape(longest, 0, room, size)
+
+
 def _cut(
-  starts: np.ndarray, lengths: np.ndarray, shape: objectives.Shape
+  starts: np.ndarray, lengths: np.ndarray, shape: Shape
 ) -> tuple[np.ndarray, np.ndarray]:
   """(first token, tokens) of each piece: documents that no window holds are cut
   into pieces as long as possible.
@@ -125,7 +172,7 @@ def _chats(
   objective: objective_lib.Chat,
   starts: np.ndarray,
   lengths: np.ndarray,
-  shape: objectives.Shape,
+  shape: Shape,
 ) -> tuple[np.ndarray, np.ndarray]:
   """As `_cut`, of conversations: those that no window holds are dropped, or
   lose their start or their end.

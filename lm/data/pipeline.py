@@ -17,7 +17,6 @@ import numpy as np
 
 from lm import batch as batch_lib
 from lm import config as config_lib
-from lm import schema
 from lm.data import objectives, packing
 from lm.data import store as store_lib
 
@@ -25,8 +24,6 @@ from lm.data import store as store_lib
 _THREADS = 2
 # Packing and draws of validation: the same for every seed of a run.
 _VALIDATION_SEED = 2**32  # above every seed of a run
-# Rows of a source that `shares` reads.
-_SAMPLED_ROWS = 64
 
 
 def train_batches(
@@ -54,7 +51,9 @@ def train_batches(
     if i >= len(order) or (source := order[i]) is None:
       return None
     s, window = source
-    return _row(prepared, prepared.train[s], windows[s][window], config.seed, i)
+    return row_of(
+      prepared, prepared.train[s], windows[s][window], config.seed, i
+    )
 
   def make(step: int) -> batch_lib.Batch:
     at = range(step * t.batch_size + first, step * t.batch_size + last)
@@ -85,7 +84,7 @@ def training_order(
     len(prepared.train) + 1
   )
   windows = [
-    grain.MapDataset.range(len(windows)).map(_Tag(s))
+    grain.MapDataset.range(len(windows)).map(lambda i, s=s: (s, i))
     for s, windows in enumerate(training_windows(config, prepared))
   ]
   n = sum(map(len, windows))
@@ -143,7 +142,7 @@ def validation_batches(
     def row(i: int, store=store, windows=windows) -> batch_lib.Batch | None:
       if i >= len(windows):
         return None
-      return _row(prepared, store, windows[i], _VALIDATION_SEED, i)
+      return row_of(prepared, store, windows[i], _VALIDATION_SEED, i)
 
     def make(step: int, row=row, store=store) -> batch_lib.Batch:
       at = range(step * t.batch_size + first, step * t.batch_size + last)
@@ -156,48 +155,7 @@ def validation_batches(
       yield s, batch
 
 
-def sample(
-  config: config_lib.Config, prepared: store_lib.Prepared, s: int, n: int
-) -> Iterator[batch_lib.Batch]:
-  """Yields at most `n` rows of training source `s`, evenly spread."""
-  store, windows = prepared.train[s], training_windows(config, prepared)[s]
-  for i in range(0, len(windows), _ceil(len(windows), n)):
-    yield _row(prepared, store, windows[i], config.seed, i)
-
-
-def shares(
-  config: config_lib.Config, prepared: store_lib.Prepared, s: int
-) -> tuple[float, float]:
-  """Of the positions of training source `s`, the shares that are scored and
-  that are padding, from a sample of its rows. Raises ConfigError if none is
-  scored.
-  """
-  rows = list(sample(config, prepared, s, _SAMPLED_ROWS))
-  scored = float(np.mean([row.weights > 0 for row in rows]))
-  if scored == 0:
-    raise schema.ConfigError(
-      f"source {prepared.train[s].spec!r}: of "
-      f"{schema.counted(len(rows), 'row')} none has a target: there is nothing "
-      "to learn. Look at its documents with `python -m lm.data --show=3`"
-    )
-  return scored, float(np.mean([row.segments == 0 for row in rows]))
-
-
-def _ceil(a: int, b: int) -> int:
-  return -(-a // b)  # Integers: floats round the length of endless epochs.
-
-
-class _Tag:
-  """Maps window index i to (store index, i)."""
-
-  def __init__(self, store: int):
-    self._store = store
-
-  def __call__(self, i: int) -> tuple[int, int]:
-    return self._store, i
-
-
-def _row(
+def row_of(
   prepared: store_lib.Prepared,
   store: store_lib.TokenStore,
   window: objectives.Window,
@@ -209,6 +167,10 @@ def _row(
     np.random.Philox(key=np.array([seed, i], np.uint64))
   )
   return objectives.row(store.objective, prepared.tokenizer, window, rng)
+
+
+def _ceil(a: int, b: int) -> int:
+  return -(-a // b)  # Integers: floats round the length of endless epochs.
 
 
 def _stacked(

@@ -103,9 +103,6 @@ def read(tree: Mapping[str, Any], ids: Mapping[str, int]) -> Steps:
     lossy["a byte token that the text spells, as <0x41>, becomes the byte"] = (
       None
     )
-  unknown = model.get("unk_token")
-  if kind == "Unigram" and model.get("unk_id") is not None:
-    unknown = model["vocab"][model["unk_id"]][0]
   return Steps(
     byte_level=byte_level,
     byte_fallback=byte_fallback,
@@ -115,8 +112,15 @@ def read(tree: Mapping[str, Any], ids: Mapping[str, int]) -> Steps:
     prefix=prefix,
     prefix_once=once,
     lossy="; ".join(why for why in lossy if why) or None,
-    unknown=None if spells_all else unknown,
+    unknown=None if spells_all else _unknown(model, kind),
   )
+
+
+def _unknown(model: Mapping[str, Any], kind: str) -> str | None:
+  """The unknown token, which stands for text outside the vocabulary."""
+  if kind == "Unigram" and model.get("unk_id") is not None:
+    return model["vocab"][model["unk_id"]][0]
+  return model.get("unk_token")
 
 
 def without_prefix(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -279,11 +279,7 @@ def _build(
   tokenizer: tokenizer_lib.Tokenizer,
   data: config_lib.DataConfig,
 ) -> None:
-  """Tokenizes `source` into a new store at `path`; an error leaves no store.
-
-  Prints how many documents were skipped as invalid, and how many the tokenizer
-  changes.
-  """
+  """Tokenizes `source` into a new store at `path`; an error leaves no store."""
   partial = path + _PARTIAL
   tokens_dtype = "uint16" if tokenizer.size <= 1 << 16 else "uint32"
   skipped = tokenizing.Skipped()
@@ -327,11 +323,20 @@ def _build(
   except BaseException:
     shutil.rmtree(partial, ignore_errors=True)
     raise
+  _print_skipped(source.spec, tokenizer, skipped)
+
+
+def _print_skipped(
+  spec: str, tokenizer: tokenizer_lib.Tokenizer, skipped: tokenizing.Skipped
+) -> None:
+  """Prints how many documents were skipped as invalid, and how many the
+  tokenizer changes.
+  """
   if skipped.n:
-    print(f"source {source.spec!r}: {skipped}", file=sys.stderr)
+    print(f"source {spec!r}: {skipped}", file=sys.stderr)
   if skipped.n_changed:
     print(
-      f"source {source.spec!r}: the tokenizer changes the text of "
+      f"source {spec!r}: the tokenizer changes the text of "
       f"{schema.counted(skipped.n_changed, 'document')} ({tokenizer.lossy}); "
       "bytes are counted over the text as it is",
       file=sys.stderr,

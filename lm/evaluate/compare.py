@@ -101,19 +101,7 @@ def compare(
   different documents, and sources with fewer than bootstrap.MIN_DOCUMENTS
   documents; RunError if scores are not finite.
   """
-  if len(names) < 2:
-    raise schema.ConfigError(
-      f"--compare: {len(names)} run given; name two or more, as in "
-      "--compare runs/a runs/b@500"
-    )
-  inputs = [_find(name, stride) for name in names]
-  for i, (run, _) in enumerate(inputs):
-    for other, _ in inputs[:i]:
-      if run.identity == other.identity:
-        raise schema.ConfigError(
-          f"--compare: {other.name} and {run.name} are the same scores; name "
-          "other runs, or other steps (RUN@STEP)"
-        )
+  inputs = _found(names, stride)
   chosen = _specs(inputs, specs)
   _check_causal(chosen)
   if overlap is not None and all(meta is None for _, meta in inputs):
@@ -143,6 +131,28 @@ def compare(
   found = summarise(runs, documents, seed)
   found.overlap = next((r.job.overlap for r in runs if r.job), {})
   return found
+
+
+def _found(
+  names: Sequence[str], stride: int | None
+) -> list[tuple[Run, checkpoint.Meta | None]]:
+  """`_find` of each name. Raises ConfigError on fewer than two, and on two of
+  the same scores.
+  """
+  if len(names) < 2:
+    raise schema.ConfigError(
+      f"--compare: {len(names)} run given; name two or more, as in "
+      "--compare runs/a runs/b@500"
+    )
+  inputs = [_find(name, stride) for name in names]
+  for i, (run, _) in enumerate(inputs):
+    for other, _ in inputs[:i]:
+      if run.identity == other.identity:
+        raise schema.ConfigError(
+          f"--compare: {other.name} and {run.name} are the same scores; name "
+          "other runs, or other steps (RUN@STEP)"
+        )
+  return inputs
 
 
 def summarise(runs: list[Run], documents: Documents, seed: int) -> Comparison:

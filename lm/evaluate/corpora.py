@@ -10,8 +10,9 @@ import jax
 import rich.console
 import rich.progress
 
-from lm import checkpoint, files, processes, schema, sharding
+from lm import checkpoint, files, processes, schema
 from lm import config as config_lib
+from lm import mesh as mesh_lib
 from lm import objective as objective_lib
 from lm.data import overlap_report, pipeline
 from lm.data import sources as sources_lib
@@ -190,14 +191,7 @@ def prepare(
     "has a meaning for --samples only; leave it out",
   )
   sources = [_open(name, tokenizer, data_config) for name in names]
-  shares = {}
-  if overlap is not None:
-    check_training_known(workdir, meta)
-    shares = processes.only_first(
-      lambda: overlap_report.shares(
-        overlap, overlap_report.open_held_out(names, data_config), data_config
-      )
-    )
+  shares = _shares(workdir, meta, overlap, names, data_config)
   rows = config.train.batch_size // config.train.microbatches
   rows = rows if batch_size is None else batch_size
   return Job(
@@ -208,10 +202,31 @@ def prepare(
     rows,
     stride,
     adapter,
-    shares or {},
+    shares,
     asked,
     max_new_tokens,
   )
+
+
+def _shares(
+  workdir: str,
+  meta: checkpoint.Meta,
+  overlap: str | overlap_report.Search | None,
+  names: Sequence[str],
+  data: config_lib.DataConfig,
+) -> dict[str, overlap_report.Shares]:
+  """By source, what it shares with training text; {} on processes other than
+  the first, and without `overlap`.
+  """
+  if overlap is None:
+    return {}
+  check_training_known(workdir, meta)
+  found = processes.only_first(
+    lambda: overlap_report.shares(
+      overlap, overlap_report.open_held_out(names, data), data
+    )
+  )
+  return found or {}
 
 
 def check_training_known(workdir: str, meta: checkpoint.Meta) -> None:
@@ -373,7 +388,7 @@ def make_mesh(
     mesh=config_lib.MeshConfig(data=None, fsdp=fsdp, tensor=1),
     train=dataclasses.replace(config.train, batch_size=n_rows, microbatches=1),
   )
-  return sharding.make_mesh(here), n_rows
+  return mesh_lib.make(here), n_rows
 
 
 @contextlib.contextmanager

@@ -73,9 +73,7 @@ def evaluate(
   meta = checkpoint.load_meta(workdir, step)
   tokenizer = _tokenizer(meta, chats, chat_template)
   train, cache_dir = meta.config.train, meta.config.data.cache_dir
-  if overlap is not None:
-    corpora.check_training_known(workdir, meta)
-    overlap_report.check(overlap, meta.config.data)
+  _check_overlap(workdir, meta, overlap)
   loaded = processes.only_first(lambda: find(tasks, include_path, cache_dir))
   corpora.check_batch_size(batch_size, meta.config.model.context_length)
   shares = processes.only_first(lambda: _overlap(overlap, loaded, limit, meta))
@@ -106,6 +104,16 @@ def evaluate(
     "apply_chat_template": chats,
     "tasks": found,
   }
+
+
+def _check_overlap(
+  workdir: str,
+  meta: checkpoint.Meta,
+  overlap: str | overlap_report.Search | None,
+) -> None:
+  if overlap is not None:
+    corpora.check_training_known(workdir, meta)
+    overlap_report.check(overlap, meta.config.data)
 
 
 def _answered(

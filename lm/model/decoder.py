@@ -2,8 +2,9 @@
 cfg.causal=False.
 
 B batch, T length, D model, V vocabulary, L layers. A model is a config and a
-pure dict of arrays; the functions below join the two. `forward` stops before
-the head: the loss never holds all logits (lm/model/loss.py).
+pure dict of arrays; the functions below join the two. The layers run one after
+another in stack.py. `forward` stops before the head: the loss never holds all
+logits (lm/model/loss.py).
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from lm import batch as batch_lib
 from lm import config as config_lib
-from lm.model import attention, layers, lora, remat, rotary, weights
+from lm.model import attention, dropout, layers, lora, rotary, stack, weights
 
 Params = Any  # nested dict of arrays; `layers` arrays have a leading axis L
 # What layers report beside their output: name -> float32 array, [] of a layer
@@ -97,10 +98,10 @@ class Block(nnx.Module):
   def _add(self, x, y, norm, keys):
     """(residual with the update y, what was added to the residual)."""
     if norm is None or self.placement == "residual":
-      x += layers.dropout(y, self.dropout, keys)
+      x += dropout.dropout(y, self.dropout, keys)
       return (x if norm is None else norm(x)), y
     y = norm(y)
-    return x + layers.dropout(y, self.dropout, keys), y
+    return x + dropout.dropout(y, self.dropout, keys), y
 
 
 @jax.named_scope("statistics")
@@ -171,18 +172,15 @@ class Decoder(nnx.Module):
     angles = rotary.angles(cfg, tokens.positions)
     if not cfg.scan_layers and not isinstance(self.layers, nnx.List):
       self.unroll()
-    run = functools.partial(
-      _run_layer, cfg=cfg, tokens=tokens, angles=angles, statistics=statistics
+    x, aux = stack.run(
+      self.layers,
+      x,
+      keys,
+      cfg=cfg,
+      tokens=tokens,
+      angles=angles,
+      statistics=statistics,
     )
-    if isinstance(self.layers, nnx.List):
-      said = []
-      for i, layer in enumerate(self.layers):
-        graph, state = nnx.split(layer)
-        x, aux = run(graph, x, state, i % len(angles), i, _at(keys, i))
-        said.append(aux)
-      aux = _stacked(said)
-    else:
-      x, aux = _scan(run, self.layers, x, keys, cfg)
     return self.finish(x), aux
 
   @jax.named_scope("final_norm")
@@ -222,80 +220,8 @@ class Decoder(nnx.Module):
       x += layers.look_up(table, tokens.positions, None, dtype)
     if self.embedding_norm is not None:
       x = self.embedding_norm(x)
-    return layers.dropout(x, cfg.embedding_dropout, _at(keys, cfg.n_layers))
-
-
-def _at(keys, i):
-  return None if keys is None else layers.fold_rows(keys, i)
-
-
-def first_raw(
-  cfg: config_lib.ModelConfig, index: int | Int[Array, ""]
-) -> Bool[Array, ""] | None:
-  """Whether attention in layer `index` reads the residual without a norm; None
-  if no layer does.
-  """
-  return None if cfg.first_attention_norm else jnp.equal(index, 0)
-
-
-def _run_layer(
-  graph, x, state, which, index, keys, *, cfg, tokens, angles, statistics
-):
-  """(residual, aux) of layer `index` under cfg.remat, with the window and the
-  angles of cfg.layer_pattern[which].
-  """
-
-  def layer(x, state, keys, tokens, angles):
-    (window, _), block = cfg.layer_pattern[which], nnx.merge(graph, state)
-    raw = first_raw(cfg, index)
-    y, _, aux = block(
-      x, tokens, angles, window, keys, statistics=statistics, raw=raw
-    )
-    return y, aux
-
-  layer = remat.checkpointed(layer, cfg)
-  return layer(x, state, keys, tokens, angles[which])
-
-
-def _scan(run, stacked, x, keys, cfg):
-  """Scans over groups of len(cfg.layer_pattern) layers, then runs leftover
-  layers.
-
-  Grouping makes each layer's window a compile-time constant. Returns (residual,
-  aux with a leading axis L).
-  """
-  graph, state = nnx.split(stacked)
-  period = len(cfg.layer_pattern)
-  whole = cfg.n_layers - cfg.n_layers % period
-
-  def group(x, group_and_states):
-    first, states = group_and_states
-    said = []
-    for which in range(period):
-      layer = jax.tree.map(lambda s, w=which: s[w], states)
-      i = first + which
-      x, aux = run(graph, x, layer, which, i, _at(keys, i))
-      said.append(aux)
-    return x, _stacked(said)
-
-  if period == 1:
-    states = jax.tree.map(lambda s: s[:, None], state)
-  else:
-    states = jax.tree.map(
-      lambda s: s[:whole].reshape(whole // period, period, *s.shape[1:]), state
-    )
-  x, scanned = jax.lax.scan(group, x, (jnp.arange(0, whole, period), states))
-  said = [jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), scanned)]
-  for i in range(whole, cfg.n_layers):
-    layer = jax.tree.map(lambda s, i=i: s[i], state)
-    x, aux = run(graph, x, layer, i - whole, i, _at(keys, i))
-    said.append(_stacked([aux]))
-  return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *said)
-
-
-def _stacked(said):
-  """Aux of layers, stacked along a leading axis."""
-  return jax.tree.map(lambda *parts: jnp.stack(parts), *said)
+    own = dropout.fold_rows(keys, cfg.n_layers)
+    return dropout.dropout(x, cfg.embedding_dropout, own)
 
 
 # --- functions of (config, params) -------------------------------------------

@@ -17,7 +17,15 @@ from jaxtyping import Array, Float, Int
 
 from lm import config as config_lib
 from lm import schema, sharding
-from lm.model import attention, decoder, kv_cache, lora, rotary, weights
+from lm.model import (
+  attention,
+  decoder,
+  kv_cache,
+  lora,
+  rotary,
+  stack,
+  weights,
+)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "int8"))
@@ -109,7 +117,7 @@ def _layer_by_layer(model, inputs, tokens, cache):
     if cache is not None:
       pair = cache.keys[i], cache.values[i]
       attend = functools.partial(kv_cache.extend, pair, cache.lengths)
-    raw = decoder.first_raw(cfg, i)
+    raw = stack.first_raw(cfg, i)
     x, new, _ = layer(x, tokens, angles[which], window, extend=attend, raw=raw)
     kept.append(new)
   return model.finish(x), kept

@@ -225,20 +225,9 @@ def splash(
       k, v = (jnp.concatenate([x, x], axis=1) for x in (k, v))
       ahead = jnp.where(prefix, segments, -1)
       of_keys = jnp.concatenate([segments, ahead], axis=1)
-    block, part = splash_blocks(T)
-    sizes = library.BlockSizes(
-      block_q=block,
-      block_kv=block,
-      block_kv_compute=part,
-      block_q_dkv=block,
-      block_kv_dkv=block,
-      block_kv_dkv_compute=part,
-      block_q_dq=block,
-      block_kv_dq=block,
-    )
     kernel = library.make_splash_mha(
       masks.MultiHeadMask([mask] * N),
-      block_sizes=sizes,
+      block_sizes=_splash_sizes(library, T),
       head_shards=1,
       q_seq_shards=1,
       attn_logits_soft_cap=softcap,
@@ -251,6 +240,21 @@ def splash(
     return jnp.swapaxes(out, 1, 2)
 
   return _per_shard(local, q, k, v, segments, prefix)
+
+
+def _splash_sizes(library: Any, T: int) -> Any:
+  """Splash's tiles of all three kernels: forward, dk and dv, dq."""
+  block, part = splash_blocks(T)
+  return library.BlockSizes(
+    block_q=block,
+    block_kv=block,
+    block_kv_compute=part,
+    block_q_dkv=block,
+    block_kv_dkv=block,
+    block_kv_dkv_compute=part,
+    block_q_dq=block,
+    block_kv_dq=block,
+  )
 
 
 def _two_way_mask(masks: Any, T: int, window: int | None) -> Any:

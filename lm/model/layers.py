@@ -1,4 +1,4 @@
-"""Norms, feed-forward (MLP), embedding look-up, dropout.
+"""Norms, feed-forward (MLP), embedding look-up.
 
 B batch, T query length, D model, F mlp, V vocabulary.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from lm import config as config_lib
 from lm import sharding
@@ -165,26 +165,3 @@ def look_up(
   if sharding.has_mesh():
     table = jax.sharding.reshard(table, sharding.partition(axis, None))
   return table.at[ids].get(out_sharding=sharding.spec("batch", "length", None))
-
-
-def fold_rows(keys: Key[Array, "B"], data: int | Array) -> Key[Array, "B"]:
-  return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
-
-
-def dropout(
-  x: Float[Array, "B T *rest"], rate: float, keys: Key[Array, "B"] | None
-) -> Float[Array, "B T *rest"]:
-  """Zeroes a share `rate` of x, scales the rest by 1 / (1 - rate).
-
-  A key per row makes the row's dropout mask the same on any mesh and in any
-  split into microbatches. Keys of None disable dropout.
-  """
-  if keys is None or rate == 0:
-    return x
-  draw = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))
-  return jnp.where(draw(keys), x / (1 - rate), jnp.zeros((), x.dtype))
-
-
-def row_keys(key: Key[Array, ""], rows: Int[Array, "B"]) -> Key[Array, "B"]:
-  """A PRNG key per row, derived from the row's number in the global batch."""
-  return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)

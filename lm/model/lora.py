@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Key
 
 from lm import config as config_lib
 from lm import sharding
-from lm.model import layers, weights
+from lm.model import dropout, weights
 
 # Name of the adapters in a layer's parameters: layers/lora/q/a.
 NAME = "lora"
@@ -67,7 +67,7 @@ class Adapter(nnx.Module):
     `axes` are logical names of the output's axes; `keys`, one per row, enable
     dropout.
     """
-    x = layers.dropout(x, self.cfg.dropout, keys)
+    x = dropout.dropout(x, self.cfg.dropout, keys)
     inputs, rest = equation.split(",")
     letters, outputs = rest.split("->")
     n = len(letters) - (len(outputs) - 2)
@@ -100,7 +100,7 @@ class Adapters(nnx.Module):
     found = {}
     for i, name in enumerate(self.targets):
       # 0 and 1 could give the keys of the layer's own dropout.
-      own = None if keys is None else layers.fold_rows(keys, 2 + i)
+      own = dropout.fold_rows(keys, 2 + i)
       found[name] = functools.partial(getattr(self, name), own)
     return found
 

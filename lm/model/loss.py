@@ -2,6 +2,7 @@
 
 B batch, T length, C tokens of a chunk, D model, V vocabulary. Losses are
 returned as sums; the caller divides by the weights once, over the global batch.
+Cutting into chunks and sums over devices are in chunks.py.
 
 tokamax's fused linear_softmax_cross_entropy_loss (0.0.17) is not used: no
 weight per token, no z-loss and no soft-cap.
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lm import sharding
+from lm.model import chunks
 from lm.model import weights as weights_lib
 
 
@@ -34,8 +36,7 @@ def cross_entropy(
   Only the first sum is differentiable, in x, head and the head's `bias`. The
   forward pass computes the gradient beside the loss, chunk by chunk, and logits
   only once: the backward pass only multiplies by the scalar cotangent. Logits
-  accumulate in
-  float32; z-loss is PaLM's (arXiv:2204.02311).
+  accumulate in float32; z-loss is PaLM's (arXiv:2204.02311).
   """
   options = chunk, softcap, z_loss
   return _cross_entropy(options, x, head, bias, targets, weights)
@@ -97,7 +98,7 @@ _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 def _local_sums(options, x, head, bias, targets, weights):
   chunk, softcap, z_loss = options
-  head = whole_head(head, x.dtype)
+  head = chunks.whole_head(head, x.dtype)
 
   def one(sums, piece):
     x, targets, weights = piece
@@ -106,13 +107,13 @@ def _local_sums(options, x, head, bias, targets, weights):
     return _add(sums, nll, log_z, weights, z_loss), None
 
   zero = jnp.zeros((), jnp.float32)
-  sums, _ = over_chunks(one, (zero, zero), chunk, x, targets, weights)
-  return tuple(_psum(s, "batch", "length") for s in sums)
+  sums, _ = chunks.over(one, (zero, zero), chunk, x, targets, weights)
+  return tuple(chunks.psum(s, "batch", "length") for s in sums)
 
 
 def _local_sums_and_gradients(options, trains, x, head, bias, targets, weights):
   chunk, softcap, z_loss = options
-  whole = whole_head(head, x.dtype)
+  whole = chunks.whole_head(head, x.dtype)
 
   def one(carry, piece):
     *sums, dhead, dbias = carry
@@ -130,18 +131,18 @@ def _local_sums_and_gradients(options, trains, x, head, bias, targets, weights):
     dx = jnp.einsum("CV,VD->CD", d, whole, preferred_element_type=f32)
     if dhead is not None:
       dhead += jnp.einsum("CV,CD->VD", d, x, preferred_element_type=f32)
-    dx = _psum(dx, "vocab").astype(x.dtype)
+    dx = chunks.psum(dx, "vocab").astype(x.dtype)
     return (*_add(sums, nll, log_z, weights, z_loss), dhead, dbias), dx
 
   zero, f32 = jnp.zeros((), jnp.float32), jnp.float32
   dhead = jnp.zeros(whole.shape, f32) if trains[0] else None
   dbias = jnp.zeros(bias.shape, f32) if trains[1] else None
   first = zero, zero, dhead, dbias
-  carry, dx = over_chunks(one, first, chunk, x, targets, weights)
-  loss, nll = (_psum(s, "batch", "length") for s in carry[:2])
+  carry, dx = chunks.over(one, first, chunk, x, targets, weights)
+  loss, nll = (chunks.psum(s, "batch", "length") for s in carry[:2])
   dhead, dbias = carry[2:]
   if dbias is not None:
-    dbias = _psum(dbias, "batch", "length").astype(bias.dtype)
+    dbias = chunks.psum(dbias, "batch", "length").astype(bias.dtype)
   if dhead is None:
     return loss, nll, dx, None, dbias
   if sharding.has_mesh():
@@ -166,30 +167,13 @@ def chunk_logits(x, head, bias, softcap):
 
 def chunk_nll(scores, targets):
   """Negative log-likelihood in nats, log Z, and one-hot targets, per token."""
-  top = _pmax(jnp.max(scores, axis=-1))
+  top = chunks.pmax(jnp.max(scores, axis=-1))
   total = jnp.sum(jnp.exp(scores - top[..., None]), axis=-1)
-  log_z = top + jnp.log(_psum(total, "vocab"))
+  log_z = top + jnp.log(chunks.psum(total, "vocab"))
   # A gather over a sharded vocabulary would communicate; a comparison is local.
-  hit = _ids(scores) == targets[:, None]
-  chosen = _psum(jnp.sum(jnp.where(hit, scores, 0), axis=-1), "vocab")
+  hit = chunks.ids(scores) == targets[:, None]
+  chosen = chunks.psum(jnp.sum(jnp.where(hit, scores, 0), axis=-1), "vocab")
   return log_z - chosen, log_z, hit
-
-
-def chunk_ranks(scores, targets, hit):
-  """Rank of each target, from 1; of equal scores the lower id ranks first."""
-  chosen = _psum(jnp.sum(jnp.where(hit, scores, 0), axis=-1), "vocab")[:, None]
-  earlier = _ids(scores) < targets[:, None]
-  better = (scores > chosen) | ((scores == chosen) & earlier)
-  return 1 + _psum(jnp.sum(better, axis=-1, dtype=jnp.int32), "vocab")
-
-
-def _ids(scores):
-  """Ids [1, V] of the local shard of the vocabulary."""
-  ids = jnp.arange(scores.shape[-1])[None]
-  if not sharding.has_mesh():
-    return ids
-  mine = jax.lax.axis_index(sharding.mesh_axes("vocab"))
-  return ids + mine * scores.shape[-1]
 
 
 def _add(sums, nll, log_z, weights, z_loss):
@@ -197,55 +181,3 @@ def _add(sums, nll, log_z, weights, z_loss):
   nll_sum = jnp.sum(weights * nll)
   z_sum = z_loss * jnp.sum(weights * jnp.square(log_z)) if z_loss else 0.0
   return loss + nll_sum + z_sum, plain + nll_sum
-
-
-def over_chunks(step, carry, chunk, *arrays):
-  """Scans `step` over chunks of at most `chunk` tokens of the arrays [B, T,
-  ...]: in a chunk, rows and positions are one axis C. Returns the last carry,
-  and the second results [C, ...] as [B, T, ...].
-
-  Zeros pad the last chunk: padding has weight 0.
-  """
-  B, T = arrays[0].shape[:2]
-  n = -(-B * T // chunk)
-  C = B * T if n == 1 else chunk
-
-  def cut(a):
-    a = a.reshape(B * T, *a.shape[2:])
-    a = jnp.pad(a, [(0, n * C - B * T)] + [(0, 0)] * (a.ndim - 1))
-    return a.reshape(n, C, *a.shape[1:])
-
-  def join(a):
-    return a.reshape(n * C, *a.shape[2:])[: B * T].reshape(B, T, *a.shape[2:])
-
-  pieces = tuple(cut(a) for a in arrays)
-  if n == 1:
-    carry, found = step(carry, tuple(a[0] for a in pieces))
-    return carry, jax.tree.map(lambda a: join(a[None]), found)
-  carry, found = jax.lax.scan(step, carry, pieces)
-  return carry, jax.tree.map(join, found)
-
-
-# --- collectives; without a mesh, no-ops --------------------------------------
-
-
-def whole_head(head, dtype):
-  """All-gathers the local vocabulary rows to the full width, in `dtype`."""
-  head = head.astype(dtype)
-  if not sharding.has_mesh():
-    return head
-  return jax.lax.all_gather(
-    head, sharding.mesh_axes("embed"), axis=1, tiled=True
-  )
-
-
-def _psum(x, *axes):
-  """Sum over the mesh axes of the logical `axes`."""
-  return (
-    jax.lax.psum(x, sharding.mesh_axes(*axes)) if sharding.has_mesh() else x
-  )
-
-
-def _pmax(x):
-  axes = sharding.mesh_axes("vocab")
-  return jax.lax.pmax(x, axes) if sharding.has_mesh() else x

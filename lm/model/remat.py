@@ -38,7 +38,7 @@ def name(x: Array, name: Name) -> Array:
 def checkpointed(layer: Callable, cfg: config_lib.ModelConfig) -> Callable:
   """`layer` under cfg.remat: the same values and gradients. `save_*` and
   `minimal_with_context` keep values by their names, with cfg.remat_offload in
-  the host's memory (`sharding.make_mesh` refuses devices without one).
+  the host's memory (lm/mesh.py refuses devices without one).
   """
   if cfg.remat == "none":
     return layer

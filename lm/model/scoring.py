@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lm import sharding
-from lm.model import attention, loss
+from lm.model import attention, chunks, loss
 
 # Positions per block of logits; T of `score` and M of `fill` are multiples.
 CHUNK = 16
@@ -59,7 +59,7 @@ def token_scores(
 
   def one(logits, targets):
     nll, _, hit = loss.chunk_nll(logits, targets)
-    return nll, loss.chunk_ranks(logits, targets, hit)
+    return nll, _ranks(logits, targets, hit)
 
   rows = ("batch", "length")
   return _by_chunk(one, x, head, bias, targets, chunk, softcap, (rows, rows))
@@ -70,13 +70,13 @@ def _by_chunk(judge, x, head, bias, targets, chunk, softcap, out_axes):
   rows = ("batch", "length")
 
   def local(x, head, bias, targets):
-    head = loss.whole_head(head, x.dtype)
+    head = chunks.whole_head(head, x.dtype)
 
     def one(_, piece):
       logits, _ = loss.chunk_logits(piece[0], head, bias, softcap)
       return None, judge(logits, piece[1])
 
-    return loss.over_chunks(one, None, chunk, x, targets)[1]
+    return chunks.over(one, None, chunk, x, targets)[1]
 
   run = sharding.per_shard(
     local,
@@ -87,6 +87,15 @@ def _by_chunk(judge, x, head, bias, targets, chunk, softcap, out_axes):
     out_axes=out_axes,
   )
   return run(x, head, bias, targets)
+
+
+def _ranks(scores, targets, hit):
+  """Rank of each target, from 1; of equal scores the lower id ranks first."""
+  own = jnp.sum(jnp.where(hit, scores, 0), axis=-1)
+  chosen = chunks.psum(own, "vocab")[:, None]
+  earlier = chunks.ids(scores) < targets[:, None]
+  better = (scores > chosen) | ((scores == chosen) & earlier)
+  return 1 + chunks.psum(jnp.sum(better, axis=-1, dtype=jnp.int32), "vocab")
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "n_alternatives"))

@@ -14,6 +14,7 @@ import jax
 from absl import flags
 
 from lm import checkpoint, cli, schema, sharding
+from lm import mesh as mesh_lib
 from lm.data import fim
 from lm.data import tokenizer as tokenizer_lib
 from lm.sample import loaded_model
@@ -105,7 +106,7 @@ def meta() -> checkpoint.Meta:
       models[f"--draft={_DRAFT.value}, {flags_said}"] = draft.config.model
     for said, model in models.items():
       try:
-        sharding.check_model(model, shape)
+        mesh_lib.check_model(model, shape)
       except schema.ConfigError as error:
         raise schema.ConfigError(f"{said}: {error}") from error
   return found

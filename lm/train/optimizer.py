@@ -4,6 +4,7 @@ The weights of layers are stacked on a leading axis L. No optimizer here may
 treat L as a dimension of the matrix.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -61,9 +62,8 @@ def make(
   """Optax transformation, without gradient clipping: train/step.py clips.
 
   `declared` is a tree like the parameters (`decoder.declared`); Muon multiplies
-  matrices in `dtype`. With every
-  optimizer, weight decay takes lr * weight_decay of every parameter but
-  vectors, at the parameter's own learning rate.
+  matrices in `dtype`. With every optimizer, weight decay takes lr *
+  weight_decay of every parameter but vectors, at the parameter's own rate.
   """
 
   def decayed(params: Any) -> Any:
@@ -103,7 +103,13 @@ def make(
   return _muon(cfg, steps, declared, dtype, decayed)
 
 
-def _muon(cfg, steps, declared, dtype, decayed):
+def _muon(
+  cfg: config_lib.OptimizerConfig,
+  steps: int,
+  declared: Any,
+  dtype: Any,
+  decayed: Callable[[Any], Any],
+) -> optax.GradientTransformation:
   """Muon for matrices, NAdamW for all else."""
 
   def labels(params: Any) -> Any:

@@ -5,7 +5,7 @@ gradient norm that is not finite is found here, before anything is saved.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 
 from lm import checkpoint, locks, schema
 from lm import config as config_lib
-from lm.data import pipeline, store
+from lm.data import pipeline, show, store
 from lm.evaluate import perplexity
 from lm.model import counts
 from lm.train import ledger as ledger_lib
@@ -197,27 +197,6 @@ def _chained(before: str, words: np.ndarray) -> str:
   return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
-def evaluation(
-  parts: Sequence[tuple[store.TokenStore, perplexity.Totals]],
-) -> tuple[perplexity.Totals, dict[str, float]]:
-  """(sums over the causal sources, what to report of an evaluation).
-
-  Without a causal source the sums are over all. Of several sources, each is
-  reported with its loss and its denominator: the weight of its scored tokens.
-  """
-  totals = perplexity.overall([(source.spec, part) for source, part in parts])
-  said = {
-    "eval/loss": totals.loss,
-    "eval/perplexity": totals.perplexity,
-    "eval/bits_per_byte": totals.bits_per_byte,
-  }
-  if len(parts) > 1:
-    for source, part in parts:
-      said[f"eval/{source.spec}/loss"] = part.loss
-      said[f"eval/{source.spec}/tokens"] = part.n_tokens
-  return totals, said
-
-
 def say_what_runs(
   config: config_lib.Config,
   mesh: jax.sharding.Mesh,
@@ -237,7 +216,7 @@ def say_what_runs(
   if start:
     return
   for s, source in enumerate(prepared.train):
-    scored, padding = pipeline.shares(config, prepared, s)
+    scored, padding = show.shares(config, prepared, s)
     say(
       f"{source.spec}: {scored:.0%} of the positions are scored, {padding:.0%} "
       "are padding"

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -180,6 +181,33 @@ def fingerprint(
   return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
+# --- the state as a checkpoint ---
+
+
+def to_trees(state: step_lib.State) -> dict[str, Any]:
+  """The state as items of a checkpoint; `frozen` and `ema` only if the state
+  has some.
+  """
+  rest = (state.step, state.opt_state, state.history)
+  trees = {"params": state.params, "rest": rest}
+  if state.frozen:
+    trees["frozen"] = state.frozen
+  return trees if state.ema is None else {**trees, "ema": state.ema}
+
+
+def from_trees(trees: dict[str, Any]) -> step_lib.State:
+  """Inverse of `to_trees`."""
+  step, opt_state, history = trees["rest"]
+  return step_lib.State(
+    step=step,
+    params=trees["params"],
+    frozen=trees.get("frozen", {}),
+    ema=trees.get("ema"),
+    opt_state=opt_state,
+    history=history,
+  )
+
+
 # --- the checkpoint to go on from ---------------------------------------------
 
 
@@ -219,7 +247,7 @@ def first_state(
   with several processes every move does. Raises ConfigError if the checkpoint
   does not fit the config or the data.
   """
-  like = step_lib.to_trees(programs.abstract_state(config, mesh))
+  like = to_trees(programs.abstract_state(config, mesh))
   n_damaged = 0
   while step := checkpoints.latest_step():
     try:
@@ -298,7 +326,7 @@ def _restored(config, mesh, workdir, checkpoints, meta, like, say):
   """
   different = checkpoint.compare(workdir, meta, like)
   if not different:
-    return step_lib.from_trees(checkpoints.restore(meta, like))
+    return from_trees(checkpoints.restore(meta, like))
   where = f"checkpoint {meta.step} of {workdir}"
   said = items.describe(different)
   model = {name: like[name] for name in ("params", "frozen") if name in like}

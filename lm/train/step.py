@@ -14,36 +14,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
 
 from lm import batch as batch_lib
 from lm import config as config_lib
 from lm import digest, sharding
-from lm.model import decoder, layers, loss, weights
-from lm.train import optimizer
+from lm.model import decoder, dropout, loss, weights
+from lm.train import layer_statistics, optimizer, skip
 
 # Scalars, the batch's digest, and `layers`: arrays [L] by name.
 Metrics = dict[str, Any]
 
 # Name of the device axis in mode pmap.
 PMAP_AXIS = "rows"
-
-
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=["values", "count", "skipped"],
-  meta_fields=[],
-)
-@dataclasses.dataclass
-class History:
-  """Loss and gradient norm of the last finite steps, for SkipConfig.
-
-  Leaves may be arrays, shapes or shardings, as in any pytree.
-  """
-
-  values: Any  # float32 [window, 2]
-  count: Any  # int32, finite steps seen
-  skipped: Any  # int32, steps skipped
 
 
 @functools.partial(
@@ -64,7 +46,7 @@ class State:
   frozen: decoder.Params
   ema: decoder.Params | None
   opt_state: Any
-  history: History | None
+  history: skip.History | None
 
   @property
   def model(self) -> decoder.Params:
@@ -73,30 +55,6 @@ class State:
     """
     trained = self.params if self.ema is None else self.ema
     return weights.join(trained, self.frozen)
-
-
-def to_trees(state: State) -> dict[str, Any]:
-  """The state as items of a checkpoint; `frozen` and `ema` only if the state
-  has some.
-  """
-  rest = (state.step, state.opt_state, state.history)
-  trees = {"params": state.params, "rest": rest}
-  if state.frozen:
-    trees["frozen"] = state.frozen
-  return trees if state.ema is None else {**trees, "ema": state.ema}
-
-
-def from_trees(trees: dict[str, Any]) -> State:
-  """Inverse of `to_trees`."""
-  step, opt_state, history = trees["rest"]
-  return State(
-    step=step,
-    params=trees["params"],
-    frozen=trees.get("frozen", {}),
-    ema=trees.get("ema"),
-    opt_state=opt_state,
-    history=history,
-  )
 
 
 def init_state(
@@ -116,18 +74,14 @@ def init_state(
     types = jax.tree.map(jax.typeof, params)
     specs = optimizer.state_specs(types, opt_state)
     opt_state = jax.tree.map(jax.sharding.reshard, opt_state, specs)
-  average = config.optimizer.ema_decay is not None
-  skip = config.optimizer.skip
-  zero = jnp.zeros((), jnp.int32)
+  o = config.optimizer
   return State(
-    step=zero,
+    step=jnp.zeros((), jnp.int32),
     params=params,
     frozen=frozen,
-    ema=jax.tree.map(jnp.copy, params) if average else None,
+    ema=None if o.ema_decay is None else jax.tree.map(jnp.copy, params),
     opt_state=opt_state,
-    history=None
-    if skip is None
-    else History(jnp.zeros((skip.window, 2), jnp.float32), zero, zero),
+    history=None if o.skip is None else skip.fresh(o.skip),
   )
 
 
@@ -175,18 +129,18 @@ def train_step(
       "lr": rate(state.step),
       "weight": weight,
       "batch": bits,
-      "layers": _means(aux),
+      "layers": layer_statistics.means(aux),
     }
     if config.train.statistics_every is not None:
-      metrics["layers"]["grad_norm"] = _layer_norms(gradients)
+      metrics["layers"]["grad_norm"] = layer_statistics.norms(gradients)
     if o.clip_norm is not None:
       shrink = jnp.minimum(1.0, o.clip_norm / jnp.maximum(norm, 1e-30))
       gradients = jax.tree.map(lambda g: g * shrink, gradients)
     new, changes = _update(config, transform, state, gradients)
     if config.train.statistics_every is not None:
-      metrics["layers"]["update_norm"] = _layer_norms(changes)
+      metrics["layers"]["update_norm"] = layer_statistics.norms(changes)
     if o.skip is not None and state.history is not None:
-      keep, history = _judge(o.skip, state.history, mean, norm)
+      keep, history = skip.judge(o.skip, state.history, mean, norm)
       metrics["skipped"] = history.skipped
       new = dataclasses.replace(
         jax.tree.map(lambda x, y: jnp.where(keep, x, y), new, state),
@@ -196,28 +150,6 @@ def train_step(
     return new, metrics
 
   return step
-
-
-def _means(aux: decoder.Aux) -> dict[str, Array]:
-  """Means over tokens of the sums `aux`; root mean squares for its squares."""
-  if not aux:
-    return {}
-  sums = dict(aux)
-  tokens = jnp.maximum(sums.pop("tokens"), 1.0)
-  means = jax.tree.map(lambda total: total / tokens, sums)
-  squares = means.pop("square", {})
-  return means | {f"{k}_rms": jnp.sqrt(v) for k, v in squares.items()}
-
-
-@jax.named_scope("statistics")
-def _layer_norms(tree) -> Float[Array, "L"]:
-  """Norm of each layer of a tree like the trainable parameters."""
-  return jnp.sqrt(
-    sum(
-      jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim)))
-      for x in jax.tree.leaves(tree["layers"])
-    )
-  )
 
 
 def _over_microbatches(config, state, batch, key):
@@ -274,7 +206,7 @@ def _loss_sums(config, params, frozen, batch, key, rows):
   m = config.model
   rates = (m.embedding_dropout, m.residual_dropout)
   drops = any(rates) or (m.lora is not None and m.lora.dropout > 0)
-  keys = layers.row_keys(key, rows) if drops else None
+  keys = dropout.row_keys(key, rows) if drops else None
   params = weights.join(params, frozen)
   statistics = config.train.statistics_every is not None
   hidden, aux = decoder.forward(
@@ -317,22 +249,3 @@ def _update(config, transform, state, gradients) -> tuple[State, Any]:
     state, step=state.step + 1, params=params, ema=ema, opt_state=opt_state
   )
   return new, changes
-
-
-def _judge(skip, old: History, mean, norm) -> tuple[Array, History]:
-  """(whether to keep a step of this loss and gradient norm, new history).
-
-  Finite outliers still enter the history: a lasting change of level is accepted
-  in time.
-  """
-  seen = jnp.stack([mean, norm])
-  centre, spread = jnp.mean(old.values, axis=0), jnp.std(old.values, axis=0)
-  finite = jnp.all(jnp.isfinite(seen))
-  outlier = jnp.any(seen > centre + skip.sigma * spread)
-  keep = finite & ~(outlier & (old.count >= skip.window))
-  slot = old.count % skip.window
-  return keep, History(
-    old.values.at[slot].set(jnp.where(finite, seen, old.values[slot])),
-    old.count + finite.astype(jnp.int32),
-    old.skipped + (~keep).astype(jnp.int32),
-  )

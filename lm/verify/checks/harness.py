@@ -15,6 +15,7 @@ import optax
 
 from lm import batch as batch_lib
 from lm import config as config_lib
+from lm import mesh as mesh_lib
 from lm import schema, sharding
 from lm.data import objectives
 from lm.model import decoder, lora, weights
@@ -92,7 +93,7 @@ def fitting_shapes(
   fit, rejected = [], []
   for shape in mesh_shapes(jax.device_count()):
     try:
-      sharding.mesh_shape(with_mesh(config, shape), math.prod(shape))
+      mesh_lib.shape_of(with_mesh(config, shape), math.prod(shape))
       fit.append(shape)
     except schema.ConfigError as error:
       field = str(error).removeprefix("config.").partition(":")[0]
@@ -107,7 +108,7 @@ def shape_name(shape: Sequence[int]) -> str:
 def make_mesh(config: config_lib.Config) -> jax.sharding.Mesh:
   """The config's mesh on the first devices, as many as needed."""
   n_devices = math.prod(config.mesh.sizes().values())  # type: ignore[arg-type]
-  return sharding.make_mesh(config, jax.devices()[:n_devices])
+  return mesh_lib.make(config, jax.devices()[:n_devices])
 
 
 # --- batches ------------------------------------------------------------------

@@ -19,8 +19,7 @@ from lm import config as config_lib
 from lm import objective as objective_lib
 from lm.data import pipeline, store
 from lm.data import tokenizer as tokenizer_lib
-from lm.train import programs
-from lm.train import step as step_lib
+from lm.train import programs, resume
 from lm.verify import result
 from lm.verify.checks import harness
 from lm.verify.result import Result
@@ -159,15 +158,15 @@ def checkpoints(config: config_lib.Config) -> Iterator[Result]:
   with tempfile.TemporaryDirectory() as folder:
     saved = checkpoint.Checkpoints(folder, config.checkpoint)
     try:
-      saved.save(step_lib.to_trees(state), meta)
+      saved.save(resume.to_trees(state), meta)
       saved.wait()
       loaded = checkpoint.load_meta(folder)
-      found = saved.restore(loaded, step_lib.to_trees(target))
+      found = saved.restore(loaded, resume.to_trees(target))
     finally:
       saved.close()
     params = checkpoint.load_params(folder, config.model)
   where = f"{harness.shape_name(fit[0])} to {harness.shape_name(fit[-1])}"
-  everything, layout = map(step_lib.to_trees, (wanted, target))
+  everything, layout = map(resume.to_trees, (wanted, target))
   fields = ("step", "config", "tokenizer", "fingerprint")
   others = sum(getattr(loaded, name) != getattr(meta, name) for name in fields)
   for what, error in (
