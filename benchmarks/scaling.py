@@ -6,6 +6,7 @@ Parts, all by default:
   depth       a train step by its layers, scanned, fitted by a line
   scan        scanned layers (model.scan_layers) beside unrolled ones: the step,
               and its compilation
+  optimizer   a step of the quickstart's shape with Muon beside one with AdamW
   devices     what the host does for a step, by the number of local devices,
               which XLA simulates
   evaluation  a batch of the quickstart's evaluation beside matrix products of
@@ -43,18 +44,23 @@ DEVICES = (1, 2, 4, 8, 16, 32, 64)
 CONFIG = "configs/quickstart.py"
 
 
+def narrow(n_layers: int, n_rows: int) -> train.Shape:
+  return train.Shape(n_layers, 128, 2, 512, LENGTH, n_rows)
+
+
 class Step:
-  """A compiled train step of a narrow GPT-2, its state and a batch.
+  """A compiled train step of a GPT-2, its state and a batch.
 
   `compile_seconds` are CPU seconds, tracing included.
   """
 
-  def __init__(self, n_layers: int, n_rows: int, *, scan: bool = True):
+  def __init__(
+    self, shape: train.Shape, *, scan: bool = True, optimizer: str = "adamw"
+  ):
     from lm import mesh as mesh_lib
     from lm.train import programs
 
-    shape = train.Shape(n_layers, 128, 2, 512, LENGTH, n_rows)
-    config = train.our_config(shape, "float32", "adamw")
+    config = train.our_config(shape, "float32", optimizer)
     config.model.scan_layers = scan
     config.mesh.data, config.mesh.fsdp = None, 1
     mesh = mesh_lib.make(config)
@@ -135,18 +141,18 @@ def by_size(name: str, steps: Mapping[int, Step], n_turns: int) -> dict:
 
 
 def tokens(n_turns: int) -> dict:
-  steps = {n * LENGTH: Step(4, n) for n in ROWS}
+  steps = {n * LENGTH: Step(narrow(4, n)) for n in ROWS}
   return by_size("tokens", steps, n_turns)
 
 
 def depth(n_turns: int) -> dict:
-  return by_size("layers", {n: Step(n, 8) for n in DEPTHS}, n_turns)
+  return by_size("layers", {n: Step(narrow(n, 8)) for n in DEPTHS}, n_turns)
 
 
 def scan(n_turns: int) -> dict:
   rows = []
   for n in SCANNED:
-    sides = {scan: Step(n, 8, scan=scan) for scan in (True, False)}
+    sides = {scan: Step(narrow(n, 8), scan=scan) for scan in (True, False)}
     times = in_turns({k: step.seconds for k, step in sides.items()}, n_turns)
     ratio, span = turns.ratios(times[True], times[False])
     scanned, unrolled = (sides[k].compile_seconds for k in (True, False))
@@ -160,6 +166,16 @@ def scan(n_turns: int) -> dict:
       }
     )
   return {"rows": rows}
+
+
+def optimizer(n_turns: int) -> dict:
+  shape = train.SHAPES["quickstart"]
+  steps = {
+    name: Step(shape, scan=False, optimizer=name) for name in ("muon", "adamw")
+  }
+  times = in_turns({k: step.seconds for k, step in steps.items()}, n_turns)
+  ratio, span = turns.ratios(times["muon"], times["adamw"])
+  return {"ratio": ratio, "ratio_range": span}
 
 
 def devices(n_turns: int) -> dict:
@@ -267,6 +283,11 @@ def say_scan(found: dict) -> None:
   turns.print_table("scan_layers", [*columns, "unrolled, s"], rows)
 
 
+def say_optimizer(found: dict) -> None:
+  ratio = turns.described(found["ratio"], found["ratio_range"])
+  print(f"step with Muon over one with AdamW: {ratio}")
+
+
 def say_devices(found: dict) -> None:
   rows = [
     [str(n), *(f"{1e3 * parts[name]:.2f}" for name in parts)]
@@ -293,6 +314,7 @@ PARTS = {
   "tokens": (tokens, say_fit),
   "depth": (depth, say_fit),
   "scan": (scan, say_scan),
+  "optimizer": (optimizer, say_optimizer),
   "devices": (devices, say_devices),
   "evaluation": (evaluation, say_evaluation),
 }
@@ -308,7 +330,7 @@ def main() -> None:
   parser.add_argument("--side", help=argparse.SUPPRESS)
   options = parser.parse_args()
   if options.side:
-    turns.serve(lambda: Step(2, 64).host_seconds)
+    turns.serve(lambda: Step(narrow(2, 64)).host_seconds)
     return
   results = {}
   for name in options.part or PARTS:
