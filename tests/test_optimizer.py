@@ -406,6 +406,33 @@ def test_state_is_a_tree_that_stored_runs_have(name, decay):
   assert found == wanted
 
 
+def test_muons_state_is_optaxs_to_the_empty_nodes():
+  """Runs that began with optax.contrib.muon go on: orbax compares trees."""
+  transform = _make(_config(name="muon"), 10)
+
+  def dimensions(params):
+    def of(path, _):
+      weight = weights.of(DECLARED, path)
+      if weight.role == "matrix":
+        return optax.contrib.MuonDimensionNumbers(
+          weight.input_axes, weight.output_axes
+        )
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+  library = optax.contrib.muon(
+    optax.constant_schedule(0.1),
+    weight_decay_mask=lambda params: jax.tree.map(lambda p: True, params),
+    adam_learning_rate=optax.constant_schedule(0.1),
+    muon_weight_dimension_numbers=dimensions,
+  )
+  ours, theirs = (
+    jax.tree.structure(jax.eval_shape(t.init, _params()))
+    for t in (transform, library)
+  )
+  assert ours == theirs
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_slots_lie_as_their_weights(name):
   """No slot as large as its weight is whole on every device."""

@@ -120,22 +120,28 @@ def _muon(
       params,
     )
 
-  # Checkpoints have the schedule's state as the fourth of the chain.
+  def decay(updates: Any, params: Any) -> Any:
+    return jax.tree.map(
+      lambda kept, u, p: u + cfg.weight_decay * p if kept else u,
+      decayed(params),
+      updates,
+      params,
+    )
+
+  # Each state is where optax.contrib.muon has it: checkpoints store the tree,
+  # its empty nodes included.
   matrices = optax.chain(
     muon.scale_by_muon(
       declared, momentum=cfg.momentum, epsilon=cfg.epsilon, dtype=dtype
     ),
     optax.identity(),
-    optax.add_decayed_weights(cfg.weight_decay),
+    optax.add_decayed_weights(cfg.weight_decay, decayed),
     optax.scale_by_learning_rate(schedule(cfg, steps, cfg.peak_lr)),
   )
-  others = optax.nadamw(
-    schedule(cfg, steps, cfg.adam_peak_lr),
-    b1=cfg.b1,
-    b2=cfg.b2,
-    eps=cfg.epsilon,
-    weight_decay=cfg.weight_decay,
-    mask=decayed,
+  others = optax.chain(
+    optax.scale_by_adam(cfg.b1, cfg.b2, cfg.epsilon, nesterov=True),
+    optax.stateless(decay),
+    optax.scale_by_learning_rate(schedule(cfg, steps, cfg.adam_peak_lr)),
   )
   return optax.partition({"muon": matrices, "adam": others}, labels)
 
