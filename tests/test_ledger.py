@@ -46,6 +46,21 @@ def test_going_back_two_checkpoints_loses_what_was_kept_before():
   assert found["step"] == 12 + 10
 
 
+def test_a_start_that_fails_loses_no_step(tmp_path):
+  attempts = [
+    _attempt(0, 24, 0, 24.0, {"10": 20.0}),
+    _attempt(30, 31, None, 0.0, {}, start=1.0),  # could not read a checkpoint
+    _attempt(34, 44, 10, 10.0, {"20": 10.0}),
+  ]
+  found = ledger.summarize(attempts)
+  assert found["lost"] == 4 and found["step"] == 30
+  assert found["down"] == 6 + 3 and found["wall"] == 44
+  ledger.Ledger(str(tmp_path), time.time())  # ends before `starts_from`
+  account = ledger.Ledger(str(tmp_path), time.time())
+  account.starts_from(7)
+  assert [a["first_step"] for a in ledger.read(str(tmp_path))] == [None, 7]
+
+
 def test_every_second_is_in_one_phase_and_survives(tmp_path, monkeypatch):
   now = 1000.0
 

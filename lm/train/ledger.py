@@ -47,7 +47,7 @@ class Ledger:
     self._attempt: dict[str, Any] = {
       "began": began,
       "written": began,
-      "first_step": 0,
+      "first_step": None,  # known once the start is over
       "seconds": self.seconds,
       # Seconds of steps at each checkpoint, to compute what a kill lost.
       "saved": {},
@@ -142,9 +142,11 @@ def summarize(attempts: list[dict[str, Any]]) -> dict[str, float]:
     if ahead is not None:
       kept = attempt["saved"].get(str(ahead), 0.0)
       total["lost"] += attempt["seconds"]["step"] - kept
+    if after is not None:
       total["down"] += max(0.0, after - attempt["written"])
     first = attempt["first_step"]
-    ahead = first if ahead is None else min(ahead, first)
+    if first is not None:
+      ahead = first if ahead is None else min(ahead, first)
     after = attempt["began"]
   total["step"] -= total["lost"]
   wall = sum(total.values())
