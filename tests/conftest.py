@@ -8,6 +8,7 @@ asks for `compiled_anew`, one that reads what it plans for `optimised`.
 """
 
 import atexit
+import gc
 import importlib.util
 import os
 import pathlib
@@ -52,6 +53,7 @@ QUICK = {
   "jax_disable_most_optimizations": True,
   "jax_compilation_cache_dir": CACHE,
   "jax_persistent_cache_min_compile_time_secs": 0,
+  "jax_traceback_in_locations_limit": 0,  # where an operation was written
 }
 for option, value in QUICK.items():
   jax.config.update(option, value)
@@ -83,6 +85,15 @@ def pytest_collection_modifyitems(items):
   items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
 
 
+def pytest_collection_finish():
+  """What is imported stays, and programs make much garbage that has no cycle:
+  a twentieth of the time went into looking for some.
+  """
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(50_000, 20, 50)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _programs_are_freed():
   """A CPU program has memory maps of its own, of which a process may have
@@ -111,7 +122,24 @@ def optimised():
 
 
 @pytest.fixture(scope="session")
-def make(tmp_path_factory):
+def _draw():
+  """Runs draw no curves.png, half a second each; the function that would."""
+  from lm.train import plot
+
+  with pytest.MonkeyPatch.context() as patch:
+    draw = plot.draw
+    patch.setattr(plot, "draw", lambda workdir: None)
+    yield draw
+
+
+@pytest.fixture
+def curves(_draw, monkeypatch):
+  """Runs draw curves.png."""
+  monkeypatch.setattr("lm.train.plot.draw", _draw)
+
+
+@pytest.fixture(scope="session")
+def make(tmp_path_factory, _draw):
   """Makes the config of a small run over a few source files of this project,
   its fields changed by keyword: make(train__steps=3).
   """
