@@ -75,7 +75,8 @@ def pytest_report_header():
 # The files that take longest, the longest first.
 LONG = """
 test_faults test_slurm test_step test_verify test_train test_wrong_inputs
-test_harness test_families test_processes test_engine
+test_harness test_families test_processes test_lora test_sample test_resume
+test_model_properties test_engine
 """.split()
 
 

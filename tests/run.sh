@@ -18,5 +18,5 @@ say "Tests (pytest $*)"
 # and ports. Bytecode is kept: assertions and annotations that pytest and
 # jaxtyping rewrite take each worker seven seconds without.
 workers="$(python -c 'import os; print(min(5, 1 + (os.cpu_count() or 1)))')"
-PYTHONDONTWRITEBYTECODE="" JAX_PLATFORMS=cpu python -m pytest -n "$workers" --dist=loadfile \
-  --no-loadscope-reorder "$@"
+PYTHONDONTWRITEBYTECODE="" JAX_PLATFORMS=cpu python -m pytest -n "$workers" \
+  --dist=loadfile --no-loadscope-reorder "$@"
