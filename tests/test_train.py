@@ -379,7 +379,7 @@ def test_epochs_end_the_run_and_its_schedule(make, tmp_path, capsys, curves):
   (tmp_path / "curves.png").unlink()  # as if killed just before it was drawn
   assert loop.train(config, str(tmp_path)) == 0
   assert f"is at step {step}: complete" in capsys.readouterr().err
-  assert (tmp_path / "curves.png").exists()
+  assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_validation_sources_nothing_is_evaluated(make, tmp_path):
