@@ -8,6 +8,7 @@ asks for `compiled_anew`, one that reads what it plans for `optimised`.
 """
 
 import atexit
+import gc
 import importlib.util
 import os
 import pathlib
@@ -54,6 +55,7 @@ QUICK = {
   "jax_disable_most_optimizations": True,
   "jax_compilation_cache_dir": CACHE,
   "jax_persistent_cache_min_compile_time_secs": 0,
+  "jax_traceback_in_locations_limit": 0,  # where an operation was written
 }
 for option, value in QUICK.items():
   jax.config.update(option, value)
@@ -75,7 +77,8 @@ def pytest_report_header():
 # The files that take longest, the longest first.
 LONG = """
 test_faults test_slurm test_step test_verify test_train test_wrong_inputs
-test_harness test_families test_processes test_engine
+test_harness test_families test_processes test_lora test_sample test_resume
+test_model_properties test_engine
 """.split()
 
 
@@ -83,6 +86,15 @@ def pytest_collection_modifyitems(items):
   """Long files first, so that no worker (pytest -n) ends with one alone."""
   rank = {name: i for i, name in enumerate(LONG)}
   items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
+
+
+def pytest_collection_finish():
+  """What is imported stays, and programs make much garbage that has no cycle:
+  a twentieth of the time went into looking for some.
+  """
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -113,7 +125,24 @@ def optimised():
 
 
 @pytest.fixture(scope="session")
-def make(tmp_path_factory):
+def _draw():
+  """Runs draw no curves.png, half a second each; the function that would."""
+  from lm.train import plot
+
+  with pytest.MonkeyPatch.context() as patch:
+    draw = plot.draw
+    patch.setattr(plot, "draw", lambda workdir: None)
+    yield draw
+
+
+@pytest.fixture
+def curves(_draw, monkeypatch):
+  """Runs draw curves.png."""
+  monkeypatch.setattr("lm.train.plot.draw", _draw)
+
+
+@pytest.fixture(scope="session")
+def make(tmp_path_factory, _draw):
   """Makes the config of a small run over a few source files of this project,
   its fields changed by keyword: make(train__steps=3).
   """

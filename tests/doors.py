@@ -8,6 +8,7 @@ starts in milliseconds.
 import contextlib
 import ctypes
 import dataclasses
+import gc
 import importlib
 import io
 import multiprocessing
@@ -20,12 +21,13 @@ import tempfile
 import threading
 
 ROOT = str(pathlib.Path(__file__).parent.parent)
-# What takes seconds to import; none of these defines a flag.
+# What takes long to import and most need; none of these defines a flag.
+# tensorboardX is left out, which would import torch.
 _PRELOADED = """
 jax.numpy flax.nnx optax orbax.checkpoint grain tensorstore sentencepiece rich
 tensorflow_datasets lm.train.loop lm.evaluate.corpora lm.sample.sampler
-lm.data.chat lm.explain.heat lm.serve.app lm.verify.checks uvicorn
-launch.specs jinja2 matplotlib.figure tensorboardX
+lm.evaluate.compare_output lm.evaluate.harness lm.data.chat lm.explain.heat
+lm.serve.app lm.verify.checks uvicorn launch.specs jinja2
 """.split()
 
 
@@ -84,6 +86,7 @@ def _start(target, *args):
 
 
 def _program(module, arguments, directory, encoding, paths):
+  gc.freeze()  # or a collection would copy all memory of the server
   for fd, path in enumerate(paths, 1):
     file = os.open(path, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, fd)
@@ -128,6 +131,7 @@ def many(
 
 
 def _many(module, calls, lines, there):
+  gc.freeze()
   sys.path.insert(0, ROOT)
   import jax
 

@@ -547,7 +547,15 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("objective", ["causal", "fim", "prefix", "chat"])
+@pytest.mark.parametrize(
+  "objective",
+  [
+    "causal",
+    pytest.param("fim", marks=pytest.mark.slow),
+    "prefix",
+    pytest.param("chat", marks=pytest.mark.slow),
+  ],
+)
 def test_a_model_trained_here_has_the_same_losses_in_transformers(
   objective, make, tmp_path
 ):

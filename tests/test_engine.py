@@ -225,7 +225,9 @@ def test_alternatives_and_log_probabilities_after_the_rules():
     assert processed.alternatives[i][3].log_probability == -np.inf
 
 
-@pytest.mark.parametrize("name", ["llama3", "gemma2", "gpt2"])
+@pytest.mark.parametrize(
+  "name", ["llama3", "gemma2", pytest.param("gpt2", marks=pytest.mark.slow)]
+)
 def test_a_prompt_that_sees_itself_both_ways(name):
   """As one forward pass in which the whole prompt is the prefix, its last token
   included; with a window that is shorter than the prompt (gemma2), after the

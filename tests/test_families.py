@@ -287,8 +287,18 @@ def test_bert_comes_back_with_token_types_in_its_positions(tmp_path):
   assert difference.abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("name", ["llama3", "gpt2", "phi4_mini", "gemma3"])
-@pytest.mark.parametrize("shape", [(1, 4, 1), (2, 2, 2), (8, 1, 1)])
+@pytest.mark.parametrize(
+  ("name", "shape"),
+  [
+    *((name, (2, 2, 2)) for name in ("llama3", "gpt2", "phi4_mini", "gemma3")),
+    *(("llama3", shape) for shape in ((1, 4, 1), (8, 1, 1))),
+    *(
+      pytest.param(name, shape, marks=pytest.mark.slow)
+      for name in ("gpt2", "phi4_mini", "gemma3")
+      for shape in ((1, 4, 1), (8, 1, 1))
+    ),
+  ],
+)
 def test_parameters_come_in_shards(name, shape, tmp_path):
   """The same numbers, each array laid out as training lays it out."""
   fields = {"hidden_size": 48, "intermediate_size": 28, "vocab_size": 38}
@@ -396,7 +406,15 @@ def test_gradients_equal_those_of_transformers(name, tmp_path):
     np.testing.assert_allclose(x, y, rtol=0, atol=1e-4 * scale, err_msg=path)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama3", "gemma3", "smollm3"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    "gpt2",
+    pytest.param("llama3", marks=pytest.mark.slow),
+    "gemma3",
+    pytest.param("smollm3", marks=pytest.mark.slow),
+  ],
+)
 def test_greedy_tokens_equal_those_of_transformers(name, tmp_path):
   """64 tokens, by the KV cache and past every window, unpadded and padded."""
   tokenizer = tokenizer_lib.Tokenizer()

@@ -803,7 +803,8 @@ def test_pmap_reports_the_same(make, folder, trained, tmp_path):
     assert report == pytest.approx(wanted[step], rel=1e-4)
 
 
-@pytest.mark.parametrize("step", [5, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [5, 12])
 def test_a_stop_is_heeded_between_batches(
   make, folder, trained, tmp_path, monkeypatch, step
 ):

@@ -212,7 +212,9 @@ def flat(tree):
   }
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize(
+  "name", ["adamw", pytest.param("adafactor", marks=pytest.mark.slow)]
+)
 def test_only_adapters_are_trained(name):
   """The others have no gradient, optimizer state or average, and stay as they
   are, whichever the optimizer.
@@ -286,7 +288,10 @@ def on_a_device():
 
 @pytest.mark.parametrize(
   ("shape", "mode", "parts"),
-  [((2, 2, 2), "jit", 2), ((8, 1, 1), "pmap", 1)],
+  [
+    ((2, 2, 2), "jit", 2),
+    pytest.param((8, 1, 1), "pmap", 1, marks=pytest.mark.slow),
+  ],
 )
 def test_adapters_on_a_mesh(shape, mode, parts, on_a_device):
   """Same losses and factors as on a device, dropout included."""

@@ -229,8 +229,8 @@ LAYER_RUNS = [
   ("full", True),
   ("save_out_proj", True),
   ("minimal_with_context", True),
-  ("dots", False),
-  ("save_context", False),
+  pytest.param("dots", False, marks=pytest.mark.slow),
+  pytest.param("save_context", False, marks=pytest.mark.slow),
 ]
 
 

@@ -510,6 +510,7 @@ def test_a_source_without_targets_is_refused(stores, monkeypatch):
     show.shares(config, prepared, 0)
 
 
+@pytest.mark.slow
 def test_a_mixture_trains_and_each_objective_has_its_loss(make, tmp_path):
   """All objectives in one run, on a mesh; `lm.evaluate` finds for each what the
   run reports, and the run's own loss is that of the causal source.

@@ -196,10 +196,11 @@ def hub(tmp_path_factory):
   ("mode", "data", "fsdp", "tensor"),
   [
     ("jit", 1, 4, 2),
-    pytest.param("jit", 2, 2, 2, marks=pytest.mark.slow),
-    pytest.param("pmap", 8, 1, 1, marks=pytest.mark.slow),
+    ("jit", 2, 2, 2),
+    ("pmap", 8, 1, 1),
   ],
 )
+@pytest.mark.slow
 def test_processes_start_from_a_folder_of_hugging_face(
   mode, data, fsdp, tensor, make, hub, tmp_path
 ):

@@ -524,6 +524,7 @@ def test_the_command_refuses_in_one_line(workdir):
   assert found.err == "error: top_p=0.0: must be in (0, 1]; 1 keeps all ids\n"
 
 
+@pytest.mark.slow
 def test_the_command_lays_a_model_on_a_mesh_with_help(workdir):
   """Four devices, 8 bits of cache, proposals by a draft (the same model)."""
   device_count = os.environ.get("XLA_FLAGS", "")

@@ -20,6 +20,7 @@ import threading
 import time
 import weakref
 
+import doors
 import httpx
 import jax
 import jax.numpy as jnp
@@ -634,10 +635,9 @@ def door(*arguments, code=None, **environment):
   ],
 )
 def test_the_door_refuses_in_one_line(arguments, message):
-  with door(*arguments) as process:
-    out, error = process.communicate(timeout=60)
-  assert (process.returncode, out) == (2, "")
-  assert error.count("\n") == 1 and message in error
+  ended = doors.run("lm.serve", arguments, doors.ROOT)
+  assert (ended.code, ended.out) == (2, "")
+  assert ended.err.count("\n") == 1 and message in ended.err
 
 
 @pytest.mark.parametrize(
