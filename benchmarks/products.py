@@ -6,8 +6,9 @@ form of products in lm/model/weights.py and kernels.py, and for lm/chips.py.
 Prints the milliseconds of each form, the best of several, in turns, and the
 ratio to the form that the code has. `--torch` prints instead how fast XLA
 multiplies the matrices of the shapes of benchmarks/train.py, over PyTorch's
-rate, each in a process of its own, in turns: what a step can reach of PyTorch's
-speed where products take its time.
+rate, and how fast the parts of a layer between those products are, forward and
+gradient, each in a process of its own, in turns: what a step can reach of
+PyTorch's speed.
 """
 
 import argparse
@@ -131,8 +132,77 @@ SHAPES = {
 }
 
 
+# rows, tokens, width, heads of a layer's parts between its products.
+LAYERS = {
+  "nanoGPT's size": (12, 64, 128, 4),
+  "quickstart": (8, 256, 192, 3),
+  "GPT-2": (2, 512, 768, 12),
+}
+PARTS = ("attention", "LayerNorm", "GELU")
+
+
+def our_part(part: str):
+  from lm.model import kernels
+
+  def attention(q, k, v):
+    length = q.shape[1]
+    seen = jnp.tri(length, dtype=bool)[None].repeat(len(q), 0)
+    scale = q.shape[-1] ** -0.5
+    return kernels.blocked(q * scale, k, v, seen, True, None, None)
+
+  def norm(x, scale, bias):
+    x = x - x.mean(-1, keepdims=True)
+    x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+    return x * scale + bias
+
+  def both(d, *inputs):
+    function = {"attention": attention, "LayerNorm": norm, "GELU": jax.nn.gelu}
+    out, pull = jax.vjp(function[part], *inputs)
+    return out, pull(d)
+
+  return both
+
+
+def torch_part(part: str):
+  import torch
+  from torch.nn import functional as F
+
+  def attention(q, k, v):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return out.transpose(1, 2).contiguous()
+
+  def norm(x, scale, bias):
+    return F.layer_norm(x, x.shape[-1:], scale, bias, 1e-5)
+
+  def gelu(x):
+    return F.gelu(x, approximate="tanh")
+
+  def both(d, *inputs):
+    inputs = [x.requires_grad_() for x in inputs]
+    function = {"attention": attention, "LayerNorm": norm, "GELU": gelu}
+    out = function[part](*inputs)
+    return out, torch.autograd.grad(out, inputs, d)
+
+  return both
+
+
+def part_inputs(part: str, layer: str) -> list[np.ndarray]:
+  """The output's gradient, and the inputs."""
+  rng = np.random.default_rng(0)
+  rows, length, width, heads = LAYERS[layer]
+  sizes = {
+    "attention": [(rows, length, heads, width // heads)] * 4,
+    "LayerNorm": [(rows, length, width)] * 2 + [(width,)] * 2,
+    "GELU": [(rows, length, 4 * width)] * 2,
+  }[part]
+  return [rng.normal(size=size).astype(np.float32) for size in sizes]
+
+
 def side(name: str):
-  """Answers a shape's name by the GFLOP/s of the product and its gradients."""
+  """Answers the name of a product by the GFLOP/s of it and its gradients, and
+  that of a layer and a part by runs per second.
+  """
   if name == "torch":
     import torch
 
@@ -143,21 +213,27 @@ def side(name: str):
   else:
     tensor, products = jnp.asarray, lambda x, w, dy: (x @ w, dy @ w.T, x.T @ dy)
 
-  def rate(shape: str) -> float:
-    M, K, N = SHAPES[shape]
-    rng = np.random.default_rng(0)
-    x, w, dy = (
-      tensor(rng.normal(size=size).astype(np.float32))
-      for size in ((M, K), (K, N), (M, N))
-    )
-    run = products if name == "torch" else compiled(products, x, w, dy)
-    flops, seconds, n = 6 * M * K * N, 0.0, 0
-    jax.block_until_ready(run(x, w, dy))
+  def runs(function, arrays) -> float:
+    inputs = [tensor(array) for array in arrays]
+    run = function if name == "torch" else compiled(function, *inputs)
+    seconds, n = 0.0, 0
+    jax.block_until_ready(run(*inputs))
     started = time.perf_counter()
     while seconds < 1:
-      jax.block_until_ready(run(x, w, dy))
+      jax.block_until_ready(run(*inputs))
       n, seconds = n + 1, time.perf_counter() - started
-    return n * flops / seconds / 1e9
+    return n / seconds
+
+  def rate(asked: str) -> float:
+    if asked in SHAPES:
+      M, K, N = SHAPES[asked]
+      rng = np.random.default_rng(0)
+      sizes = (M, K), (K, N), (M, N)
+      arrays = [rng.normal(size=size).astype(np.float32) for size in sizes]
+      return 6 * M * K * N * runs(products, arrays) / 1e9
+    layer, part = asked.split(": ")
+    function = (torch_part if name == "torch" else our_part)(part)
+    return runs(function, part_inputs(part, layer))
 
   return rate
 
@@ -168,15 +244,17 @@ def beside_torch() -> None:
     turns.Side(f"--side={name}", environment=environment)
     for name in ("ours", "torch")
   ]
-  rows = []
-  for shape in SHAPES:
-    rates = [[one.ask(shape) for one in sides] for _ in range(5)]
-    ours, theirs = zip(*rates, strict=True)
-    ratio = turns.described(*turns.ratios(ours, theirs))
-    rows.append([shape, *(f"{turns.median(x):.0f}" for x in (ours, theirs))])
-    rows[-1].append(ratio)
-  columns = ("product and gradients", "XLA GFLOP/s", "PyTorch", "ratio")
-  turns.print_table("float32", columns, rows)
+  parts = [f"{layer}: {part}" for layer in LAYERS for part in PARTS]
+  for names, unit in ((SHAPES, "GFLOP/s"), (parts, "runs/s")):
+    rows = []
+    for asked in names:
+      rates = [[one.ask(asked) for one in sides] for _ in range(5)]
+      ours, theirs = zip(*rates, strict=True)
+      ratio = turns.described(*turns.ratios(ours, theirs))
+      rows.append([asked, *(f"{turns.median(x):.0f}" for x in (ours, theirs))])
+      rows[-1].append(ratio)
+    columns = ("with gradients", f"XLA {unit}", "PyTorch", "ratio")
+    turns.print_table("float32", columns, rows)
   for one in sides:
     one.close()
 
