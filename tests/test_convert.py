@@ -77,6 +77,7 @@ def convert(directory, *arguments):
   return doors.run("lm.convert", list(arguments), str(directory), timeout=120)
 
 
+@pytest.mark.slow
 def test_a_folder_becomes_a_run_and_a_run_a_folder(llama, tmp_path):
   """Which samples, and which transformers reads: same logits and same ids."""
   path, model = llama

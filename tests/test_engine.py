@@ -226,7 +226,11 @@ def test_alternatives_and_log_probabilities_after_the_rules():
 
 
 @pytest.mark.parametrize(
-  "name", ["llama3", "gemma2", pytest.param("gpt2", marks=pytest.mark.slow)]
+  "name",
+  [
+    "gemma2",
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ("llama3", "gpt2")),
+  ],
 )
 def test_a_prompt_that_sees_itself_both_ways(name):
   """As one forward pass in which the whole prompt is the prefix, its last token

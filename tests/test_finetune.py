@@ -97,13 +97,8 @@ def ran(module, arguments, directory):
   return ended
 
 
-@pytest.mark.parametrize(
-  "config",
-  [
-    "finetune_gpt2",
-    *(pytest.param(c, marks=pytest.mark.slow) for c in [*CONFIGS][1:]),
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("config", CONFIGS)
 def test_from_a_folder_to_a_served_chat(config, tmp_path):
   name = CONFIGS[config]
   text = (ROOT / "README.md").read_text()

@@ -272,10 +272,11 @@ def test_tpu_vm_goes_on_with_what_is_there(tools, capfd):
     # What else fails is, with growing pauses, and what is left is stopped.
     ("exit 7", ["stop", "install", "start", "follow"] * 2, [10.0, 20.0]),
     # A run that SIGTERM stopped is not complete, though it exits 0.
-    (
+    pytest.param(
       'trap "exit 0" TERM; kill -TERM "$PPID"; sleep 1 & wait',
       ["stop", "install", "start", "follow"] * 2,
       [10.0, 20.0],
+      marks=pytest.mark.slow,
     ),
   ],
 )

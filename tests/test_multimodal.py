@@ -166,6 +166,7 @@ def test_missing_keys_have_the_defaults_of_transformers(tmp_path):
   assert config_json.read(str(tmp_path))[1] == family.read(whole)
 
 
+@pytest.mark.slow
 def test_the_folder_becomes_a_run_and_the_run_a_text_model(gemma, tmp_path):
   path, model = gemma
   ended = test_convert.convert(tmp_path, f"--from={path}", "--to=run")

@@ -251,6 +251,7 @@ print("\\n".join(["told", *told]))
 """
 
 
+@pytest.mark.slow
 def test_folders_that_differ_are_an_error_on_all(make, hub, tmp_path):
   """One is missing on process 1; and one has other numbers in one tensor."""
   for i in range(2):

@@ -650,13 +650,14 @@ def cases(door: str) -> list[Case]:
   return found
 
 
-# What the last three refuse is said by the modules that refuse it in lm.sample.
+# What these refuse is said by modules that refuse it in lm.sample, or that have
+# tests of their own (lm.evaluate: test_harness.py, test_compare.py).
+SLOW = (*SAMPLES[1:], "lm.evaluate")
+
+
 @pytest.mark.parametrize(
   "door",
-  [
-    pytest.param(x, marks=pytest.mark.slow) if x in SAMPLES[1:] else x
-    for x in DOORS
-  ],
+  [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in DOORS],
 )
 def test_wrong_input_is_one_line_and_writes_nothing(door, given, tmp_path):
   before, todo = listing(given), cases(door)
