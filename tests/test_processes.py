@@ -229,7 +229,8 @@ def test_processes_start_from_a_folder_of_hugging_face(
     assert read == [own] * 3
   mine, theirs = (test_train._exact(tmp_path / x) for x in ("alone", "joined"))
   assert len(mine) == 3
-  test_train.assert_close(theirs, mine, rtol=1e-5)
+  # A perplexity differs relatively by what its loss, of 7.2, does absolutely.
+  test_train.assert_close(theirs, mine, rtol=3e-5)
 
 
 FROM_FOLDERS_THAT_DIFFER = """
