@@ -258,6 +258,13 @@ def test_it_queues_again_before_the_time_limit(cluster):
       break
     time.sleep(0.1)
 
+  def cleared():
+    states = cluster.ask("sinfo", "--noheader", "--Node", "--format=%T").split()
+    return set(states) == {"idle"}
+
+  # A job that starts on nodes that still end its last start fails.
+  cluster.until(cleared)
+
   def started():
     # SLURM waits two minutes for the nodes to have cleared; they have sooner.
     again = ("scontrol", "update", f"JobId={job}", "StartTime=now")
