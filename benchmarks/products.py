@@ -22,6 +22,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import train
 import turns
 
 from lm import chips
@@ -132,32 +133,26 @@ SHAPES = {
 }
 
 
-# rows, tokens, width, heads of a layer's parts between its products.
-LAYERS = {
-  "nanoGPT's size": (12, 64, 128, 4),
-  "quickstart": (8, 256, 192, 3),
-  "GPT-2": (2, 512, 768, 12),
-}
 PARTS = ("attention", "LayerNorm", "GELU")
 
 
-def our_part(part: str):
-  from lm.model import kernels
+def our_part(part: str, shape: train.Shape):
+  from lm.model import kernels, layers
 
   def attention(q, k, v):
-    length = q.shape[1]
-    seen = jnp.tri(length, dtype=bool)[None].repeat(len(q), 0)
+    seen = jnp.tri(shape.T, dtype=bool)[None].repeat(shape.B, 0)
     scale = q.shape[-1] ** -0.5
     return kernels.blocked(q * scale, k, v, seen, True, None, None)
 
-  def norm(x, scale, bias):
-    x = x - x.mean(-1, keepdims=True)
-    x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5)
-    return x * scale + bias
+  model = train.our_config(shape, "float32", "adamw").model
+  parts = {
+    "attention": attention,
+    "LayerNorm": layers.Norm(shape.D, model)._normalise,
+    "GELU": jax.nn.gelu,
+  }
 
   def both(d, *inputs):
-    function = {"attention": attention, "LayerNorm": norm, "GELU": jax.nn.gelu}
-    out, pull = jax.vjp(function[part], *inputs)
+    out, pull = jax.vjp(parts[part], *inputs)
     return out, pull(d)
 
   return both
@@ -187,14 +182,13 @@ def torch_part(part: str):
   return both
 
 
-def part_inputs(part: str, layer: str) -> list[np.ndarray]:
+def part_inputs(part: str, shape: train.Shape) -> list[np.ndarray]:
   """The output's gradient, and the inputs."""
-  rng = np.random.default_rng(0)
-  rows, length, width, heads = LAYERS[layer]
+  rng, lead = np.random.default_rng(0), (shape.B, shape.T)
   sizes = {
-    "attention": [(rows, length, heads, width // heads)] * 4,
-    "LayerNorm": [(rows, length, width)] * 2 + [(width,)] * 2,
-    "GELU": [(rows, length, 4 * width)] * 2,
+    "attention": [(*lead, shape.N, shape.D // shape.N)] * 4,
+    "LayerNorm": [(*lead, shape.D)] * 2 + [(shape.D,)] * 2,
+    "GELU": [(*lead, 4 * shape.D)] * 2,
   }[part]
   return [rng.normal(size=size).astype(np.float32) for size in sizes]
 
@@ -231,9 +225,12 @@ def side(name: str):
       sizes = (M, K), (K, N), (M, N)
       arrays = [rng.normal(size=size).astype(np.float32) for size in sizes]
       return 6 * M * K * N * runs(products, arrays) / 1e9
-    layer, part = asked.split(": ")
-    function = (torch_part if name == "torch" else our_part)(part)
-    return runs(function, part_inputs(part, layer))
+    named, part = asked.split(": ")
+    shape = train.SHAPES[named]
+    inputs = part_inputs(part, shape)
+    if name == "torch":
+      return runs(torch_part(part), inputs)
+    return runs(our_part(part, shape), inputs)
 
   return rate
 
@@ -244,7 +241,7 @@ def beside_torch() -> None:
     turns.Side(f"--side={name}", environment=environment)
     for name in ("ours", "torch")
   ]
-  parts = [f"{layer}: {part}" for layer in LAYERS for part in PARTS]
+  parts = [f"{shape}: {part}" for shape in train.SHAPES for part in PARTS]
   for names, unit in ((SHAPES, "GFLOP/s"), (parts, "runs/s")):
     rows = []
     for asked in names:

@@ -460,7 +460,7 @@ def test_packed_and_unpacked_give_the_same_losses(stores, name):
   params = decoder.init_params(model, jax.random.key(0))
   s = ALL.index(name)
   packed = jax.tree.map(
-    lambda *rows: np.stack(rows), *show.sample(config, prepared, s, 8)
+    lambda *rows: np.stack(rows), *pipeline.sample(config, prepared, s, 8)
   )
   alone = []
   for r, d in zip(
@@ -503,11 +503,11 @@ def test_a_source_without_targets_is_refused(stores, monkeypatch):
     row = causal(*some)
     return dataclasses.replace(row, weights=0 * row.weights)
 
-  scored, padding = show.shares(config, prepared, 0)
+  scored, padding = pipeline.shares(config, prepared, 0)
   assert 0.7 < scored < 1 and 0 < padding < 1 - scored
   monkeypatch.setattr(objectives, "causal", unscored)
   with pytest.raises(schema.ConfigError, match="nothing to learn"):
-    show.shares(config, prepared, 0)
+    pipeline.shares(config, prepared, 0)
 
 
 @pytest.mark.slow

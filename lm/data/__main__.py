@@ -106,7 +106,7 @@ def describe(
     _show_rows(config, prepared, console, n_shown)
   if picture is not None:
     rows = [
-      (tokens, next(show.sample(config, prepared, s, 1)))
+      (tokens, next(pipeline.sample(config, prepared, s, 1)))
       for s, tokens in enumerate(prepared.train)
     ]
     show.draw(picture, rows, prepared.tokenizer)
@@ -116,7 +116,7 @@ def _rows(config: config_lib.Config, prepared: store.Prepared) -> list[str]:
   """How each training source fills rows: a line each."""
   found = []
   for s, windows in enumerate(pipeline.training_windows(config, prepared)):
-    scored, padding = show.shares(config, prepared, s)
+    scored, padding = pipeline.shares(config, prepared, s)
     found.append(
       f"{prepared.train[s].spec}: {schema.counted(len(windows), 'row')}; "
       f"{scored:.1%} of the positions are scored, {padding:.1%} are padding; "
@@ -134,7 +134,7 @@ def _show_rows(
   for s, tokens in enumerate(prepared.train):
     console.print()
     console.print(tokens.spec, style="bold underline", markup=False)
-    for row in show.sample(config, prepared, s, n_shown):
+    for row in pipeline.sample(config, prepared, s, n_shown):
       console.print(show.text(row, tokens, prepared.tokenizer), soft_wrap=True)
       console.print()
   console.print(show.legend())

@@ -17,6 +17,7 @@ import numpy as np
 
 from lm import batch as batch_lib
 from lm import config as config_lib
+from lm import schema
 from lm.data import objectives, packing
 from lm.data import store as store_lib
 
@@ -24,6 +25,8 @@ from lm.data import store as store_lib
 _THREADS = 2
 # Packing and draws of validation: the same for every seed of a run.
 _VALIDATION_SEED = 2**32  # above every seed of a run
+# Rows of a source that `shares` reads.
+_SAMPLED_ROWS = 64
 
 
 def train_batches(
@@ -51,9 +54,7 @@ def train_batches(
     if i >= len(order) or (source := order[i]) is None:
       return None
     s, window = source
-    return row_of(
-      prepared, prepared.train[s], windows[s][window], config.seed, i
-    )
+    return _row(prepared, prepared.train[s], windows[s][window], config.seed, i)
 
   def make(step: int) -> batch_lib.Batch:
     at = range(step * t.batch_size + first, step * t.batch_size + last)
@@ -142,7 +143,7 @@ def validation_batches(
     def row(i: int, store=store, windows=windows) -> batch_lib.Batch | None:
       if i >= len(windows):
         return None
-      return row_of(prepared, store, windows[i], _VALIDATION_SEED, i)
+      return _row(prepared, store, windows[i], _VALIDATION_SEED, i)
 
     def make(step: int, row=row, store=store) -> batch_lib.Batch:
       at = range(step * t.batch_size + first, step * t.batch_size + last)
@@ -155,7 +156,34 @@ def validation_batches(
       yield s, batch
 
 
-def row_of(
+def sample(
+  config: config_lib.Config, prepared: store_lib.Prepared, s: int, n: int
+) -> Iterator[batch_lib.Batch]:
+  """Yields at most `n` rows of training source `s`, evenly spread."""
+  store, windows = prepared.train[s], training_windows(config, prepared)[s]
+  for i in range(0, len(windows), _ceil(len(windows), n)):
+    yield _row(prepared, store, windows[i], config.seed, i)
+
+
+def shares(
+  config: config_lib.Config, prepared: store_lib.Prepared, s: int
+) -> tuple[float, float]:
+  """Of the positions of training source `s`, the shares that are scored and
+  that are padding, from a sample of its rows. Raises ConfigError if none is
+  scored.
+  """
+  rows = list(sample(config, prepared, s, _SAMPLED_ROWS))
+  scored = float(np.mean([row.weights > 0 for row in rows]))
+  if scored == 0:
+    raise schema.ConfigError(
+      f"source {prepared.train[s].spec!r}: of "
+      f"{schema.counted(len(rows), 'row')} none has a target: there is nothing "
+      "to learn. Look at its documents with `python -m lm.data --show=3`"
+    )
+  return scored, float(np.mean([row.segments == 0 for row in rows]))
+
+
+def _row(
   prepared: store_lib.Prepared,
   store: store_lib.TokenStore,
   window: objectives.Window,

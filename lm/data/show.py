@@ -1,54 +1,19 @@
-"""Rows of batches for people: as coloured text, as attention masks, and what
-share of them is scored.
-"""
+"""Rows of batches for people: as coloured text, and as attention masks."""
 
 import io
-from collections.abc import Iterator
 
 import numpy as np
 import rich.text
 
 from lm import batch as batch_lib
-from lm import config as config_lib
-from lm import files, schema
+from lm import files
 from lm import objective as objective_lib
-from lm.data import pipeline
 from lm.data import store as store_lib
 from lm.data import tokenizer as tokenizer_lib
 
 # Styles of a token: of what is predicted from it or of it, and of the others.
 _PREDICTED, _CONTEXT, _AHEAD = "bold green", "dim", "cyan"
 _COLOURS = {"predicted": "#2a9d4a", "context": "#555555", "ahead": "#1f77b4"}
-# Rows of a source that `shares` reads.
-_SAMPLED_ROWS = 64
-
-
-def sample(
-  config: config_lib.Config, prepared: store_lib.Prepared, s: int, n: int
-) -> Iterator[batch_lib.Batch]:
-  """Yields at most `n` rows of training source `s`, evenly spread."""
-  store = prepared.train[s]
-  windows = pipeline.training_windows(config, prepared)[s]
-  for i in range(0, len(windows), -(-len(windows) // n)):
-    yield pipeline.row_of(prepared, store, windows[i], config.seed, i)
-
-
-def shares(
-  config: config_lib.Config, prepared: store_lib.Prepared, s: int
-) -> tuple[float, float]:
-  """Of the positions of training source `s`, the shares that are scored and
-  that are padding, from a sample of its rows. Raises ConfigError if none is
-  scored.
-  """
-  rows = list(sample(config, prepared, s, _SAMPLED_ROWS))
-  scored = float(np.mean([row.weights > 0 for row in rows]))
-  if scored == 0:
-    raise schema.ConfigError(
-      f"source {prepared.train[s].spec!r}: of "
-      f"{schema.counted(len(rows), 'row')} none has a target: there is nothing "
-      "to learn. Look at its documents with `python -m lm.data --show=3`"
-    )
-  return scored, float(np.mean([row.segments == 0 for row in rows]))
 
 
 def legend() -> rich.text.Text:

@@ -57,7 +57,7 @@ def make(
   cfg: config_lib.OptimizerConfig,
   steps: int,
   declared: Any,
-  dtype: Any = jnp.float32,
+  dtype: str,
 ) -> optax.GradientTransformation:
   """Optax transformation, without gradient clipping: train/step.py clips.
 
@@ -107,7 +107,7 @@ def _muon(
   cfg: config_lib.OptimizerConfig,
   steps: int,
   declared: Any,
-  dtype: Any,
+  dtype: str,
   decayed: Callable[[Any], Any],
 ) -> optax.GradientTransformation:
   """Muon for matrices, NAdamW for all else."""
@@ -134,7 +134,7 @@ def _muon(
     muon.scale_by_muon(
       declared, momentum=cfg.momentum, epsilon=cfg.epsilon, dtype=dtype
     ),
-    optax.identity(),
+    muon.scale_by_shape(declared),
     optax.add_decayed_weights(cfg.weight_decay, decayed),
     optax.scale_by_learning_rate(schedule(cfg, steps, cfg.peak_lr)),
   )

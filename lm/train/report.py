@@ -13,7 +13,7 @@ import numpy as np
 
 from lm import checkpoint, locks, schema
 from lm import config as config_lib
-from lm.data import pipeline, show, store
+from lm.data import pipeline, store
 from lm.evaluate import perplexity
 from lm.model import counts
 from lm.train import ledger as ledger_lib
@@ -216,7 +216,7 @@ def say_what_runs(
   if start:
     return
   for s, source in enumerate(prepared.train):
-    scored, padding = show.shares(config, prepared, s)
+    scored, padding = pipeline.shares(config, prepared, s)
     say(
       f"{source.spec}: {scored:.0%} of the positions are scored, {padding:.0%} "
       "are padding"
