@@ -262,8 +262,10 @@ def test_it_queues_again_before_the_time_limit(cluster):
     states = cluster.ask("sinfo", "--noheader", "--Node", "--format=%T").split()
     return set(states) == {"idle"}
 
-  # A job that starts on nodes that still end its last start fails.
+  # A node takes a start within the second in which it ended the job's last one
+  # for that one ("job credential revoked"), and the job fails.
   cluster.until(cleared)
+  time.sleep(2)
 
   def started():
     # SLURM waits two minutes for the nodes to have cleared; they have sooner.
