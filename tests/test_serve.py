@@ -177,7 +177,8 @@ def test_defaults_are_those_of_openai(sampler, client):
   first, second = (
     client.completions.create(model="tiny", prompt="abc") for _ in range(2)
   )
-  assert first.usage.completion_tokens == 16
+  # Seeds of their own may draw eos before.
+  assert max(x.usage.completion_tokens for x in (first, second)) <= 16
   assert first.choices[0].seed != second.choices[0].seed
   again = client.completions.create(
     model="tiny", prompt="abc", seed=first.choices[0].seed
@@ -191,6 +192,7 @@ def test_defaults_are_those_of_openai(sampler, client):
   )
   (result,) = sampler.generate([Request("abc", max_new_tokens=16, seed=7)])
   assert found.choices[0].text == result.text
+  assert found.usage.completion_tokens == 16
 
 
 @pytest.mark.parametrize("order", ["psm", "spm"])
