@@ -276,29 +276,31 @@ def test_shares_are_those_of_the_objective():
   assert prefix == pytest.approx(33, rel=0.1)
 
 
-def test_a_middle_starts_inside_a_token():
-  """With a trained vocabulary: the same text, cut on characters, has pieces
-  that no cut between tokens gives.
+@pytest.mark.parametrize("order", fim.ORDERS)
+def test_a_middle_starts_inside_a_token(order):
+  """With a trained vocabulary, cut on characters: a row opens with the prompt
+  of its prefix and suffix, and no encoding of the whole text has its pieces.
   """
   config = config_lib.Config()
   config.model.vocab_size = 400
   text = "the model reads the tokens of the text and then the next one. " * 40
   tokenizer = tokenizer_training.train(config, [text])
-  tokens = np.array(
-    [tokenizer.bos, *tokenizer.encode(text[:60]), tokenizer.eos]
-  )
+  text = text[:60]
+  tokens = np.array([tokenizer.bos, *tokenizer.encode(text), tokenizer.eos])
   whole = {
     tokenizer.decode(tokens[:n].tolist()) for n in range(len(tokens) + 1)
   }
+  objective = objective_lib.Fim(1.0, float(order == "spm"))
   inside = 0
   for seed in range(20):
-    rng = np.random.Generator(np.random.Philox(key=seed))
-    found = fim.reorder(objective_lib.Fim(1.0, 0.0), tokenizer, tokens, rng)
+    rng, again = (np.random.Generator(np.random.Philox(seed)) for _ in "ab")
+    found = fim.reorder(objective, tokenizer, tokens, rng).tolist()
     assert len(found) <= len(tokens) + fim.EXTRA
-    at = found.tolist().index(tokenizer.fim_suffix)
-    prefix = tokenizer.decode(found[2:at].tolist())
-    inside += prefix not in whole
-    assert found[2:at].tolist() == tokenizer.encode(prefix)
+    first, last = (int(c * 61) for c in np.sort(again.random(4)[2:]))
+    prompt = fim.fim_ids(tokenizer, text[:first], text[last:], order)
+    assert found[: len(prompt)] == prompt
+    assert tokenizer.decode(found[len(prompt) :], True) == text[first:last]
+    inside += text[:first] not in whole
   assert inside >= 5
 
 

@@ -32,10 +32,11 @@ def reorder(
   """A document or a piece of one, as `fim_ids` prompts for its middle and goes
   on with it and eos; or, by `rate`, unchanged but for a bos at the start.
 
-  Prefix, middle and suffix are cut from the text and encoded each for itself:
-  the model learns to go on from inside a token. In SPM prefix and middle are
-  encoded together. Where the text is no whole UTF-8, or its cuts add more than
-  _SLACK tokens, the cuts are between tokens.
+  Prefix, middle and suffix are cut from the text and encoded each for itself,
+  in both orders: the model learns to go on from inside a token. (Code Llama,
+  arXiv:2308.12950, encodes prefix and middle together in SPM; its prompt may
+  then not end inside a token.) Where the text is no whole UTF-8, or its cuts
+  add more than _SLACK tokens, the cuts are between tokens.
   """
   opens = tokens[:1].tolist() == [tokenizer.bos]
   text = tokens[(tokens != tokenizer.bos) & (tokens != tokenizer.eos)]
@@ -46,16 +47,16 @@ def reorder(
   psm, cuts = bool(draws[1] >= objective.spm), np.sort(draws[2:])
   parts: list[np.ndarray] | None = None
   if objective.cut != "token":
-    parts = _cut_text(objective.cut, tokenizer, text, psm, cuts, opens)
+    parts = _cut_text(objective.cut, tokenizer, text, cuts, opens)
   if parts is None:
     first, last = (int(cut * (len(text) + 1)) for cut in cuts)
-    before, between, after = text[:first], text[first:last], text[last:]
-    parts = [before, after, between] if psm else [after, text[:last]]
-  opening, gap, middle = sentinels(tokenizer)
+    parts = [text[:first], text[first:last], text[last:]]
+  before, between, after = parts
+  opening, gap, end = sentinels(tokenizer)
   if psm:
-    pieces = [[opening], parts[0], [gap], parts[1], [middle], parts[2]]
+    pieces = [[opening], before, [gap], after, [end], between]
   else:
-    pieces = [[opening, gap], parts[0], [middle], parts[1]]
+    pieces = [[opening, gap], after, [end], before, between]
   return np.concatenate([[tokenizer.bos], *pieces, [tokenizer.eos]])
 
 
@@ -63,12 +64,11 @@ def _cut_text(
   where: str,
   tokenizer: tokenizer_lib.Tokenizer,
   ids: np.ndarray,
-  psm: bool,
   cuts: np.ndarray,
   opens: bool,
 ) -> list[np.ndarray] | None:
-  """(prefix, suffix, middle) as ids for PSM, else (suffix, prefix + middle); or
-  None if cuts between tokens are needed. `opens`: a document begins here.
+  """Ids of prefix, middle and suffix; None if cuts between tokens are needed.
+  `opens`: a document begins here.
   """
   raw = tokenizer.decode_bytes(ids.tolist())
   try:
@@ -81,12 +81,10 @@ def _cut_text(
     first, last = (int(places[int(cut * len(places))]) for cut in cuts)
   else:
     first, last = (int(cut * (len(text) + 1)) for cut in cuts)
-  before, between, after = text[:first], text[first:last], text[last:]
-  parts = [before, after, between] if psm else [after, text[:last]]
+  parts = [text[:first], text[first:last], text[last:]]
   encoded = tokenizer.encode_batch(parts, continues=True)
   if opens and tokenizer.prefix:
-    place = 0 if psm else 1
-    encoded[place] = tokenizer.encode_batch(parts[place : place + 1])[0]
+    encoded[0] = tokenizer.encode_batch(parts[:1])[0]
   if sum(map(len, encoded)) > len(ids) + _SLACK:
     return None
   return encoded
