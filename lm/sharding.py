@@ -59,6 +59,14 @@ def mesh_axes(*axes: str) -> tuple[str, ...]:
   return tuple(found)
 
 
+def shared_axes(*axes: str) -> tuple[str, ...]:
+  """Those of `mesh_axes` along which the mesh in context has several devices:
+  XLA copies the operand of a collective over one device.
+  """
+  sizes = jax.sharding.get_abstract_mesh().shape
+  return tuple(axis for axis in mesh_axes(*axes) if sizes.get(axis, 1) > 1)
+
+
 Axes = tuple[str | None, ...]
 
 

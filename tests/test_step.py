@@ -476,24 +476,33 @@ def test_steps_that_are_outliers_or_not_finite_are_left_out_and_counted():
   assert metrics["skipped"] < 6
 
 
+def _lowered(config):
+  """The step's program for one device, as text."""
+  mesh = mesh_lib.make(config, jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    program = jax.jit(step_lib.train_step(config)).lower(
+      programs.abstract_state(config, mesh),
+      batch_lib.abstract(config, programs.batch_sharding(config, mesh)),
+    )
+  return program.as_text()
+
+
 def test_layers_add_nothing_to_the_program():
   """What is compiled for 48 layers is what is compiled for 4, but for sizes."""
+  few, many = (_lowered(_config(model__n_layers=n)) for n in (4, 48))
+  assert few.count("\n") == many.count("\n")
 
-  def lowered(n_layers):
-    config = _config(model__n_layers=n_layers)
-    mesh = mesh_lib.make(config, jax.devices()[:1])
-    with jax.set_mesh(mesh):
-      return (
-        jax.jit(step_lib.train_step(config))
-        .lower(
-          programs.abstract_state(config, mesh),
-          batch_lib.abstract(config, programs.batch_sharding(config, mesh)),
-        )
-        .as_text()
-        .count("\n")
-      )
 
-  assert lowered(48) == lowered(4)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_one_device_has_no_collectives(name):
+  """XLA copies the operand of a collective over one device, and computes
+  nothing beside it.
+  """
+  text = _lowered(_config(name, **DROPOUT, **STATISTICS))
+  found = re.findall(
+    r"stablehlo\.(all_\w+|reduce_scatter|collective_\w+)", text
+  )
+  assert not found
 
 
 # Another value of each field that changes the program of a step or of the

@@ -2,7 +2,7 @@
 loss.py and scoring.py need so as never to hold all logits.
 
 These run inside `sharding.per_shard`. B batch, T length, C tokens of a chunk, D
-model, V vocabulary. Without a mesh, collectives do nothing.
+model, V vocabulary. Without a mesh, or on one device, there are no collectives.
 """
 
 import jax
@@ -40,31 +40,25 @@ def over(step, carry, chunk, *arrays):
 
 def whole_head(head, dtype):
   """All-gathers the local vocabulary rows to the full width, in `dtype`."""
-  head = head.astype(dtype)
-  if not sharding.has_mesh():
-    return head
-  return jax.lax.all_gather(
-    head, sharding.mesh_axes("embed"), axis=1, tiled=True
-  )
+  head, axes = head.astype(dtype), sharding.shared_axes("embed")
+  return jax.lax.all_gather(head, axes, axis=1, tiled=True) if axes else head
 
 
 def ids(scores):
   """Ids [1, V] of the local shard of the vocabulary."""
   local = jnp.arange(scores.shape[-1])[None]
-  if not sharding.has_mesh():
-    return local
-  mine = jax.lax.axis_index(sharding.mesh_axes("vocab"))
+  axes = sharding.shared_axes("vocab")
+  mine = jax.lax.axis_index(axes) if axes else 0
   return local + mine * scores.shape[-1]
 
 
 def psum(x, *axes):
   """Sum over the mesh axes of the logical `axes`."""
-  return (
-    jax.lax.psum(x, sharding.mesh_axes(*axes)) if sharding.has_mesh() else x
-  )
+  over = sharding.shared_axes(*axes)
+  return jax.lax.psum(x, over) if over else x
 
 
 def pmax(x):
   """Maximum over the shards of the vocabulary."""
-  axes = sharding.mesh_axes("vocab")
-  return jax.lax.pmax(x, axes) if sharding.has_mesh() else x
+  axes = sharding.shared_axes("vocab")
+  return jax.lax.pmax(x, axes) if axes else x

@@ -145,11 +145,12 @@ def _local_sums_and_gradients(options, trains, x, head, bias, targets, weights):
     dbias = chunks.psum(dbias, "batch", "length").astype(bias.dtype)
   if dhead is None:
     return loss, nll, dx, None, dbias
-  if sharding.has_mesh():
-    # Sum over all tokens, then shard along the width again.
-    width = sharding.mesh_axes("embed")
-    tokens = sharding.mesh_axes("batch", "length")
-    dhead = jax.lax.psum(dhead, [axis for axis in tokens if axis not in width])
+  # Sum over all tokens, then shard along the width again.
+  width = sharding.shared_axes("embed")
+  tokens = sharding.shared_axes("batch", "length")
+  if others := [axis for axis in tokens if axis not in width]:
+    dhead = jax.lax.psum(dhead, others)
+  if width:
     dhead = jax.lax.psum_scatter(dhead, width, scatter_dimension=1, tiled=True)
   return loss, nll, dx, dhead.astype(head.dtype), dbias
 

@@ -120,9 +120,8 @@ def train_step(
       sums, bits = jax.lax.psum((sums, bits), PMAP_AXIS)
     gradients, nll, weight, aux = sums
     weight = jnp.maximum(weight, 1.0)  # for a batch of only padding
-    gradients = jax.tree.map(lambda g: g / weight, gradients)
     mean = nll / weight
-    norm = optax.tree.norm(gradients)
+    norm = optax.tree.norm(gradients) / weight
     metrics = {
       "loss": mean,
       "grad_norm": norm,
@@ -132,10 +131,13 @@ def train_step(
       "layers": layer_statistics.means(aux),
     }
     if config.train.statistics_every is not None:
-      metrics["layers"]["grad_norm"] = layer_statistics.norms(gradients)
+      norms = layer_statistics.norms(gradients)
+      metrics["layers"]["grad_norm"] = norms / weight
+    # The division and the clip are one factor, and one pass over gradients.
+    factor = 1 / weight
     if o.clip_norm is not None:
-      shrink = jnp.minimum(1.0, o.clip_norm / jnp.maximum(norm, 1e-30))
-      gradients = jax.tree.map(lambda g: g * shrink, gradients)
+      factor *= jnp.minimum(1.0, o.clip_norm / jnp.maximum(norm, 1e-30))
+    gradients = jax.tree.map(lambda g: g * factor, gradients)
     new, changes = _update(config, transform, state, gradients)
     if config.train.statistics_every is not None:
       metrics["layers"]["update_norm"] = layer_statistics.norms(changes)
