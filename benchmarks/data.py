@@ -5,6 +5,7 @@ python benchmarks/data.py --config=configs/quickstart.py
 
 import itertools
 import time
+from typing import Any
 
 from lm import cli
 from lm import config as config_lib
@@ -15,7 +16,7 @@ _SECONDS = 5
 
 def main(config: config_lib.Config) -> None:
   t = config.train
-  batches = pipeline.train_batches(config, store.prepare(config))
+  batches: Any = pipeline.train_batches(config, store.prepare(config))
   # Prefetched batches would count as made in no time.
   for _ in itertools.islice(batches, 4 * config.data.prefetch_rows):
     pass
@@ -23,7 +24,9 @@ def main(config: config_lib.Config) -> None:
   while time.perf_counter() - started < _SECONDS:
     next(batches)
     n += 1
-  rate = n * config.tokens_per_step / (time.perf_counter() - started)
+  seconds = time.perf_counter() - started
+  batches.close()
+  rate = n * config.tokens_per_step / seconds
   print(
     f"B={t.batch_size} T={t.sequence_length} sources={config.data.train}: "
     f"{rate:,.0f} tokens/s"

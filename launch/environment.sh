@@ -37,7 +37,10 @@ print(hashlib.sha256("\0".join(parts).encode()).hexdigest())')"
     exit 1
   fi
   # To bytecode, on all cores: pip would use one. Some packages have files that
-  # are no Python.
-  python -m compileall -qq -j 0 .venv/lib/python*/site-packages || true
+  # are no Python. What only tests use is compiled when they import it.
+  local large='/(torch|transformers|sympy|scipy|pandas|sklearn|lm_eval|playwright|'
+  large+='kubernetes_validate|openai|tests?)/'
+  python -m compileall -qq -j 0 -x "$large" .venv/lib/python*/site-packages ||
+    true
   echo "$key" > ".venv/installed-${extra:-core}"
 }

@@ -238,6 +238,10 @@ class DataConfig:
   workers: Annotated[Count, AtMost(10_000, "since each is a thread")] | None = (
     None
   )
+  # Processes that make training batches, for objectives that tokenize again
+  # (`fim`) and small models on fast devices; 0: two threads of the training
+  # process, which share its interpreter lock.
+  processes: Annotated[Natural, AtMost(1000, "since each takes memory")] = 0
   # Prefetch: rows of batches that are prepared ahead of the device.
   prefetch_rows: Annotated[
     Count, AtMost(10**6, "since they are held in memory")

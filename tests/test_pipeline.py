@@ -1,6 +1,7 @@
 """Batches: order, packing, and every token once."""
 
 import itertools
+import multiprocessing
 import pathlib
 import threading
 import time
@@ -395,3 +396,30 @@ def test_threads_stop_with_the_consumer(make):
   while new() and time.monotonic() < deadline:
     time.sleep(0.01)
   assert not new()
+
+
+@pytest.mark.slow
+def test_processes_make_the_same_batches_and_end(make):
+  """From any step, to the end of the data, and with an error of the store."""
+  config, prepared = make(documents(61, 2), epochs=2)
+  want = list(pipeline.train_batches(config, prepared, start_step=3))
+  config.data.processes = 2
+  batches = pipeline.train_batches(config, prepared, start_step=3)
+  first = next(batches)
+  children = multiprocessing.active_children()
+  assert len(children) == 2
+  for a, b in zip([first, *batches], want, strict=True):
+    assert_same(a, b)
+  assert not any(child.is_alive() for child in children)
+
+  config.data.epochs = None
+  batches = pipeline.train_batches(config, prepared)
+  next(batches)
+  multiprocessing.active_children()[0].kill()
+  with pytest.raises(schema.RunError, match="processes=2: .* was killed"):
+    take(batches, 100)
+  assert not multiprocessing.active_children()
+
+  pathlib.Path(prepared.train[0].path, "tokens", "c", "0").write_bytes(b"")
+  with pytest.raises(schema.RunError, match="damaged"):
+    next(pipeline.train_batches(config, prepared))

@@ -56,6 +56,9 @@ class Array:
         read=True,
       ).result()
 
+  def __reduce__(self):
+    return Array, (self._path, self._name)  # for other processes
+
   def __len__(self) -> int:
     return self._array.shape[0]
 

@@ -9,7 +9,8 @@ in O(1).
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Iterable, Iterator
 
 import grain
 import jax
@@ -18,11 +19,9 @@ import numpy as np
 from lm import batch as batch_lib
 from lm import config as config_lib
 from lm import schema
-from lm.data import objectives, packing
+from lm.data import objectives, packing, prefetch
 from lm.data import store as store_lib
 
-# Threads that read windows, in addition to TensorStore's own threads.
-_THREADS = 2
 # Packing and draws of validation: the same for every seed of a run.
 _VALIDATION_SEED = 2**32  # above every seed of a run
 # Rows of a source that `shares` reads.
@@ -41,26 +40,50 @@ def train_batches(
   `rows` are the rows [first, last) of each global batch that this process
   reads; None means all rows. Iteration ends after `data.epochs`, the last
   batch padded with rows of weight 0; None epochs are endless. Closing or
-  dropping the iterator stops the threads.
+  dropping the iterator stops the threads or the `data.processes`, which do not
+  change a batch.
   """
-  t = config.train
-  first, last = rows or (0, t.batch_size)
-  order = training_order(config, prepared)
-  n_batches = n_train_batches(config, prepared)
-  windows = training_windows(config, prepared)
-  ahead = config.data.looks_ahead  # parses the sources
+  make = _TrainBatch(config, prepared, rows or (0, config.train.batch_size))
+  n, n_processes = n_train_batches(config, prepared), config.data.processes
+  ahead = _batches_ahead(config)
+  yield from prefetch.to_host(make, start_step, n, ahead, n_processes)
 
-  def row(i: int) -> batch_lib.Batch | None:
-    if i >= len(order) or (source := order[i]) is None:
+
+@dataclasses.dataclass
+class _TrainBatch:
+  """Makes the rows [first, last) of a training batch from its step. Each
+  process gets one, and finds order and windows itself.
+  """
+
+  config: config_lib.Config
+  prepared: store_lib.Prepared
+  rows: tuple[int, int]
+
+  @functools.cached_property
+  def order(self) -> grain.MapDataset:
+    return training_order(self.config, self.prepared)
+
+  @functools.cached_property
+  def windows(self) -> list[packing.Windows]:
+    return training_windows(self.config, self.prepared)
+
+  @functools.cached_property
+  def ahead(self) -> bool:
+    return self.config.data.looks_ahead  # parses the sources
+
+  def row(self, i: int) -> batch_lib.Batch | None:
+    if i >= len(self.order) or (source := self.order[i]) is None:
       return None
     s, window = source
-    return _row(prepared, prepared.train[s], windows[s][window], config.seed, i)
+    prepared, windows = self.prepared, self.windows[s]
+    return _row(
+      prepared, prepared.train[s], windows[window], self.config.seed, i
+    )
 
-  def make(step: int) -> batch_lib.Batch:
+  def __call__(self, step: int) -> batch_lib.Batch:
+    t, (first, last) = self.config.train, self.rows
     at = range(step * t.batch_size + first, step * t.batch_size + last)
-    return _stacked(map(row, at), t.sequence_length, ahead)
-
-  yield from _prefetched(config, make, start_step, n_batches)
+    return _stacked(map(self.row, at), t.sequence_length, self.ahead)
 
 
 def n_train_batches(
@@ -152,7 +175,7 @@ def validation_batches(
 
     n = _ceil(len(windows), t.batch_size)
     n = n if t.eval_batches is None else min(n, t.eval_batches)
-    for batch in _prefetched(config, make, 0, n):
+    for batch in prefetch.to_host(make, 0, n, _batches_ahead(config)):
       yield s, batch
 
 
@@ -197,6 +220,10 @@ def _row(
   return objectives.row(store.objective, prepared.tokenizer, window, rng)
 
 
+def _batches_ahead(config: config_lib.Config) -> int:
+  return config.data.prefetch_rows // config.train.batch_size
+
+
 def _ceil(a: int, b: int) -> int:
   return -(-a // b)  # Integers: floats round the length of endless epochs.
 
@@ -217,17 +244,3 @@ def _stacked(
     return dataclasses.replace(row, prefix=padding.prefix)
 
   return jax.tree.map(lambda *leaves: np.stack(leaves), *map(filled, rows))
-
-
-def _prefetched(
-  config: config_lib.Config,
-  make: Callable[[int], batch_lib.Batch],
-  start: int,
-  stop: int,
-) -> Iterator[batch_lib.Batch]:
-  """Yields make(start), ..., make(stop - 1), prefetched by grain's threads."""
-  ahead = max(_THREADS, config.data.prefetch_rows // config.train.batch_size)
-  batches = grain.MapDataset.range(start, stop).map(make)
-  options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=ahead)
-  # Closing this generator closes grain's iterator and stops grain's threads.
-  yield from iter(batches.to_iter_dataset(options))

@@ -271,6 +271,9 @@ class Tokenizer:
       content["special_tokens"] = list(self.special_tokens)
     return content
 
+  def __reduce__(self):
+    return _from_json, (self.to_json(),)  # for other processes
+
   @classmethod
   def from_json(cls, text: str) -> "Tokenizer":
     """Inverse of `to_json`; raises ConfigError on invalid text."""
@@ -302,6 +305,10 @@ class Tokenizer:
         f"tokenizer {text[:40]!r}: not one that this program has stored "
         f"({type(error).__name__}: {error})"
       ) from error
+
+
+def _from_json(text: str) -> Tokenizer:
+  return Tokenizer.from_json(text)
 
 
 def check_special(names: Sequence[str]) -> None:

@@ -31,6 +31,7 @@ _FREE = (
   "config.checkpoint.",
   "config.data.cache_dir",
   "config.data.workers",
+  "config.data.processes",
   "config.data.prefetch_rows",
   "config.model.attention",
   "config.model.remat",
@@ -129,7 +130,7 @@ def check_processes_start_alike(config: config_lib.Config) -> None:
   """Collective: raises ConfigError if the processes have different configs."""
   tree = json.loads(config_lib.to_json(config))
   data = tree["data"]
-  for name in ("cache_dir", "workers", "prefetch_rows"):
+  for name in ("cache_dir", "workers", "processes", "prefetch_rows"):
     del data[name]  # may differ between hosts
   for name in ("train", "validation"):  # paths may differ, counts may not
     data[name] = len(data[name])
