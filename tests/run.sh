@@ -14,9 +14,9 @@ python -m ruff check .
 say "Types (pyright)"
 python -m pyright
 say "Tests (pytest $*)"
-# Two workers a core, up to six: tests wait for child processes, files and
-# ports. Bytecode is kept: assertions and annotations that pytest and
+# A worker more than cores, up to five: tests wait for child processes, files
+# and ports. Bytecode is kept: assertions and annotations that pytest and
 # jaxtyping rewrite take each worker seven seconds without.
-workers="$(python -c 'import os; print(min(6, 2 * (os.cpu_count() or 1)))')"
+workers="$(python -c 'import os; print(min(5, 1 + (os.cpu_count() or 1)))')"
 PYTHONDONTWRITEBYTECODE="" JAX_PLATFORMS=cpu python -m pytest -n "$workers" \
   --dist=loadfile --no-loadscope-reorder "$@"
