@@ -196,7 +196,6 @@ def hub(tmp_path_factory):
   ("mode", "data", "fsdp", "tensor"),
   [
     ("jit", 1, 4, 2),
-    ("jit", 2, 2, 2),
     ("pmap", 8, 1, 1),
   ],
 )
