@@ -5,7 +5,6 @@ python benchmarks/data.py --config=configs/quickstart.py
 
 import itertools
 import time
-from typing import Any
 
 from lm import cli
 from lm import config as config_lib
@@ -16,7 +15,7 @@ _SECONDS = 5
 
 def main(config: config_lib.Config) -> None:
   t = config.train
-  batches: Any = pipeline.train_batches(config, store.prepare(config))
+  batches = pipeline.train_batches(config, store.prepare(config))
   # Prefetched batches would count as made in no time.
   for _ in itertools.islice(batches, 4 * config.data.prefetch_rows):
     pass

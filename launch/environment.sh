@@ -38,7 +38,7 @@ print(hashlib.sha256("\0".join(parts).encode()).hexdigest())')"
   fi
   # To bytecode, on all cores: pip would use one. Some packages have files that
   # are no Python. What only tests use is compiled when they import it.
-  local large='/(torch|transformers|sympy|scipy|pandas|sklearn|lm_eval|playwright|'
+  local large='/(torch|transformers|sympy|pandas|sklearn|lm_eval|playwright|'
   large+='kubernetes_validate|openai|tests?)/'
   python -m compileall -qq -j 0 -x "$large" .venv/lib/python*/site-packages ||
     true

@@ -223,11 +223,21 @@ def test_templates_are_bounded(template, message, monkeypatch):
   assert chat.chat_ids(bytes_tokenizer(), say("a"))
 
 
-def test_what_ends_a_turn_is_what_the_template_names():
+def test_what_ends_a_turn_is_what_the_template_names(capsys):
   t = bytes_tokenizer()
   assert chat.stop_ids(t) == [t.end_of_turn, t.user, t.system]
   plain = bytes_tokenizer("{{ messages[0].content }}{{ eos_token }}")
   assert chat.stop_ids(plain) == []
+  unlearnt = bytes_tokenizer(
+    "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "<user>{% endfor %}"
+  )
+  capsys.readouterr()
+  for _ in range(2):
+    assert chat.stop_ids(unlearnt) == [t.user]
+  said = capsys.readouterr().err
+  assert said.count("What ends a turn is not known") == 1, said
+  assert said.startswith("chat template: the end of the assistant's turn")
 
 
 # --- gaps --------------------------------------------------------------------

@@ -10,7 +10,9 @@ blocks, prefixes of the conversation are rendered, and the targets are what an
 assistant's message adds to the prompt of its answer, up to its end of turn.
 """
 
+import functools
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -69,10 +71,22 @@ def stop_ids(tokenizer: tokenizer_lib.Tokenizer) -> list[int]:
   ]
   try:
     found += [tokenizer.named[x] for x in chat_layout.layout(tokenizer).ends]
-  except schema.ConfigError:
-    pass  # a template that cannot be trained on may still lay out a prompt
+  except schema.ConfigError as error:
+    # A template that cannot be trained on may still lay out a prompt.
+    _say_ends_are_unknown(str(error))
   found += tokenizer.stops
   return [i for i in dict.fromkeys(found) if i != tokenizer.eos]
+
+
+@functools.lru_cache(maxsize=64)  # once for each reason
+def _say_ends_are_unknown(reason: str) -> None:
+  print(
+    f"{reason}. What ends a turn is not known: an answer ends with eos, a "
+    "token that the vocabulary says ends one, or <end_of_turn>, <user> or "
+    "<system> if the template names it",
+    file=sys.stderr,
+    flush=True,
+  )
 
 
 def encode(

@@ -10,7 +10,7 @@ in O(1).
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 import grain
 import jax
@@ -34,7 +34,7 @@ def train_batches(
   *,
   start_step: int = 0,
   rows: tuple[int, int] | None = None,
-) -> Iterator[batch_lib.Batch]:
+) -> Generator[batch_lib.Batch, None, None]:
   """Yields training batches from `start_step` on.
 
   `rows` are the rows [first, last) of each global batch that this process
@@ -68,7 +68,7 @@ class _TrainBatch:
     return training_windows(self.config, self.prepared)
 
   @functools.cached_property
-  def ahead(self) -> bool:
+  def looks_ahead(self) -> bool:
     return self.config.data.looks_ahead  # parses the sources
 
   def row(self, i: int) -> batch_lib.Batch | None:
@@ -83,7 +83,7 @@ class _TrainBatch:
   def __call__(self, step: int) -> batch_lib.Batch:
     t, (first, last) = self.config.train, self.rows
     at = range(step * t.batch_size + first, step * t.batch_size + last)
-    return _stacked(map(self.row, at), t.sequence_length, self.ahead)
+    return _stacked(map(self.row, at), t.sequence_length, self.looks_ahead)
 
 
 def n_train_batches(

@@ -64,9 +64,10 @@ def to_host(
 
 def _begin_process(index: int, count: int) -> None:
   """Makes a process end with its parent alone: not by a signal to the group, on
-  which the parent saves, but also if the parent is killed.
+  which the parent saves, but also if the parent is killed. It takes no device.
   """
   del index, count
+  jax.config.update("jax_platforms", "cpu")
   for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(name, signal.SIG_IGN)
   parent = os.getppid()

@@ -116,7 +116,7 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     sums = _over_microbatches(config, state, batch, key)
     bits = digest.of_tree(batch.present(), _rows(config, batch)[0])
-    if config.mesh.mode == "pmap":
+    if config.mesh.mode == "pmap" and jax.lax.axis_size(PMAP_AXIS) > 1:
       sums, bits = jax.lax.psum((sums, bits), PMAP_AXIS)
     gradients, nll, weight, aux = sums
     weight = jnp.maximum(weight, 1.0)  # for a batch of only padding
