@@ -102,6 +102,7 @@ class Checkpoints:
         cleanup_tmp_directories=True,
         enable_async_checkpointing=True,
       ),
+      handler_registry=items.handlers(),
     )
 
   def latest_step(self) -> int | None:

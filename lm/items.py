@@ -13,6 +13,10 @@ from lm import digest, files
 Trees = dict[str, Any]
 # Sizes of what Orbax compresses at a time, and of the files that it writes.
 _CHUNK_BYTES, _FILE_BYTES = 1 << 26, 1 << 28
+# A replica of an array saves a part of it if the part has as many bytes; else
+# one replica saves the array. To cut out a part is a program for XLA, of each
+# shape and each replica.
+_PART_BYTES = 1 << 20
 
 
 def names(tree: Any) -> dict[str, str]:
@@ -99,6 +103,21 @@ def saving(tree: Any) -> ocp.args.PyTreeSave:
     save_args=jax.tree.map(lambda _: piece, tree),
     ocdbt_target_data_file_size=_FILE_BYTES,
   )
+
+
+def handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
+  """How Orbax writes the items: trees of arrays, and `meta` as JSON."""
+  array = ocp.type_handlers.ArrayHandler(
+    min_slice_bytes_for_replica_parallel=_PART_BYTES
+  )
+  types = ocp.type_handlers.create_type_handler_registry(
+    (jax.Array, array), (np.ndarray, ocp.type_handlers.NumpyHandler())
+  )
+  found = ocp.handlers.DefaultCheckpointHandlerRegistry()
+  trees = ocp.PyTreeCheckpointHandler(type_handler_registry=types)
+  found.add(None, ocp.args.PyTreeSave, trees)
+  found.add(None, ocp.args.JsonSave)
+  return found
 
 
 def _stored_names(path: epath.Path) -> dict[str, str]:

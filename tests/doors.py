@@ -1,10 +1,13 @@
-"""The programs of this project, many command lines one after another.
+"""The programs of this project, many command lines one after another, and
+Python programs that belong to tests.
 
 Each runs in a fork of one process that has imported the libraries already: it
 has the exit code, the streams and the files of a process of its own, and
-starts in milliseconds.
+starts in milliseconds, where imports alone take seconds.
 """
 
+import atexit
+import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
@@ -16,6 +19,7 @@ import multiprocessing.connection
 import os
 import pathlib
 import runpy
+import socket
 import sys
 import tempfile
 import threading
@@ -66,6 +70,79 @@ def run(
   return Ended(code, out.decode(), err.decode())
 
 
+class Popen:
+  """`python -m program arguments`, or where the program has several lines,
+  `python -c program arguments`: a `subprocess.Popen` of it with piped text.
+  Variables JAX_... of `environment` are options of JAX.
+  """
+
+  def __init__(self, program, arguments=(), directory=ROOT, **environment):
+    ours, theirs = zip(
+      *(multiprocessing.Pipe(duplex=False) for _ in range(2)), strict=True
+    )
+    self._process = _start(
+      _piped, program, [*arguments], str(directory), environment, theirs
+    )
+    for end in theirs:
+      end.close()
+    # A copy of each: a connection closes its own.
+    self.stdout, self.stderr = (os.fdopen(os.dup(x.fileno())) for x in ours)
+    self.pid = self._process.pid
+
+  @property
+  def returncode(self) -> int | None:
+    with _ONE:
+      return self._process.exitcode
+
+  poll = returncode.fget
+
+  def wait(self, timeout: float | None = None) -> int:
+    ended = [self._process.sentinel]
+    if not multiprocessing.connection.wait(ended, timeout):
+      self.kill()
+      raise TimeoutError(f"process {self.pid} had to be killed")
+    with _ONE:
+      self._process.join()
+    return self._process.exitcode
+
+  def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+    with self, concurrent.futures.ThreadPoolExecutor(2) as pool:
+      said = [pool.submit(x.read) for x in (self.stdout, self.stderr)]
+      self.wait(timeout)
+      return said[0].result(), said[1].result()
+
+  def send_signal(self, which: int) -> None:
+    os.kill(self.pid, which)
+
+  def kill(self) -> None:
+    self._process.kill()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.stdout.close()
+    self.stderr.close()
+    self.wait()
+
+
+def joined(program, arguments, n: int, **environment) -> list[Popen]:
+  """`n` processes of a program, which join each other over loopback, with
+  `arguments`(index) each.
+  """
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    host, port = free.getsockname()
+  environment |= {
+    "COORDINATOR_ADDRESS": f"{host}:{port}",
+    "PROCESS_COUNT": str(n),
+  }
+  return [
+    Popen(program, arguments(i), PROCESS_INDEX=str(i), **environment)
+    for i in range(n)
+  ]
+
+
 # Starting a process asks all others whether they have ended, and an exit code
 # can be read once.
 _ONE = threading.Lock()
@@ -83,6 +160,32 @@ def _start(target, *args):
     process = context.Process(target=target, args=args)
     process.start()
   return process
+
+
+def _piped(program, arguments, directory, environment, ends):
+  gc.freeze()  # or a collection would copy all memory of the server
+  for fd, end in enumerate(ends, 1):
+    os.dup2(end.fileno(), fd)
+    end.close()
+  # The server's, of files, would seek.
+  sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)
+  os.chdir(directory)
+  sys.path.insert(0, ROOT)
+  os.environ.update(environment)
+  import jax
+
+  for name, value in ({"JAX_PLATFORMS": "cpu"} | environment).items():
+    if name.startswith("JAX_"):
+      number = value.isdecimal()
+      jax.config.update(name.lower(), int(value) if number else value)
+  sys.argv = [program, *arguments]
+  try:
+    if "\n" in program:
+      exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
+    else:
+      runpy.run_module(program, run_name="__main__", alter_sys=True)
+  finally:
+    atexit._run_exitfuncs()  # a fork ends without exit handlers
 
 
 def _program(module, arguments, directory, encoding, paths):

@@ -2,11 +2,7 @@
 
 import io
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 
 import doors
 import numpy as np
@@ -179,27 +175,13 @@ def test_the_command_shows_and_writes_them(run, tmp_path):
 @pytest.mark.slow
 def test_processes_answer_alike(run, tmp_path):
   """Two processes of two devices, of which the first writes."""
-  with socket.socket() as s:
-    s.bind(("localhost", 0))
-    port = s.getsockname()[1]
-  children = [
-    subprocess.Popen(
-      [sys.executable, "-m", "lm.evaluate", f"--workdir={run}", "--samples=5"]
-      + [f"--max_new_tokens={LIMIT}", f"--output={tmp_path}/{i}.json"],
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-      env=os.environ
-      | {
-        "JAX_PLATFORMS": "cpu",
-        "COORDINATOR_ADDRESS": f"localhost:{port}",
-        "PROCESS_COUNT": "2",
-        "PROCESS_INDEX": str(i),
-        "JAX_NUM_CPU_DEVICES": "2",
-      },
-    )
-    for i in range(2)
-  ]
+  arguments = f"--workdir={run}", "--samples=5", f"--max_new_tokens={LIMIT}"
+  children = doors.joined(
+    "lm.evaluate",
+    lambda i: [*arguments, f"--output={tmp_path}/{i}.json"],
+    2,
+    JAX_NUM_CPU_DEVICES="2",
+  )
   said = [child.communicate() for child in children]
   assert [child.returncode for child in children] == [0, 0], said
   (written,) = tmp_path.iterdir()

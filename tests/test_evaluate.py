@@ -16,6 +16,7 @@ import resource
 import subprocess
 import sys
 
+import doors
 import families
 import jax
 import jax.numpy as jnp
@@ -638,18 +639,12 @@ def test_commit_of_a_checkout(tmp_path):
 @pytest.mark.slow
 def test_processes_change_nothing(workdir, tmp_path):
   """Two processes of two devices against this one of eight."""
-  port = free_port()
-  processes = [
-    command(
-      f"--workdir={workdir}",
-      f"--output={tmp_path}/{i}.json",
-      COORDINATOR_ADDRESS=f"localhost:{port}",
-      PROCESS_COUNT="2",
-      PROCESS_INDEX=str(i),
-      JAX_NUM_CPU_DEVICES="2",
-    )
-    for i in range(2)
-  ]
+  processes = doors.joined(
+    "lm.evaluate",
+    lambda i: [f"--workdir={workdir}", f"--output={tmp_path}/{i}.json"],
+    2,
+    JAX_NUM_CPU_DEVICES="2",
+  )
   outputs = [process.communicate() for process in processes]
   assert [p.returncode for p in processes] == [0, 0], outputs
   assert "bits/byte" in outputs[0][0] and "bits/byte" not in outputs[1][0]
@@ -701,14 +696,6 @@ def test_processes_join_with_the_heartbeat_of_the_run(tmp_path):
     text=True,
   )
   assert found.stdout.split() == ["7", "100", "100", "100"], found.stderr
-
-
-def free_port():
-  import socket
-
-  with socket.socket() as s:
-    s.bind(("localhost", 0))
-    return s.getsockname()[1]
 
 
 def test_validation_sources_are_the_default(workdir):

@@ -12,7 +12,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 
@@ -552,22 +551,13 @@ def test_two_processes_give_what_one_gives(workdir, folder, tmp_path):
   """
 
   def two(*arguments):
-    with socket.socket() as free:
-      free.bind(("127.0.0.1", 0))
-      port = free.getsockname()[1]
-    return [
-      command(
-        f"--workdir={workdir}",
-        f"--include_path={folder}",
-        f"--output={tmp_path}/{i}.json",
-        *arguments,
-        COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
-        PROCESS_COUNT="2",
-        PROCESS_INDEX=str(i),
-        JAX_NUM_CPU_DEVICES="2",
-      )
-      for i in range(2)
-    ]
+    given = [f"--workdir={workdir}", f"--include_path={folder}", *arguments]
+    return doors.joined(
+      "lm.evaluate",
+      lambda i: [*given, f"--output={tmp_path}/{i}.json"],
+      2,
+      JAX_NUM_CPU_DEVICES="2",
+    )
 
   # Its prompt leaves no place for 101 new tokens, which lm-eval asks last.
   long = pathlib.Path(folder, "writing.yaml").read_text()

@@ -4,10 +4,10 @@ import json
 import os
 import pathlib
 import shutil
-import socket
 import subprocess
 import sys
 
+import doors
 import jax
 import pytest
 import safetensors.numpy
@@ -99,26 +99,8 @@ def _run(config, workdir, n_processes):
 
 def _children(program, arguments, n_processes):
   """What each of the joined processes says; all must end with 0."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-  children = [
-    subprocess.Popen(
-      [sys.executable, "-c", program, *arguments],
-      cwd=ROOT,
-      env={
-        **os.environ,
-        "COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "PROCESS_COUNT": str(n_processes),
-        "PROCESS_INDEX": str(i),
-      },
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-    for i in range(n_processes)
-  ]
-  said = [child.communicate(timeout=300)[0] for child in children]
+  children = doors.joined(program, lambda _: arguments, n_processes)
+  said = ["".join(child.communicate(timeout=300)) for child in children]
   codes = [child.returncode for child in children]
   assert codes == [0] * n_processes, "\n---\n".join(said)
   return said

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 import pytest
 
-from lm import checkpoint, files, locks, schema, validation
+from lm import checkpoint, files, items, locks, schema, validation
 from lm import config as config_lib
 from lm import mesh as mesh_lib
 from lm.train import loop, optimizer, resume
@@ -290,6 +290,37 @@ WAYS = {
 
 def _turn(content, i):
   return content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :]
+
+
+def test_replicas_save_parts_of_what_is_large(make, tmp_path, monkeypatch):
+  """And small arrays whole: a part is cut out by a program of its own."""
+  mesh = jax.sharding.Mesh(jax.devices(), ("data",))
+  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  rng = np.random.default_rng(0)
+  sizes = {"small": (64, 16), "large": (8, items._PART_BYTES // 4)}
+  tree = {
+    name: jax.device_put(rng.normal(size=size).astype(np.float32), everywhere)
+    for name, size in sizes.items()
+  }
+  cut, slice_in_dim = [], jax.lax.slice_in_dim
+
+  def spy(x, *args, **options):
+    cut.append(x.shape)
+    return slice_in_dim(x, *args, **options)
+
+  config = make()
+  meta = checkpoint.Meta(1, config, "", "none")
+  saved = checkpoint.Checkpoints(str(tmp_path), config.checkpoint)
+  with monkeypatch.context() as patch:
+    patch.setattr(jax.lax, "slice_in_dim", spy)
+    saved.save({"params": tree}, meta)
+  saved.close()
+  assert cut == [sizes["large"]] * 8
+  known = checkpoint.load_meta(str(tmp_path))
+  again = checkpoint.Checkpoints(str(tmp_path), config.checkpoint)
+  found = again.restore(known, {"params": tree})["params"]
+  again.close()
+  jax.tree.map(np.testing.assert_array_equal, found, tree)
 
 
 @pytest.mark.slow

@@ -606,10 +606,10 @@ def test_two_hundred_at_once(sampler, tiny):
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def door(*arguments, code=None, **environment):
-  command = ["-m", "lm.serve"] if code is None else ["-c", code]
+def door(*arguments, **environment):
+  """In a process of its own, as users start it."""
   return subprocess.Popen(
-    [sys.executable, *command, *arguments],
+    [sys.executable, "-m", "lm.serve", *arguments],
     cwd=ROOT,
     env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
     stdout=subprocess.PIPE,
@@ -765,8 +765,8 @@ def test_a_missing_extra_is_named():
     "sys.modules['uvicorn'] = None\n"
     "runpy.run_module('lm.serve', run_name='__main__')"
   )
-  with door("--workdir=x", code=code) as process:
-    _, error = process.communicate(timeout=60)
+  process = doors.Popen(code, ["--workdir=x"])
+  _, error = process.communicate(timeout=60)
   assert process.returncode == 2
   assert "uvicorn is missing" in error and ".[serve]" in error
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import doors
 import numpy as np
 import pytest
 import tensorstore
@@ -538,15 +539,10 @@ print("done", flush=True)
 """
 
 
-def start(tmp_path, config, seconds) -> subprocess.Popen:
+def start(tmp_path, config, seconds) -> doors.Popen:
   path = tmp_path / "config.json"
   path.write_text(config_lib.to_json(config))
-  return subprocess.Popen(
-    [sys.executable, "-c", WORKER, str(path), str(seconds)],
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
+  return doors.Popen(WORKER, [str(path), str(seconds)])
 
 
 def names(config) -> list[str]:

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 
+import doors
 import jax
 import numpy as np
 import pytest
@@ -559,17 +560,8 @@ def _start(config, workdir, tmp_path):
     "from lm import validation\n\n\ndef get_config():\n"
     f"  return validation.from_json({config_lib.to_json(config)!r})\n"
   )
-  code = (
-    "import jax; jax.config.update('jax_num_cpu_devices', 2); import runpy;"
-    "runpy.run_module('lm.train', run_name='__main__')"
-  )
-  flags = [f"--config={path}", f"--workdir={workdir}"]
-  return subprocess.Popen(
-    [sys.executable, "-c", code, *flags],
-    cwd=ROOT,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
+  flags = f"--config={path}", f"--workdir={workdir}"
+  return doors.Popen("lm.train", flags, JAX_NUM_CPU_DEVICES="2")
 
 
 def _wait_for(child, condition):

@@ -9,9 +9,8 @@ import dataclasses
 import itertools
 import json
 import pathlib
-import subprocess
-import sys
 
+import doors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -630,38 +629,32 @@ def test_unknown_checks_are_refused():
 
 
 def run(*arguments):
-  return subprocess.run(
-    [sys.executable, "-m", "lm.verify", *arguments],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=120,
-  )
+  return doors.run("lm.verify", arguments, doors.ROOT, timeout=120)
 
 
 def test_the_command_on_a_large_config(tmp_path):
   """A large config is shrunk by default, and still traced at full size."""
   output = tmp_path / "verify.json"
-  done = run(
+  ended = run(
     "--config=configs/llama3_70b.py", "--only=parameters", f"--output={output}"
   )
-  assert done.returncode == 0, done.stderr
-  assert "70,553,706,496" in done.stdout and "pass" in done.stdout
+  assert ended.code == 0, ended.err
+  assert "70,553,706,496" in ended.out and "pass" in ended.out
   found = json.loads(output.read_text())
   assert found["passed"] and len(found["results"]) == 1
   assert "model.d_model 8192 -> 64" in found["title"]
 
 
 def test_the_command_exits_with_1_where_a_check_fails():
-  done = run(
+  ended = run(
     "--config=configs/tiny.py",
     "--only=initial_loss",
     "--config.model.init_scale=9",
   )
-  assert done.returncode == 1 and "FAIL" in done.stdout, done.stderr
+  assert ended.code == 1 and "FAIL" in ended.out, ended.err
 
 
 def test_the_command_refuses_an_unknown_check():
-  done = run("--config=configs/tiny.py", "--only=meshs")
-  assert done.returncode == 2 and done.stdout == ""
-  assert "did you mean 'meshes'" in done.stderr
+  ended = run("--config=configs/tiny.py", "--only=meshs")
+  assert ended.code == 2 and ended.out == ""
+  assert "did you mean 'meshes'" in ended.err
