@@ -87,7 +87,7 @@ def mlp() -> None:
 
 
 def attention() -> None:
-  q, k, p = draw(B, N, T, H), draw(B, N, T, H), draw(B, N, T, T)
+  q, k = draw(B, N, T, H), draw(B, N, T, H)
 
   def scores(q, k):
     return jnp.einsum("BNTH,BNSH->BNTS", q, k)
@@ -99,23 +99,6 @@ def attention() -> None:
       "by YNNPACK (XLA's default)": compiled(scores, q, k, ours=False),
     },
     q,
-    k,
-  )
-
-  def small_turned(p, k):
-    turned = jax.lax.optimization_barrier(k.swapaxes(2, 3))
-    return jnp.einsum("BNHT,BNTS->BNHS", turned, p).swapaxes(2, 3)
-
-  def large_turned(p, k):
-    return jnp.einsum("BNTS,BNTH->BNSH", p, k)
-
-  compare(
-    "product with transposed probabilities",
-    {
-      "the small operand is transposed": compiled(small_turned, p, k),
-      "the large one is": compiled(large_turned, p, k),
-    },
-    p,
     k,
   )
 

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import sys
 
 import doors
 import numpy as np

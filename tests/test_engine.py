@@ -173,7 +173,7 @@ def test_tokens_proposed_ahead_change_none(helper, monkeypatch):
     return *state, drawn
 
   monkeypatch.setattr(decoding, "decode", spy)
-  engine = ahead.engine(1)
+  engine = ahead.engine(8, 128)  # as those that `generate` has made
   engine.submit(Request("a", max_new_tokens=16, min_tokens=16, seed=3))
   engine.step(4)
   assert n_steps[0] >= 4 and (helper != "itself" or n_steps == [16])

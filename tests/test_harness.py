@@ -557,6 +557,7 @@ def test_two_processes_give_what_one_gives(workdir, folder, tmp_path):
       lambda i: [*given, f"--output={tmp_path}/{i}.json"],
       2,
       JAX_NUM_CPU_DEVICES="2",
+      COLUMNS="120",
     )
 
   # Its prompt leaves no place for 101 new tokens, which lm-eval asks last.

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import sysconfig
 
 import kubernetes_validate
 import pytest
@@ -210,10 +211,14 @@ for path in sys.argv[1:]:
 
 @pytest.mark.slow
 def test_skypilot_loads_its_task(tmp_path):
-  """SkyPilot brings ninety packages, so it gets an environment of its own."""
+  """SkyPilot brings ninety packages: it gets an environment of its own, which
+  sees those that are here.
+  """
   python = tmp_path / "venv/bin/python"
   venv = [sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"]
   subprocess.run(venv, check=True)
+  (own,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+  (own / "here.pth").write_text(sysconfig.get_path("purelib"))
   pip = [sys.executable, "-m", "pip", f"--python={python}", "install"]
   # Few of its modules are imported: no need to compile them all.
   pip += ["--quiet", "--no-compile", "skypilot==0.14.1"]

@@ -307,11 +307,12 @@ def blocked(
 
   def local(q, k, v, seen):
     (B, T, N, H), K = q.shape, k.shape[2]
-    # Each head is a matrix, with G queries of each position.
-    q = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 3)
+    # The queries of a kv head are the rows of a matrix, G of each position.
+    q = q.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, K, -1, H)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     out = _attend_blocks((causal, window, softcap), q, k, v, seen)
-    return jnp.moveaxis(out, 3, 1).reshape(B, T, N, H)
+    out = out.reshape(B, K, T, N // K, H).swapaxes(1, 2)
+    return out.reshape(B, T, N, H)
 
   heads = ("batch", "length", "heads", None)
   whole = ("batch", None, "kv_heads", None)
@@ -322,15 +323,17 @@ def blocked(
   return run(q, k, v, seen)
 
 
-def _blocks(seen, causal, window):
-  """Yields (slice of queries, slice of keys, mask [B, 1, 1, C, S])."""
+def _blocks(seen, n_rows, causal, window):
+  """Yields (slice of rows R, slice of keys, mask [B, 1, R, S])."""
   T, S = seen.shape[1:]
+  G = n_rows // T
   C = max(_BLOCK, -(-T // _MOST_BLOCKS))
   for start in range(0, T, C):
     stop = min(start + C, T)
     first = max(0, start - window + 1) if causal and window is not None else 0
-    some, keys = slice(start, stop), slice(first, stop if causal else S)
-    yield some, keys, seen[:, None, None, some, keys]
+    keys = slice(first, stop if causal else S)
+    mask = jnp.repeat(seen[:, start:stop, keys], G, axis=1)[:, None]
+    yield slice(start * G, stop * G), keys, mask
 
 
 def _multiply(equation: str, a: Array, b: Array) -> Array:
@@ -345,55 +348,50 @@ def _attend_blocks(options, q, k, v, seen):
 def _attend_forward(options, q, k, v, seen):
   *how, softcap = options
   outs, logs = [], []
-  for some, keys, mask in _blocks(seen, *how):
-    scores = _multiply("BKGTH,BKSH->BKGTS", q[:, :, :, some], k[:, :, keys])
+  for some, keys, mask in _blocks(seen, q.shape[2], *how):
+    scores = _multiply("BKRH,BKSH->BKRS", q[:, :, some], k[:, :, keys])
     if softcap is not None:
       scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask, scores, MASKED)
     top = jnp.max(scores, axis=-1, keepdims=True)
     shares = jnp.exp(scores - top)
     total = jnp.sum(shares, axis=-1, keepdims=True)
-    # Normalised after the product: [T, H] has fewer numbers than [T, S].
-    out = _multiply("BKGTS,BKSH->BKGTH", shares.astype(v.dtype), v[:, :, keys])
+    # Normalised after the product: [R, H] has fewer numbers than [R, S].
+    out = _multiply("BKRS,BKSH->BKRH", shares.astype(v.dtype), v[:, :, keys])
     outs.append((out / total).astype(v.dtype))
-    logs.append((top + jnp.log(total))[..., 0])
-  out = remat.name(jnp.concatenate(outs, axis=3), "context")
-  logs = remat.name(jnp.concatenate(logs, axis=3), "context")
+    logs.append(top + jnp.log(total))
+  out = remat.name(jnp.concatenate(outs, axis=2), "context")
+  logs = remat.name(jnp.concatenate(logs, axis=2), "context")
   return out, (q, k, v, seen, out, logs)
 
 
 def _attend_backward(options, saved, d_out):
-  """Gradients of q, k and v. Probabilities are transposed, [S, T], so that the
-  products for keys and values need no transposition of a large operand.
-  """
+  """Gradients of q, k and v."""
   (*how, softcap), f32 = options, jnp.float32
   # Not before the backward pass: XLA would compute the scores in the forward.
   saved, d_out = jax.lax.optimization_barrier((saved, d_out))
   q, k, v, seen, out, logs = saved
-  delta = jnp.sum(d_out.astype(f32) * out.astype(f32), axis=-1)
+  delta = jnp.sum(d_out.astype(f32) * out.astype(f32), axis=-1, keepdims=True)
   d_q, d_k, d_v = [], jnp.zeros(k.shape, f32), jnp.zeros(v.shape, f32)
-  for some, keys, mask in _blocks(seen, *how):
-    q_, d_ = q[:, :, :, some], d_out[:, :, :, some]
+  for some, keys, mask in _blocks(seen, q.shape[2], *how):
+    q_, d_ = q[:, :, some], d_out[:, :, some]
     k_, v_ = k[:, :, keys], v[:, :, keys]
-    scores = _multiply("BKSH,BKGTH->BKSGT", k_, q_)
+    scores = _multiply("BKRH,BKSH->BKRS", q_, k_)
     slope = None
     if softcap is not None:
       scores = softcap * jnp.tanh(scores / softcap)
       slope = 1 - jnp.square(scores / softcap)
-    scores = jnp.where(jnp.moveaxis(mask, -1, 2), scores, MASKED)
-    shares = jnp.exp(scores - logs[:, :, None, :, some])
+    scores = jnp.where(mask, scores, MASKED)
+    shares = jnp.exp(scores - logs[:, :, some])
     d_v = d_v.at[:, :, keys].add(
-      _multiply("BKSGT,BKGTH->BKSH", shares.astype(q.dtype), d_)
+      _multiply("BKRS,BKRH->BKSH", shares.astype(q.dtype), d_)
     )
-    d = _multiply("BKSH,BKGTH->BKSGT", v_, d_) - delta[:, :, None, :, some]
+    d = _multiply("BKRH,BKSH->BKRS", d_, v_) - delta[:, :, some]
     d *= shares
     d = (d if slope is None else d * slope).astype(q.dtype)
-    d_k = d_k.at[:, :, keys].add(_multiply("BKSGT,BKGTH->BKSH", d, q_))
-    # The small operand is transposed: on CPUs as fast or up to a sixth faster
-    # (benchmarks/products.py).
-    turned = jax.lax.optimization_barrier(k_.swapaxes(2, 3))
-    d_q.append(_multiply("BKHS,BKSGT->BKHGT", turned, d))
-  d_q = jnp.moveaxis(jnp.concatenate(d_q, axis=4), 2, 4)
+    d_k = d_k.at[:, :, keys].add(_multiply("BKRS,BKRH->BKSH", d, q_))
+    d_q.append(_multiply("BKRS,BKSH->BKRH", d, k_))
+  d_q = jnp.concatenate(d_q, axis=2)
   return *(d.astype(q.dtype) for d in (d_q, d_k, d_v)), None
 
 

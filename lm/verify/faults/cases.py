@@ -242,8 +242,11 @@ def _flipped_bits(
   most this checkpoint may be set aside.
   """
   last, problems = _killed_after_a_save(runner, workdir)
-  # Where the last has no validation loss, an earlier one has.
+  # Where the last has no validation loss, an earlier one has, or the next.
   paths = [*last.glob(pattern)] or [*last.parent.glob(f"*/{pattern}")]
+  if not paths:
+    last, more = _killed_after_a_save(runner, workdir)
+    paths, problems = [*last.glob(pattern)], problems + more
   return Broken(
     f"a bit of the last checkpoint's {part}",
     problems if paths else ["there is no such file"],
