@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import re
 
 import families
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -149,3 +151,18 @@ def test_dimensions_that_do_not_turn_pass():
   plane = (x[0, ..., :3] + 1j * x[0, ..., 3:6]) * turn[:, None]
   np.testing.assert_allclose(found[0, ..., :3], plane.real, atol=1e-6)
   np.testing.assert_allclose(found[0, ..., 3:6], plane.imag, atol=1e-6)
+
+
+def test_cosines_are_computed_once_on_a_cpu(optimised):
+  """Not in every rotation, which XLA would fuse them into."""
+  cfg = families.LLAMA3
+
+  def layers(x, positions):
+    angles = rotary.angles(cfg, positions)[0]
+    for _ in range(3):
+      x = jnp.tanh(rotary.rotate(x, angles) @ jnp.ones((x.shape[-1],) * 2))
+    return x
+
+  arguments = jnp.ones((2, 8, 3, cfg.d_head)), jnp.zeros((2, 8), jnp.int32)
+  program = jax.jit(layers).lower(*arguments).compile().as_text()
+  assert len(re.findall(r" cosine\(", program)) == 1

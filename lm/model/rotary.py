@@ -6,10 +6,12 @@ The kinds of scaling follow `modeling_rope_utils` of transformers.
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lm import config as config_lib
+from lm import sharding
 
 Angles = tuple[Float[Array, "B T R"], Float[Array, "B T R"]]
 
@@ -37,9 +39,22 @@ def _angles(cfg, positions, windowed) -> Angles:
   if scaling is not None:
     frequency = _scaled(frequency, theta, scaling, cfg.context_length)
   angle = positions[..., None].astype(jnp.float32) * frequency[None, None, :]
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  cos, sin = _cos_and_sin(angle)
   if scaling is not None and (factor := attention_factor(scaling)) != 1:
     cos, sin = cos * factor, sin * factor
+  return cos, sin
+
+
+def _cos_and_sin(angle: Float[Array, "B T R"]) -> Angles:
+  """On CPUs by a loop: XLA fuses them into every rotation of every layer that
+  is unrolled, to be computed again for each head, unless a loop made them.
+  """
+  if sharding.platform() != "cpu":
+    return jnp.cos(angle), jnp.sin(angle)
+  turns = jnp.array([True, False])
+  cos, sin = jax.lax.map(
+    lambda turn: jnp.where(turn, jnp.cos(angle), jnp.sin(angle)), turns
+  )
   return cos, sin
 
 
