@@ -48,6 +48,8 @@ def chromium():
   names = "chromium", "chromium-browser", "google-chrome"
   path = next(filter(None, map(shutil.which, names)), None)
   assert path, "Chromium is missing: apt-get install -y chromium"
+  # An answer may wait for a program to compile, on a loaded machine.
+  sync_api.expect.set_options(timeout=60_000)
   with sync_api.sync_playwright() as playwright:
     # Within a container, Chromium's own sandbox has no rights to start.
     browser = playwright.chromium.launch(

@@ -72,7 +72,7 @@ def check_answer(page, result, n_answers=1):
   said = page.locator(".message.assistant .said")
   expect(said).to_have_count(n_answers)
   spans = said.last.locator("span")
-  expect(spans).to_have_count(len(result.token_ids), timeout=60000)
+  expect(spans).to_have_count(len(result.token_ids))
   expect(page.locator("#stop")).to_be_disabled()
   heats = spans.evaluate_all(
     "all => all.map(x => +x.style.getPropertyValue('--heat'))"
@@ -134,7 +134,7 @@ def test_an_answer_that_is_stopped_stays(page, tiny, sampler, monkeypatch):
   monkeypatch.setattr(type(tiny.worker._engine), "step", slow)
   say(page, "Hello")
   spans = page.locator(".message.assistant .said span")
-  expect(spans.nth(3)).to_be_visible(timeout=60000)
+  expect(spans.nth(3)).to_be_visible()
   expect(page.locator("#send")).to_be_disabled()
   page.keyboard.press("Escape")
   expect(page.locator("#stop")).to_be_disabled()
@@ -176,7 +176,7 @@ def test_markup_is_text(page):
   evil = "<img src=x onerror=\"document.title='hit'\">"
   say(page, evil)
   expect(page.locator(".message.user .said")).to_have_text(evil)
-  expect(page.locator("#stop")).to_be_disabled(timeout=60000)
+  expect(page.locator("#stop")).to_be_disabled()
   assert page.locator("img").count() == 0
   assert page.title() == "next-token: chat"
 

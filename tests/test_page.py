@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 import urllib.parse
 
 import httpx
@@ -46,7 +47,7 @@ def page(browser, tiny):
   page.on("request", lambda request: page_requests.append(request.url))
   page_requests = []
   page.goto(tiny.url)
-  expect(rows(page).nth(19)).to_be_visible(timeout=30000)
+  expect(rows(page).nth(19)).to_be_visible()
   yield page
   page.close()
   hosts = {urllib.parse.urlsplit(url).netloc for url in page_requests}
@@ -251,7 +252,7 @@ def test_it_runs_until_it_is_stopped_or_full(page, sampler):
   slide(page, "temperature", 0)
   run.click()
   full = "The context of 101 tokens is full."
-  expect(page.get_by_role("alert")).to_have_text(full, timeout=20000)
+  expect(page.get_by_role("alert")).to_have_text(full)
   expect(spans).to_have_count(100)
   expect(run).to_have_attribute("aria-pressed", "false")
   expect(page.get_by_role("button", name="Step")).to_be_disabled()
@@ -267,10 +268,15 @@ BOXES = """() => Object.fromEntries(
   }).filter(([name, [, , width]]) => width))"""
 
 
-@pytest.mark.parametrize("width", [1280, 700])
+@pytest.mark.parametrize("width", [1280, 900, 700])
 def test_buttons_stay_where_they_are_while_the_text_grows(page, width):
-  """Also while it runs, when candidates are below the list, and at an error."""
+  """Also while it runs, when candidates are below the list, at an error, and
+  when the server is slow to say what model it has.
+  """
   page.set_viewport_size({"width": width, "height": 900})
+  page.route("**/v1/models", lambda route: (time.sleep(0.5), route.continue_()))
+  page.reload()
+  expect(rows(page).nth(19)).to_be_visible()
   slide(page, "temperature", 1.6)
   before = page.evaluate(BOXES)
   spans, n = page.locator("#text span"), len("def main(")
@@ -281,10 +287,19 @@ def test_buttons_stay_where_they_are_while_the_text_grows(page, width):
     now = page.evaluate(BOXES)
     same = {name: now[name] for name in before if name in now}
     assert same == {name: before[name] for name in same} and len(same) > 30
+  warm = {"status": "warming up", "compiling": True}
+  page.route("**/health", lambda route: route.fulfill(json=warm))
+  held = []
+  page.route("**/v1/next_token", lambda route: held.append(route))
+  page.keyboard.press("ArrowRight")
+  expect(page.locator("#busy")).to_be_visible()
+  assert page.evaluate(BOXES)["temperature"] == before["temperature"]
+  page.unroute("**/v1/next_token")
+  held[0].continue_()
   spans.first.hover()
   run = page.get_by_role("button", name=re.compile("Run|Stop"))
   run.click()
-  expect(spans.nth(n + 40)).to_be_visible(timeout=20000)
+  expect(spans.nth(n + 40)).to_be_visible()
   assert page.evaluate(BOXES)["undo"] == before["undo"]
   run.click()
 
@@ -492,7 +507,7 @@ def test_text_can_be_read_in_light_and_dark(browser, tiny, scheme):
   """Contrast of 4.5 to 1 at least, as WCAG asks, also on the hottest colour."""
   page = browser.new_page(color_scheme=scheme)
   page.goto(tiny.url)
-  expect(rows(page).nth(19)).to_be_visible(timeout=30000)
+  expect(rows(page).nth(19)).to_be_visible()
   contrast = """() => {
     const rgb = color => {
       const canvas = document.createElement("canvas").getContext("2d");

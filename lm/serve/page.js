@@ -215,13 +215,16 @@ function show() {
 
 async function start() {
   say("");
-  await look();
+  let wrong;
+  // Before the first look: the line it fills moves what is below it.
   try {
     const {data: [card]} = await answer("models");
     context = card.context_length;
     $("model").textContent = `${card.id}, context of ${context} tokens`;
     $("other").hidden = !card.chat;
-  } catch (error) { say(error.message); }
+  } catch (error) { wrong = error.message; }
+  await look();
+  if (wrong) say(wrong);
 }
 
 for (const id of [...SLIDERS, "seed"]) $(id).oninput = () => { show(); later(60); };
