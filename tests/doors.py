@@ -21,7 +21,6 @@ import pathlib
 import runpy
 import socket
 import sys
-import tempfile
 import threading
 
 ROOT = str(pathlib.Path(__file__).parent.parent)
@@ -37,9 +36,9 @@ lm.serve.app lm.verify.checks uvicorn launch.specs jinja2
 
 @dataclasses.dataclass
 class Ended:
-  """How a program ended; `code` is None where it had not after the timeout."""
+  """How a program ended; `code` is -9 where it had to be killed."""
 
-  code: int | None
+  code: int
   out: str
   err: str
 
@@ -55,34 +54,38 @@ def run(
   """`python -m module arguments` in `directory`, without the rights of root
   over files; `encoding` is that of stdout and stderr.
   """
-  with tempfile.TemporaryDirectory() as said:
-    paths = [os.path.join(said, name) for name in ("out", "err")]
-    for path in paths:
-      pathlib.Path(path).touch()
-    process = _start(_program, module, arguments, directory, encoding, paths)
-    ended = multiprocessing.connection.wait([process.sentinel], timeout)
-    with _ONE:
-      if not ended:
-        process.kill()
-      process.join()
-    out, err = (pathlib.Path(path).read_bytes() for path in paths)
-  code = process.exitcode if ended else None
-  return Ended(code, out.decode(), err.decode())
+  program = Popen(module, arguments, directory, encoding=encoding, nobody=True)
+  timer = threading.Timer(timeout, program.kill)
+  timer.start()
+  try:
+    out, err = program.communicate()
+  finally:
+    timer.cancel()
+  return Ended(program.returncode, out, err)
 
 
 class Popen:
   """`python -m program arguments`, or where the program has several lines,
   `python -c program arguments`: a `subprocess.Popen` of it with piped text.
-  Variables JAX_... of `environment` are options of JAX.
+  `nobody` has no rights of root over files. Variables JAX_... of `environment`
+  are options of JAX.
   """
 
-  def __init__(self, program, arguments=(), directory=ROOT, **environment):
+  def __init__(
+    self,
+    program,
+    arguments=(),
+    directory=ROOT,
+    *,
+    encoding="utf-8",
+    nobody=False,
+    **environment,
+  ):
     ours, theirs = zip(
       *(multiprocessing.Pipe(duplex=False) for _ in range(2)), strict=True
     )
-    self._process = _start(
-      _piped, program, [*arguments], str(directory), environment, theirs
-    )
+    where = str(directory), environment, encoding, nobody
+    self._process = _start(_program, program, [*arguments], theirs, *where)
     for end in theirs:
       end.close()
     # A copy of each: a connection closes its own.
@@ -162,16 +165,25 @@ def _start(target, *args):
   return process
 
 
-def _piped(program, arguments, directory, environment, ends):
+def _program(
+  program, arguments, ends, directory, environment, encoding, nobody
+):
   gc.freeze()  # or a collection would copy all memory of the server
   for fd, end in enumerate(ends, 1):
     os.dup2(end.fileno(), fd)
     end.close()
   # The server's, of files, would seek.
-  sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)
+  sys.stdout = open(1, "w", encoding=encoding)
+  sys.stderr = open(
+    2, "w", buffering=1, encoding=encoding, errors="backslashreplace"
+  )
   os.chdir(directory)
   sys.path.insert(0, ROOT)
   os.environ.update(environment)
+  # As where the packages that read object stores are not installed.
+  sys.modules |= {"gcsfs": None, "s3fs": None}  # type: ignore[dict-item]
+  if nobody:
+    _be_nobody()
   import jax
 
   for name, value in ({"JAX_PLATFORMS": "cpu"} | environment).items():
@@ -186,26 +198,6 @@ def _piped(program, arguments, directory, environment, ends):
       runpy.run_module(program, run_name="__main__", alter_sys=True)
   finally:
     atexit._run_exitfuncs()  # a fork ends without exit handlers
-
-
-def _program(module, arguments, directory, encoding, paths):
-  gc.freeze()  # or a collection would copy all memory of the server
-  for fd, path in enumerate(paths, 1):
-    file = os.open(path, os.O_WRONLY | os.O_CREAT)
-    os.dup2(file, fd)
-    os.close(file)
-  for stream in (sys.stdout, sys.stderr):
-    stream.reconfigure(encoding=encoding)
-  os.chdir(directory)
-  sys.path.insert(0, ROOT)
-  # As where the packages that read object stores are not installed.
-  sys.modules |= {"gcsfs": None, "s3fs": None}  # type: ignore[dict-item]
-  _be_nobody()
-  import jax
-
-  jax.config.update("jax_platforms", "cpu")
-  sys.argv = [module, *arguments]
-  runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def _be_nobody() -> None:
