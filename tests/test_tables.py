@@ -121,6 +121,18 @@ def test_bad_rows_by_policy(tmp_path, data):
   assert [text for _, text in read(source)] == ["ok"]
 
 
+def test_a_date_that_python_has_not(tmp_path, data):
+  path = tmp_path / "a.parquet"
+  dates = pyarrow.array([0, 2**61], pyarrow.timestamp("us"))
+  write_parquet(path, {"messages": [TURN, TURN], "date": dates})
+  source = sources.open_source(f"parquet:{path}", data, chat=True)
+  assert source[0].messages == TURN
+  with pytest.raises(schema.ConfigError, match="a.parquet:2: has a value that"):
+    source[1]
+  data.invalid_documents = "skip"
+  assert sources.open_source(f"parquet:{path}", data, chat=True)[1] is None
+
+
 @pytest.mark.parametrize("kind", ["parquet", "csv"])
 def test_what_is_no_such_table_is_refused(tmp_path, data, kind):
   def refused(spec, message, chat=False):

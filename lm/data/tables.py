@@ -85,6 +85,9 @@ class TableSource:
         f"{where}: invalid UTF-8; correct it, or set config.data.invalid_utf8 "
         "to 'skip' (in tables it is not replaced)"
       ) from error
+    except (OverflowError, ValueError) as error:  # Such as dates beyond 9999.
+      what = f"has a value that cannot be read ({files.first_line(error)})"
+      return sources.invalid(where, schema.ConfigError(what), self._data)
     try:
       if self._field is None:
         return sources.Conversation(where, conversations.parse(row))
