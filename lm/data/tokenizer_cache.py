@@ -90,27 +90,29 @@ def _sample(
   step = max(1, round(n * 0.6180339887))
   while math.gcd(step, n) > 1:
     step += 1
-
-  def read(i: int) -> sources_lib.Document | sources_lib.Conversation | None:
-    s = int(np.searchsorted(ends, i, side="right"))
-    return sources[s][i - (int(ends[s - 1]) if s else 0)]
-
   done, left = 0, n_bytes
+
+  def read(i: int) -> str | None:
+    s = int(np.searchsorted(ends, i, side="right"))
+    document = sources[s][i - (int(ends[s - 1]) if s else 0)]
+    # Cut, of a huge document, but not to where it would seem to fit.
+    return None if document is None else document.text[: left + 1]
+
   while done < n:
     # As many as seem to be needed and an eighth, since all are held in memory.
     needed = 1 + done * left * 9 // (8 * max(1, n_bytes - left))
     size = max(1, min(needed, _GROWTH * done))
     chosen = [k * step % n for k in range(done, min(n, done + size))]
     found = {i: read(i) for i in sorted(chosen)}
-    for document in map(found.pop, chosen):
-      if document is None:
+    for text in map(found.pop, chosen):
+      if text is None:
         continue
-      raw = document.text.encode()
+      raw = text.encode()
       if len(raw) > left:
         yield raw[:left].decode(errors="ignore")
         return
       left -= len(raw)
-      yield document.text
+      yield text
     done += len(chosen)
 
 
