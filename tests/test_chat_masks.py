@@ -2,6 +2,7 @@
 the faults that other trainers had.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import inspect
@@ -168,6 +169,27 @@ def transformers_says(style, messages):
 CONTENTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=9).filter(
   lambda text: "<" not in text
 )
+
+
+def test_tools_answer_as_in_transformers():
+  """In JSON, as Llama 3.1's template writes what a tool answers."""
+  written = "{{ 'ipython\n' ~ m.content | tojson ~ '<|im_end|>' }}"
+  more = "{{ m.content | tojson(ensure_ascii=True, indent=1) }}"
+  style = dataclasses.replace(
+    CHATML,
+    template=CHATML.template.replace(
+      "{%- else -%}",
+      "{%- elif m.role == 'tool' -%}" + written + more + "{%- else -%}",
+    ),
+  )
+  messages = say("<b>", "I'll look & see.")
+  found = 'it\'s 5 > 4 & "<im>", \u00e9\n'
+  messages += [{"role": "tool", "content": found}, *say("so?", "yes")]
+  tokenizer = bytes_tokenizer(style.template, style.special_tokens)
+  ids, scored = chat.encode(tokenizer, messages)
+  assert json.dumps(found, ensure_ascii=False) in tokenizer.decode(ids.tolist())
+  want_ids, want_scored = transformers_says(style, messages)
+  assert ids.tolist() == want_ids and scored.tolist() == want_scored
 
 
 @pytest.mark.parametrize("style", STYLES)

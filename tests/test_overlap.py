@@ -347,8 +347,11 @@ def test_scores_show_what_overlaps(given, tmp_path):
   path = tmp_path / "o.json"
   content = report(given, path)
   prefix = f"text:{given}/held.txt|prefix"
+  spelt = f"text:{given}/held.txt|causal"
+  (result,) = evaluate(given, path, spelt).results
   evaluation = evaluate(given, path, f"text:{given}/held.txt", prefix)
   first, second = evaluation.results
+  assert result.overlap is not None and result.overlap == first.overlap
   share = content["sources"][0]["share_of_bytes"]
   documents = [d.totals for d in first.documents]
   clean = documents[0] + documents[2]

@@ -1,5 +1,6 @@
 """Token stores: whole or absent, exact, and prepared by one process."""
 
+import gzip
 import json
 import os
 import pathlib
@@ -10,13 +11,22 @@ import sys
 
 import doors
 import numpy as np
+import pyarrow
 import pytest
 import tensorstore
+from pyarrow import parquet
 
 from lm import config as config_lib
 from lm import schema
 from lm.data import __main__ as data_command
-from lm.data import arrays, tokenizer_training
+from lm.data import (
+  arrays,
+  reading,
+  sources,
+  tables,
+  tokenizer_cache,
+  tokenizer_training,
+)
 from lm.data import store as store_lib
 from lm.data import tokenizer as tokenizer_lib
 
@@ -152,6 +162,40 @@ def test_the_tokenizer_is_trained_once_on_a_spread_of_documents(
   talker = store_lib.prepare(config).tokenizer
   assert talker.chat_template == "<user>"
   assert talker.model == other.tokenizer.model
+
+
+@pytest.mark.parametrize("name", ["jsonl.gz", "parquet"])
+def test_a_sample_of_text_reads_files_a_few_times(tmp_path, monkeypatch, name):
+  """Of each of 8 files, not once for each of some 1,000 documents."""
+  texts = [f"{i:04d}{'x' * (i % 29)}" for i in range(3001)]
+  for k in range(8):
+    part = texts[k * 400 : (k + 1) * 400 if k < 7 else None]
+    if name == "parquet":
+      path = str(tmp_path / f"{k}.parquet")
+      parquet.write_table(pyarrow.table({"t": part}), path)
+    else:
+      lines = "".join(json.dumps({"t": t}) + "\n" for t in part)
+      (tmp_path / f"{k}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+  spec = f"{name.split('.')[0]}:{tmp_path}/*.{name}#t"
+  source = sources.open_source(spec, config_lib.DataConfig())
+  # Each a step of the golden section of 3001, a prime, after the one before.
+  expected, left = [], 18_000
+  for k in range(3001):
+    text = texts[k * 1855 % 3001][:left]
+    expected.append(text)
+    left -= len(text)
+    if not left:
+      break
+  assert len(expected) > 900
+  calls = []
+  where = (
+    (tables.TableSource, "_read") if name == "parquet" else (reading, "opened")
+  )
+  read = getattr(*where)
+  monkeypatch.setattr(*where, lambda *a: calls.append(a) or read(*a))
+  found = list(tokenizer_cache._sample([source], 18_000))
+  assert found == expected or found == [*expected, ""]
+  assert len(calls) <= 6 * 8
 
 
 # --- damage, and disks that fail ---------------------------------------------

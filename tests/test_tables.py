@@ -71,6 +71,28 @@ def test_rows_of_csv_files(tmp_path, data):
   assert source[1].name == f"{tmp_path}/a.csv:2"
 
 
+def test_a_row_of_a_csv_file_may_be_a_book(tmp_path, data):
+  rows = [["1", "a line,\n" * 500_000], ["2", "b" * 5_000_000], ["3", "c"]]
+  write_csv(tmp_path / "a.csv", [["n", "text"], *rows])
+  source = sources.open_source(f"csv:{tmp_path}/a.csv#text", data)
+  assert [text for _, text in read(source)] == [text for _, text in rows]
+
+
+def test_bytes_of_a_csv_file_that_are_not_utf8(tmp_path, data):
+  path = tmp_path / "a.csv"
+  path.write_bytes(b"n,text\n\xe9,a\n2,caf\xe9\n3,c\n")
+  source = sources.open_source(f"csv:{path}#text", data)
+  assert source[0].text == "a"  # Another column is not read.
+  with pytest.raises(schema.ConfigError, match="a.csv:2: invalid UTF-8"):
+    source[1]
+  data.invalid_utf8 = "skip"
+  source = sources.open_source(f"csv:{path}#text", data)
+  assert [text for _, text in read(source)] == ["a", "c"]
+  path.write_bytes(b"caf\xe9,text\n1,2\n")
+  with pytest.raises(schema.ConfigError, match="damaged, or not a csv file"):
+    sources.open_source(f"csv:{path}#text", data)
+
+
 def test_tables_of_chats(tmp_path, data):
   write_parquet(
     tmp_path / "a.parquet", {"messages": [TURN, TURN], "id": [1, 2]}
@@ -97,6 +119,18 @@ def test_bad_rows_by_policy(tmp_path, data):
   data.invalid_utf8 = data.invalid_documents = "skip"
   source = sources.open_source(f"parquet:{path}#t", data)
   assert [text for _, text in read(source)] == ["ok"]
+
+
+def test_a_date_that_python_has_not(tmp_path, data):
+  path = tmp_path / "a.parquet"
+  dates = pyarrow.array([0, 2**61], pyarrow.timestamp("us"))
+  write_parquet(path, {"messages": [TURN, TURN], "date": dates})
+  source = sources.open_source(f"parquet:{path}", data, chat=True)
+  assert source[0].messages == TURN
+  with pytest.raises(schema.ConfigError, match="a.parquet:2: has a value that"):
+    source[1]
+  data.invalid_documents = "skip"
+  assert sources.open_source(f"parquet:{path}", data, chat=True)[1] is None
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv"])

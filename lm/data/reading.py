@@ -133,6 +133,11 @@ def bracket_hint(pattern: str) -> str:
 # --- reading and decompression -----------------------------------------------
 
 
+def is_compressed(path: str) -> bool:
+  """Whether `opened` decompresses: to begin at an offset then takes long."""
+  return os.path.splitext(path)[1] in (".gz", *_STREAMS)
+
+
 @contextlib.contextmanager
 def opened(path: str, offset: int = 0) -> Iterator[io.BufferedIOBase]:
   """Opens a file, decompressed, at byte `offset` of the decompressed content.
@@ -142,7 +147,7 @@ def opened(path: str, offset: int = 0) -> Iterator[io.BufferedIOBase]:
   suffix = os.path.splitext(path)[1]
   file: Any
   with named(path, suffix), open(path, "rb") as file:
-    if suffix == ".gz" or suffix in _STREAMS:
+    if is_compressed(path):
       if os.fstat(file.fileno()).st_size == 0:
         raise EOFError("it is empty")
       file = _decompressed(file, suffix)

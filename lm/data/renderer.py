@@ -47,6 +47,19 @@ def _raise_exception(message: str) -> NoReturn:
   raise _Refused(message)
 
 
+def _to_json(
+  value, ensure_ascii=False, indent=None, separators=None, sort_keys=False
+) -> str:
+  """As in transformers: plain text, where Jinja's own escapes HTML."""
+  return json.dumps(
+    value,
+    ensure_ascii=ensure_ascii,
+    indent=indent,
+    separators=separators,
+    sort_keys=sort_keys,
+  )
+
+
 @functools.lru_cache
 def _compile(text: str) -> jinja2.Template:
   environment = sandbox.ImmutableSandboxedEnvironment(
@@ -54,6 +67,7 @@ def _compile(text: str) -> jinja2.Template:
     lstrip_blocks=True,
     extensions=[_Generation, ext.loopcontrols],
   )
+  environment.filters["tojson"] = _to_json
   environment.globals["raise_exception"] = _raise_exception
   return environment.from_string(text)
 

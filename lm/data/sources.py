@@ -223,10 +223,10 @@ class FileSource:
   """Documents of the files that match a glob, sorted by path.
 
   With `field`, each line is a JSON object and the field is the document (`a.b`
-  is a field of a field);
-  otherwise `unit` says whether a document is a file, a line or a block. An
-  index of every _STRIDE-th line or block is made on first use; reading in order
-  needs no seek, since seeks are slow in compressed files.
+  is a field of a field); otherwise `unit` says whether a document is a file, a
+  line or a block. An index of every _STRIDE-th line or block is made on first
+  use. Reading in order needs no seek; in compressed files, whose seeks are
+  slow, neither does reading on, past others.
   """
 
   chat = False
@@ -327,10 +327,13 @@ class FileSource:
   def _read_unit(self, f: int, k: int) -> _Unit:
     """Unit `k` of file `f`; reads and caches a whole group of units."""
     assert self._index is not None
-    group = k // _STRIDE
-    if self._group[0] != (f, group):
-      if self._group[0] != (f, group - 1):
-        self._rest = _units(self._paths[f], self._unit, self._index[f][group])
+    group, (at, last) = k // _STRIDE, self._group[0]
+    if (at, last) != (f, group):
+      path, n = self._paths[f], (group - last - 1) * _STRIDE
+      if at == f and (n == 0 or n > 0 and reading.is_compressed(path)):
+        next(itertools.islice(self._rest, n, n), None)  # Skips n units.
+      else:
+        self._rest = _units(path, self._unit, self._index[f][group])
       self._group = (f, group), list(itertools.islice(self._rest, _STRIDE))
     if k % _STRIDE >= len(self._group[1]):
       raise schema.RunError(

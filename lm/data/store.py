@@ -261,7 +261,10 @@ def _identity(
   if not source.chat:
     return source.fingerprint()
   chat_layout.layout(tokenizer)
-  parts = [_CHAT_VERSION, source.fingerprint(), tokenizer.chat_template]
+  template = tokenizer.chat_template or ""
+  parts = [_CHAT_VERSION, source.fingerprint(), template]
+  if "tojson" in template:  # Its text escaped HTML in an earlier version.
+    parts.append("tojson")
   return files.json_digest(parts)
 
 

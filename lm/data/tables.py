@@ -85,6 +85,9 @@ class TableSource:
         f"{where}: invalid UTF-8; correct it, or set config.data.invalid_utf8 "
         "to 'skip' (in tables it is not replaced)"
       ) from error
+    except (OverflowError, ValueError) as error:  # Such as dates beyond 9999.
+      what = f"has a value that cannot be read ({files.first_line(error)})"
+      return sources.invalid(where, schema.ConfigError(what), self._data)
     try:
       if self._field is None:
         return sources.Conversation(where, conversations.parse(row))
@@ -115,16 +118,13 @@ class TableSource:
     """A table of the columns that are read."""
     with _named(path, self._kind):
       if self._kind == "csv":
-        with csv.open_csv(path) as reader:
-          names = reader.schema.names
-        return csv.read_csv(
-          path,
-          parse_options=csv.ParseOptions(newlines_in_values=True),
-          # Texts as they are written: neither numbers nor nulls.
-          convert_options=csv.ConvertOptions(
-            column_types={name: pyarrow.string() for name in names}
-          ),
-        )
+        try:
+          return _read_csv(path, self._field)
+        except pyarrow.ArrowInvalid as error:
+          if "block size" not in str(error):
+            raise
+          # A row reaches over a block of 1 MiB, as that of a book may.
+          return _read_csv(path, self._field, block_size=2**31 - 1)
       with parquet.ParquetFile(path) as file:
         names, field = file.schema_arrow.names, self._field
         columns = None
@@ -133,12 +133,32 @@ class TableSource:
         return file.read_row_group(part, columns)
 
 
+def _read_csv(path: str, field: str | None, **options: int) -> pyarrow.Table:
+  """The column `field` of a CSV file, or all columns if it has no such."""
+  read = csv.ReadOptions(**options)
+  parse = csv.ParseOptions(newlines_in_values=True)
+  with csv.open_csv(path, read, parse) as reader:
+    names = reader.schema.names
+  return csv.read_csv(
+    path,
+    read,
+    parse,
+    csv.ConvertOptions(
+      # Texts as they are written: neither numbers nor nulls.
+      column_types={name: pyarrow.string() for name in names},
+      include_columns=[field] if names.count(field) == 1 else None,
+      check_utf8=False,  # Of each row, as it is read.
+    ),
+  )
+
+
 @contextlib.contextmanager
 def _named(path: str, kind: str) -> Iterator[None]:
   """Errors of pyarrow as ConfigError, those of the system with the path."""
   try:
     yield
-  except (pyarrow.ArrowException, OSError) as error:
+  # Names of columns must be UTF-8.
+  except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
     if isinstance(error, OSError) and error.errno is not None:
       error.filename = error.filename or path
       raise

@@ -17,6 +17,8 @@ from lm.data import tokenizer as tokenizer_lib
 from lm.data import tokenizer_training, vocabulary
 
 _VERSION = 2
+# Most documents of a sweep of `_sample`, as a multiple of those before it.
+_GROWTH = 16
 
 
 def make(
@@ -76,7 +78,11 @@ def _read_tokenizer(path: str) -> tokenizer_lib.Tokenizer:
 def _sample(
   sources: Sequence[sources_lib.Source], n_bytes: int
 ) -> Iterator[str]:
-  """Yields documents spread evenly over sources, at most `n_bytes` in total."""
+  """Yields documents spread evenly over sources, at most `n_bytes` in total.
+
+  Reads them in sweeps, each in the order of the sources: to find a place in a
+  compressed file, or another part of a table, takes long.
+  """
   ends = np.cumsum([len(source) for source in sources])
   n = int(ends[-1])
   # A step near the golden section of n, and coprime to n, visits every document
@@ -84,18 +90,30 @@ def _sample(
   step = max(1, round(n * 0.6180339887))
   while math.gcd(step, n) > 1:
     step += 1
-  for k in range(n):
-    i = k * step % n
+  done, left = 0, n_bytes
+
+  def read(i: int) -> str | None:
     s = int(np.searchsorted(ends, i, side="right"))
     document = sources[s][i - (int(ends[s - 1]) if s else 0)]
-    if document is None:
-      continue
-    raw = document.text.encode()
-    if len(raw) > n_bytes:
-      yield raw[:n_bytes].decode(errors="ignore")
-      return
-    n_bytes -= len(raw)
-    yield document.text
+    # Cut, of a huge document, but not to where it would seem to fit.
+    return None if document is None else document.text[: left + 1]
+
+  while done < n:
+    # As many as seem to be needed and an eighth, since all are held in memory.
+    needed = 1 + done * left * 9 // (8 * max(1, n_bytes - left))
+    size = max(1, min(needed, _GROWTH * done))
+    chosen = [k * step % n for k in range(done, min(n, done + size))]
+    found = {i: read(i) for i in sorted(chosen)}
+    for text in map(found.pop, chosen):
+      if text is None:
+        continue
+      raw = text.encode()
+      if len(raw) > left:
+        yield raw[:left].decode(errors="ignore")
+        return
+      left -= len(raw)
+      yield text
+    done += len(chosen)
 
 
 def _require_text(

@@ -92,11 +92,13 @@ class Job:
   workdir: str
   meta: checkpoint.Meta
   tokenizer: tokenizer_lib.Tokenizer
+  # Of each source, its name as it was asked for, and what is read.
+  names: Sequence[str]
   sources: list[sources_lib.Source | store_lib.TokenStore]
   n_rows: int
   stride: int
   adapter: str | None
-  # By source, as it is named; {} if unknown.
+  # By name; {} if unknown.
   overlap: dict[str, overlap_report.Shares]
   # Still without answers, which have at most max_new_tokens.
   asked: list[chat_samples.Sample] | None = None
@@ -198,6 +200,7 @@ def prepare(
     workdir,
     meta,
     tokenizer,
+    names,
     sources,
     rows,
     stride,
@@ -281,8 +284,8 @@ def score(job: Job) -> Evaluation:
     if job.asked is not None:
       sampler = sampler_lib.Sampler(model, params, job.tokenizer, mesh)
       samples = chat_samples.answer(sampler, job.asked, job.max_new_tokens)
-  for result in results:
-    result.overlap = job.overlap.get(result.source)
+  for name, result in zip(job.names, results, strict=True):
+    result.overlap = job.overlap.get(name)
   return Evaluation(
     job.workdir,
     job.meta.step,
