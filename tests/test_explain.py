@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.console
+import saved_runs
+import vocabularies
 
 from lm import batch as batch_lib
 from lm import checkpoint
@@ -624,6 +626,18 @@ def test_a_text_has_the_score_that_evaluation_gives_it(workdir, tmp_path):
   np.testing.assert_allclose(
     shown["bits_per_byte"], totals.bits_per_byte, rtol=1e-6
   )
+
+
+def test_a_text_of_which_the_tokenizer_keeps_nothing(tmp_path):
+  """As BERT's does of white space and of other alphabets."""
+  path = vocabularies.folder(tmp_path, "bert")
+  tokenizer = tokenizer_lib.from_files(str(path))
+  run = saved_runs.save(tmp_path, tokenizer, 16, ())
+  text = tmp_path / "text"
+  text.write_text("\u4f60\n")
+  call = [f"--workdir={run}", f"--score={text}"]
+  ((code, _),) = doors.many("lm.explain", [call])
+  assert "--score=" in str(code) and "keeps none of its text" in str(code)
 
 
 @pytest.mark.parametrize("module", ["lm.sample", "lm.explain", "lm.chat"])

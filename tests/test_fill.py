@@ -194,6 +194,31 @@ def test_sample_fills_sentinels(run, sampler):
   assert [r["filled"] for r in json.loads(out[2])["results"]] == wholes
 
 
+def test_what_ends_a_fill_is_no_part_of_it(run, sampler):
+  gap, text = TOKENIZER.sentinels[0], "a<sentinel_0>c"
+  rules = {"frequency_penalty": 60.0, "max_new_tokens": 9, "seed": 4}
+  request = Request(
+    marked.sentinel_ids(TOKENIZER, text),
+    logit_bias={gap: 50.0},
+    bidirectional_prompt=True,
+    **rules,
+  )
+  (free,) = sampler.generate([request])
+  end = next(i for i in free.token_ids[3:] if TOKENIZER.byte_lengths[i])
+  arguments = [run, f"--fill={text}", "--json", f"--logit_bias={gap}:50"]
+  arguments += [f"--{name}={value}" for name, value in rules.items()]
+  found = doors.many(
+    "lm.sample",
+    [[*arguments, f"--stop_ids={end}"], [*arguments, "--stop=x"]],
+  )
+  (one,) = json.loads(found[0][1])["results"]
+  n = free.token_ids.index(end)
+  assert one["finish_reason"] == "eos" and n >= 1
+  between = TOKENIZER.decode(free.token_ids[1:n])
+  assert (one["text"], one["filled"]) == (between, f"a{between}c")
+  assert "--stop: has no part in --fill" in str(found[1][0])
+
+
 def test_sample_fills_the_gap_between_two_files(run, sampler, tmp_path):
   before, after = tmp_path / "before", tmp_path / "after"
   before.write_text("def f(x):\n")

@@ -309,6 +309,10 @@ def test_programs_are_compiled_once_per_bucket():
   assert compiled(other, short) == (0, 0)
 
 
+EOS = tokenizer_lib.Tokenizer().eos
+ALL_BUT_ENDS = [i for i in range(384) if i not in (7, EOS)]
+
+
 @pytest.mark.parametrize(
   "changes, message",
   [
@@ -332,6 +336,11 @@ def test_programs_are_compiled_once_per_bucket():
     ),
     ({"stop": ["ok", "\udce9"]}, r"stop='.udce9': holds half a char"),
     ({"max_new_tokens": 10**18}, "max_new_tokens=1000000000000000000: .* most"),
+    # Neither an end nor a forbidden id may be drawn: nothing would be left.
+    (
+      {"min_tokens": 1, "stop_ids": [7], "forbidden": ALL_BUT_ENDS},
+      "min_tokens=1: forbidden leaves eos and stop ids alone",
+    ),
     ({"seed": -1}, "seed=-1: must not be negative"),
     ({"seed": 2**32 - 1, "n_samples": 2}, "seed=4294967295.*at most 2"),
   ],

@@ -1,18 +1,25 @@
 """The server, over real sockets: what it answers is what the Sampler gives."""
 
+import dataclasses
+import functools
 import json
 import math
 
 import httpx
 import hypothesis
+import jax
 import openai
 import pytest
 import serving
+import vocabularies
 from hypothesis import strategies as st
 
 from lm.data import chat as chat_lib
+from lm.data import tokenizer as tokenizer_lib
+from lm.model import decoder
 from lm.sample import request as request_lib
-from lm.serve import answers, protocol
+from lm.sample import sampler as sampler_lib
+from lm.serve import answers, fields, protocol
 
 Request = request_lib.Request
 post = serving.post
@@ -419,6 +426,62 @@ def test_offsets_count_characters(client):
   assert logprobs.text_offset == [0, 1, 1, 1, 2]
 
 
+@pytest.fixture(scope="module")
+def llama_2(tmp_path_factory):
+  """A model with a vocabulary of another program, with a dummy prefix."""
+  path = vocabularies.folder(tmp_path_factory.mktemp("vocabulary"), "llama_2")
+  tokenizer = tokenizer_lib.from_files(str(path))
+  cfg = dataclasses.replace(serving.MODEL, vocab_size=tokenizer.size)
+  make = jax.jit(functools.partial(decoder.init_params, cfg))
+  return sampler_lib.Sampler(cfg, make(jax.random.key(0)), tokenizer)
+
+
+def whole(sampler, **body):
+  """The one choice of /v1/completions, without a server."""
+  content = json.dumps(body).encode()
+  plan = protocol.completion(sampler, "tiny", content)
+  scores = [sampler.score(ids, 1) for ids in plan.prompts if plan.echo]
+  results = sampler.generate(plan.requests)
+  answer = answers.Completion(plan, sampler.tokenizer, "tiny")
+  (choice,) = answer.whole(results, scores)["choices"]
+  return choice
+
+
+@pytest.mark.parametrize("prompt, echo", [("ab cd", True), ("", False)])
+def test_offsets_count_no_dummy_prefix(llama_2, prompt, echo):
+  t = llama_2.tokenizer
+  ids = [i for i in range(t.size) if t.decode_bytes([i]).startswith(b" ")]
+  others = sorted({*range(t.size)} - {*ids})  # Each token begins a word.
+  choice = whole(
+    llama_2, prompt=prompt, echo=echo, logprobs=1, forbidden=others
+  )
+  found, text = choice["logprobs"], choice["text"]
+  bounds = [*found["text_offset"], len(text)]
+  first, *rest = found["tokens"]
+  assert first.startswith(" ") and not text.startswith(" ")
+  assert [text[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)] == [
+    first[1:],
+    *rest,
+  ]
+
+
+def test_bytes_of_ids_without_a_bos(llama_2):
+  """Only the first id, which is not scored, can have the dummy prefix."""
+  t = llama_2.tokenizer
+  ids = t.encode("ab cd")
+  words = [i for i in ids if t.decode_bytes([i]).startswith(b" ")]
+  assert len(words) == 2
+  assert llama_2.score(words).n_bytes == len(t.decode_bytes(words[1:]))
+  assert llama_2.score([t.bos, *ids]).n_bytes == len("ab cd")
+
+
+def test_a_vocabulary_without_infilling_is_said(llama_2):
+  body = json.dumps({"prompt": "a", "suffix": "b"}).encode()
+  with pytest.raises(fields.Refusal, match="has no <fim_prefix>") as found:
+    protocol.completion(llama_2, "tiny", body)
+  assert (found.value.status, found.value.param) == (400, "suffix")
+
+
 def names_of(character):
   """As OpenAI writes the bytes of a part of a character."""
   return [f"bytes:\\x{byte:02x}" for byte in character.encode()]
@@ -496,6 +559,15 @@ def test_a_checkpoint_without_a_template_refuses_chats():
     found = post(running, "chat/completions", {"messages": HELLO})
   assert found.status_code == 400
   assert "no chat template" in found.json()["error"]["message"]
+
+
+def test_a_next_token_of_many_is_the_first(sampler, tiny):
+  """`min_tokens` is of the whole answer, whose length is not said here."""
+  body = {"prompt": "a", "seed": 3, "min_tokens": 5}
+  found = post(tiny, "next_token", body).json()
+  request = Request("a", seed=3, min_tokens=5, max_new_tokens=5)
+  (whole,) = sampler.generate([request])
+  assert found["chosen"]["id"] == whole.token_ids[0]
 
 
 def test_steps_by_next_token_are_the_completion(sampler, tiny, client):

@@ -1,6 +1,7 @@
 """Text that comes in tokens: whole characters, and stop texts."""
 
 import pytest
+import vocabularies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,3 +87,19 @@ def test_tokens_of_several_characters(pieces, stop, expected, lag):
     stopped = found.add(i)
     given.append(found.take())
   assert stopped and found.text == expected and given == lag
+
+
+def test_a_dummy_prefix_is_no_text(tmp_path):
+  """As in Llama 2's vocabulary: a space before a text, not behind a prompt."""
+  t = tokenizer_lib.from_files(str(vocabularies.folder(tmp_path, "llama_2")))
+  assert t.prefix == b" "
+  for text in ("def f", " def", "\u4f60", ""):
+    ids = t.encode(text)
+    for n in range(len(ids) + 1):
+      before = [t.bos, *ids[:n]]
+      found = stream_lib.Stream(t, (), before)
+      for i in [*ids[n:], t.eos]:
+        found.add(i)
+      found.end()
+      raw = t.decode_bytes(ids[n:]) if n else text.encode()
+      assert found.text == raw.decode(errors="replace")

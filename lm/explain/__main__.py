@@ -112,6 +112,11 @@ def _score(path: str) -> int:
     files.check_output(_HTML.value, "--html")
   found, tokenizer = sample_flags.checked([])
   _check_candidates(tokenizer)
+  if not tokenizer.n_bytes(tokenizer.encode(text)):
+    raise schema.ConfigError(
+      f"--score={path}: the tokenizer keeps none of its text "
+      f"({tokenizer.lossy}); name another text"
+    )
   sampler = sample_flags.sampler(found)
   score = sampler.score(text, alternatives=_CANDIDATES.value, eos=True)
   if math.isnan(score.total):

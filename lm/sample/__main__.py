@@ -64,7 +64,8 @@ def main() -> int:
   if _FILL.value is None:
     texts = _PROMPTS.texts()
   else:
-    ignored = (*_PROMPTS.names, "stream", "bidirectional_prompt")
+    # A stop text would end the text of all gaps together, sentinels left out.
+    ignored = (*_PROMPTS.names, "stream", "stop", "bidirectional_prompt")
     sample_flags.refuse_beside("fill", ignored)
     tokenizer_lib.check_text("fill", _FILL.value)
     texts = [_FILL.value]
@@ -164,7 +165,9 @@ def _parts(
   """The whole text of a result, in parts of (text, whether drawn)."""
   if _FILL.value is None:
     return [*_around(text, [(result.text, True)])]
-  return marked.filled(text, marked.spans(tokenizer, result.token_ids))
+  ended = result.finish_reason == "eos"  # By an id that is not filled in.
+  drawn = result.token_ids[: len(result.token_ids) - ended]
+  return marked.filled(text, marked.spans(tokenizer, drawn))
 
 
 def _dicts(

@@ -132,7 +132,7 @@ def search(
       break
     drawn = slice(len(prompt), int(found["lengths"][row]))
     ids, logs = (found[name][row, drawn].tolist() for name in ("ids", "logs"))
-    results.append(_result(model.tokenizer, request, ids, logs, ends))
+    results.append(_result(model.tokenizer, request, prompt, ids, logs, ends))
   return results
 
 
@@ -169,11 +169,11 @@ def check(
     )
 
 
-def _result(tokenizer, request, ids, logs, ends) -> Result:
+def _result(tokenizer, request, prompt, ids, logs, ends) -> Result:
   reason = "eos" if ids[-1] in ends else "length"
   if any(math.isnan(log) for log in logs):
     reason = "error"
-  text = stream.Stream(tokenizer, ())
+  text = stream.Stream(tokenizer, (), prompt)
   for i in ids[:-1] if reason == "eos" else ids:
     text.add(i)
   text.end()

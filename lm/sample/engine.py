@@ -91,7 +91,7 @@ class Engine:
     prompt, limit = self.model.resolve(request, self.n_places)
     jobs = []
     for i in range(request.n_samples):
-      stream = stream_lib.Stream(self.model.tokenizer, request.stop)
+      stream = stream_lib.Stream(self.model.tokenizer, request.stop, prompt)
       seed = request.seed + i
       job = _Job(self._n_jobs, request, seed, prompt, limit, stream)
       self._n_jobs += 1

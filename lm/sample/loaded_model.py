@@ -129,6 +129,13 @@ class LoadedModel:
         f"min_tokens={request.min_tokens}: at most "
         f"{schema.counted(limit, 'token')} can be drawn"
       )
+    n_out = len({self.tokenizer.eos, *request.stop_ids, *request.forbidden})
+    if request.min_tokens > 0 and n_out == self.tokenizer.size:
+      raise schema.ConfigError(
+        f"min_tokens={request.min_tokens}: forbidden leaves eos and stop ids "
+        "alone, none of which may be drawn before; leave it at 0, or forbid "
+        "fewer ids"
+      )
     return prompt, limit
 
   def models(self) -> list["LoadedModel"]:

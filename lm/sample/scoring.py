@@ -93,7 +93,8 @@ def collect(
     log_probabilities=logs,
     ranks=ranks,
     alternatives=others,
-    n_bytes=loaded.tokenizer.n_bytes(scored),
+    # The first id is not scored; where it has text, it has the dummy prefix.
+    n_bytes=loaded.tokenizer.n_bytes(ids) - loaded.tokenizer.n_bytes(ids[:1]),
   )
 
 

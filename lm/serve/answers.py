@@ -7,7 +7,6 @@ log-probabilities then sum to the log-probability of the drawn tokens.
 """
 
 import abc
-import codecs
 import json
 import math
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 from lm.data import tokenizer as tokenizer_lib
 from lm.sample import request as request_lib
+from lm.sample import stream as stream_lib
 from lm.serve import fields, protocol
 
 # OpenAI's number for a log-probability of minus infinity.
@@ -156,7 +156,12 @@ class Completion(Answer):
 
   def __init__(self, *arguments):
     super().__init__(*arguments)
-    self._offsets = [_Offsets(self.tokenizer) for _ in range(self.n_choices)]
+    plan = self.plan
+    self._offsets = [
+      _Offsets(self.tokenizer, () if plan.echo else prompt)
+      for prompt in plan.prompts
+      for _ in range(plan.n)
+    ]
 
   def opening(self, scores: Sequence[Any]) -> list[Object]:
     if not self.plan.echo:
@@ -287,15 +292,16 @@ class Chat(Answer):
 
 
 class _Offsets:
-  """Text offset of each token, in characters; call `of` in token order."""
+  """Text offset of each token, in characters; call `of` in token order. The
+  ids `before` are not part of the text.
+  """
 
-  def __init__(self, tokenizer: tokenizer_lib.Tokenizer):
-    self._tokenizer, self._n = tokenizer, 0
-    self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+  def __init__(self, tokenizer: tokenizer_lib.Tokenizer, before: Sequence[int]):
+    self._reader, self._n = stream_lib.Reader(tokenizer, before), 0
 
   def of(self, i: int) -> int:
     start = self._n
-    self._n += len(self._decoder.decode(self._tokenizer.decode_bytes([i])))
+    self._n += len(self._reader.read(i))
     return start
 
 

@@ -153,7 +153,7 @@ def next_token(
   if more:
     raise fields_lib.Refusal(400, "prompt: one only, as text or ids", "prompt")
   ids, _ = _encode(sampler, fields, prompt)
-  request = _request(fields, ids, 1, None)
+  request = _request(fields, ids, None, None)
   checked(sampler.resolve, request, None, prompt)
   return request, min(n, sampler.tokenizer.size)
 
@@ -248,7 +248,10 @@ def _infill(
 
   def encode(sampler, fields, prompt):
     checked(tokenizer_lib.check_text, "prompt", prompt)
-    ids = fim.fim_ids(sampler.tokenizer, prompt, suffix, order)
+    try:
+      ids = fim.fim_ids(sampler.tokenizer, prompt, suffix, order)
+    except schema.ConfigError as error:
+      raise fields_lib.Refusal(400, f"suffix: {error}", "suffix") from error
     with_bos = _with_bos(fields, True)
     return ids[not with_bos :], int(with_bos)
 
