@@ -78,6 +78,8 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: str, keep: config_lib.CheckpointConfig):
+    files.check_run_directory(workdir, "workdir")
+
     def loss(metrics):
       return metrics["loss"]
 

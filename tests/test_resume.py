@@ -411,13 +411,26 @@ def test_from_step_goes_on_from_an_earlier_checkpoint(broken):
 # --- one owner ----------------------------------------------------------------
 
 
-def test_a_second_start_is_refused_until_the_first_is_gone(tmp_path):
-  lock = locks.Lock(str(tmp_path / "run"))
+@pytest.mark.parametrize("name", ["run", "lr#1", "50%", "a%20b", "ü ß"])
+def test_a_second_start_is_refused_until_the_first_is_gone(name, tmp_path):
+  """Whatever the directory's name would mean in a URL."""
+  run = tmp_path / name
+  lock = locks.Lock(str(run))
+  assert json.loads((run / "lock.json").read_text())["process"] == os.getpid()
   with pytest.raises(schema.RunError, match=f"process {os.getpid()} on"):
-    locks.Lock(str(tmp_path / "run"))
+    locks.Lock(str(run))
   lock.release()
-  locks.Lock(str(tmp_path / "run")).release()
-  assert not (tmp_path / "run" / "lock.json").exists()
+  locks.Lock(str(run)).release()
+  assert not (run / "lock.json").exists()
+
+
+@pytest.mark.parametrize("name", ["[x]", "a*", "b?c"])
+def test_a_directory_that_orbax_cannot_list_is_refused(name, tmp_path):
+  """Its checkpoints would be complete by their names, and have no arrays."""
+  keep = config_lib.CheckpointConfig()
+  with pytest.raises(schema.ConfigError, match="name another directory"):
+    checkpoint.Checkpoints(str(tmp_path / name / "run"), keep)
+  assert list(tmp_path.iterdir()) == []
 
 
 def record(**changed):
