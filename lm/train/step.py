@@ -144,8 +144,10 @@ def train_step(
     if o.skip is not None and state.history is not None:
       keep, history = skip.judge(o.skip, state.history, mean, norm)
       metrics["skipped"] = history.skipped
+      rest = optimizer.on_schedule(state.opt_state, new.opt_state)
+      old = dataclasses.replace(state, opt_state=rest)
       new = dataclasses.replace(
-        jax.tree.map(lambda x, y: jnp.where(keep, x, y), new, state),
+        jax.tree.map(lambda x, y: jnp.where(keep, x, y), new, old),
         step=new.step,
         history=history,
       )
