@@ -78,6 +78,8 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: str, keep: config_lib.CheckpointConfig):
+    files.check_run_directory(workdir, "workdir")
+
     def loss(metrics):
       return metrics["loss"]
 
@@ -145,9 +147,14 @@ class Checkpoints:
     """
     return _restore(self._manager.directory, meta, like)
 
-  def restore_parts(self, meta: Meta, like: items.Trees) -> items.Trees:
-    """Restores only the arrays in `like`, without checking any digest."""
-    return items.read(self._manager.directory / str(meta.step), like)
+  def restore_parts(
+    self, meta: Meta, name: str, like: tuple[Any, ...]
+  ) -> tuple[Any, ...]:
+    """Restores the parts of an item that are not None in `like`, without
+    checking any digest.
+    """
+    path = self._manager.directory / str(meta.step)
+    return items.read_parts(path, name, like)
 
   def reload(self) -> None:
     """Rereads the list of steps, after another process has moved a step."""
@@ -248,11 +255,12 @@ def load_meta(workdir: str, step: int | None = None) -> Meta:
     raise schema.ConfigError(f"checkpoint file {path}: {error}") from error
 
 
-def last_undamaged(workdir: str) -> Meta | None:
-  """Metadata of the last checkpoint of which it can be read; None without one.
-  The restore reports the damage of later ones.
+def last_undamaged(workdir: str, most: int | None = None) -> Meta | None:
+  """Metadata of the last checkpoint, up to step `most`, of which it can be
+  read; None without one. The restore reports the damage of later ones.
   """
-  for step in reversed(steps(workdir)):
+  found = [s for s in steps(workdir) if most is None or s <= most]
+  for step in reversed(found):
     try:
       return load_meta(workdir, step)
     except files.Damaged:

@@ -3,6 +3,7 @@
 Paths are local or in an object store (gs://, s3://).
 """
 
+import glob
 import hashlib
 import importlib.util
 import json
@@ -88,6 +89,20 @@ def check_directory(path: str, name: str) -> None:
   except (OSError, ValueError) as error:  # a name too long, a NUL
     said = getattr(error, "strerror", None) or error
     raise schema.ConfigError(f"{name}={path[:100]}: {said}") from error
+
+
+def check_run_directory(path: str, name: str) -> None:
+  """`check_directory` of a run. Orbax lists the parts of a checkpoint by a glob
+  below the absolute path: with `[x]` in it, it would find none, and save a
+  checkpoint that nobody can read.
+  """
+  check_directory(path, name)
+  whole = os.path.abspath(path) if is_local(path) else path
+  if glob.has_magic(whole):
+    raise schema.ConfigError(
+      f"{name}={path}: {whole} has one of the characters * ? [, by which "
+      "Orbax would not find its own files again; name another directory"
+    )
 
 
 def _is_there(path: Any) -> bool:

@@ -93,6 +93,25 @@ def read(path: epath.Path, like: Trees) -> Trees:
   return found
 
 
+def read_parts(
+  path: epath.Path, name: str, like: tuple[Any, ...]
+) -> tuple[Any, ...]:
+  """`read` of the item `name`, which is a tuple, without the parts that are
+  None in `like`, whatever was stored there.
+  """
+  # Orbax takes a None for an array or a dict, and refuses a stored tuple.
+  stored = _stored_tree(path / name)
+  nothing = jax.tree.map(lambda _: None, stored)
+  template = tuple(
+    empty if part is None else part
+    for part, empty in zip(like, nothing, strict=True)
+  )
+  found = read(path, {name: template})[name]
+  return tuple(
+    None if part is None else x for part, x in zip(like, found, strict=True)
+  )
+
+
 def saving(tree: Any) -> ocp.args.PyTreeSave:
   """Saves in pieces: Orbax's own sizes hold a copy of nearly all arrays while
   it writes (benchmarks/convert.py --run).
@@ -121,6 +140,11 @@ def handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
 
 
 def _stored_names(path: epath.Path) -> dict[str, str]:
+  return names(_stored_tree(path))
+
+
+def _stored_tree(path: epath.Path) -> Any:
+  """An item as it is stored, with metadata in place of its arrays."""
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     stored = files.attempt(path, lambda: checkpointer.metadata(path))
-  return names(stored.item_metadata.tree)
+  return stored.item_metadata.tree

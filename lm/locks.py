@@ -45,11 +45,13 @@ class Lock:
       "token": uuid.uuid4().hex,
       "renewals": 0,
     }
+    place: Any = directory + "/"
     if files.is_local(directory):
       os.makedirs(directory, exist_ok=True)
-      directory = "file://" + os.path.abspath(directory)
+      # Not by file://, in which %, # and ? have meanings of their own.
+      place = {"driver": "file", "path": os.path.abspath(directory) + "/"}
     # KvStore has compare-and-swap: writes conditional on the record last read.
-    self._store = tensorstore.KvStore.open(directory + "/").result()
+    self._store = tensorstore.KvStore.open(place).result()
     try:
       self._take(self._lock_file())
     except BaseException:

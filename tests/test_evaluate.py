@@ -713,6 +713,14 @@ def test_validation_sources_are_the_default(workdir):
   assert bits == sorted(bits) and len(set(names)) == 3
 
 
+def test_a_run_without_validation_sources_needs_a_source(workdir):
+  meta = checkpoint.load_meta(str(workdir))
+  meta.config.data.validation = ()
+  rest = {"stride": None, "batch_size": None, "data": {}}
+  with pytest.raises(schema.ConfigError, match="no validation sources"):
+    corpora.prepare(str(workdir), meta, specs=(), **rest)
+
+
 def test_total_weighs_sources_by_their_sums(workdir):
   specs = [f"text:{workdir}/{name}.txt" for name in "ab"]
   evaluation = evaluate(workdir, specs=specs, data={"text_unit": "file"})

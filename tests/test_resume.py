@@ -23,7 +23,7 @@ import pytest
 from lm import checkpoint, files, items, locks, schema, validation
 from lm import config as config_lib
 from lm import mesh as mesh_lib
-from lm.train import loop, optimizer, resume
+from lm.train import loop, optimizer, resume, start
 from lm.train import metrics as metrics_lib
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
@@ -186,6 +186,41 @@ def test_another_optimizer_tree_is_refused_then_taken_afresh(
 def first_state_of(config, workdir, make, monkeypatch):
   monkeypatch.setattr(optimizer, "make", make)
   return first_state(config, workdir)
+
+
+def test_a_part_of_any_form_can_be_left_out(make, tmp_path):
+  """As Adam's state, a tuple, where the optimizer is now another."""
+  config = make()
+  meta = checkpoint.Meta(7, config, "", "none")
+  saved = checkpoint.Checkpoints(str(tmp_path), config.checkpoint)
+  one, step = np.ones(3, np.float32), np.asarray(7, np.int32)
+  for i, state in enumerate([({"mu": one}, (one,)), {"mu": one}, [one], one]):
+    meta = dataclasses.replace(meta, step=i + 1)
+    saved.save({"rest": (step, state, None)}, meta)
+    saved.wait()
+    like = jax.ShapeDtypeStruct((), np.int32)
+    found = saved.restore_parts(meta, "rest", (like, None, None))
+    assert found[0] == 7 and found[1:] == (None, None)
+  saved.close()
+
+
+def test_from_step_asks_for_the_config_of_that_step(broken):
+  """Not of a later one; and where it is refused, nothing has moved."""
+  config, workdir = broken
+  other = copy.deepcopy(config)
+  other.optimizer.b2 = 0.5
+  meta = checkpoint.load_meta(str(workdir))
+  meta = dataclasses.replace(meta, step=13, config=other)
+  checkpoints = checkpoint.Checkpoints(str(workdir), config.checkpoint)
+  checkpoints.save({"params": {"x": np.ones(3)}}, meta)
+  checkpoints.close()
+  before = places(workdir)
+  with pytest.raises(schema.ConfigError, match="optimizer.b2 was"):
+    loop.train(other, str(workdir), from_step=12)
+  assert places(workdir) == before
+  with pytest.raises(schema.ConfigError, match="optimizer.b2 was 0.5"):
+    start.prepare(config, str(workdir), None)
+  start.prepare(config, str(workdir), 12)
 
 
 def test_an_average_and_a_history_can_be_added(broken):
@@ -411,13 +446,26 @@ def test_from_step_goes_on_from_an_earlier_checkpoint(broken):
 # --- one owner ----------------------------------------------------------------
 
 
-def test_a_second_start_is_refused_until_the_first_is_gone(tmp_path):
-  lock = locks.Lock(str(tmp_path / "run"))
+@pytest.mark.parametrize("name", ["run", "lr#1", "50%", "a%20b", "ü ß"])
+def test_a_second_start_is_refused_until_the_first_is_gone(name, tmp_path):
+  """Whatever the directory's name would mean in a URL."""
+  run = tmp_path / name
+  lock = locks.Lock(str(run))
+  assert json.loads((run / "lock.json").read_text())["process"] == os.getpid()
   with pytest.raises(schema.RunError, match=f"process {os.getpid()} on"):
-    locks.Lock(str(tmp_path / "run"))
+    locks.Lock(str(run))
   lock.release()
-  locks.Lock(str(tmp_path / "run")).release()
-  assert not (tmp_path / "run" / "lock.json").exists()
+  locks.Lock(str(run)).release()
+  assert not (run / "lock.json").exists()
+
+
+@pytest.mark.parametrize("name", ["[x]", "a*", "b?c"])
+def test_a_directory_that_orbax_cannot_list_is_refused(name, tmp_path):
+  """Its checkpoints would be complete by their names, and have no arrays."""
+  keep = config_lib.CheckpointConfig()
+  with pytest.raises(schema.ConfigError, match="name another directory"):
+    checkpoint.Checkpoints(str(tmp_path / name / "run"), keep)
+  assert list(tmp_path.iterdir()) == []
 
 
 def record(**changed):

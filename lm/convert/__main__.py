@@ -82,7 +82,9 @@ def main() -> None:
         "leave it out"
       )
   name = "--output" if _FROM.value is None else "--to"
-  files.check_directory(output, name)
+  is_run = to in ("run", "merged")
+  check = files.check_run_directory if is_run else files.check_directory
+  check(output, name)
   if epath.Path(output).exists():
     raise schema.ConfigError(
       f"{name}={output}: exists already; name a new folder"

@@ -61,7 +61,11 @@ def _losses(workdir: str, meta: checkpoint.Meta) -> list[str]:
   last: dict[str, tuple[int, float]] = {}
   for report in metrics.read(workdir):
     if report["step"] <= meta.step:
-      last |= {k: (report["step"], report[k]) for k in _LOSSES if k in report}
+      last |= {
+        k: (report["step"], report[k])
+        for k in _LOSSES
+        if report.get(k) is not None
+      }
   return [
     f"- {name}: {value:.4f}, at step {step}"
     for name, (step, value) in last.items()

@@ -179,6 +179,13 @@ def prepare(
   check_batch_size(batch_size, context)
   data_config = dataclasses.replace(config.data, **data)
   names = specs or config.data.validation
+  schema.require(
+    len(names) > 0,
+    "--source",
+    "",
+    f"{workdir} has no validation sources (config.data.validation=()); name a "
+    "source",
+  )
   _check_objectives(config.model, names)
   tokenizer = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
   if chat_template is not None:

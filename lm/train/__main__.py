@@ -33,7 +33,7 @@ _FROM_STEP = flags.DEFINE_integer(
 def main(config: config_lib.Config) -> int:
   if _WORKDIR.value is None:
     raise schema.ConfigError("--workdir: missing; write --workdir=runs/NAME")
-  files.check_directory(_WORKDIR.value, "--workdir")
+  files.check_run_directory(_WORKDIR.value, "--workdir")
   # Hides the notices and warnings of XLA; errors are still printed.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   stop = stop_lib.Stop()

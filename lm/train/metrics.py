@@ -211,7 +211,10 @@ class Progress:
       self.say(f"step {step:>6}/{self._steps}  {text}")
 
   def say(self, text: str) -> None:
-    self._console.print(text, highlight=False, soft_wrap=True)
+    # Brackets and colons of a path or a source are no markup.
+    self._console.print(
+      text, highlight=False, soft_wrap=True, markup=False, emoji=False
+    )
 
   def close(self) -> None:
     self._live.stop()

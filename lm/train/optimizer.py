@@ -194,13 +194,28 @@ def state_specs(params: Any, opt_state: Any) -> Any:
   return jax.tree_util.tree_map_with_path(spec, opt_state)
 
 
+def _is_schedule(node: Any) -> bool:
+  return getattr(node, "_fields", None) == ("count",)
+
+
 def starting_at(opt_state: Any, step: int) -> Any:
   """A fresh state with schedules set to `step`; moments count from 0."""
 
-  def is_schedule(node: Any) -> bool:
-    return getattr(node, "_fields", None) == ("count",)
-
   def move(node: Any) -> Any:
-    return node._replace(count=node.count + step) if is_schedule(node) else node
+    return (
+      node._replace(count=node.count + step) if _is_schedule(node) else node
+    )
 
-  return jax.tree.map(move, opt_state, is_leaf=is_schedule)
+  return jax.tree.map(move, opt_state, is_leaf=_is_schedule)
+
+
+def on_schedule(opt_state: Any, later: Any) -> Any:
+  """`opt_state`, as of before a step that is skipped, with the schedules of
+  `later`, the state after it: the rate follows the steps of the run.
+  """
+  return jax.tree.map(
+    lambda before, after: after if _is_schedule(before) else before,
+    opt_state,
+    later,
+    is_leaf=_is_schedule,
+  )

@@ -5,6 +5,7 @@ gradient norm that is not finite is found here, before anything is saved.
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -80,11 +81,6 @@ class Reporter:
     self._meta.batch_hash = _chained(self._meta.batch_hash, batch)
     layers = {k: v.tolist() for k, v in found.pop("layers").items()}
     numbers = {k: float(v) for k, v in found.items()}
-    if numbers["weight"] == 0:
-      raise schema.ConfigError(
-        f"step {step}: no token of its batch is scored, so it teaches nothing; "
-        "look at the sources with `python -m lm.data --show=3`"
-      )
     finite = np.isfinite([numbers["loss"], numbers["grad_norm"]]).all()
     skip = self._config.optimizer.skip
     if not finite and skip is None:
@@ -94,9 +90,11 @@ class Reporter:
       )
     if skip is not None:
       self._count_skipped(step, int(numbers["skipped"]), skip.window)
-    if finite:
+    weight = numbers["weight"]
+    if weight == 0:  # no token of the batch is scored
+      numbers["loss"] = math.nan
+    elif finite:
       nats, tokens = self._meta.unreported
-      weight = numbers["weight"]
       self._meta.unreported = nats + numbers["loss"] * weight, tokens + weight
     self._unreported = step, numbers, layers
 

@@ -57,11 +57,14 @@ _FREE = (
 )
 
 
-def earlier_config(workdir: str) -> config_lib.Config | None:
-  """The config of the run in `workdir`, from the last undamaged checkpoint, or
-  else from config.json; None if config.json is absent or damaged, too.
+def earlier_config(
+  workdir: str, from_step: int | None = None
+) -> config_lib.Config | None:
+  """The config of the run in `workdir`, from the last undamaged checkpoint (up
+  to `from_step`), or else from config.json; None if config.json is absent or
+  damaged, too.
   """
-  if (meta := checkpoint.last_undamaged(workdir)) is not None:
+  if (meta := checkpoint.last_undamaged(workdir, from_step)) is not None:
     return meta.config
   path = epath.Path(workdir) / "config.json"
   if not path.exists():
@@ -366,7 +369,7 @@ def _with_rest(state, meta, like, different, checkpoints):
     parts = tuple(
       None if str(i) in wrong else part for i, part in enumerate(like["rest"])
     )
-    rest = checkpoints.restore_parts(meta, {"rest": parts})["rest"]
+    rest = checkpoints.restore_parts(meta, "rest", parts)
   step, opt_state, history = rest
   if opt_state is None:
     opt_state = optimizer.starting_at(state.opt_state, meta.step)

@@ -73,8 +73,9 @@ def prepare(
   """Tokenizer and token stores of a run that may start or go on in `workdir`.
   Raises ConfigError if it may not.
   """
-  resume.refuse_other_config(config, resume.earlier_config(workdir), workdir)
   resume.check_from_step(workdir, from_step)
+  before = resume.earlier_config(workdir, from_step)
+  resume.refuse_other_config(config, before, workdir)
   return store.prepare(config, init_from.tokenizer(config, workdir))
 
 

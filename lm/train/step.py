@@ -119,14 +119,15 @@ def train_step(
     if config.mesh.mode == "pmap" and jax.lax.axis_size(PMAP_AXIS) > 1:
       sums, bits = jax.lax.psum((sums, bits), PMAP_AXIS)
     gradients, nll, weight, aux = sums
-    weight = jnp.maximum(weight, 1.0)  # for a batch of only padding
+    scored = weight
+    weight = jnp.maximum(weight, 1.0)  # for a batch without targets
     mean = nll / weight
     norm = optax.tree.norm(gradients) / weight
     metrics = {
       "loss": mean,
       "grad_norm": norm,
       "lr": rate(state.step),
-      "weight": weight,
+      "weight": scored,
       "batch": bits,
       "layers": layer_statistics.means(aux),
     }
@@ -144,8 +145,10 @@ def train_step(
     if o.skip is not None and state.history is not None:
       keep, history = skip.judge(o.skip, state.history, mean, norm)
       metrics["skipped"] = history.skipped
+      rest = optimizer.on_schedule(state.opt_state, new.opt_state)
+      old = dataclasses.replace(state, opt_state=rest)
       new = dataclasses.replace(
-        jax.tree.map(lambda x, y: jnp.where(keep, x, y), new, state),
+        jax.tree.map(lambda x, y: jnp.where(keep, x, y), new, old),
         step=new.step,
         history=history,
       )
