@@ -372,6 +372,20 @@ def test_scores_show_what_overlaps(given, tmp_path):
   assert "without_them" not in two["overlap"]
 
 
+def test_no_rate_of_other_documents_where_all_overlap(given, tmp_path):
+  whole = tmp_path / "whole.txt"
+  whole.write_text(f"{QUOTE}\n")
+  spec = f"text:{whole}"
+  report(given, tmp_path / "o.json", spec)
+  console = rich.console.Console(file=io.StringIO(), width=200)
+  output_lib.show(
+    evaluate(given, tmp_path / "o.json", spec), console, documents=False
+  )
+  said = console.file.getvalue()
+  assert "13 words in 100.0% of its documents; there are no other" in said
+  assert "nan" not in said
+
+
 def _with(content, **fields):
   """The overlaps `content` with other fields of their first source."""
   first, *rest = content["sources"]
