@@ -82,10 +82,11 @@ def test_every_second_is_in_one_phase_and_survives(tmp_path, monkeypatch):
   spent = {phase: s for phase, s in attempt["seconds"].items() if s}
   assert spent == {"start": 2.0, "compile": 1.0, "step": 0.5, "data_wait": 0.25}
   assert attempt["saved"] == {"3": 0.5}
+  assert ", 1 attempt: " in account.describe()
   again = ledger.Ledger(str(tmp_path), now)
   again.starts_from(3)
   assert [a["first_step"] for a in ledger.read(str(tmp_path))] == [0, 3]
-  assert "2 attempt(s)" in again.describe()
+  assert ", 2 attempts: " in again.describe()
 
 
 def test_a_slow_step_is_reported_with_stacks(monkeypatch):

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from lm import files
+from lm import files, schema
 from lm.train import metrics
 
 PHASES = (
@@ -101,8 +101,8 @@ class Ledger:
     parts = sorted(total.items(), key=lambda item: -item[1])
     said = [f"{n.replace('_', ' ')} {_time(s)}" for n, s in parts if s >= 0.05]
     return (
-      f"goodput {share:.1%} of {_time(wall)}, {len(self._attempts)} "
-      f"attempt(s): {', '.join(said)}"
+      f"goodput {share:.1%} of {_time(wall)}, "
+      f"{schema.counted(len(self._attempts), 'attempt')}: {', '.join(said)}"
     )
 
 
