@@ -362,6 +362,8 @@ def test_scores_show_what_overlaps(given, tmp_path):
   said = [line for line in lines if f" has {share:.1%} of its bytes" in line]
   assert f"the other documents: {clean.bits_per_byte:.4f} bits" in said[0]
   assert said[1].endswith("13 words in 33.3% of its documents.")
+  # Rows of `prefix` are no whole text: they have no word perplexity.
+  assert "nan" not in console.file.getvalue()
   (line,) = [x for x in lines if "held.txt:2" in x]
   covered = content["sources"][0]["documents"][0]
   assert line.endswith(f"{covered['n_covered'] / covered['n_bytes']:.1%}")

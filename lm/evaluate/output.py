@@ -130,7 +130,7 @@ def _cells(totals: perplexity.Totals) -> tuple[str, ...]:
     f"{totals.bits_per_byte:.4f}",
     f"{totals.loss:.4f}",
     f"{totals.perplexity:.4g}",
-    f"{totals.word_perplexity:.4g}",
+    f"{totals.word_perplexity:.4g}" if totals.n_words else "-",
     f"{totals.n_tokens:,}",
     f"{totals.n_bytes:,}",
   )
