@@ -291,6 +291,7 @@ class MeshConfig:
 
   # `jit` shards by the table in lm/sharding.py; `pmap` is pure data parallel.
   mode: Literal["jit", "pmap"] = "jit"
+  # Devices along `data`, `fsdp` and `tensor`; None, of one axis: those left.
   data: Count | None = mesh_axis(None)
   fsdp: Count | None = mesh_axis(1)
   tensor: Count | None = mesh_axis(1)
