@@ -100,7 +100,7 @@ def main() -> int:
   for name in ("starlette", "uvicorn"):
     if importlib.util.find_spec(name) is None:
       raise schema.ConfigError(
-        f"{name} is missing: install the extra, as `pip install -e .[serve]`"
+        f"{name} is missing: install the extra, as `pip install -e '.[serve]'`"
       )
   from lm.serve import guard
 
