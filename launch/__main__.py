@@ -17,6 +17,8 @@ Which place?
   sky      GPUs, or one TPU slice, on whichever cloud has them cheapest. Needs
            SkyPilot, with its own access to the clouds.
 
+tpu_vm, gke and sky also need --spec.bucket, an object store for the run.
+
 All of them go on from the last checkpoint after a preemption, a failure or a
 time limit, except local, which fails. A mistake in the config (exit code 2) and
 a run that was interrupted (130) are not tried again.
