@@ -92,7 +92,7 @@ def missing(*packages: str) -> str | None:
   names = [p for p in packages if importlib.util.find_spec(p) is None]
   if not names:
     return None
-  return f"no {' and no '.join(names)}: pip install 'next-token[bench]'"
+  return f"no {' and no '.join(names)}: pip install -e '.[bench]'"
 
 
 def ratios(

@@ -17,6 +17,8 @@ Which place?
   sky      GPUs, or one TPU slice, on whichever cloud has them cheapest. Needs
            SkyPilot, with its own access to the clouds.
 
+tpu_vm, gke and sky also need --spec.bucket, an object store for the run.
+
 All of them go on from the last checkpoint after a preemption, a failure or a
 time limit, except local, which fails. A mistake in the config (exit code 2) and
 a run that was interrupted (130) are not tried again.
@@ -34,7 +36,8 @@ BUCKET/NAME. --dry_run prints what would be run, as shell, and runs nothing.
   python -m launch --to=tpu_vm --spec.accelerator=v5e-16 \\
     --spec.zone=us-west4-a --spec.bucket=gs://my-bucket/runs
   python -m launch --to=gke --spec.accelerator=v5p-128 --spec.slices=2 \\
-    --spec.image=us-docker.pkg.dev/my-project/my/image --dry_run
+    --spec.image=us-docker.pkg.dev/my-project/my/image \\
+    --spec.bucket=gs://my-bucket/runs --dry_run
   python -m launch --to=sky --spec.accelerator=H100:8 \\
     --spec.bucket=gs://my-bucket/runs -- \\
     python -m lm.train --config=configs/gpt2_124m.py '--workdir={workdir}'

@@ -285,8 +285,8 @@ def define_optional_integer(
 
 # Flags that set the environment variables of lm/processes.py.
 _PROCESSES = {
-  "coordinator_address": "Of a run of several processes: host:port of the "
-  "first. SLURM, Open MPI and TPUs need none of these three.",
+  "coordinator_address": "host:port of the first of several processes. SLURM, "
+  "Open MPI, TPU VMs and GKE tell a process this, its number and their count.",
   "process_count": "How many processes the run has.",
   "process_index": "Which of them this one is, from 0.",
 }

@@ -276,6 +276,7 @@ class OptimizerConfig:
   final_lr_fraction: float = 0.0
   # EMA decay of the averaged parameters; None: no average is kept.
   ema_decay: BelowOne | None = None
+  # Leaves out updates of steps whose loss or gradient norm is an outlier.
   skip: SkipConfig | None = None
 
 
@@ -291,6 +292,7 @@ class MeshConfig:
 
   # `jit` shards by the table in lm/sharding.py; `pmap` is pure data parallel.
   mode: Literal["jit", "pmap"] = "jit"
+  # Devices along `data`, `fsdp` and `tensor`; None, of one axis: those left.
   data: Count | None = mesh_axis(None)
   fsdp: Count | None = mesh_axis(1)
   tensor: Count | None = mesh_axis(1)
@@ -375,6 +377,7 @@ class Config:
   )
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+  # Tasks of lm-evaluation-harness (extra `eval`) during training; None: none.
   tasks: TasksConfig | None = None
   checkpoint: CheckpointConfig = dataclasses.field(
     default_factory=CheckpointConfig

@@ -74,9 +74,11 @@ class SkipConfig:
   steps.
   """
 
+  # Steps before, of which the mean and the standard deviation are taken.
   window: Annotated[
     Count, AtMost(10**6, "since the state holds as many numbers")
   ] = 128
+  # Standard deviations above the mean from which a step is an outlier.
   sigma: Positive = 6.0
 
 

@@ -342,6 +342,16 @@ def test_help_says_which_to_pick():
     assert f"python -m launch --to={name}" in done.stdout
 
 
+def test_the_commands_of_help_are_not_refused(monkeypatch, capsys):
+  monkeypatch.chdir(ROOT)
+  text = (door.__doc__ or "").replace("\\\n", " ")
+  commands = re.findall(r"^  python -m launch (--to=[a-z].*)$", text, re.M)
+  assert len(commands) == 6
+  for command in commands:
+    assert door.main(["--dry_run", *shlex.split(command)]) == 0
+    assert capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
   ("arguments", "said"),
   [

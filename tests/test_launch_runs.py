@@ -508,6 +508,6 @@ def test_local_trains(tmp_path):
     "--config.data.validation=text:lm/cli.py",
   )
   assert done.returncode == 0, done.stdout
-  assert "[0] 30,880 parameters on 4 cpu device(s)" in done.stdout
+  assert "[0] 30,880 parameters on 4 cpu devices" in done.stdout
   reports = (tmp_path / "tiny/metrics.jsonl").read_text().splitlines()
   assert json.loads(reports[-1])["step"] == 20

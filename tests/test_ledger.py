@@ -71,6 +71,8 @@ def test_every_second_is_in_one_phase_and_survives(tmp_path, monkeypatch):
   clock = types.SimpleNamespace(time=lambda: now, perf_counter=lambda: now - 7)
   monkeypatch.setattr(ledger, "time", clock)
   account = ledger.Ledger(str(tmp_path), now - 2.0)
+  with account.within("restore"):
+    sleep(1.5)
   with account.within("compile"):
     sleep(1.0)
   account.starts_from(0)
@@ -80,12 +82,20 @@ def test_every_second_is_in_one_phase_and_survives(tmp_path, monkeypatch):
   account.saved(3)
   (attempt,) = ledger.read(str(tmp_path))
   spent = {phase: s for phase, s in attempt["seconds"].items() if s}
-  assert spent == {"start": 2.0, "compile": 1.0, "step": 0.5, "data_wait": 0.25}
+  assert spent == {
+    "start": 2.0,
+    "restore": 1.5,
+    "compile": 1.0,
+    "step": 0.5,
+    "data_wait": 0.25,
+  }
   assert attempt["saved"] == {"3": 0.5}
+  said = account.describe()
+  assert ", 1 attempt: start 2.0 s, make or restore the state 1.5 s, " in said
   again = ledger.Ledger(str(tmp_path), now)
   again.starts_from(3)
   assert [a["first_step"] for a in ledger.read(str(tmp_path))] == [0, 3]
-  assert "2 attempt(s)" in again.describe()
+  assert ", 2 attempts: " in again.describe()
 
 
 def test_a_slow_step_is_reported_with_stacks(monkeypatch):

@@ -365,6 +365,8 @@ def test_scores_show_what_overlaps(given, tmp_path):
   said = [line for line in lines if f" has {share:.1%} of its bytes" in line]
   assert f"the other documents: {clean.bits_per_byte:.4f} bits" in said[0]
   assert said[1].endswith("13 words in 33.3% of its documents.")
+  # Rows of `prefix` are no whole text: they have no word perplexity.
+  assert "nan" not in console.file.getvalue()
   (line,) = [x for x in lines if "held.txt:2" in x]
   covered = content["sources"][0]["documents"][0]
   assert line.endswith(f"{covered['n_covered'] / covered['n_bytes']:.1%}")
@@ -373,6 +375,20 @@ def test_scores_show_what_overlaps(given, tmp_path):
   assert one["overlap"]["share_of_bytes"] == share
   assert one["overlap"]["without_them"]["nll"] == clean.nll
   assert "without_them" not in two["overlap"]
+
+
+def test_no_rate_of_other_documents_where_all_overlap(given, tmp_path):
+  whole = tmp_path / "whole.txt"
+  whole.write_text(f"{QUOTE}\n")
+  spec = f"text:{whole}"
+  report(given, tmp_path / "o.json", spec)
+  console = rich.console.Console(file=io.StringIO(), width=200)
+  output_lib.show(
+    evaluate(given, tmp_path / "o.json", spec), console, documents=False
+  )
+  said = console.file.getvalue()
+  assert "13 words in 100.0% of its documents; there are no other" in said
+  assert "nan" not in said
 
 
 def _with(content, **fields):

@@ -224,7 +224,7 @@ def test_two_nodes_and_on_after_scancel(cluster):
   """
   whole = cluster.launch("whole", STEPS)
   assert cluster.wait(whole) == "COMPLETED", cluster.log("whole")
-  assert "on 2 cpu device(s)" in cluster.log("whole")
+  assert "on 2 cpu devices" in cluster.log("whole")
   expected = cluster.reports("whole")
   assert max(expected) == STEPS
 

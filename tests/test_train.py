@@ -539,7 +539,7 @@ def test_a_run_with_damaged_reports_goes_on(unbroken, tmp_path, capsys):
   assert loop.train(config, str(tmp_path / "run")) == 0
   assert _exact(tmp_path / "run") == _exact(workdir)
   said = capsys.readouterr().err.replace("\n", "")
-  assert "metrics.jsonl: 5 damaged line(s) moved to" in said
+  assert "metrics.jsonl: 5 damaged lines moved to" in said
   assert "goodput.json is damaged: moved to" in said
   assert not list((tmp_path / "run").glob("*.partial"))
   (aside,) = (tmp_path / "run").glob("metrics.jsonl.damaged-*")

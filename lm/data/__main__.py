@@ -120,7 +120,7 @@ def _rows(config: config_lib.Config, prepared: store.Prepared) -> list[str]:
     found.append(
       f"{prepared.train[s].spec}: {schema.counted(len(windows), 'row')}; "
       f"{scored:.1%} of the positions are scored, {padding:.1%} are padding; "
-      f"{windows.cut_share:.1%} of the documents fit no row whole"
+      f"{1 - windows.cut_share:.1%} of the documents are whole in a row"
     )
   return found
 

@@ -41,7 +41,7 @@ def check_installed(name: str = "--tasks") -> None:
   if importlib.util.find_spec("lm_eval") is None:
     raise schema.ConfigError(
       f"{name}: lm-eval is missing; install the extra, as "
-      "`pip install -e .[eval]`"
+      "`pip install -e '.[eval]'`"
     )
 
 

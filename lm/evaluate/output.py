@@ -113,8 +113,10 @@ def _overlap(result: corpora.Result) -> str:
     f"in passages of {shares.n} words in {shares.of_documents:.1%} of its "
     "documents"
   )
-  if clean is not None:
+  if clean is not None and clean.n_tokens:
     said += f"; the other documents: {clean.bits_per_byte:.4f} bits/byte"
+  elif clean is not None:
+    said += "; there are no other documents"
   return f"{said}."
 
 
@@ -128,7 +130,7 @@ def _cells(totals: perplexity.Totals) -> tuple[str, ...]:
     f"{totals.bits_per_byte:.4f}",
     f"{totals.loss:.4f}",
     f"{totals.perplexity:.4g}",
-    f"{totals.word_perplexity:.4g}",
+    f"{totals.word_perplexity:.4g}" if totals.n_words else "-",
     f"{totals.n_tokens:,}",
     f"{totals.n_bytes:,}",
   )

@@ -331,7 +331,6 @@ def _library() -> Any:
     import safetensors.numpy
   except ImportError as error:
     raise schema.ConfigError(
-      "adapters in PEFT's format: need safetensors; pip install "
-      "'next-token[hf]'"
+      "adapters in PEFT's format: need safetensors; pip install -e '.[hf]'"
     ) from error
   return safetensors

@@ -75,7 +75,7 @@ def _round(x: Float[Array, "..."], n_inputs: int) -> Any:
     import qwix
   except ImportError as error:
     raise schema.ConfigError(
-      "weights='int8': needs qwix; pip install 'next-token[int8]'"
+      "weights='int8': needs qwix; pip install -e '.[int8]'"
     ) from error
   outputs = range(n_inputs, x.ndim)
   return qwix.quantize(x, jnp.int8, channelwise_axes=outputs)

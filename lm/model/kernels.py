@@ -60,8 +60,8 @@ def _unsupported(
     return "cuDNN has no attention_softcap; set it to None"
   if kernel == "mosaic" and importlib.util.find_spec("tokamax") is None:
     return (
-      "tokamax is not installed; on Python 3.12 or newer, pip install "
-      "'next-token[cuda12]'"
+      "tokamax is not installed; on Python 3.12 or newer, pip install -e "
+      "'.[cuda12]'"
     )
   if kernel == "mosaic" and _capability() not in ("9", "10"):
     return (

@@ -45,7 +45,8 @@ class Request:
   min_p: Annotated[float, schema.Within(0, 1, "0 keeps all ids")] = 0.0
   # Locally typical sampling (arXiv:2202.00666): the probability to keep.
   typical_p: _Share = 1.0
-  # On tokens of prompt and output (arXiv:1909.05858); 1 changes nothing.
+  # Divides logits above 0 of tokens of prompt and output, and multiplies those
+  # below (arXiv:1909.05858); 1 changes nothing.
   repetition_penalty: schema.Positive = 1.0
   # Subtracted from a logit for each time that the token was drawn.
   frequency_penalty: float = 0.0
@@ -55,9 +56,10 @@ class Request:
   logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
   # Ids never drawn.
   forbidden: Sequence[int] = ()
-  # Cuts (min-p to typical) before the temperature, as llama.cpp does.
+  # Applies min-p, top-k, top-p and typical before the temperature, as llama.cpp
+  # does.
   temperature_last: bool = False
-  # None: 256, or the rest of the context if shorter.
+  # Most tokens to draw; None: 256, or the rest of the context if shorter.
   max_new_tokens: schema.Natural | None = None
   # No stop id or eos is drawn before this many tokens.
   min_tokens: schema.Natural = 0

@@ -28,27 +28,31 @@ from lm.serve import listen
 sample_flags.define_chat_template()
 flags.adopt_module_key_flags(sample_flags)  # for --help
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
-_PORT = flags.DEFINE_integer("port", 8000, "0: any that is free.")
+_PORT = flags.DEFINE_integer(
+  "port", 8000, "Port to listen on; 0: any that is free."
+)
 _SLOTS = flags.DEFINE_integer("slots", 8, "Samples that run at once.")
 _MAX_QUEUE = flags.DEFINE_integer(
-  "max_queue", 256, "Samples that wait at most; one more gets status 429."
+  "max_queue", 256, "Most samples that wait; one more gets status 429."
 )
 _MAX_BODY_BYTES = flags.DEFINE_integer(
-  "max_body_bytes", 1 << 20, "Of a request; a longer one gets status 413."
+  "max_body_bytes",
+  1 << 20,
+  "Most bytes of a request; a longer one gets status 413.",
 )
 _TIMEOUT_SECONDS = flags.DEFINE_float(
-  "timeout_seconds", 300.0, "For one call; after it, status 504."
+  "timeout_seconds", 300.0, "Longest time of a call; after it, status 504."
 )
 _IDLE_SECONDS = flags.DEFINE_float(
-  "idle_seconds", 30.0, "After which a connection that says nothing is closed."
+  "idle_seconds", 30.0, "Time after which a silent connection is closed."
 )
 _MAX_CONNECTIONS = flags.DEFINE_integer(
-  "max_connections", 512, "Open at once; 0: no limit."
+  "max_connections", 512, "Most connections open at once; 0: no limit."
 )
 _MAX_CONNECTIONS_PER_CLIENT = flags.DEFINE_integer(
   "max_connections_per_client",
   256,
-  "Of one address; 0, as behind a proxy: no limit.",
+  "Most connections of one address; 0, as behind a proxy: no limit.",
 )
 _WARMUP = flags.DEFINE_bool(
   "warmup",
@@ -96,7 +100,7 @@ def main() -> int:
   for name in ("starlette", "uvicorn"):
     if importlib.util.find_spec(name) is None:
       raise schema.ConfigError(
-        f"{name} is missing: install the extra, as `pip install -e .[serve]`"
+        f"{name} is missing: install the extra, as `pip install -e '.[serve]'`"
       )
   from lm.serve import guard
 

@@ -16,13 +16,13 @@ from typing import Any
 import jax
 from etils import epath
 
-from lm import files
+from lm import files, schema
 from lm.train import metrics
 
 PHASES = (
   "start",
   "compile",
-  "restore",
+  "restore",  # the state is made or restored
   "step",
   "data_wait",
   "evaluate",
@@ -99,10 +99,12 @@ class Ledger:
     total = summarize(self._attempts)
     wall, share = total.pop("wall"), total.pop("goodput")
     parts = sorted(total.items(), key=lambda item: -item[1])
-    said = [f"{n.replace('_', ' ')} {_time(s)}" for n, s in parts if s >= 0.05]
+    names = {name: name.replace("_", " ") for name in total}
+    names["restore"] = "make or restore the state"
+    said = [f"{names[n]} {_time(s)}" for n, s in parts if s >= 0.05]
     return (
-      f"goodput {share:.1%} of {_time(wall)}, {len(self._attempts)} "
-      f"attempt(s): {', '.join(said)}"
+      f"goodput {share:.1%} of {_time(wall)}, "
+      f"{schema.counted(len(self._attempts), 'attempt')}: {', '.join(said)}"
     )
 
 

@@ -22,7 +22,7 @@ import rich.console
 import rich.progress
 from etils import epath
 
-from lm import files
+from lm import files, schema
 
 
 class Writer:
@@ -41,7 +41,8 @@ class Writer:
     self._path = epath.Path(workdir) / "metrics.jsonl"
     if rest:
       print(
-        f"{self._path}: {rest.count(_NEWLINE)} damaged line(s) moved to "
+        f"{self._path}: "
+        f"{schema.counted(rest.count(_NEWLINE), 'damaged line')} moved to "
         f"{set_aside(self._path, rest)}; the other reports are kept",
         file=sys.stderr,
       )

@@ -206,8 +206,9 @@ def say_what_runs(
   shape = " x ".join(f"{k} {v}" for k, v in mesh.shape.items())
   tokens = sum(s.n_tokens for s in prepared.train)
   say(
-    f"{counts.parameter_count(config.model):,} parameters on {mesh.size} "
-    f"{jax.devices()[0].device_kind} device(s), {config.mesh.mode} {shape}; "
+    f"{counts.parameter_count(config.model):,} parameters on "
+    f"{schema.counted(mesh.size, f'{jax.devices()[0].device_kind} device')}, "
+    f"{config.mesh.mode} {shape}; "
     f"{tokens:,} training tokens, {config.tokens_per_step:,} a step; "
     f"from step {start} to {config.train.steps}"
   )

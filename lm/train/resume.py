@@ -267,8 +267,9 @@ def first_state(
       n_damaged += 1
       if n_damaged > config.checkpoint.set_aside:
         raise files.Damaged(
-          f"{error}. This start has moved {n_damaged - 1} damaged "
-          "checkpoint(s) already, and moves no more: look at the disk, then "
+          f"{error}. This start has moved "
+          f"{schema.counted(n_damaged - 1, 'damaged checkpoint')} already, and "
+          "moves no more: look at the disk, then "
           f"allow it by --config.checkpoint.set_aside={n_damaged}"
         ) from error
       where = checkpoints.set_aside(step, "damaged")
