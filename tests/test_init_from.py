@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 
 import jax
@@ -377,6 +378,16 @@ def test_adapters_that_no_file_can_hold_are_told_of(
   assert [f"'gpt2' of transformers has {joined} joined" in x for x in told] == (
     [True] if joined else []
   )
+
+
+def test_a_folder_of_hugging_face_is_no_run_directory(hub, make, tmp_path):
+  workdir = tmp_path / "hub"
+  shutil.copytree(hub, workdir)
+  with pytest.raises(schema.ConfigError, match="--config.init_from="):
+    loop.train(make(), str(workdir))
+  assert sorted(p.name for p in workdir.iterdir()) == sorted(os.listdir(hub))
+  for path in workdir.iterdir():
+    assert path.read_bytes() == (hub / path.name).read_bytes()
 
 
 def test_a_folder_of_another_model_is_refused(hub, make, tmp_path):

@@ -62,16 +62,23 @@ def earlier_config(
 ) -> config_lib.Config | None:
   """The config of the run in `workdir`, from the last undamaged checkpoint (up
   to `from_step`), or else from config.json; None if config.json is absent or
-  damaged, too.
+  damaged, too. Raises ConfigError if it is not that of a run.
   """
   if (meta := checkpoint.last_undamaged(workdir, from_step)) is not None:
     return meta.config
   path = epath.Path(workdir) / "config.json"
   if not path.exists():
     return None
+  content = files.attempt(path, path.read_bytes)
   try:
-    return validation.from_json(files.attempt(path, path.read_bytes))
+    return validation.from_json(content)
   except schema.ConfigError:
+    if b'"model_type"' in content:
+      raise schema.ConfigError(
+        f"--workdir={workdir}: its config.json is that of a Hugging Face "
+        "model; name another directory, and start from this one by "
+        f"--config.init_from={workdir}"
+      ) from None
     return None
 
 
