@@ -415,8 +415,10 @@ def test_gradients_equal_those_of_transformers(name, tmp_path):
     pytest.param("smollm3", marks=pytest.mark.slow),
   ],
 )
-def test_greedy_tokens_equal_those_of_transformers(name, tmp_path):
-  """64 tokens, by the KV cache and past every window, unpadded and padded."""
+def test_greedy_tokens_equal_those_of_transformers(name, tmp_path, monkeypatch):
+  """64 tokens, by the KV cache and past every window, unpadded and padded; and
+  up to another token of which generation_config.json says that it ends a text.
+  """
   tokenizer = tokenizer_lib.Tokenizer()
   longer = {"n_positions" if name == "gpt2" else "max_position_embeddings": 96}
   fields = {"vocab_size": tokenizer.size, **longer, **SHORTER.get(name, {})}
@@ -426,17 +428,21 @@ def test_greedy_tokens_equal_those_of_transformers(name, tmp_path):
   prompts = tokens(3, 13)
   model.generation_config.eos_token_id = tokenizer.eos
   prompts = [prompts[0], prompts[1][:5], prompts[2][:1]]
-  results = loaded.generate(
-    [
-      request_lib.Request(prompt=p.tolist(), max_new_tokens=64, temperature=0.0)
-      for p in prompts
-    ]
-  )
-  for prompt, got in zip(prompts, results, strict=True):
-    want = model.generate(
-      torch.tensor(prompt[None], dtype=torch.int64),
-      attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-      max_new_tokens=64,
-      do_sample=False,
-    )[0, len(prompt) :].numpy()
-    assert got.token_ids == want.tolist()
+  requests = [
+    request_lib.Request(prompt=p.tolist(), max_new_tokens=64, temperature=0.0)
+    for p in prompts
+  ]
+  for _ in range(2):
+    results = loaded.generate(requests)
+    for prompt, got in zip(prompts, results, strict=True):
+      want = model.generate(
+        torch.tensor(prompt[None], dtype=torch.int64),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        max_new_tokens=64,
+        do_sample=False,
+      )[0, len(prompt) :].numpy()
+      assert got.token_ids == want.tolist()
+    end = results[0].token_ids[:4][-1]
+    monkeypatch.setattr(tokenizer_lib.Tokenizer, "stops", (end,))
+    model.generation_config.eos_token_id = [tokenizer.eos, end]
+  assert results[0].finish_reason == "eos" and len(results[0].token_ids) <= 4

@@ -112,7 +112,7 @@ def search(
   n_places = engine_lib.bucket(len(prompt) + limit, engine_lib.MIN_PLACES)
   engine = engine_lib.Engine(model, n_rows, n_places)
   engine.submit(dataclasses.replace(request, n_samples=n_rows, seed=0))
-  ends = {model.tokenizer.eos, *request.stop_ids}
+  ends = model.ends(request)
   with model.in_mesh():
     engine.fill()
     caches, slots = engine.state

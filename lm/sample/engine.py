@@ -241,7 +241,7 @@ class Engine:
       return place(np.broadcast_to(row, (ways, len(row))))
 
     ends = np.full(request_lib.MAX_ENDS, V, np.int32)
-    ids = [self.model.tokenizer.eos, *r.stop_ids]
+    ids = self.model.ends(r)
     ends[: len(ids)] = ids
     in_prompt = np.zeros(V, bool)
     in_prompt[job.prompt] = True
@@ -296,7 +296,7 @@ class Engine:
   def _take(self, job: _Job, drawn: dict[str, np.ndarray], slot: int) -> None:
     """Adds the tokens drawn in a slot to the job, up to the end of the job."""
     n_others = job.request.alternatives
-    ends = {self.model.tokenizer.eos, *job.request.stop_ids}
+    ends = self.model.ends(job.request)
     for column in range(int(drawn["n"][slot])):
       at = slot, column
       token, log = int(drawn["ids"][at]), float(drawn["logs"][at])

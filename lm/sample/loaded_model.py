@@ -129,7 +129,15 @@ class LoadedModel:
         f"min_tokens={request.min_tokens}: at most "
         f"{schema.counted(limit, 'token')} can be drawn"
       )
-    n_out = len({self.tokenizer.eos, *request.stop_ids, *request.forbidden})
+    ends = self.ends(request)
+    if len(ends) > request_lib.MAX_ENDS:
+      own = self.ends(Request(""))
+      raise schema.ConfigError(
+        f"stop_ids={[*request.stop_ids[:8]]}: at most "
+        f"{request_lib.MAX_ENDS - len(own)} ids beside the vocabulary's own, "
+        f"{own}; {len(request.stop_ids)} are given"
+      )
+    n_out = len({*ends, *request.forbidden})
     if request.min_tokens > 0 and n_out == self.tokenizer.size:
       raise schema.ConfigError(
         f"min_tokens={request.min_tokens}: forbidden leaves eos and stop ids "
@@ -137,6 +145,13 @@ class LoadedModel:
         "fewer ids"
       )
     return prompt, limit
+
+  def ends(self, request: Request) -> list[int]:
+    """Ids that end a sample: eos, others of which generation_config.json of the
+    vocabulary says so, and those of the request.
+    """
+    own = self.tokenizer.eos, *self.tokenizer.stops
+    return [*dict.fromkeys((*own, *request.stop_ids))]
 
   def models(self) -> list["LoadedModel"]:
     """This model and, if set, the draft model."""

@@ -244,9 +244,6 @@ def _check_sequences(request: Request, n_ids: int) -> None:
     if not isinstance(text, str) or not text:
       refuse("stop", text, "must be texts of at least one character")
     tokenizer_lib.check_text("stop", text)
-  if len(request.stop_ids) >= MAX_ENDS:
-    n, first = len(request.stop_ids), [*request.stop_ids[:MAX_ENDS]]
-    refuse("stop_ids", first, f"at most {MAX_ENDS - 1} ids; {n} are given")
   if not isinstance(request.logit_bias, Mapping):
     refuse("logit_bias", request.logit_bias, "must map ids to floats")
   for name in ("forbidden", "stop_ids", "logit_bias"):
