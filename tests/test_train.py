@@ -341,6 +341,52 @@ def test_a_stop_where_an_evaluation_is_due_loses_nothing(
   assert got[-1] == want[-1] if step == 12 else got == want
 
 
+def test_a_stop_gives_a_checkpoint_no_loss_of_the_step_before(
+  make, tmp_path, monkeypatch
+):
+  """Step 6 is evaluated, and the stop comes in step 7."""
+  stop, taken = stop_lib.Stop(), []
+  take = prefetch.DevicePrefetch.__next__
+
+  def ask(batches):
+    taken.append(None)
+    stop.asked |= len(taken) == 7
+    return take(batches)
+
+  monkeypatch.setattr(prefetch.DevicePrefetch, "__next__", ask)
+  workdir = str(tmp_path / "run")
+  assert loop.train(make(train__eval_every=6), workdir, stop) == 0
+  losses = {r["step"]: r.get("eval/loss") for r in metrics_lib.read(workdir)}
+  assert losses[6] is not None
+  meta = checkpoint.load_meta(workdir)
+  assert (meta.step, meta.loss) == (7, None)
+
+
+def test_a_longer_run_reports_no_step_twice(make, tmp_path):
+  """The last step is reported, though neither log_every nor an evaluation asks
+  for it, and the first report of the longer run is of its own steps.
+  """
+  first, longer = tmp_path / "first", tmp_path / "longer"
+  config = make(train__steps=6, train__log_every=4)
+  config.data.validation = ()
+  assert loop.train(config, str(first)) == 0
+  shutil.copytree(first, longer)
+  config.train.steps = 8
+  reports = []
+  for workdir, every in ((longer, 4), (first, 1)):
+    config.train.log_every = every
+    assert loop.train(config, str(workdir)) == 0
+    reports.append({r["step"]: r for r in metrics_lib.read(str(workdir))})
+  few, single = reports
+  assert [*few] == [4, 6, 8] and [*single] == [4, 6, 7, 8]
+  batches = pipeline.train_batches(config, store.prepare(config), start_step=6)
+  weights = [next(batches).weights.sum() for _ in range(2)]
+  losses = [single[step]["train/last_loss"] for step in (7, 8)]
+  mean = np.average(losses, weights=weights)
+  np.testing.assert_allclose(few[8]["train/loss"], mean, rtol=1e-12)
+  assert math.isclose(single[7]["train/loss"], losses[0])
+
+
 @pytest.mark.parametrize(
   ("mode", "fsdp", "tensor", "parts"),
   [

@@ -95,6 +95,7 @@ class _Run:
       if self.stop.stopping:  # a later step would leave the report without it
         return self._finish(step, loss)
     for step, batch in self._numbered_batches():
+      loss = None  # not that of the step before, if a stop comes now
       with self.profile.step(step):
         self.state, numbers = self.train_step(self.state, batch)
       self.profile.dispatched(step, numbers)
@@ -102,7 +103,8 @@ class _Run:
       self.watchdog.step_done(step)
       if self.stop.agreed():
         break
-      loss = self._evaluate(step) if self.evaluation.due(step) else None
+      if self.evaluation.due(step):
+        loss = self._evaluate(step)
       saves = step % self.config.checkpoint.save_every == 0
       if saves or step == self.config.train.steps:
         self._save(step, loss)
@@ -145,6 +147,9 @@ class _Run:
 
   def _save(self, step: int, loss: float | None) -> None:
     self.reporter.read()  # raises Diverged before a NaN is saved
+    # A report after the save would leave its tokens unreported in `meta`.
+    if step == self.config.train.steps or self.evaluation.due(step):
+      self.reporter.report()
     self.reporter.report_if_due()
     self.watchdog.pause()
     with self.ledger.within("save"):
