@@ -25,7 +25,7 @@ from lm import checkpoint, files, schema, validation
 from lm import config as config_lib
 from lm.data import objectives, pipeline, prefetch, store
 from lm.evaluate import perplexity
-from lm.train import ledger, loop, optimizer, plot, programs, resume
+from lm.train import evaluation, ledger, loop, optimizer, plot, programs, resume
 from lm.train import metrics as metrics_lib
 from lm.train import report as report_lib
 from lm.train import stop as stop_lib
@@ -434,6 +434,22 @@ def test_retention(make, tmp_path):
   kept = checkpoint.Checkpoints(str(tmp_path), config.checkpoint)
   assert kept.steps() == sorted({best, 8, 12})
   kept.close()
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best(
+  make, tmp_path, monkeypatch
+):
+  losses = {3: 5.0, 6: math.nan, 9: 6.0, 12: 7.0}
+  given = iter(losses.values())
+  monkeypatch.setattr(
+    evaluation, "summary", lambda parts: {"eval/loss": next(given)}
+  )
+  config = make(train__eval_every=3, checkpoint__keep_last=1)
+  assert loop.train(config, str(tmp_path / "run")) == 0
+  assert checkpoint.steps(str(tmp_path / "run")) == [3, 12]
+  reports = metrics_lib.read(str(tmp_path / "run"))
+  found = {r["step"]: r["eval/loss"] for r in reports if "eval/loss" in r}
+  assert found == losses | {6: None}
 
 
 def test_epochs_end_the_run_and_its_schedule(make, tmp_path, capsys, curves):

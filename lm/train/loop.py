@@ -7,6 +7,7 @@ lm/train/start.py.
 """
 
 import dataclasses
+import math
 
 import jax
 
@@ -143,7 +144,8 @@ class _Run:
       if found is not None:
         self.reporter.report(found)
         loss = found.get("eval/loss", loss)
-    return loss
+    # NaN has no place in an order: a checkpoint of it could pass for the best.
+    return loss if loss is not None and math.isfinite(loss) else None
 
   def _save(self, step: int, loss: float | None) -> None:
     self.reporter.read()  # raises Diverged before a NaN is saved
