@@ -139,6 +139,9 @@ CASES = {
   ),
   "starcoder2": case("Starcoder2", sliding_window=9),
   "bert": case("Bert", num_key_value_heads=None),
+  "bert_untied": case(
+    "Bert", num_key_value_heads=None, tie_word_embeddings=False
+  ),
   "modernbert": case(
     "ModernBert",
     num_key_value_heads=None,
@@ -153,7 +156,7 @@ CASES = {
 
 
 def auto(name):
-  if name in ("bert", "modernbert"):
+  if CASES[name][0] in ("Bert", "ModernBert"):
     return transformers.AutoModelForMaskedLM
   return transformers.AutoModelForCausalLM
 
@@ -228,7 +231,7 @@ def bits(path):
 @pytest.mark.parametrize(
   ("name", "dtype"),
   [
-    *((name, "bfloat16") for name in CASES if name != "bert"),
+    *((name, "bfloat16") for name in CASES if "bert" not in name[:4]),
     *(("llama3", "float32"), ("gpt2", "float32"), ("phi3", "float16")),
   ],
 )
