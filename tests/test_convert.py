@@ -316,6 +316,33 @@ def test_configs_that_ask_for_something_else_are_refused(
   refused(tmp_path, copied, "config.json", says)
 
 
+@pytest.mark.parametrize(
+  ("name", "fields", "says"),
+  [
+    (
+      "gemma3",
+      {"attn_logit_softcapping": 2.0},
+      "attn_logit_softcapping=2.0: not supported, only None",
+    ),
+    (
+      "modernbert",
+      {"hidden_activation": "gelu_pytorch_tanh"},
+      "classifier_activation='gelu': not supported, only 'gelu_pytorch_tanh'",
+    ),
+  ],
+)
+def test_what_transformers_would_compute_otherwise_is_refused(
+  name, fields, says, tmp_path
+):
+  """transformers reads the first key and does not compute with it, and in a
+  ModernBERT the activation of the head is one of its own.
+  """
+  test_families.reference(name, tmp_path, **fields)
+  with pytest.raises(schema.ConfigError) as error:
+    config_json.read(str(tmp_path))
+  assert says in str(error.value)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", "\x00", "null"])
 def test_a_config_that_is_none_is_refused(text, copied, tmp_path):
   (copied / "config.json").write_text(text)

@@ -152,6 +152,13 @@ CASES = {
       "sliding_attention": PLAIN | {"rope_theta": 20.0},
     },
   ),
+  "modernbert_tanh": case(
+    "ModernBert",
+    num_key_value_heads=None,
+    num_hidden_layers=2,
+    hidden_activation="gelu_pytorch_tanh",
+    classifier_activation="gelu_pytorch_tanh",
+  ),
 }
 
 
@@ -231,7 +238,7 @@ def bits(path):
 @pytest.mark.parametrize(
   ("name", "dtype"),
   [
-    *((name, "bfloat16") for name in CASES if "bert" not in name[:4]),
+    *((name, "bfloat16") for name in CASES if not name.startswith("bert")),
     *(("llama3", "float32"), ("gpt2", "float32"), ("phi3", "float16")),
   ],
 )
