@@ -87,9 +87,13 @@ def main(arguments: Sequence[str]) -> int:
   what.add_argument("--dry_run", action="store_true", help="print, run nothing")
   what.add_argument("--delete", action="store_true", help="end the run")
   flags = parser.parse_args(own)
+  if flags.to is None:
+    raise schema.ConfigError(
+      f"--to: missing; write --to=PLACE, one of {', '.join(PLACES)}"
+    )
   if flags.to not in PLACES:
-    known = schema.unknown(flags.to or "", PLACES)
-    raise schema.ConfigError(f"--to={flags.to or ''}: {known}")
+    known = schema.unknown(flags.to, PLACES)
+    raise schema.ConfigError(f"--to={flags.to}: {known}")
   place = PLACES[flags.to]
   spec = specs.load(flags.spec, overrides, command)
   if flags.dry_run:

@@ -41,6 +41,7 @@ def render(spec: specs.Spec, port: int | None = None) -> list[shell.Step]:
         *spec.argv,
       ),
       about=f"process {index}, at the same time as the others",
+      beside=index < count - 1,
     )
     for index in range(count)
   ]

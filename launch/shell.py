@@ -46,16 +46,20 @@ ACTIVATE = "[ ! -f .venv/bin/activate ] || . .venv/bin/activate\n"
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """One command; `stdin` is the text that it reads."""
+  """One command; `stdin` is the text that it reads. The next command does not
+  wait for the end of one that is `beside`.
+  """
 
   argv: tuple[str, ...]
   stdin: str | None = None
   about: str = ""
+  beside: bool = False
 
   def __str__(self) -> str:
     """The same as shell, in which every word is quoted."""
     about = f"# {self.about}\n" if self.about else ""
-    return f"{about}{_heredoc(_wrap(self.argv), self.stdin)}\n"
+    command = _wrap(self.argv) + " &" * self.beside
+    return f"{about}{_heredoc(command, self.stdin)}\n"
 
   def run(self, **options) -> subprocess.CompletedProcess:
     """Runs it; raises ConfigError where the program is not installed."""

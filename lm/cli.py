@@ -72,6 +72,9 @@ def run(
     flags.FLAGS.verbosity = logging.ERROR
     try:
       return flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+      hint = _fields_hint(error.flagname) if takes_config else ""
+      sys.exit(refuse(schema.ConfigError(f"{error}{hint}")))
     except (flags.Error, schema.ConfigError) as error:
       sys.exit(refuse(schema.ConfigError(str(error))))
 
@@ -88,6 +91,18 @@ def run(
 
   guarded = functools.partial(_guarded, work)
   app.run(guarded, argv=arguments, flags_parser=parse)
+
+
+def _fields_hint(name: str) -> str:
+  """For the error on an unknown flag: the fields of the config of its name."""
+  paths = [
+    path
+    for path, _ in schema.leaves(config_lib.Config(), "config")
+    if path.endswith(f".{name}")
+  ]
+  if not paths:
+    return ""
+  return f"; a field of the config is set by --{' or --'.join(paths)}=VALUE"
 
 
 def _guarded(

@@ -239,3 +239,24 @@ def test_flags_without_effect_are_refused(run, arguments, says, tmp_path):
     "lm.evaluate", [*workdir, "--samples=2", *arguments], str(tmp_path)
   )
   assert ended.code == 2 and says in ended.err, ended
+
+
+def test_a_chat_too_long_or_none_says_what_this_command_can_do(run, tmp_path):
+  """And what the message says works."""
+  rows = [*ROWS[4:5], [{"role": "user"}]]
+  lines = [json.dumps({"messages": messages}) for messages in rows]
+  (tmp_path / "long.jsonl").write_text("\n".join(lines))
+
+  def ask(how, *flags):
+    source = f"--source=jsonl:{tmp_path}/long.jsonl|chat{how}"
+    options = [f"--workdir={run}", source, *flags]
+    return doors.run("lm.evaluate", options, str(tmp_path))
+
+  ended = ask("")
+  assert ended.code == 2, ended
+  assert "set invalid_documents to 'skip'" in ended.err
+  ended = ask("", "--invalid_documents=skip")
+  assert ended.code == 2, ended
+  assert "write |chat(long='cut_start')" in ended.err
+  ended = ask("(long='cut_start')", "--invalid_documents=skip")
+  assert ended.code == 0, ended

@@ -175,7 +175,7 @@ def test_a_bad_conversation_is_an_error_or_is_skipped(
   rows = [ROWS[0], row, ROWS[1], row]
   with pytest.raises(schema.ConfigError, match=message) as error:
     prepare(rows)
-  assert "config.data.invalid_documents" in str(error.value)
+  assert "set invalid_documents to 'skip'" in str(error.value)
   assert "\n" not in str(error.value)
   assert [p.name for p in tmp_path.iterdir()] == ["chat.jsonl"]
   store = prepare(rows, invalid_documents="skip")

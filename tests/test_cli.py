@@ -57,6 +57,23 @@ def test_a_bug_is_not_explained(error):
   assert cli.explain(error) is None
 
 
+@pytest.mark.parametrize(
+  ("flag", "said"),
+  [
+    ("--steps=3", "set by --config.train.steps=VALUE"),
+    (
+      "--name=adamw",
+      "set by --config.optimizer.name=VALUE",
+    ),
+    ("--nonesuch=3", "Unknown command line flag 'nonesuch'"),
+  ],
+)
+def test_a_flag_that_names_a_field_says_how_it_is_set(flag, said, tmp_path):
+  ended = doors.run("lm.train", [flag], str(tmp_path))
+  assert ended.code == 2 and ended.err.count("\n") == 1
+  assert ended.err.strip().endswith(said)
+
+
 PROGRAM = """
 import os
 from lm import cli

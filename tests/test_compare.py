@@ -282,6 +282,18 @@ def test_files_of_scores_compare_as_their_runs_do(runs, tmp_path, quick):
       compare.compare([str(tmp_path / "other.json"), b])
 
 
+def test_a_source_named_twice_is_compared_once(runs, tmp_path, quick):
+  twice = [f"text:{runs}/a.txt"] * 2
+  tokenizer, lines = tokenizer_lib.Tokenizer(), {"text_unit": "line"}
+  saved = [
+    saved_runs.save(tmp_path / name, tokenizer, 11, twice, **lines)
+    for name in ("one", "two")
+  ]
+  (row,) = compare.compare([str(name) for name in saved]).rows
+  wanted = compare.compare(names(runs, "bytes", "random"), specs=twice[:1])
+  assert row.n_documents == wanted.rows[0].n_documents
+
+
 def test_three_runs_are_corrected_and_drawn(runs, tmp_path, quick):
   found = compare.compare(names(runs, "bytes", "pieces", "random"))
   console = rich.console.Console(file=io.StringIO(), width=160)

@@ -25,6 +25,7 @@ from lm.huggingface import (
   expressible,
   families,
   folder,
+  imported,
   tensors,
 )
 from lm.model import decoder
@@ -316,10 +317,87 @@ def test_configs_that_ask_for_something_else_are_refused(
   refused(tmp_path, copied, "config.json", says)
 
 
+@pytest.mark.parametrize(
+  ("name", "fields", "says"),
+  [
+    (
+      "gemma3",
+      {"attn_logit_softcapping": 2.0},
+      "attn_logit_softcapping=2.0: not supported, only None",
+    ),
+    (
+      "modernbert",
+      {"hidden_activation": "gelu_pytorch_tanh"},
+      "classifier_activation='gelu': not supported, only 'gelu_pytorch_tanh'",
+    ),
+    (
+      "smollm3",
+      {
+        "num_hidden_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 5,
+      },
+      "has windows, which sliding_window or use_sliding_window turns off",
+    ),
+  ],
+)
+def test_what_transformers_would_compute_otherwise_is_refused(
+  name, fields, says, tmp_path
+):
+  """transformers reads the first key and does not compute with it, a ModernBERT
+  has an activation of its own in the head, and a SmolLM3 heeds layer_types.
+  """
+  test_families.reference(name, tmp_path, **fields)
+  with pytest.raises(schema.ConfigError) as error:
+    config_json.read(str(tmp_path))
+  assert says in str(error.value)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", "\x00", "null"])
 def test_a_config_that_is_none_is_refused(text, copied, tmp_path):
   (copied / "config.json").write_text(text)
   refused(tmp_path, copied, "config.json: not a config")
+
+
+def test_a_phi3_without_its_original_length_has_the_usual_one(tmp_path):
+  """4096, also where rope_scaling has another: transformers takes that of the
+  top level, which has a default.
+  """
+  test_families.reference("phi3_longrope", tmp_path)
+  edit(tmp_path, original_max_position_embeddings=...)
+  auto = transformers.AutoModelForCausalLM
+  model = auto.from_pretrained(tmp_path, attn_implementation="eager").eval()
+  inputs = test_families.tokens()
+  with torch.no_grad():
+    want = model(torch.tensor(inputs, dtype=torch.int64)).logits.numpy()
+  got = test_families.ours(tmp_path, inputs)
+  np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * want.std())
+
+
+def test_a_token_for_images_may_lie_beyond_a_text_model(copied):
+  """As in Gemma 3 of 1B. Of a token that a text can have, a row must be there;
+  so must one of a token with a role.
+  """
+  path = copied / "tokenizer.json"
+  tree = json.loads(path.read_text())
+  image = {"id": 320, "content": "<image_soft_token>", "special": True}
+  for key in ("single_word", "lstrip", "rstrip", "normalized"):
+    image[key] = False
+  before = imported.meta(folder.find(str(copied)))
+  tree["added_tokens"].append(image)
+  path.write_text(json.dumps(tree))
+  meta = imported.meta(folder.find(str(copied)))
+  plain, t = (
+    tokenizer_lib.Tokenizer.from_json(m.tokenizer) for m in (before, meta)
+  )
+  assert t.size == plain.size and "<image_soft_token>" not in t.named
+  texts = ["a <image_soft_token> b", "def f(x):\n  return x"]
+  assert [t.encode(x) for x in texts] == [plain.encode(x) for x in texts]
+  for change in ({"special": False}, {"content": "</s>"}):
+    tree["added_tokens"][-1] = image | change
+    path.write_text(json.dumps(tree))
+    with pytest.raises(schema.ConfigError, match="the tokenizer has 321 ids"):
+      imported.meta(folder.find(str(copied)))
 
 
 def test_folders_that_lack_something_are_refused(copied, tmp_path):

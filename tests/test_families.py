@@ -139,6 +139,9 @@ CASES = {
   ),
   "starcoder2": case("Starcoder2", sliding_window=9),
   "bert": case("Bert", num_key_value_heads=None),
+  "bert_untied": case(
+    "Bert", num_key_value_heads=None, tie_word_embeddings=False
+  ),
   "modernbert": case(
     "ModernBert",
     num_key_value_heads=None,
@@ -149,11 +152,18 @@ CASES = {
       "sliding_attention": PLAIN | {"rope_theta": 20.0},
     },
   ),
+  "modernbert_tanh": case(
+    "ModernBert",
+    num_key_value_heads=None,
+    num_hidden_layers=2,
+    hidden_activation="gelu_pytorch_tanh",
+    classifier_activation="gelu_pytorch_tanh",
+  ),
 }
 
 
 def auto(name):
-  if name in ("bert", "modernbert"):
+  if CASES[name][0] in ("Bert", "ModernBert"):
     return transformers.AutoModelForMaskedLM
   return transformers.AutoModelForCausalLM
 
@@ -228,7 +238,7 @@ def bits(path):
 @pytest.mark.parametrize(
   ("name", "dtype"),
   [
-    *((name, "bfloat16") for name in CASES if name != "bert"),
+    *((name, "bfloat16") for name in CASES if not name.startswith("bert")),
     *(("llama3", "float32"), ("gpt2", "float32"), ("phi3", "float16")),
   ],
 )

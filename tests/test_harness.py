@@ -338,6 +338,39 @@ def test_repetitions_differ_and_a_second_run_does_not(own):
 
 
 @pytest.mark.parametrize(
+  ("kind", "arguments"),
+  [
+    ("loglikelihood", ("a", "b")),
+    ("loglikelihood_rolling", ("a",)),
+    ("generate_until", ("a", {"until": [], "max_gen_toks": 3})),
+  ],
+)
+def test_a_model_of_nan_has_no_score(kind, arguments):
+  """lm-eval would take the first of choices that are all NaN."""
+  broken = make(jax.tree.map(lambda x: x * np.float32(np.nan), PARAMS))
+  with pytest.raises(schema.RunError, match="logits are NaN.* earlier check"):
+    ask(broken, kind, arguments)
+
+
+def test_disabled_progress_bars_stay_disabled():
+  import datasets
+
+  def set_bars(enabled):
+    name = "enable" if enabled else "disable"
+    getattr(datasets, f"{name}_progress_bars")()
+
+  enabled = datasets.is_progress_bar_enabled()
+  try:
+    for disable in (True, False):
+      set_bars(not disable)
+      with harness._quiet():
+        assert not datasets.is_progress_bar_enabled()
+      assert datasets.is_progress_bar_enabled() is not disable
+  finally:
+    set_bars(enabled)
+
+
+@pytest.mark.parametrize(
   ("given", "message"),
   [
     ({"max_gen_toks": CONTEXT}, r"max_gen_toks=101: must be in \[1, 101\)"),

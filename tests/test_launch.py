@@ -355,7 +355,8 @@ def test_the_commands_of_help_are_not_refused(monkeypatch, capsys):
 @pytest.mark.parametrize(
   ("arguments", "said"),
   [
-    ([], "--to=: unknown; Known: local"),
+    ([], "--to: missing; write --to=PLACE, one of local, slurm, tpu_vm"),
+    (["--to="], "--to=: unknown; Known: local"),
     (["--to=slrum"], "did you mean 'slurm'?"),
     (["--to=slurm", "--dryrun"], "unrecognized arguments: --dryrun"),
     (["--to=slurm", "--spec=no.yaml"], "--spec=no.yaml: No such file"),

@@ -116,6 +116,15 @@ def test_quoting_local(tools, capfd):
   assert nothing_else_ran(tools)
 
 
+def test_a_shell_runs_local_processes_at_the_same_time(tools):
+  """Each ends once the other has begun."""
+  other = "$((1 - PROCESS_INDEX))"
+  script = f"touch $PROCESS_INDEX; until [ -e {other} ]; do sleep 0.1; done"
+  given = spec(local=specs.LocalConfig(), command=("bash", "-c", script))
+  printed = "\n".join(map(str, local.render(given)))
+  assert subprocess.run(["timeout", "9", "bash", "-c", printed]).returncode == 0
+
+
 def test_quoting_slurm(tools):
   """Also: what --dry_run prints, run by a shell, is what `run` does."""
   given = hostile()

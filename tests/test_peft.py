@@ -179,7 +179,10 @@ def test_a_whole_head_of_another_size_is_refused(tmp_path):
     ("LLAMA3", {}),
     ("LLAMA3", {"full": ("embed", "head")}),
     ("GPT2", {"targets": ("o", "up", "down")}),
+    ("GPT2", {"targets": ("o",)}),  # mlp.c_proj ends like attn.c_proj
     ("STARCODER2", {}),
+    ("BERT", {}),
+    ("MODERNBERT", {"targets": ("o",)}),
   ],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft
@@ -196,9 +199,13 @@ def test_peft_reads_what_is_written_and_what_it_writes_is_read(
     params[other] = params[other][::-1].copy()
   folder.write(str(tmp_path), base, params)
   peft.save(str(tmp_path / "a"), cfg, whole, None)
-  model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+  kind = "CausalLM" if cfg.causal else "MaskedLM"
+  auto = getattr(transformers, f"AutoModelFor{kind}")
+  model = auto.from_pretrained(tmp_path)
   model = library.PeftModel.from_pretrained(model, tmp_path / "a").eval()
   inputs = np.random.default_rng(0).integers(0, cfg.vocab_size, (2, 9))
+  adapted = {name for name, _ in model.named_modules() if "lora_A." in name}
+  assert len(adapted) == cfg.n_layers * len(lora.targets(cfg))
   with torch.no_grad():
     theirs = model(torch.tensor(inputs)).logits.numpy()
   ours = test_families.logits(cfg, whole, inputs.astype(np.int32))

@@ -199,7 +199,7 @@ def test_invalid_lines_are_skipped_by_policy(tmp_path):
   lines = ['{"t": "a"}', '{"t": ', '{"u": 1}', '{"t": 1}', "[]", '{"t": "b"}']
   path.write_text("\n".join(lines))
   spec = f"jsonl:{path}#t"
-  refused(tmp_path, spec, r"a.jsonl:2: .*config.data.invalid_documents to 'sk")
+  refused(tmp_path, spec, r"a.jsonl:2: .*; correct it, or set invalid_docu")
   data = data_config(tmp_path, invalid_documents="skip")
   source = sources.open_source(spec, data)
   assert read(source) == [(f"{path}:1", "a"), (f"{path}:6", "b")]

@@ -25,7 +25,7 @@ from lm import checkpoint, files, schema, validation
 from lm import config as config_lib
 from lm.data import objectives, pipeline, prefetch, store
 from lm.evaluate import perplexity
-from lm.train import ledger, loop, optimizer, plot, programs, resume
+from lm.train import evaluation, ledger, loop, optimizer, plot, programs, resume
 from lm.train import metrics as metrics_lib
 from lm.train import report as report_lib
 from lm.train import stop as stop_lib
@@ -341,6 +341,52 @@ def test_a_stop_where_an_evaluation_is_due_loses_nothing(
   assert got[-1] == want[-1] if step == 12 else got == want
 
 
+def test_a_stop_gives_a_checkpoint_no_loss_of_the_step_before(
+  make, tmp_path, monkeypatch
+):
+  """Step 6 is evaluated, and the stop comes in step 7."""
+  stop, taken = stop_lib.Stop(), []
+  take = prefetch.DevicePrefetch.__next__
+
+  def ask(batches):
+    taken.append(None)
+    stop.asked |= len(taken) == 7
+    return take(batches)
+
+  monkeypatch.setattr(prefetch.DevicePrefetch, "__next__", ask)
+  workdir = str(tmp_path / "run")
+  assert loop.train(make(train__eval_every=6), workdir, stop) == 0
+  losses = {r["step"]: r.get("eval/loss") for r in metrics_lib.read(workdir)}
+  assert losses[6] is not None
+  meta = checkpoint.load_meta(workdir)
+  assert (meta.step, meta.loss) == (7, None)
+
+
+def test_a_longer_run_reports_no_step_twice(make, tmp_path):
+  """The last step is reported, though neither log_every nor an evaluation asks
+  for it, and the first report of the longer run is of its own steps.
+  """
+  first, longer = tmp_path / "first", tmp_path / "longer"
+  config = make(train__steps=6, train__log_every=4)
+  config.data.validation = ()
+  assert loop.train(config, str(first)) == 0
+  shutil.copytree(first, longer)
+  config.train.steps = 8
+  reports = []
+  for workdir, every in ((longer, 4), (first, 1)):
+    config.train.log_every = every
+    assert loop.train(config, str(workdir)) == 0
+    reports.append({r["step"]: r for r in metrics_lib.read(str(workdir))})
+  few, single = reports
+  assert [*few] == [4, 6, 8] and [*single] == [4, 6, 7, 8]
+  batches = pipeline.train_batches(config, store.prepare(config), start_step=6)
+  weights = [next(batches).weights.sum() for _ in range(2)]
+  losses = [single[step]["train/last_loss"] for step in (7, 8)]
+  mean = np.average(losses, weights=weights)
+  np.testing.assert_allclose(few[8]["train/loss"], mean, rtol=1e-12)
+  assert math.isclose(single[7]["train/loss"], losses[0])
+
+
 @pytest.mark.parametrize(
   ("mode", "fsdp", "tensor", "parts"),
   [
@@ -388,6 +434,22 @@ def test_retention(make, tmp_path):
   kept = checkpoint.Checkpoints(str(tmp_path), config.checkpoint)
   assert kept.steps() == sorted({best, 8, 12})
   kept.close()
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best(
+  make, tmp_path, monkeypatch
+):
+  losses = {3: 5.0, 6: math.nan, 9: 6.0, 12: 7.0}
+  given = iter(losses.values())
+  monkeypatch.setattr(
+    evaluation, "summary", lambda parts: {"eval/loss": next(given)}
+  )
+  config = make(train__eval_every=3, checkpoint__keep_last=1)
+  assert loop.train(config, str(tmp_path / "run")) == 0
+  assert checkpoint.steps(str(tmp_path / "run")) == [3, 12]
+  reports = metrics_lib.read(str(tmp_path / "run"))
+  found = {r["step"]: r["eval/loss"] for r in reports if "eval/loss" in r}
+  assert found == losses | {6: None}
 
 
 def test_epochs_end_the_run_and_its_schedule(make, tmp_path, capsys, curves):

@@ -94,6 +94,30 @@ def read(path: str) -> Source:
     raise schema.ConfigError(f"{where}={path!r}: {error}") from error
 
 
+def within(source: Source, rows: int) -> Source:
+  """Returns the source without special tokens from id `rows` on, if no role and
+  no template needs them and all others are below; else the source itself.
+
+  Gemma 3 of 1B and 270M reads no images, and has the tokenizer.json of its
+  siblings with <image_soft_token>, for which its embedding has no row.
+  """
+  tree = json.loads(source.text)
+  added = tree.get("added_tokens") or []
+  needed = {*source.roles.values(), *source.stops}
+  tree["added_tokens"] = [
+    x
+    for x in added
+    if int(x["id"]) < rows
+    or not x.get("special")
+    or x["content"] in needed
+    or x["content"] in (source.template or "")
+  ]
+  fits = max(names(tree).values()) < rows
+  if not fits or len(tree["added_tokens"]) == len(added):
+    return source
+  return dataclasses.replace(source, text=json.dumps(tree, ensure_ascii=False))
+
+
 def from_content(content: Mapping[str, Any]) -> Source:
   """Returns the Source of a checkpoint's JSON `content`. Raises KeyError or
   ValueError on invalid content.

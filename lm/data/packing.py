@@ -85,7 +85,8 @@ class BestFit:
         f"source {store.spec!r}: has "
         f"{schema.counted(len(lengths), 'conversation')}, and none fits a row "
         f"of train.sequence_length={length}; the shortest has "
-        f"{lengths.min()} tokens: raise it, or write |chat(long='cut_start')"
+        f"{lengths.min()} tokens: write |chat(long='cut_start'), which keeps "
+        "their ends, or train with a larger one"
       )
     needed = shape.size(self._sizes)
     rng = np.random.Generator(np.random.Philox(key=seed))

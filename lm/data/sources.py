@@ -182,7 +182,7 @@ def decode(
       return None
     raise schema.ConfigError(
       f"{where}: invalid UTF-8 at byte {offset + error.start}; correct it, or "
-      "set config.data.invalid_utf8 to 'replace' or 'skip'"
+      "set invalid_utf8 to 'replace' or 'skip'"
     ) from error
 
 
@@ -377,8 +377,7 @@ def invalid(
   """None, which skips a document, or `error` with its place."""
   if data.invalid_documents == "error":
     raise schema.ConfigError(
-      f"{where}: {error}; correct it, or set config.data.invalid_documents to "
-      "'skip'"
+      f"{where}: {error}; correct it, or set invalid_documents to 'skip'"
     ) from error
 
 

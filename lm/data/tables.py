@@ -82,8 +82,8 @@ class TableSource:
       if self._data.invalid_utf8 == "skip":
         return None
       raise schema.ConfigError(
-        f"{where}: invalid UTF-8; correct it, or set config.data.invalid_utf8 "
-        "to 'skip' (in tables it is not replaced)"
+        f"{where}: invalid UTF-8; correct it, or set invalid_utf8 to 'skip' "
+        "(in tables it is not replaced)"
       ) from error
     except (OverflowError, ValueError) as error:  # Such as dates beyond 9999.
       what = f"has a value that cannot be read ({files.first_line(error)})"

@@ -351,7 +351,8 @@ def load(config: config_lib.Config) -> Tokenizer:
     tokenizer = Tokenizer(None, template, special)
   elif config.tokenizer.kind == "huggingface":
     assert path is not None, "checked with the config"
-    tokenizer = from_files(path, template, special)
+    n = config.model.vocab_size
+    tokenizer = from_files(path, template, special, n)
   else:
     assert path is not None, "a tokenizer without a path is trained"
     path = files.local_path(path, "config.tokenizer.path")
@@ -376,12 +377,18 @@ def load(config: config_lib.Config) -> Tokenizer:
 
 
 def from_files(
-  path: str, template: str | None = None, special_tokens: Sequence[str] = ()
+  path: str,
+  template: str | None = None,
+  special_tokens: Sequence[str] = (),
+  rows: int | None = None,
 ) -> Tokenizer:
   """The tokenizer of a Hugging Face folder, or of a tokenizer.json; `template`
-  replaces its chat template. Raises ConfigError that quotes the path.
+  replaces its chat template. Special tokens that a model with `rows` embeddings
+  cannot have are left out. Raises ConfigError that quotes the path.
   """
   source = huggingface_files.read(path)
+  if rows is not None:
+    source = huggingface_files.within(source, rows)
   try:
     return Tokenizer(source, template, special_tokens)
   except schema.ConfigError as error:

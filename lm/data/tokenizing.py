@@ -77,8 +77,8 @@ def encode(
       skipped.add(f"{document.name}: {error}")
     else:
       raise schema.ConfigError(
-        f"{document.name}: {error}; correct it, or set "
-        "config.data.invalid_documents to 'skip'"
+        f"{document.name}: {error}; correct it, or set invalid_documents to "
+        "'skip'"
       )
   return found
 

@@ -53,6 +53,12 @@ _INVALID_UTF8 = flags.DEFINE_enum(
   ["error", "replace", "skip"],
   "What to do with bytes that are not UTF-8; default: the run's.",
 )
+_INVALID_DOCUMENTS = flags.DEFINE_enum(
+  "invalid_documents",
+  None,
+  ["error", "skip"],
+  "What to do with a line or a chat that is none; default: the run's.",
+)
 _ADAPTER = cli.define_path(
   "adapter", "Adapter (LoRA) to evaluate: a folder in PEFT's format, or a run."
 )
@@ -130,6 +136,7 @@ _OF_SOURCES = (
   "stride",
   "text_unit",
   "invalid_utf8",
+  "invalid_documents",
   "documents",
   "samples",
   "max_new_tokens",
@@ -145,8 +152,8 @@ _OF_ONE_RUN = (
 def main() -> None:
   if _OUTPUT.value is not None:
     files.check_output(_OUTPUT.value, "--output")
-  data = {"text_unit": _TEXT_UNIT.value, "invalid_utf8": _INVALID_UTF8.value}
-  data = {name: value for name, value in data.items() if value is not None}
+  of_data = _TEXT_UNIT, _INVALID_UTF8, _INVALID_DOCUMENTS
+  data = {f.name: f.value for f in of_data if f.value is not None}
   if _COMPARE.value:
     _compare(data)
   elif _DRAW.value is not None:

@@ -281,7 +281,9 @@ def _specs(
   file, else the validation sources, required to be equal for all runs.
   """
   by_file = [list(run.documents) for run, meta in found if meta is None]
-  by_run = [list(m.config.data.validation) for _, m in found if m is not None]
+  by_run = [
+    list(dict.fromkeys(m.config.data.validation)) for _, m in found if m
+  ]
   chosen = list(dict.fromkeys(specs)) or (by_file or by_run)[0]
   for run, meta in found:
     missing = [s for s in chosen if s not in run.documents]

@@ -29,7 +29,7 @@ _MAX_TOKENS = 1 << 26
 
 @dataclasses.dataclass
 class Result:
-  """Scores of a source's documents; `n_skipped` more were not UTF-8. A source
+  """Scores of a source's documents; `n_skipped` more were invalid. A source
   of another objective than `causal` has one score: of its rows.
   """
 
@@ -368,8 +368,8 @@ def _check_text(source: sources_lib.Source) -> None:
   if not any(document and document.text for document in documents):
     raise schema.ConfigError(
       f"source {source.spec!r}: has "
-      f"{schema.counted(len(source), 'document')}, and none has text that is "
-      "UTF-8; correct them, or set invalid_utf8 to 'replace'"
+      f"{schema.counted(len(source), 'document')}, and none has valid text; "
+      "correct them, or, if they are not UTF-8, set invalid_utf8 to 'replace'"
     )
 
 

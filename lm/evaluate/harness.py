@@ -310,7 +310,7 @@ def _quiet() -> Iterator[None]:
   import tqdm
 
   logger, key = logging.getLogger("lm_eval"), "DISABLE_MULTIPROC"
-  level, bars = logger.level, datasets.is_progress_bar_enabled()
+  level, had_bars = logger.level, datasets.is_progress_bar_enabled()
   before = os.environ.get(key)
   os.environ[key] = "1"
   logger.setLevel(logging.ERROR)
@@ -328,7 +328,7 @@ def _quiet() -> Iterator[None]:
     os.environ.pop(key)
     if before is not None:
       os.environ[key] = before
-    if bars:
+    if had_bars:
       datasets.enable_progress_bars()
 
 

@@ -41,6 +41,11 @@ _PRIVATE = 0x10FC00 - 0xDC00
 _STANDS_FOR_TOKEN = re.compile("([\U0010fc00-\U0010fffd])")
 # Most new tokens if a task sets no max_gen_toks.
 _MAX_NEW_TOKENS = 256
+# Of NaN, lm-eval makes a score: the first choice counts as the likeliest.
+_NAN = (
+  "tasks: the model's logits are NaN, and no score means anything; evaluate an "
+  "earlier checkpoint"
+)
 # Keys of generation_kwargs with the name and meaning of a field of Request.
 _RULES = (
   *("top_k", "top_p", "min_p", "typical_p", "min_tokens"),
@@ -134,7 +139,7 @@ class Answerer:
       return self._decode([request_lib.Request(**fields) for fields in asked])
     mesh = jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext()
     with mesh:
-      return likelihood.score(
+      found = likelihood.score(
         self._step,
         self._params,
         [likelihood.Span(*span) for span in asked],
@@ -144,6 +149,9 @@ class Answerer:
         should_stop=self._should_stop,
         tell=lambda n_done: self._tell(kind, n_done, len(asked)),
       )
+    if any(math.isnan(one.total) for one in found):
+      raise schema.RunError(_NAN)
+    return found
 
   def _decode(self, requests: Sequence[request_lib.Request]) -> list[str]:
     if self._made is None:
@@ -163,6 +171,8 @@ class Answerer:
         raise likelihood.Stopped
       for piece in engine.step():
         if piece.result is not None:
+          if piece.result.finish_reason == "error":
+            raise schema.RunError(_NAN)
           texts[piece.job] = piece.result.text
           self._tell("texts", len(texts), len(jobs))
     return [texts[job] for job in jobs]

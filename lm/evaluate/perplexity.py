@@ -224,7 +224,7 @@ def evaluate_source(
   `usual` is that of `windows.pack`.
 
   A document's log-probability given bos is `-totals.nll`, eos included.
-  Documents skipped by the policy on invalid UTF-8 are left out. Reads the
+  Documents skipped by the policies on what is invalid are left out. Reads the
   source lazily. Raises ValueError if tokens and text differ in bytes, but for
   texts that the tokenizer says it changes: bytes are those of the text.
   """

@@ -47,9 +47,9 @@ def _gemma(*more: parts.Part) -> tuple[parts.Part, ...]:
   )
 
 
-# Activation, norms, query scale and softcaps of Gemma 2 and 3. The key
+# Activation, norms, query scale and softcap of Gemma 2 and 3. The key
 # hidden_act, present in some config.json files, is accepted and not read.
-def _gemma2(cap: float | None, final_cap: float | None) -> tuple[Any, ...]:
+def _gemma2(final_cap: float | None) -> tuple[Any, ...]:
   return (
     parts.choice("hidden_activation", "mlp", _GEGLU, "gelu_pytorch_tanh"),
     parts.Part(("hidden_act",), lambda c: {}, lambda m: {}),
@@ -60,7 +60,6 @@ def _gemma2(cap: float | None, final_cap: float | None) -> tuple[Any, ...]:
       lambda c: {"query_scale_dim": c.get("query_pre_attn_scalar", 256)},
       lambda m: {"query_pre_attn_scalar": m.query_scale_dim or m.d_head},
     ),
-    parts.same("attn_logit_softcapping", "attention_softcap", cap),
     parts.same("final_logit_softcapping", "logit_softcap", final_cap),
   )
 
@@ -85,6 +84,21 @@ _OLMO = (
   _ATTENTION_BIAS,
   parts.fixed(norm_placement="post", qk_norm="projection"),
 )
+
+_MODERN_ACTIVATION = parts.choice("hidden_activation", "mlp", _GEGLU, "gelu")
+
+
+def _head_activation(layers: parts.Part) -> parts.Part:
+  """classifier_activation: in lm.model the head has that of the `layers`."""
+  theirs, (key,) = "classifier_activation", layers.keys
+
+  def read(c: parts.Content) -> dict[str, Any]:
+    wanted = parts.get(c, key, "gelu")
+    parts.check(theirs, parts.get(c, theirs, "gelu"), (wanted,))
+    return {}
+
+  return parts.Part((theirs,), read, lambda m: {theirs: layers.write(m)[key]})
+
 
 _ENCODER = (
   parts.fixed(causal=False, embedding_norm=True, head_transform=True),
@@ -202,7 +216,8 @@ FAMILIES: tuple[Family, ...] = (
     "gemma2",
     "Gemma2ForCausalLM",
     _gemma(
-      *_gemma2(50.0, 30.0),
+      *_gemma2(30.0),
+      parts.same("attn_logit_softcapping", "attention_softcap", 50.0),
       rope.everywhere(10_000.0),
       parts.windows(lambda c, i: i % 2 == 0, "sliding_window_size"),
     ),
@@ -212,7 +227,9 @@ FAMILIES: tuple[Family, ...] = (
     "gemma3_text",
     "Gemma3ForCausalLM",
     _gemma(
-      *_gemma2(None, None),
+      *_gemma2(None),
+      # transformers has the key in Gemma 3 too, and does not compute with it.
+      parts.must("attn_logit_softcapping", None),
       parts.fixed(qk_norm="head"),
       rope.by_type(1_000_000.0, 10_000.0, "rope_local_base_freq"),
       parts.windows(
@@ -321,13 +338,8 @@ FAMILIES: tuple[Family, ...] = (
     (
       *_sizes(tied=True, norm="norm_eps", epsilon=1e-5),
       parts.heads(),
-      parts.choice(
-        "hidden_activation",
-        "mlp",
-        {"gelu": "geglu_exact", "gelu_pytorch_tanh": "geglu"},
-        "gelu",
-      ),
-      parts.must("classifier_activation", "gelu"),
+      _MODERN_ACTIVATION,
+      _head_activation(_MODERN_ACTIVATION),
       parts.fixed(norm="layernorm", first_attention_norm=False),
       parts.biases("norm_bias", "norm", default=False),
       _ATTENTION_BIAS,

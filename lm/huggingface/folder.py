@@ -74,10 +74,12 @@ def find(path: str) -> Folder:
       name if name == family.head else family.prefix + name: x
       for name, x in stored.items()
     }
-  stored = {
-    name: value for name, value in stored.items() if not family.is_extra(name)
-  }
   wanted = table.places(family.rows, model)
+  stored = {
+    name: value
+    for name, value in stored.items()
+    if name in wanted or not family.is_extra(name)
+  }
   head = family.head
   spare = None if head in wanted else stored.pop(head, None)
   table.require_none(path, list(table.compare(wanted, stored)))

@@ -198,6 +198,12 @@ def windows(
       )
     for kind in given:
       check("layer_types", kind, tuple(TYPES.values()))
+    if size is None and TYPES[True] in (c.get("layer_types") or ()):
+      keys_off = " or ".join(filter(None, (key, switch)))
+      raise schema.ConfigError(
+        f"config.json: layer_types={given!r}: has windows, which {keys_off} "
+        "turns off; make them say the same"
+      )
     return {
       "windows": period([size if t == TYPES[True] else None for t in given])
     }

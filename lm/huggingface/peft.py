@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 from typing import Any
 
 import jax
@@ -82,6 +83,25 @@ def _short(row: tables.Row) -> str:
   return name.partition("{}.")[2] or name.rpartition(".")[2]
 
 
+def _target_modules(
+  cfg: config_lib.ModelConfig, rows: list[tables.Row]
+) -> list[str] | str:
+  """Returns the last parts of the modules' names, as q_proj; or, where a module
+  that is not adapted ends likewise (BERT's `dense`), a pattern of whole names.
+  """
+  wanted = {row.theirs: row.theirs.split(".")[-2] for row in rows}
+  alike = {
+    row.theirs
+    for row in expressible.of(lora.base(cfg)).rows
+    if row.theirs.split(".")[-2] in wanted.values()
+    and row.theirs.endswith(".weight")
+  }
+  if alike == wanted.keys():
+    return [*dict.fromkeys(wanted.values())]
+  modules = [name.removesuffix(".weight") for name in wanted]
+  return "|".join(re.escape(x).replace(r"\{\}", r"\d+") for x in modules)
+
+
 def misfit(cfg: config_lib.ModelConfig) -> str | None:
   """Why `save` refuses the adapters of `cfg`: no family can express the model,
   an adapted matrix shares a tensor with further matrices in the family, or an
@@ -142,14 +162,15 @@ def save(
   alpha = cfg.lora.alpha
   content = {
     "peft_type": "LORA",
-    "task_type": "CAUSAL_LM",
+    # PEFT has no type for masked tokens, and asks a CAUSAL_LM to generate.
+    "task_type": "CAUSAL_LM" if cfg.causal else None,
     "base_model_name_or_path": base,
     "inference_mode": True,
     "r": cfg.lora.rank,
     "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
     "lora_dropout": cfg.lora.dropout,
     "use_rslora": cfg.lora.rank_stabilized,
-    "target_modules": [_short(rows[n]).split(".")[1] for n in targets],
+    "target_modules": _target_modules(cfg, [rows[n] for n in targets]),
     "bias": "none",
     "fan_in_fan_out": not rows[targets[0]].linear,
     "init_lora_weights": True,

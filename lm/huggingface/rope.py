@@ -40,6 +40,7 @@ _SCALINGS: dict[str, dict[str, str]] = {
   },
 }
 _FORMER_KINDS = {"su": "longrope"}
+_PHI3_ORIGINAL = 4096  # Where a Phi-3 lacks the key, whatever rope_scaling has.
 _FRACTION, _THETA = "partial_rotary_factor", "rope_theta"
 
 
@@ -52,7 +53,8 @@ def everywhere(theta: float, *, partial: bool = False) -> parts.Part:
   """
 
   def read(c: parts.Content) -> dict[str, Any]:
-    base, fraction, scaling = _flat(c, theta)
+    default = {_ORIGINAL: _PHI3_ORIGINAL} if partial else {}
+    base, fraction, scaling = _flat({**default, **c}, theta)
     if not partial:
       parts.check(_FRACTION, fraction, (1.0,))
     elif scaling is not None:

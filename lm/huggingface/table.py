@@ -146,7 +146,7 @@ def places(
   there, found = leaves(cfg), {}
   for line in table:
     parts = tuple(there[path] for path in line.ours if path in there)
-    if len(parts) != len(line.ours):
+    if len(parts) != len(line.ours) or (line.untied and "head" not in there):
       continue
     stacked = parts[0].declared.stacked
     for layer in range(line.first, cfg.n_layers) if stacked else [None]:

@@ -13,7 +13,8 @@ class Row:
   Conv1D. Heads and head dimension are stored as one axis. A row is ignored if
   the model lacks the parameters, such as biases. Layers before `first` lack the
   tensor. A `folded` tensor has `folded` rows: reading adds the first row to
-  each row of the parameter, and writing writes zeros.
+  each row of the parameter, and writing writes zeros. An `untied` tensor is
+  there only where the output head is a matrix of its own.
   """
 
   theirs: str
@@ -21,6 +22,7 @@ class Row:
   linear: bool = True
   first: int = 0
   folded: int = 0
+  untied: bool = False
 
 
 def row(theirs: str, *ours: str, linear: bool = True) -> Row:
@@ -146,6 +148,9 @@ BERT = (
   *_norms(**{"cls.predictions.transform.LayerNorm": "head_transform/norm"}),
   row("cls.predictions.decoder.weight", "head"),
   row("cls.predictions.bias", "head_bias"),
+  # transformers computes with this one, which it ties to the one above together
+  # with the head alone: here the later row is the one that is kept.
+  Row("cls.predictions.decoder.bias", ("head_bias",), untied=True),
   *_layers(
     "bert.encoder.layer",
     *_both("attention.self.query", "attention/q"),

@@ -7,6 +7,7 @@ lm/train/start.py.
 """
 
 import dataclasses
+import math
 
 import jax
 
@@ -95,6 +96,7 @@ class _Run:
       if self.stop.stopping:  # a later step would leave the report without it
         return self._finish(step, loss)
     for step, batch in self._numbered_batches():
+      loss = None  # not that of the step before, if a stop comes now
       with self.profile.step(step):
         self.state, numbers = self.train_step(self.state, batch)
       self.profile.dispatched(step, numbers)
@@ -102,7 +104,8 @@ class _Run:
       self.watchdog.step_done(step)
       if self.stop.agreed():
         break
-      loss = self._evaluate(step) if self.evaluation.due(step) else None
+      if self.evaluation.due(step):
+        loss = self._evaluate(step)
       saves = step % self.config.checkpoint.save_every == 0
       if saves or step == self.config.train.steps:
         self._save(step, loss)
@@ -141,10 +144,14 @@ class _Run:
       if found is not None:
         self.reporter.report(found)
         loss = found.get("eval/loss", loss)
-    return loss
+    # NaN has no place in an order: a checkpoint of it could pass for the best.
+    return loss if loss is not None and math.isfinite(loss) else None
 
   def _save(self, step: int, loss: float | None) -> None:
     self.reporter.read()  # raises Diverged before a NaN is saved
+    # A report after the save would leave its tokens unreported in `meta`.
+    if step == self.config.train.steps or self.evaluation.due(step):
+      self.reporter.report()
     self.reporter.report_if_due()
     self.watchdog.pause()
     with self.ledger.within("save"):
