@@ -13,6 +13,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -781,6 +782,20 @@ def test_bad_input_is_refused_before_parameters_are_loaded(
     options = {"specs": [s.format(workdir) for s in options["specs"]]}
   with pytest.raises(schema.ConfigError, match=message):
     evaluate(workdir, **options)
+
+
+def test_a_run_of_another_machine_takes_another_cache(tmp_path, workdir):
+  """The run's own cannot be made: a file is in its place."""
+  shutil.copytree(workdir, tmp_path / "run")
+  (tmp_path / "data").touch()
+  source = f"--source=text:{tmp_path}/run/a.txt|masked"
+  arguments = [f"--workdir={tmp_path}/run", source]
+  ended = doors.run("lm.evaluate", arguments, str(tmp_path))
+  assert ended.code == 2 and "cache_dir=data: " in ended.err
+  arguments.append(f"--cache_dir={tmp_path}/other")
+  ended = doors.run("lm.evaluate", arguments, str(tmp_path))
+  assert ended.code == 0, ended
+  assert (tmp_path / "other").is_dir()
 
 
 def test_command_reports_a_mistake_in_one_line(tmp_path):

@@ -159,6 +159,21 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path):
     peft.save(str(tmp_path), test_lora.adapted(families.GPT2), {}, None)
 
 
+def test_adapters_are_for_the_family_of_the_base(tmp_path):
+  """Phi-3's model is a Llama's as well, with other matrices in its files."""
+  changed = {"rotary_fraction": 1.0, "rope_scaling": None, "windows": (None,)}
+  base = dataclasses.replace(families.PHI3, **changed)
+  phi3 = str(tmp_path / "phi3")
+  (tmp_path / "phi3").mkdir()
+  folder.write(phi3, base, reference.random_params(base), family="phi3")
+  cfg = test_lora.adapted(base)
+  with pytest.raises(schema.ConfigError, match="'phi3' of transformers has q"):
+    peft.save(str(tmp_path / "a"), cfg, test_lora.random_params(cfg), phi3)
+  cfg = test_lora.adapted(base, targets=("o", "down"))
+  peft.save(str(tmp_path / "a"), cfg, test_lora.random_params(cfg), phi3)
+  assert peft.load(str(tmp_path / "a"), base)[0] == cfg.lora
+
+
 def test_a_whole_head_of_another_size_is_refused(tmp_path):
   cfg = test_lora.adapted(families.LLAMA3, full=("head",))
   peft.save(str(tmp_path), cfg, test_lora.random_params(cfg), None)

@@ -197,6 +197,18 @@ def test_a_layer_that_is_not_finite_is_null(tmp_path):
   assert report["nonfinite"] == ["layers/mlp_rms"]
 
 
+def test_what_was_not_finite_stays_named_after_a_restart(tmp_path):
+  first = metrics_lib.Writer(str(tmp_path), 0)
+  first.write({"step": 1, "train/loss": math.nan})
+  first.close()
+  again = metrics_lib.Writer(str(tmp_path), 1)
+  again.amend({"eval/loss": math.inf})
+  again.close()
+  (report,) = metrics_lib.read(str(tmp_path))
+  assert report["nonfinite"] == ["train/loss", "eval/loss"]
+  assert report["train/loss"] is None and report["eval/loss"] is None
+
+
 def test_event_files_need_no_torch(tmp_path):
   """tensorboardX would import it, for a second, where it is installed; later
   imports find it.

@@ -59,6 +59,9 @@ _INVALID_DOCUMENTS = flags.DEFINE_enum(
   ["error", "skip"],
   "What to do with a line or a chat that is none; default: the run's.",
 )
+_CACHE_DIR = cli.define_path(
+  "cache_dir", "Directory of what is made of data; default: the run's."
+)
 _ADAPTER = cli.define_path(
   "adapter", "Adapter (LoRA) to evaluate: a folder in PEFT's format, or a run."
 )
@@ -152,7 +155,7 @@ _OF_ONE_RUN = (
 def main() -> None:
   if _OUTPUT.value is not None:
     files.check_output(_OUTPUT.value, "--output")
-  of_data = _TEXT_UNIT, _INVALID_UTF8, _INVALID_DOCUMENTS
+  of_data = _TEXT_UNIT, _INVALID_UTF8, _INVALID_DOCUMENTS, _CACHE_DIR
   data = {f.name: f.value for f in of_data if f.value is not None}
   if _COMPARE.value:
     _compare(data)
@@ -255,6 +258,7 @@ def _run_tasks(
     adapter=_ADAPTER.value,
     chat_template=chat_template,
     overlap=_overlap(),
+    cache_dir=_CACHE_DIR.value,
   )
   if content is not None:
     harness.show(content, rich.console.Console())

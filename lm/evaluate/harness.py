@@ -5,6 +5,7 @@ lm-eval is imported inside functions, since most commands run no tasks.
 """
 
 import contextlib
+import dataclasses
 import fnmatch
 import functools
 import importlib.metadata
@@ -25,6 +26,7 @@ import rich.console
 import rich.markup
 
 from lm import checkpoint, cli, files, processes, schema
+from lm import config as config_lib
 from lm.data import overlap_report
 from lm.data import tokenizer as tokenizer_lib
 from lm.evaluate import corpora, provenance, task_texts
@@ -59,24 +61,30 @@ def evaluate(
   adapter: str | None = None,
   chat_template: str | None = None,
   overlap: str | overlap_report.Search | None = None,
+  cache_dir: str | None = None,
 ) -> dict[str, Any] | None:
   """Runs tasks on a checkpoint. Returns the scores, as for `show` and `write`,
   on process 0, and None on every further process.
 
   `limit` is the number of documents per task; with `chats`, the chat template
-  lays out prompts. The remaining arguments are as in `corpora.evaluate`. Raises
-  ConfigError on bad input before parameters are loaded.
+  lays out prompts; `cache_dir` replaces the run's. The remaining arguments are
+  as in `corpora.evaluate`. Raises ConfigError on bad input before parameters
+  are loaded.
   """
   check_installed()
   if output is not None:
     files.check_output(output, "--output")
   meta = checkpoint.load_meta(workdir, step)
   tokenizer = _tokenizer(meta, chats, chat_template)
-  train, cache_dir = meta.config.train, meta.config.data.cache_dir
+  train, data = meta.config.train, meta.config.data
+  if cache_dir is not None:
+    data = dataclasses.replace(data, cache_dir=cache_dir)
   _check_overlap(workdir, meta, overlap)
-  loaded = processes.only_first(lambda: find(tasks, include_path, cache_dir))
+  loaded = processes.only_first(
+    lambda: find(tasks, include_path, data.cache_dir)
+  )
   corpora.check_batch_size(batch_size, meta.config.model.context_length)
-  shares = processes.only_first(lambda: _overlap(overlap, loaded, limit, meta))
+  shares = processes.only_first(lambda: _overlap(overlap, loaded, limit, data))
   rows = batch_size or train.batch_size // train.microbatches
   mesh, n_rows = corpora.make_mesh(meta.config, rows)
   with jax.set_mesh(mesh):
@@ -163,7 +171,7 @@ def _overlap(
   given: str | overlap_report.Search | None,
   loaded: Any,
   limit: int | None,
-  meta: checkpoint.Meta,
+  data: config_lib.DataConfig,
 ) -> dict[str, overlap_report.Shares]:
   """The overlap of each task and group with the run's training sources, by one
   search for all; {} if `given` is None.
@@ -174,7 +182,7 @@ def _overlap(
     name: task_texts.TaskTexts(name, task, limit)
     for name, task in loaded["tasks"].items()
   }
-  shares = overlap_report.shares(given, held_out, meta.config.data)
+  shares = overlap_report.shares(given, held_out, data)
   return task_texts.add_groups(shares, loaded)
 
 

@@ -21,7 +21,8 @@ import numpy as np
 
 from lm import config as config_lib
 from lm import files, schema
-from lm.huggingface import expressible, table, tables
+from lm.huggingface import config_json, expressible, table, tables
+from lm.huggingface import family as family_lib
 from lm.model import decoder, lora
 
 _PREFIX = "base_model.model."
@@ -42,13 +43,21 @@ _INITIALISERS = (True, False, None, "gaussian", "eva", "orthogonal")
 _ALL = config_lib.LoraConfig()  # By default targets are all matrices.
 
 
-def _rows(cfg: config_lib.ModelConfig) -> dict[str, tables.Row]:
-  """Returns the row of each matrix with a tensor of its own in the family.
-
-  Raises ConfigError if no family can express the model.
+def _family(cfg: config_lib.ModelConfig, base: str | None) -> family_lib.Family:
+  """Returns the family of the folder `base` with a Hugging Face checkpoint, or
+  else of what is exported. Raises ConfigError if none can express the model.
   """
+  if base is not None and config_json.is_there(base):
+    return config_json.read(base)[0]
+  return expressible.of(lora.base(cfg))
+
+
+def _rows(
+  cfg: config_lib.ModelConfig, family: family_lib.Family
+) -> dict[str, tables.Row]:
+  """Returns the row of each matrix with a tensor of its own in the family."""
   found = {}
-  for row in expressible.of(lora.base(cfg)).rows:
+  for row in family.rows:
     if len(row.ours) == 1 and row.theirs.endswith(".weight"):
       found[row.ours[0]] = row
   return {
@@ -59,14 +68,16 @@ def _rows(cfg: config_lib.ModelConfig) -> dict[str, tables.Row]:
   }
 
 
-def _whole(cfg: config_lib.ModelConfig) -> dict[str, table.Place]:
+def _whole(
+  cfg: config_lib.ModelConfig, family: family_lib.Family
+) -> dict[str, table.Place]:
   """Returns the places of embedding and head, which the library can train
   whole. A tied pair is left out: the library would train only the embedding.
   """
   if cfg.tied_embedding:
     return {}
   base = lora.base(cfg)
-  places = table.places(expressible.of(base).rows, base).values()
+  places = table.places(family.rows, base).values()
   found = {place.row.ours: place for place in places}
   return {name: found[name,] for name in ("embed", "head")}
 
@@ -84,7 +95,7 @@ def _short(row: tables.Row) -> str:
 
 
 def _target_modules(
-  cfg: config_lib.ModelConfig, rows: list[tables.Row]
+  family: family_lib.Family, rows: list[tables.Row]
 ) -> list[str] | str:
   """Returns the last parts of the modules' names, as q_proj; or, where a module
   that is not adapted ends likewise (BERT's `dense`), a pattern of whole names.
@@ -92,7 +103,7 @@ def _target_modules(
   wanted = {row.theirs: row.theirs.split(".")[-2] for row in rows}
   alike = {
     row.theirs
-    for row in expressible.of(lora.base(cfg)).rows
+    for row in family.rows
     if row.theirs.split(".")[-2] in wanted.values()
     and row.theirs.endswith(".weight")
   }
@@ -102,15 +113,17 @@ def _target_modules(
   return "|".join(re.escape(x).replace(r"\{\}", r"\d+") for x in modules)
 
 
-def misfit(cfg: config_lib.ModelConfig) -> str | None:
-  """Why `save` refuses the adapters of `cfg`: no family can express the model,
-  an adapted matrix shares a tensor with further matrices in the family, or an
-  embedding that is also the head is trained. None if `save` would write them.
+def misfit(cfg: config_lib.ModelConfig, base: str | None = None) -> str | None:
+  """Why `save` refuses the adapters of `cfg` to `base`: no family can express
+  the model, an adapted matrix shares a tensor with further matrices in the
+  family, or an embedding that is also the head is trained. None if `save` would
+  write them.
   """
   assert cfg.lora is not None
   targets = lora.targets(cfg)
   try:
-    rows, whole = _rows(cfg), _whole(cfg)
+    family = _family(cfg, base)
+    rows, whole = _rows(cfg, family), _whole(cfg, family)
   except schema.ConfigError as error:
     return str(error)
   if any(name not in whole for name in cfg.lora.full):
@@ -121,12 +134,11 @@ def misfit(cfg: config_lib.ModelConfig) -> str | None:
   joined = [name for name in targets if name not in rows]
   if not joined:
     return None
-  family = expressible.of(lora.base(cfg)).model_type
   return (
-    f"model.lora.targets={targets}: the family {family!r} of transformers has "
-    f"{', '.join(joined)} joined with others in one matrix, which this adapter "
-    "would not fit; adapt other matrices, or write the merged model by "
-    "--to=huggingface"
+    f"model.lora.targets={targets}: the family {family.model_type!r} of "
+    f"transformers has {', '.join(joined)} joined with others in one matrix, "
+    "which this adapter would not fit; adapt other matrices, or write the "
+    "merged model by --to=huggingface"
   )
 
 
@@ -136,18 +148,20 @@ def save(
   """Writes the trained ones of a model's parameters: the adapters, and what
   `cfg.lora.full` names.
 
-  `base` is the base model's name in the file. Raises ConfigError if the model
-  has no adapters, or as `misfit` says.
+  `base` is the base model's name in the file, and if it is a folder with a
+  Hugging Face checkpoint, the adapters are for its family. Raises ConfigError
+  if the model has no adapters, or as `misfit` says.
   """
   if cfg.lora is None:
     raise schema.ConfigError(
       "model.lora=None: the run has no adapters that could be written; train "
       "one with --config.model.lora.rank=8 and --config.init_from"
     )
-  if (why := misfit(cfg)) is not None:
+  if (why := misfit(cfg, base)) is not None:
     raise schema.ConfigError(why)
   targets, tensors = lora.targets(cfg), {}
-  rows, whole = _rows(cfg), _whole(cfg)
+  family = _family(cfg, base)
+  rows, whole = _rows(cfg, family), _whole(cfg, family)
   for name in cfg.lora.full:
     value = np.asarray(params[name], np.float32)
     tensors[_PREFIX + whole[name].name] = whole[name].theirs([value])
@@ -170,7 +184,7 @@ def save(
     "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
     "lora_dropout": cfg.lora.dropout,
     "use_rslora": cfg.lora.rank_stabilized,
-    "target_modules": _target_modules(cfg, [rows[n] for n in targets]),
+    "target_modules": _target_modules(family, [rows[n] for n in targets]),
     "bias": "none",
     "fan_in_fan_out": not rows[targets[0]].linear,
     "init_lora_weights": True,
@@ -197,7 +211,7 @@ def load(
   """
   content = _config(folder)
   tensors = _tensors(os.path.join(folder, TENSORS))
-  rows = _rows(cfg)
+  rows = _rows(cfg, _family(cfg, None))
   full = _taken(folder, cfg, tensors, content.get("modules_to_save") or [])
   known = {
     f"{_module(row, i)}.lora_{factor}.weight": (name, i, factor)
@@ -243,7 +257,7 @@ def load(
 
 def _taken(folder, cfg, tensors, asked) -> dict[str, np.ndarray]:
   """Takes what was trained whole out of `tensors`; returns it by our names."""
-  whole, full = _whole(cfg), {}
+  whole, full = _whole(cfg, _family(cfg, None)), {}
   for place in whole.values():
     if (value := tensors.pop(_PREFIX + place.name, None)) is None:
       continue

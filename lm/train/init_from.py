@@ -178,7 +178,8 @@ def load(
     f"{fresh}"
   )
   converted = mine is not None and source.folder is not None
-  if converted and (why := peft.misfit(config.model)) is not None:
+  why = peft.misfit(config.model, source.workdir) if converted else None
+  if why is not None:
     say(f"lm.convert --to=peft will refuse these adapters: {why}")
   for line in _differences(config, source):
     say(f"another model than at {source.workdir}: {line}")

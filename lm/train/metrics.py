@@ -142,8 +142,8 @@ def _line(report: dict[str, Any]) -> str:
   """
   finite = {name: _finite(value) for name, value in report.items()}
   nonfinite = [name for name, value in report.items() if finite[name] != value]
-  if nonfinite:
-    finite["nonfinite"] = nonfinite
+  if nonfinite:  # beside those of a report that was read and is amended
+    finite["nonfinite"] = [*report.get("nonfinite", ()), *nonfinite]
   return json.dumps(finite, allow_nan=False) + "\n"
 
 
