@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains a small model on the Python standard library's source, evaluates it
-# and lets it write. Needs a python3 (>= 3.11), two CPU cores and ten minutes.
+# and lets it write. Needs a python3 (>= 3.11), two CPU cores and five minutes.
 # Arguments go to lm.train, such as --config.train.steps=200. A second run
 # resumes: it ends at once where the first was complete.
 set -euo pipefail
