@@ -341,7 +341,7 @@ def texts(door: str) -> Iterator[Case]:
       (["--logit_bias=-1:1"], "logit_bias"),
       ([f"--logit_bias={HUGE}:1"], "logit_bias"),
       (["--forbidden=384"], "forbidden"),
-      (8 * ["--stop_ids=3"], "stop_ids"),
+      ([f"--stop_ids={i}" for i in range(8, 16)], "stop_ids"),
       (["--temperature=1e39"], "temperature"),
       (["--top_p=0"], "top_p"),
       (["--min_p=1.5"], "min_p"),
