@@ -17,10 +17,11 @@ NAME = "config.json"
 _MOST = 10_000_000  # bytes
 
 
-def is_there(path: str) -> bool:
+def is_there(path: str, damaged: bool = True) -> bool:
   """Whether `path` is a local folder with Hugging Face's config.json.
 
-  The config.json of a run of lm.train has the key "model" and is not meant.
+  The config.json of a run of lm.train has the key "model" and is not meant; one
+  that is no JSON counts as `damaged` says.
   """
   where = os.path.join(path, NAME)
   if not files.is_local(path) or not os.path.lexists(where):
@@ -28,7 +29,7 @@ def is_there(path: str) -> bool:
   try:
     return "model" not in read_json(path, NAME)
   except schema.ConfigError:
-    return True  # `read` then raises the error of an invalid config.json
+    return damaged  # `read` then raises the error of an invalid config.json
 
 
 def read_json(path: str, name: str) -> dict[str, Any]:

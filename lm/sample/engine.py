@@ -44,6 +44,7 @@ class _Job:
   seed: int
   prompt: list[int]
   limit: int
+  ends: list[int]
   text: stream_lib.Stream
   token_ids: list[int] = dataclasses.field(default_factory=list)
   logs: list[float] = dataclasses.field(default_factory=list)
@@ -89,11 +90,11 @@ class Engine:
   def submit(self, request: Request) -> list[int]:
     """Queues each sample and returns the job numbers. Raises ConfigError."""
     prompt, limit = self.model.resolve(request, self.n_places)
-    jobs = []
+    ends, jobs = self.model.ends(request), []
     for i in range(request.n_samples):
       stream = stream_lib.Stream(self.model.tokenizer, request.stop, prompt)
       seed = request.seed + i
-      job = _Job(self._n_jobs, request, seed, prompt, limit, stream)
+      job = _Job(self._n_jobs, request, seed, prompt, limit, ends, stream)
       self._n_jobs += 1
       jobs.append(job.number)
       if limit > 0:
@@ -193,7 +194,8 @@ class Engine:
   def _empty(self) -> tuple[list[kv_cache.Cache], decoding.Slots]:
     """Empty KV caches and idle slots."""
     s = self.model
-    filler = _Job(0, Request(), 0, [0], 0, stream_lib.Stream(s.tokenizer, ()))
+    text = stream_lib.Stream(s.tokenizer, ())
+    filler = _Job(0, Request(), 0, [0], 0, [s.tokenizer.eos], text)
     return decoding.empty(
       self._row(filler),
       configs=tuple(each.cfg for each in s.models()),
@@ -241,8 +243,7 @@ class Engine:
       return place(np.broadcast_to(row, (ways, len(row))))
 
     ends = np.full(request_lib.MAX_ENDS, V, np.int32)
-    ids = self.model.ends(r)
-    ends[: len(ids)] = ids
+    ends[: len(job.ends)] = job.ends
     in_prompt = np.zeros(V, bool)
     in_prompt[job.prompt] = True
     history = np.zeros(self._longest, np.int32)
@@ -296,7 +297,6 @@ class Engine:
   def _take(self, job: _Job, drawn: dict[str, np.ndarray], slot: int) -> None:
     """Adds the tokens drawn in a slot to the job, up to the end of the job."""
     n_others = job.request.alternatives
-    ends = self.model.ends(job.request)
     for column in range(int(drawn["n"][slot])):
       at = slot, column
       token, log = int(drawn["ids"][at]), float(drawn["logs"][at])
@@ -311,7 +311,7 @@ class Engine:
         job.others.append([Alternative(*pair) for pair in others][:n_others])
       if math.isnan(log):
         return self._end(job, "error")
-      if token in ends:
+      if token in job.ends:
         return self._end(job, "eos")
       if job.text.add(token):
         return self._end(job, "stop")

@@ -149,7 +149,8 @@ class _Run:
 
   def _save(self, step: int, loss: float | None) -> None:
     self.reporter.read()  # raises Diverged before a NaN is saved
-    # A report after the save would leave its tokens unreported in `meta`.
+    # Not after the save: `meta` would have its tokens as unreported ones. A
+    # restart adds to the report an evaluation that a stop cut short.
     if step == self.config.train.steps or self.evaluation.due(step):
       self.reporter.report()
     self.reporter.report_if_due()
@@ -164,10 +165,6 @@ class _Run:
     exit code.
     """
     stopping = self.stop.stopping
-    self.reporter.read()
-    # A restart adds to the report an evaluation that a stop cut short.
-    if not stopping or self.evaluation.due(step):
-      self.reporter.report()
     if step > (self.checkpoints.latest_step() or 0):
       self._save(step, loss)
     with self.ledger.within("save"):

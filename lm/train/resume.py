@@ -21,6 +21,7 @@ from lm import config as config_lib
 from lm import objective as objective_lib
 from lm.data import pipeline, store
 from lm.data import tokenizer as tokenizer_lib
+from lm.huggingface import config_json
 from lm.train import init_from, metrics, optimizer, programs
 from lm.train import step as step_lib
 
@@ -69,11 +70,10 @@ def earlier_config(
   path = epath.Path(workdir) / "config.json"
   if not path.exists():
     return None
-  content = files.attempt(path, path.read_bytes)
   try:
-    return validation.from_json(content)
+    return validation.from_json(files.attempt(path, path.read_bytes))
   except schema.ConfigError:
-    if b'"model_type"' in content:
+    if config_json.is_there(workdir, damaged=False):
       raise schema.ConfigError(
         f"--workdir={workdir}: its config.json is that of a Hugging Face "
         "model; name another directory, and start from this one by "
