@@ -36,8 +36,8 @@ def draw(*shape: int) -> jax.Array:
   return jnp.asarray(values, jnp.float32)
 
 
-def compiled(function, *arguments, ours: bool = True):
-  options = chips.compiler_options("cpu") if ours else {}
+def compiled(function, *arguments, ours: bool = True, dtype="float32"):
+  options = chips.compiler_options("cpu", dtype) if ours else {}
   program = jax.jit(function).lower(*arguments)
   return program.compile(compiler_options=options)
 
@@ -100,6 +100,44 @@ def attention() -> None:
     },
     q,
     k,
+  )
+
+
+def bfloat16() -> None:
+  from lm.model import weights
+
+  x, w = (a.astype(jnp.bfloat16) for a in (draw(B * T, D), draw(D, F)))
+
+  def gradients(product):
+    return jax.grad(lambda x, w: jnp.sum(product(x, w)) ** 2, argnums=(0, 1))
+
+  written = gradients(lambda x, w: weights._bfloat16_product(0, None, x, w))
+  own = gradients(lambda x, w: x @ w)
+  compare(
+    "a product in bfloat16 and its gradients",
+    {
+      "sums leave it in float32": compiled(written, x, w, dtype="bfloat16"),
+      "JAX's own gradients": compiled(own, x, w, dtype="bfloat16"),
+      "the same, by Eigen": compiled(own, x, w),
+    },
+    x,
+    w,
+  )
+
+  def slope(dtype):
+    def gelu(x):
+      return jax.nn.gelu(x.astype(dtype)).astype(jnp.bfloat16)
+
+    return jax.grad(lambda x: jnp.sum(gelu(x)))
+
+  x = draw(B * T, F).astype(jnp.bfloat16)
+  compare(
+    "GELU of bfloat16 and its gradient",
+    {
+      "in float32": compiled(slope(jnp.float32), x, dtype="bfloat16"),
+      "in bfloat16": compiled(slope(jnp.bfloat16), x, dtype="bfloat16"),
+    },
+    x,
   )
 
 
@@ -251,3 +289,4 @@ if __name__ == "__main__":
   else:
     mlp()
     attention()
+    bfloat16()

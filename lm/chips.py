@@ -51,6 +51,15 @@ _OPTIONS: dict[str, Options] = {
   #   xla_tpu_enable_async_collective_fusion{,_fuse_all_gather,_multiple_steps}.
   # LIBTPU_INIT_ARGS tries others, in benchmarks/aot.py too.
 }
+# Added to a program that computes in bfloat16: YNNPACK has products of it,
+# Eigen none (benchmarks/train.py --dtype=bfloat16).
+_BFLOAT16: dict[str, Options] = {
+  "cpu": {
+    "xla_cpu_experimental_ynn_fusion_type": (
+      "LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+    )
+  }
+}
 # Added to a program that runs once. LLVM's third level takes two to four times
 # as long as the second for the initial state, whose bits are the same
 # (benchmarks/compile.py).
@@ -76,9 +85,15 @@ def _find(device_kind: str) -> _Chip | None:
   return None
 
 
-def compiler_options(platform: str, *, runs_once: bool = False) -> Options:
-  """`compiler_options` of a program for `platform`: cpu, gpu or tpu."""
+def compiler_options(
+  platform: str, dtype: str = "float32", *, runs_once: bool = False
+) -> Options:
+  """`compiler_options` of a program for `platform` (cpu, gpu or tpu), which
+  computes in `dtype`.
+  """
   options = _OPTIONS.get(platform, {})
+  if dtype == "bfloat16":
+    options = options | _BFLOAT16.get(platform, {})
   # What the user has asked for goes before.
   if runs_once and not jax.config.read("jax_disable_most_optimizations"):
     options = options | _ONCE.get(platform, {})

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from flax import nnx
 
 from lm import batch as batch_lib
 from lm import sharding
-from lm.model import counts, decoder
+from lm.model import counts, decoder, weights
 
 # Row 3 is padding alone, as in the last batch of a validation pass.
 LENGTHS = [[7, 5, 4], [19], [1, 17], [], [2, 3, 11, 1]]
@@ -80,6 +81,67 @@ def test_bfloat16_is_near_the_reference_and_ends_in_float32():
   worst = error[batch.segments != 0].max()
   # Eight bits of mantissa: above float32's error, far below the soft-cap 3.
   assert 1e-3 < worst < 0.3
+
+
+BF16_CASES = {
+  "BTD,DF->BTF": ((16, 24), ("embed", "mlp"), 1),
+  "BTD,DNH->BTNH": ((16, 4, 6), ("embed", "heads", None), 1),
+  "BTNH,NHD->BTD": ((4, 6, 16), ("heads", None, "embed"), 2),
+}
+
+
+@pytest.mark.parametrize("mesh", [None, (1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("equation", BF16_CASES)
+def test_products_in_bfloat16_are_rounded_once(equation, mesh):
+  """As are their gradients: each is that of NumPy in float64, to half of the
+  last of bfloat16's eight bits.
+  """
+  shape, axes, n_inputs = BF16_CASES[equation]
+  inputs, rest = equation.split(",")
+  letters, outputs = rest.split("->")
+  sizes = dict(zip(letters, shape, strict=True)) | {"B": 4, "T": 3}
+  rng = np.random.default_rng(0)
+
+  def draw(which):
+    x = rng.standard_normal([sizes[letter] for letter in which])
+    return jnp.asarray(x, jnp.bfloat16)
+
+  x, w, dy = draw(inputs), draw(letters), draw(outputs)
+  heads = ("batch", "length", "heads", None)
+  wide = ("batch", "length", "mlp")
+  named = {"BTD": wide[:2] + (None,), "BTF": wide, "BTNH": heads}
+  declared = weights.Weight(axes, "matrix", n_inputs)
+
+  def product(x, w):
+    param = nnx.Param(w, declared=declared)
+    return weights.dot(equation, x, param, *named[outputs])
+
+  @jax.jit
+  def run(x, w, dy):
+    y, back = jax.vjp(product, x, w.astype(jnp.float32))
+    return y, *back(dy)
+
+  if mesh is None:
+    y, dx, dw = run(x, w, dy)
+  else:
+    mesh = jax.make_mesh(mesh, sharding.MESH_AXES)
+    with jax.set_mesh(mesh):
+      placed = [
+        jax.device_put(
+          a, jax.sharding.NamedSharding(mesh, sharding.partition(*names))
+        )
+        for a, names in ((x, named[inputs]), (w, axes), (dy, named[outputs]))
+      ]
+      y, dx, dw = run(*placed)
+  assert (y.dtype, dx.dtype) == (jnp.bfloat16, jnp.bfloat16)
+  x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
+  for got, want in (
+    (y, np.einsum(equation, x, w)),
+    (dx, np.einsum(f"{outputs},{letters}->{inputs}", dy, w)),
+    (dw, np.einsum(f"{inputs},{outputs}->{letters}", x, dy)),
+  ):
+    got = np.asarray(got, np.float64)
+    np.testing.assert_allclose(got, want, rtol=1.01 * 2**-8, atol=1e-5)
 
 
 # --- parameters --------------------------------------------------------------

@@ -82,7 +82,7 @@ def make_step(
   return jax.jit(
     functools.partial(_score, cfg),
     out_shardings=whole,
-    compiler_options=chips.compiler_options(sharding.platform()),
+    compiler_options=chips.compiler_options(sharding.platform(), cfg.dtype),
   )
 
 

@@ -86,7 +86,7 @@ def eval_step(
   return jax.jit(
     functools.partial(score, cfg),
     out_shardings=whole,
-    compiler_options=chips.compiler_options(sharding.platform()),
+    compiler_options=chips.compiler_options(sharding.platform(), cfg.dtype),
   )
 
 

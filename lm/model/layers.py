@@ -18,11 +18,11 @@ from lm.model import remat, weights
 
 
 def add_bias(x: Array, bias: nnx.Param | None) -> Array:
-  """x + bias over the last dimensions; x if bias is None."""
+  """x + bias over the last dimensions, in float32; x if bias is None."""
   if bias is None:
     return x
   lead = (None,) * (x.ndim - bias[...].ndim)
-  return x + bias[...][(*lead, ...)].astype(x.dtype)
+  return (x.astype(jnp.float32) + bias[...][(*lead, ...)]).astype(x.dtype)
 
 
 class Norm(nnx.Module):
@@ -120,7 +120,7 @@ class MLP(nnx.Module):
 
   @functools.partial(jax.checkpoint, static_argnums=0)
   def _activate(self, up: Array, gate: Array | None) -> Array:
-    x = up if gate is None else gate
+    x = (up if gate is None else gate).astype(jnp.float32)
     if self.activation == "swiglu":
       y = jax.nn.silu(x)
     elif self.activation == "relu2":
@@ -128,7 +128,7 @@ class MLP(nnx.Module):
     else:
       approximate = not self.activation.endswith("_exact")
       y = jax.nn.gelu(x, approximate=approximate)
-    return y if gate is None else y * up
+    return (y if gate is None else y * up).astype(up.dtype)
 
 
 class HeadTransform(nnx.Module):

@@ -194,16 +194,60 @@ def _flat_dot(inputs, letters, outputs, x, values, axes):
   sizes = dict(zip(inputs + letters, x.shape + values.shape, strict=True))
   if len(letters) == 3:
     values, letters = _merge(values, 1), letters[:2]
-  y = _dot(
-    inputs[1:],
-    letters,
-    outputs[1] + outputs[2],
-    _merge(x, 0),
-    values,
-    (axes[0], axes[2]),
-  )
+  matrix, outer = _merge(x, 0), (axes[0], axes[2])
+  if x.dtype == jnp.bfloat16:
+    summed = letters.index(inputs[-1])
+    y = _bfloat16_product(summed, sharding.spec(*outer), matrix, values)
+  else:
+    short = outputs[1] + outputs[2]
+    y = _dot(inputs[1:], letters, short, matrix, values, outer)
   shape = tuple(sizes[letter] for letter in outputs)
   return jax.lax.reshape(y, shape, out_sharding=sharding.spec(*axes))
+
+
+def _bfloat16_sums(summed: int, where: P | None, x: Array, w: Array) -> Array:
+  """x [T, D] times w, whose axis `summed` has D, sharded as `where`.
+
+  XLA multiplies bfloat16 on a CPU as such, by YNNPACK, where the sums leave it
+  in float32 and the left operand's rows are summed; else it converts matrices
+  to float32. The gradients are written out here, because JAX's own would have
+  neither (benchmarks/train.py --dtype=bfloat16).
+  """
+  return _float32_sums(x, w, (1, summed), where).astype(x.dtype)
+
+
+def _bfloat16_forward(summed, where, x, w):
+  return _bfloat16_sums(summed, where, x, w), (x, w)
+
+
+def _bfloat16_backward(summed, where, saved, dy):
+  del where
+  x, w = saved
+  of_x, of_w = (
+    jax.typeof(a).sharding.spec if sharding.has_mesh() else None for a in saved
+  )
+  dx = _float32_sums(dy, w, (1, 1 - summed), of_x)
+  left, right = (x, dy) if summed == 0 else (dy, x)
+  # A transposed array is a view to XLA, unless another axis comes between.
+  left = jnp.squeeze(
+    jax.lax.optimization_barrier(jnp.expand_dims(left.T, 0)), 0
+  )
+  dw = _float32_sums(left, right, (1, 0), of_w)
+  return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+_bfloat16_product = jax.custom_vjp(_bfloat16_sums, nondiff_argnums=(0, 1))
+_bfloat16_product.defvjp(_bfloat16_forward, _bfloat16_backward)
+
+
+def _float32_sums(a, b, axes, where):
+  return jax.lax.dot_general(
+    a,
+    b,
+    (((axes[0],), (axes[1],)), ((), ())),
+    preferred_element_type=jnp.float32,
+    out_sharding=where,
+  )
 
 
 def _merge(x: Array, axis: int) -> Array:

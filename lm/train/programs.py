@@ -84,7 +84,7 @@ def compile_step(
     batch = batch_lib.abstract(config, rows)
     with jax.set_mesh(mesh):
       step = jax.jit(step_lib.train_step(config), donate_argnums=0)
-      options = chips.compiler_options(sharding.platform())
+      options = chips.compiler_options(sharding.platform(), config.model.dtype)
       return step.lower(state, batch).compile(compiler_options=options)
   n = mesh.size
   pmapped = jax.pmap(
