@@ -23,6 +23,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 # Characters of a gap.
 SHORTEST, LONGEST = 4, 40
 ORDERS = {"causal": (None,), "fim": ("psm", "spm")}
+KINDS = ("line", "token", "span")
 
 
 def train(
@@ -69,7 +70,12 @@ def gaps(workdir: str, n: int) -> list[tuple[str, str, str, str]]:
     line = text.rfind("\n", 0, draw.randrange(len(text))) + 1
     stop = text.find("\n", line)
     start = line + len(text[line:stop]) - len(text[line:stop].lstrip())
-    kind = ("line", "token")[len(found) % 2]
+    kind = KINDS[len(found) % len(KINDS)]
+    if kind == "span" and stop - start > SHORTEST + 2:
+      start = draw.randrange(start + 1, stop - SHORTEST - 1)
+      stop = draw.randrange(start + SHORTEST, stop)
+    elif kind == "span":
+      continue
     if kind == "token" and stop - start > SHORTEST + 1:
       start = draw.randrange(start + 1, stop - SHORTEST)
       before = text[line : start + 1]
@@ -109,14 +115,14 @@ def judge(
       for ids in prompts
     ]
   )
-  hits: dict[str, list[bool]] = {"line": [], "token": []}
-  bits: dict[str, list[float]] = {"line": [], "token": []}
+  hits: dict[str, list[bool]] = {kind: [] for kind in KINDS}
+  bits: dict[str, list[float]] = {kind: [] for kind in KINDS}
   n_bytes = dict.fromkeys(hits, 0)
   for (kind, _, gap, _), ids, result in zip(
     wanted, prompts, results, strict=True
   ):
-    text = tokenizer.decode(result.token_ids)
-    hits[kind].append(text.split("\n")[0] == gap)
+    text = tokenizer.decode(result.token_ids).split("\n")[0]
+    hits[kind].append(text.startswith(gap) if kind == "span" else text == gap)
     middle = tokenizer.encode(gap, continues=True)
     logs = sampler.score([*ids, *middle]).log_probabilities[-len(middle) :]
     bits[kind].append(-sum(logs) / math.log(2))

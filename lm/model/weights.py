@@ -210,8 +210,9 @@ def _bfloat16_sums(summed: int, where: P | None, x: Array, w: Array) -> Array:
 
   XLA multiplies bfloat16 on a CPU as such, by YNNPACK, where the sums leave it
   in float32 and the left operand's rows are summed; else it converts matrices
-  to float32. The gradients are written out here, because JAX's own would have
-  neither (benchmarks/train.py --dtype=bfloat16).
+  to float32 first. JAX's own gradients would have neither, so they are written
+  out (benchmarks/products.py). Sums are rounded before anything else: in JAX
+  0.10 a transposed result of such a product ends in UNIMPLEMENTED.
   """
   return _float32_sums(x, w, (1, summed), where).astype(x.dtype)
 
