@@ -147,7 +147,8 @@ class HeadTransform(nnx.Module):
     y = add_bias(
       weights.dot("BTD,DE->BTE", x, self.dense, *outer), self.dense_bias
     )
-    return self.norm(jax.nn.gelu(y, approximate=self.approximate))
+    wide = jax.nn.gelu(y.astype(jnp.float32), approximate=self.approximate)
+    return self.norm(wide.astype(y.dtype))
 
 
 def look_up(

@@ -112,8 +112,8 @@ def _side(
 
 
 def _multiply(equation: str, a: Array, b: Array) -> Array:
-  """einsum whose sums are rounded once: a bfloat16 product as XLA's CPU compiler
-  has it (lm/model/weights.py).
+  """einsum with sums in float32, rounded once, as XLA multiplies bfloat16 on a
+  CPU (lm/model/weights.py).
   """
   sums = jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
   return sums.astype(a.dtype)
