@@ -71,11 +71,11 @@ def gaps(workdir: str, n: int) -> list[tuple[str, str, str, str]]:
     stop = text.find("\n", line)
     start = line + len(text[line:stop]) - len(text[line:stop].lstrip())
     kind = KINDS[len(found) % len(KINDS)]
-    if kind == "span" and stop - start > SHORTEST + 2:
+    if kind == "span":
+      if stop - start <= SHORTEST + 2:
+        continue
       start = draw.randrange(start + 1, stop - SHORTEST - 1)
       stop = draw.randrange(start + SHORTEST, stop)
-    elif kind == "span":
-      continue
     if kind == "token" and stop - start > SHORTEST + 1:
       start = draw.randrange(start + 1, stop - SHORTEST)
       before = text[line : start + 1]

@@ -111,7 +111,9 @@ def bfloat16() -> None:
   def gradients(product):
     return jax.grad(lambda x, w: jnp.sum(product(x, w)) ** 2, argnums=(0, 1))
 
-  written = gradients(lambda x, w: weights._bfloat16_product(0, None, x, w))
+  written = gradients(
+    lambda x, w: weights._bfloat16_product("TD,DF->TF", None, x, w)
+  )
   own = gradients(lambda x, w: x @ w)
   compare(
     "a product in bfloat16 and its gradients",

@@ -87,6 +87,8 @@ BF16_CASES = {
   "BTD,DF->BTF": ((16, 24), ("embed", "mlp"), 1),
   "BTD,DNH->BTNH": ((16, 4, 6), ("embed", "heads", None), 1),
   "BTNH,NHD->BTD": ((4, 6, 16), ("heads", None, "embed"), 2),
+  # Stored as FD, in reverse.
+  "reversed BTD,DF->BTF": ((16, 24), (None, None), 1),
 }
 
 
@@ -97,6 +99,7 @@ def test_products_in_bfloat16_are_rounded_once(equation, mesh):
   last of bfloat16's eight bits.
   """
   shape, axes, n_inputs = BF16_CASES[equation]
+  equation, in_reverse = equation.split()[-1], "reversed" in equation
   inputs, rest = equation.split(",")
   letters, outputs = rest.split("->")
   sizes = dict(zip(letters, shape, strict=True)) | {"B": 4, "T": 3}
@@ -113,6 +116,8 @@ def test_products_in_bfloat16_are_rounded_once(equation, mesh):
   declared = weights.Weight(axes, "matrix", n_inputs)
 
   def product(x, w):
+    if in_reverse:
+      w = weights.Reversed(w.T)
     param = nnx.Param(w, declared=declared)
     return weights.dot(equation, x, param, *named[outputs])
 

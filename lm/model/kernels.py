@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lm import config as config_lib
 from lm import schema, sharding
 from lm.model import remat
+from lm.model.weights import float32_sums
 
 # Score of a masked key: low enough for exp() to give 0, high enough for sums
 # to stay finite.
@@ -336,11 +337,6 @@ def _blocks(seen, n_rows, causal, window):
     yield slice(start * G, stop * G), keys, mask
 
 
-def _multiply(equation: str, a: Array, b: Array) -> Array:
-  """einsum of operands in the compute dtype, accumulated in float32."""
-  return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
-
-
 def _attend_blocks(options, q, k, v, seen):
   return _attend_forward(options, q, k, v, seen)[0]
 
@@ -349,7 +345,7 @@ def _attend_forward(options, q, k, v, seen):
   *how, softcap = options
   outs, logs = [], []
   for some, keys, mask in _blocks(seen, q.shape[2], *how):
-    scores = _multiply("BKRH,BKSH->BKRS", q[:, :, some], k[:, :, keys])
+    scores = float32_sums("BKRH,BKSH->BKRS", q[:, :, some], k[:, :, keys])
     if softcap is not None:
       scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask, scores, MASKED)
@@ -357,7 +353,7 @@ def _attend_forward(options, q, k, v, seen):
     shares = jnp.exp(scores - top)
     total = jnp.sum(shares, axis=-1, keepdims=True)
     # Normalised after the product: [R, H] has fewer numbers than [R, S].
-    out = _multiply("BKRS,BKSH->BKRH", shares.astype(v.dtype), v[:, :, keys])
+    out = float32_sums("BKRS,BKSH->BKRH", shares.astype(v.dtype), v[:, :, keys])
     outs.append((out / total).astype(v.dtype))
     logs.append(top + jnp.log(total))
   out = remat.name(jnp.concatenate(outs, axis=2), "context")
@@ -376,7 +372,7 @@ def _attend_backward(options, saved, d_out):
   for some, keys, mask in _blocks(seen, q.shape[2], *how):
     q_, d_ = q[:, :, some], d_out[:, :, some]
     k_, v_ = k[:, :, keys], v[:, :, keys]
-    scores = _multiply("BKRH,BKSH->BKRS", q_, k_)
+    scores = float32_sums("BKRH,BKSH->BKRS", q_, k_)
     slope = None
     if softcap is not None:
       scores = softcap * jnp.tanh(scores / softcap)
@@ -384,13 +380,13 @@ def _attend_backward(options, saved, d_out):
     scores = jnp.where(mask, scores, MASKED)
     shares = jnp.exp(scores - logs[:, :, some])
     d_v = d_v.at[:, :, keys].add(
-      _multiply("BKRS,BKRH->BKSH", shares.astype(q.dtype), d_)
+      float32_sums("BKRS,BKRH->BKSH", shares.astype(q.dtype), d_)
     )
-    d = _multiply("BKRH,BKSH->BKRS", d_, v_) - delta[:, :, some]
+    d = float32_sums("BKRH,BKSH->BKRS", d_, v_) - delta[:, :, some]
     d *= shares
     d = (d if slope is None else d * slope).astype(q.dtype)
-    d_k = d_k.at[:, :, keys].add(_multiply("BKRS,BKRH->BKSH", d, q_))
-    d_q.append(_multiply("BKRS,BKSH->BKRH", d, k_))
+    d_k = d_k.at[:, :, keys].add(float32_sums("BKRS,BKRH->BKSH", d, q_))
+    d_q.append(float32_sums("BKRS,BKSH->BKRH", d, k_))
   d_q = jnp.concatenate(d_q, axis=2)
   return *(d.astype(q.dtype) for d in (d_q, d_k, d_v)), None
 

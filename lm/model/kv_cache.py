@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lm import config as config_lib
 from lm import sharding
-from lm.model import kernels
+from lm.model import kernels, weights
 
 # Leading logical axes of every array of a layer; other axes are not sharded.
 _HEADS = ("batch", "kv_heads")
@@ -213,12 +213,7 @@ def _attend(q, keys, values, seen: Bool[Array, "B T R"], softcap):
   K = keys.values.shape[0] // B
   G = N // K
   q = jnp.moveaxis(q.reshape(B, T, K, G, H), 1, 3).reshape(B * K, G * T, H)
-  scores = jnp.einsum(
-    "XMH,XRH->XMR",
-    q,
-    keys.values.astype(q.dtype),
-    preferred_element_type=jnp.float32,
-  )
+  scores = weights.float32_sums("XMH,XRH->XMR", q, keys.values.astype(q.dtype))
   if keys.scales is not None:
     scores *= keys.scales[:, None]
   if softcap is not None:
@@ -229,11 +224,9 @@ def _attend(q, keys, values, seen: Bool[Array, "B T R"], softcap):
   total = jnp.sum(shares, axis=-1, keepdims=True)
   if values.scales is not None:
     shares *= values.scales[:, None]
-  out = jnp.einsum(
-    "XMR,XRH->XMH",
-    shares.astype(q.dtype),
-    values.values.astype(q.dtype),
-    preferred_element_type=jnp.float32,
+  shares = shares.astype(q.dtype)
+  out = weights.float32_sums(
+    "XMR,XRH->XMH", shares, values.values.astype(q.dtype)
   )
   out = (out / total).astype(q.dtype).reshape(B, K, G, T, H)
   return jnp.moveaxis(out, 3, 1).reshape(B, T, N, H)

@@ -127,10 +127,9 @@ def _local_sums_and_gradients(options, trains, x, head, bias, targets, weights):
       dbias += jnp.sum(d, axis=0)
     # Compute dtype for both operands: float32 would slow the matmul.
     d = d.astype(x.dtype)
-    f32 = jnp.float32
-    dx = jnp.einsum("CV,VD->CD", d, whole, preferred_element_type=f32)
+    dx = weights_lib.float32_sums("CV,VD->CD", d, whole)
     if dhead is not None:
-      dhead += jnp.einsum("CV,CD->VD", d, x, preferred_element_type=f32)
+      dhead += weights_lib.float32_sums("CV,CD->VD", d, x)
     dx = chunks.psum(dx, "vocab").astype(x.dtype)
     return (*_add(sums, nll, log_z, weights, z_loss), dhead, dbias), dx
 

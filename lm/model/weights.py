@@ -194,19 +194,27 @@ def _flat_dot(inputs, letters, outputs, x, values, axes):
   sizes = dict(zip(inputs + letters, x.shape + values.shape, strict=True))
   if len(letters) == 3:
     values, letters = _merge(values, 1), letters[:2]
-  matrix, outer = _merge(x, 0), (axes[0], axes[2])
+  equation = f"{inputs[1:]},{letters}->{outputs[1] + outputs[2]}"
+  where, matrix = sharding.spec(axes[0], axes[2]), _merge(x, 0)
   if x.dtype == jnp.bfloat16:
-    summed = letters.index(inputs[-1])
-    y = _bfloat16_product(summed, sharding.spec(*outer), matrix, values)
+    y = _bfloat16_product(equation, where, matrix, values)
   else:
-    short = outputs[1] + outputs[2]
-    y = _dot(inputs[1:], letters, short, matrix, values, outer)
+    y = jnp.einsum(equation, matrix, values, out_sharding=where)
   shape = tuple(sizes[letter] for letter in outputs)
   return jax.lax.reshape(y, shape, out_sharding=sharding.spec(*axes))
 
 
-def _bfloat16_sums(summed: int, where: P | None, x: Array, w: Array) -> Array:
-  """x [T, D] times w, whose axis `summed` has D, sharded as `where`.
+def float32_sums(
+  equation: str, a: Array, b: Array, where: P | None = None
+) -> Array:
+  """einsum of operands in the compute dtype, accumulated in float32."""
+  return jnp.einsum(
+    equation, a, b, preferred_element_type=jnp.float32, out_sharding=where
+  )
+
+
+def _bfloat16_sums(equation: str, where: P | None, x: Array, w: Array) -> Array:
+  """A product of two matrices, "TD,DF->TF" or "TD,FD->TF", sharded as `where`.
 
   XLA multiplies bfloat16 on a CPU as such, by YNNPACK, where the sums leave it
   in float32 and the left operand's rows are summed; else it converts matrices
@@ -214,41 +222,34 @@ def _bfloat16_sums(summed: int, where: P | None, x: Array, w: Array) -> Array:
   out (benchmarks/products.py). Sums are rounded before anything else: in JAX
   0.10 a transposed result of such a product ends in UNIMPLEMENTED.
   """
-  return _float32_sums(x, w, (1, summed), where).astype(x.dtype)
+  return float32_sums(equation, x, w, where).astype(x.dtype)
 
 
-def _bfloat16_forward(summed, where, x, w):
-  return _bfloat16_sums(summed, where, x, w), (x, w)
+def _bfloat16_forward(equation, where, x, w):
+  return _bfloat16_sums(equation, where, x, w), (x, w)
 
 
-def _bfloat16_backward(summed, where, saved, dy):
+def _bfloat16_backward(equation, where, saved, dy):
   del where
   x, w = saved
   of_x, of_w = (
     jax.typeof(a).sharding.spec if sharding.has_mesh() else None for a in saved
   )
-  dx = _float32_sums(dy, w, (1, 1 - summed), of_x)
-  left, right = (x, dy) if summed == 0 else (dy, x)
+  of, outputs = equation.split("->")
+  inputs, letters = of.split(",")
+  dx = float32_sums(f"{outputs},{letters}->{inputs}", dy, w, of_x)
+  left, right = (x, dy) if letters[0] in inputs else (dy, x)
   # A transposed array is a view to XLA, unless another axis comes between.
   left = jnp.squeeze(
     jax.lax.optimization_barrier(jnp.expand_dims(left.T, 0)), 0
   )
-  dw = _float32_sums(left, right, (1, 0), of_w)
+  rows, columns = letters
+  dw = float32_sums(f"{rows}T,T{columns}->{letters}", left, right, of_w)
   return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
 _bfloat16_product = jax.custom_vjp(_bfloat16_sums, nondiff_argnums=(0, 1))
 _bfloat16_product.defvjp(_bfloat16_forward, _bfloat16_backward)
-
-
-def _float32_sums(a, b, axes, where):
-  return jax.lax.dot_general(
-    a,
-    b,
-    (((axes[0],), (axes[1],)), ((), ())),
-    preferred_element_type=jnp.float32,
-    out_sharding=where,
-  )
 
 
 def _merge(x: Array, axis: int) -> Array:
@@ -271,10 +272,5 @@ def scores(
   `axes` are logical names of the output's axes; omit `axes` for a local shard
   (inside `sharding.per_shard`).
   """
-  return jnp.einsum(
-    "...D,VD->...V",
-    x,
-    head.astype(x.dtype),
-    preferred_element_type=jnp.float32,
-    out_sharding=sharding.spec(*axes) if axes else None,
-  )
+  where = sharding.spec(*axes) if axes else None
+  return float32_sums("...D,VD->...V", x, head.astype(x.dtype), where)

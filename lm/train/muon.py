@@ -111,14 +111,6 @@ def _side(
   )
 
 
-def _multiply(equation: str, a: Array, b: Array) -> Array:
-  """einsum with sums in float32, rounded once, as XLA multiplies bfloat16 on a
-  CPU (lm/model/weights.py).
-  """
-  sums = jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
-  return sums.astype(a.dtype)
-
-
 @jax.named_scope("newton_schulz")
 def newton_schulz(x: Float[Array, "N m n"]) -> Float[Array, "N m n"]:
   """Singular values of `x`, at most 1, moved near 1 by the quintic polynomial
@@ -131,10 +123,14 @@ def newton_schulz(x: Float[Array, "N m n"]) -> Float[Array, "N m n"]:
   """
   a, b, c = COEFFICIENTS
   if x.dtype != jnp.float32 or 2 * x.shape[2] <= 3 * x.shape[1]:
+
+    def multiply(equation, *operands):
+      return weights.float32_sums(equation, *operands).astype(x.dtype)
+
     for _ in range(STEPS):
-      gram = _multiply("Nik,Njk->Nij", x, x)
-      p = b * gram + _multiply("Nij,Njk->Nik", c * gram, gram)
-      x = a * x + _multiply("Nij,Njk->Nik", p, x)
+      gram = multiply("Nik,Njk->Nij", x, x)
+      p = b * gram + multiply("Nij,Njk->Nik", c * gram, gram)
+      x = a * x + multiply("Nij,Njk->Nik", p, x)
     return x
   dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
   gram = dot(x, x.mT)
