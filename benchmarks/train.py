@@ -245,7 +245,7 @@ def compare(name: str, dtype: str, optimizer: str, n_turns: int) -> dict:
   }
 
 
-STAGES = ("optimizer", "loss", "attention", "mlp", "embed", "norm", "clip")
+STAGES = ("optimizer", "loss", "attention", "mlp", "embed", "norm")
 
 
 def stage(scope: str) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import jax
 from jax.experimental import mesh_utils
 
+from lm import chips, schema, sharding
 from lm import config as config_lib
-from lm import schema, sharding
 
 
 def shape_of(config: config_lib.Config, n_devices: int) -> tuple[int, ...]:
@@ -75,6 +75,7 @@ def make(config: config_lib.Config, devices=None) -> jax.sharding.Mesh:
   """
   devices = jax.devices() if devices is None else devices
   shape = shape_of(config, len(devices))
+  chips.forgo_unsafe_cache(devices)
   if config.model.remat_offload:
     _check_host_memory(devices[0])
   slices = 1

@@ -20,7 +20,7 @@ import tempfile
 import jax
 import jaxtyping
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+from jax._src import compilation_cache
 
 import lm
 
@@ -67,6 +67,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+# As chips.forgo_unsafe_cache, by program: most are of one device.
+_keep = compilation_cache.put_executable_and_time
+
+
+def _keep_safe(key, name, executable, *rest):
+  if len(executable.local_devices()) == 1:
+    _keep(key, name, executable, *rest)
+
+
+compilation_cache.put_executable_and_time = _keep_safe
+chips = importlib.import_module("lm.chips")  # with its annotations executed
+chips.forgo_unsafe_cache = lambda devices: None
 
 
 def pytest_report_header():

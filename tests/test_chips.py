@@ -1,5 +1,6 @@
 """Peaks of chips, compared with the table of JAX's kernels for TPUs."""
 
+import doors
 import pytest
 from jax.experimental.pallas import tpu
 
@@ -34,3 +35,42 @@ def test_variants_of_a_card_are_told_apart():
   bandwidths = [chips.memory_bandwidth(kind) for kind in kinds]
   assert bandwidths == sorted(set(bandwidths))
   assert chips.peak_flops("cpu") is chips.memory_bandwidth("cpu") is None
+
+
+def test_programs_over_several_cpu_devices_come_from_no_cache(tmp_path):
+  program = """
+import sys, jax, numpy as np
+from lm import chips
+
+def run(n_devices):
+  devices = jax.devices()[:n_devices]
+  chips.forgo_unsafe_cache(devices)
+  rows = jax.sharding.PartitionSpec("all")
+  rows = jax.NamedSharding(jax.sharding.Mesh(devices, "all"), rows)
+  x = jax.device_put(np.ones(8, np.float32), rows)
+  jax.block_until_ready(jax.jit(lambda x: x / x.sum())(x))
+
+for n_devices in map(int, sys.argv[1:]):
+  run(n_devices)
+"""
+
+  def kept(*n_devices):
+    folder = tmp_path / "-".join(n_devices)
+    child = doors.Popen(
+      program,
+      n_devices,
+      JAX_NUM_CPU_DEVICES="4",
+      JAX_COMPILATION_CACHE_DIR=str(folder),
+      JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+      JAX_ENABLE_COMPILATION_CACHE="1",
+    )
+    _, said = child.communicate()
+    assert child.returncode == 0, said
+    return len(list(folder.glob("*lambda*-cache"))), said
+
+  assert kept("1", "1") == (1, "")
+  for n_devices in (("2",), ("1", "2"), ("4", "1")):
+    n_kept, said = kept(*n_devices)
+    assert n_kept == (n_devices[0] == "1")
+    assert said.startswith(f"compilation cache {tmp_path}") and "CPU" in said
+    assert said.count("\n") == 1

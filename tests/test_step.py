@@ -477,7 +477,7 @@ def test_steps_that_are_outliers_or_not_finite_are_left_out_and_counted():
   assert metrics["skipped"] < 6
 
 
-def _lowered(config):
+def _lowered(config, **options):
   """The step's program for one device, as text."""
   mesh = mesh_lib.make(config, jax.devices()[:1])
   with jax.set_mesh(mesh):
@@ -485,7 +485,7 @@ def _lowered(config):
       programs.abstract_state(config, mesh),
       batch_lib.abstract(config, programs.batch_sharding(config, mesh)),
     )
-  return program.as_text()
+  return program.as_text(**options)
 
 
 def test_layers_add_nothing_to_the_program():
@@ -504,6 +504,29 @@ def test_one_device_has_no_collectives(name):
     r"stablehlo\.(all_\w+|reduce_scatter|collective_\w+)", text
   )
   assert not found
+
+
+def test_a_profile_reads_like_the_code():
+  """Operations are named after their stage, forward and backward. Products are
+  what takes the time; the loss computes its gradient with its value.
+  """
+  config = _config("muon", **STATISTICS)
+  mesh = mesh_lib.make(config, jax.devices()[:1])
+  text = programs.compile_step(config, mesh).as_text()
+  found = re.findall(r' ([\w-]+)\(.*op_name="([^"]*)"', text)
+  model = {"embed", "attention", "mlp", "final_norm"}
+  others = {"loss", "gradient_norm", "optimizer", "newton_schulz", "statistics"}
+  stages = model | others
+
+  def seen(way):
+    parts = (re.split(r"[/()]", name) for _, name in found if way in name)
+    return stages & set().union(*parts)
+
+  assert seen("") == stages
+  assert seen("transpose(jvp(") >= model
+  products = [name for what, name in found if what == "dot"]
+  assert len(products) == len(re.findall(r" dot\(", text)) > 0
+  assert all(stages & set(re.split(r"[/()]", name)) for name in products)
 
 
 # Another value of each field that changes the program of a step or of the

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from lm import checkpoint, cli, schema, sharding
+from lm import checkpoint, chips, cli, schema, sharding
 from lm import mesh as mesh_lib
 from lm.data import fim
 from lm.data import tokenizer as tokenizer_lib
@@ -151,6 +151,7 @@ def _mesh(numbers: list[str]) -> jax.sharding.Mesh:
     raise schema.ConfigError(
       f"--mesh={','.join(numbers)}: needs {n} devices; there are {len(found)}"
     )
+  chips.forgo_unsafe_cache(found[:n])
   return jax.make_mesh(shape, sharding.MESH_AXES, devices=found[:n])
 
 

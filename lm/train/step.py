@@ -122,7 +122,8 @@ def train_step(
     scored = weight
     weight = jnp.maximum(weight, 1.0)  # for a batch without targets
     mean = nll / weight
-    norm = optax.tree.norm(gradients) / weight
+    with jax.named_scope("gradient_norm"):
+      norm = optax.tree.norm(gradients) / weight
     metrics = {
       "loss": mean,
       "grad_norm": norm,

@@ -17,7 +17,6 @@ import signal
 import sys
 import threading
 import time
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -219,17 +218,6 @@ def _join_process_group(leader: int) -> None:
   raise TimeoutError(f"process {leader} has not made its process group")
 
 
-def _write_compilation_cache() -> None:
-  """Lets every process write to the compilation cache. JAX lets only process 0
-  write, whose programs serve all processes. On CPUs the cache key includes the
-  process, and all other processes would compile again at each start.
-  """
-  from jax._src import compiler
-
-  state = types.SimpleNamespace(process_id=0, client=None)
-  compiler.distributed = types.SimpleNamespace(global_state=state)  # type: ignore
-
-
 def _heed_signals() -> None:
   """Undoes what nohup, and a shell of its background jobs, make of signals that
   faults send: processes ignore them, and their children, too.
@@ -264,7 +252,6 @@ def train(
 
   for name, value in options.items():
     jax.config.update(name, value)
-  _write_compilation_cache()
   if fault is not None:
     install(fault, _signal_sender(fault, marker))
   sys.argv = ["lm.train", *arguments]

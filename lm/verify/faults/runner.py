@@ -130,13 +130,6 @@ class Runner:
     options = {
       "jax_platforms": "cpu",
       "jax_num_cpu_devices": n_devices // n_processes,
-      # Restarts reuse compiled programs, except where the fault is injected
-      # while the process compiles: that needs a real compilation.
-      "jax_enable_compilation_cache": not (
-        fault is not None and fault.point == "compiling"
-      ),
-      "jax_compilation_cache_dir": str(self.folder / "compiled"),
-      "jax_persistent_cache_min_compile_time_secs": 0,
     }
     shared = {}
     if n_processes > 1:
