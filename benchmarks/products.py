@@ -1,7 +1,7 @@
 """What XLA's CPU compiler is slow at, in small programs: the reasons for the
 form of products in lm/model/weights.py and kernels.py, and for lm/chips.py.
 
-  JAX_PLATFORMS=cpu python benchmarks/products.py [--torch]
+  JAX_PLATFORMS=cpu python benchmarks/products.py [--torch [--dtype=bfloat16]]
 
 Prints the milliseconds of each form, the best of several, in turns, and the
 ratio to the form that the code has. `--torch` prints instead how fast XLA
@@ -126,6 +126,26 @@ def bfloat16() -> None:
     w,
   )
 
+  d, x = (a.astype(jnp.bfloat16) for a in (draw(B * T, B * T), draw(B * T, D)))
+
+  def plain(d, x):
+    return jnp.einsum("CV,CD->VD", d, x, preferred_element_type=jnp.float32)
+
+  def summed_along_rows(d, x):
+    return weights.float32_sums("CV,CD->VD", d, x)
+
+  compare(
+    "the loss's gradient of the head in bfloat16",
+    {
+      "left operand copied, its rows summed": compiled(
+        summed_along_rows, d, x, dtype="bfloat16"
+      ),
+      "its columns summed": compiled(plain, d, x, dtype="bfloat16"),
+    },
+    d,
+    x,
+  )
+
   def slope(dtype):
     def gelu(x):
       return jax.nn.gelu(x.astype(dtype)).astype(jnp.bfloat16)
@@ -145,7 +165,7 @@ def bfloat16() -> None:
 
 # --- beside PyTorch -----------------------------------------------------------
 
-# rows, inputs, outputs of a product in float32.
+# rows, inputs, outputs of a product.
 SHAPES = {
   "nanoGPT's size, MLP": (768, 128, 512),
   "quickstart, MLP": (2048, 192, 768),
@@ -216,23 +236,38 @@ def part_inputs(part: str, shape: train.Shape) -> list[np.ndarray]:
   return [rng.normal(size=size).astype(np.float32) for size in sizes]
 
 
-def side(name: str):
+def side(name: str, dtype: str):
   """Answers the name of a product by the GFLOP/s of it and its gradients, and
   that of a layer and a part by runs per second.
   """
   if name == "torch":
     import torch
 
-    tensor = torch.from_numpy
+    def tensor(array):
+      return torch.from_numpy(array).to(getattr(torch, dtype))
 
     def products(x, w, dy):
       return x @ w, dy @ w.T, x.T @ dy
   else:
-    tensor, products = jnp.asarray, lambda x, w, dy: (x @ w, dy @ w.T, x.T @ dy)
+    from lm.model import weights
+
+    def tensor(array):
+      return jnp.asarray(array, dtype)
+
+    def multiply(x, w):
+      if dtype == "float32":
+        return x @ w
+      return weights._bfloat16_product("TD,DF->TF", None, x, w)
+
+    def products(x, w, dy):
+      y, pull = jax.vjp(multiply, x, w)
+      return y, *pull(dy)
 
   def runs(function, arrays) -> float:
     inputs = [tensor(array) for array in arrays]
-    run = function if name == "torch" else compiled(function, *inputs)
+    run = function
+    if name != "torch":
+      run = compiled(function, *inputs, dtype=dtype)
     seconds, n = 0.0, 0
     jax.block_until_ready(run(*inputs))
     started = time.perf_counter()
@@ -258,10 +293,10 @@ def side(name: str):
   return rate
 
 
-def beside_torch() -> None:
+def beside_torch(dtype: str) -> None:
   environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
   sides = [
-    turns.Side(f"--side={name}", environment=environment)
+    turns.Side(f"--side={name}", f"--dtype={dtype}", environment=environment)
     for name in ("ours", "torch")
   ]
   parts = [f"{shape}: {part}" for shape in train.SHAPES for part in PARTS]
@@ -274,7 +309,7 @@ def beside_torch() -> None:
       rows.append([asked, *(f"{turns.median(x):.0f}" for x in (ours, theirs))])
       rows[-1].append(ratio)
     columns = ("with gradients", f"XLA {unit}", "PyTorch", "ratio")
-    turns.print_table("float32", columns, rows)
+    turns.print_table(dtype, columns, rows)
   for one in sides:
     one.close()
 
@@ -282,12 +317,15 @@ def beside_torch() -> None:
 if __name__ == "__main__":
   parser = argparse.ArgumentParser()
   parser.add_argument("--torch", action="store_true")
+  parser.add_argument(
+    "--dtype", choices=("float32", "bfloat16"), default="float32"
+  )
   parser.add_argument("--side", choices=("ours", "torch"))
   options = parser.parse_args()
   if options.side:
-    turns.serve(lambda: side(options.side))
+    turns.serve(lambda: side(options.side, options.dtype))
   elif options.torch:
-    beside_torch()
+    beside_torch(options.dtype)
   else:
     mlp()
     attention()

@@ -13,7 +13,7 @@ import reference
 from flax import nnx
 
 from lm import batch as batch_lib
-from lm import sharding
+from lm import chips, sharding
 from lm.model import counts, decoder, weights
 
 # Row 3 is padding alone, as in the last batch of a validation pass.
@@ -147,6 +147,33 @@ def test_products_in_bfloat16_are_rounded_once(equation, mesh):
   ):
     got = np.asarray(got, np.float64)
     np.testing.assert_allclose(got, want, rtol=1.01 * 2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "equation",
+  ["CV,CD->VD", "BKRS,BKRH->BKSH", "BKRH,BKSH->BKRS", "CBA,ACD->BD"],
+)
+def test_sums_in_float32(equation, optimised):
+  """They may be transposed, as the gradient of an untied head is."""
+  operands, output = equation.split("->")
+  sizes = {letter: i for i, letter in enumerate("ABCDHKRSV", 2)}
+  rng = np.random.default_rng(0)
+  a, b = (
+    jnp.asarray(rng.standard_normal([sizes[x] for x in letters]), jnp.bfloat16)
+    for letters in operands.split(",")
+  )
+  want = np.einsum(equation, *(np.asarray(x, np.float64) for x in (a, b)))
+  for transposed in (False, True):
+
+    def run(a, b, transposed=transposed):
+      sums = weights.float32_sums(equation, a, b)
+      return jnp.swapaxes(sums, -1, -2) if transposed else sums
+
+    options = chips.compiler_options("cpu", "bfloat16")
+    got = jax.jit(run, compiler_options=options)(a, b)
+    assert got.dtype == jnp.float32
+    got = np.swapaxes(got, -1, -2) if transposed else got
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 # --- parameters --------------------------------------------------------------

@@ -506,6 +506,27 @@ def test_one_device_has_no_collectives(name):
   assert not found
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_cpus_multiply_bfloat16_as_such(name):
+  """Every product is of a form that XLA's CPU compiler has for bfloat16: the
+  left operand is summed over its last axes, into float32.
+  """
+  options = {"model__dtype": "bfloat16", "model__tied_embedding": False}
+  text = _lowered(_config(name, **options))
+  products = re.findall(
+    r"stablehlo.dot_general .* contracting_dims = \[([\d, ]+)\].*"
+    r" : \(tensor<([^>]*)>, tensor<([^>]*)>\) -> tensor<([^>]*)>",
+    text,
+  )
+  assert len(products) == text.count("stablehlo.dot_general") > 20
+  for summed, left, right, out in products:
+    n_axes = left.count("x")
+    axes = [int(axis) for axis in summed.split(",")]
+    assert axes == [*range(n_axes - len(axes), n_axes)], left
+    dtypes = [shape.split("x")[-1] for shape in (left, right, out)]
+    assert dtypes == ["bf16", "bf16", "f32"]
+
+
 def test_a_profile_reads_like_the_code():
   """Operations are named after their stage, forward and backward. Products are
   what takes the time; the loss computes its gradient with its value.

@@ -146,9 +146,11 @@ class Decoder(nnx.Module):
   def unroll(self) -> "Decoder":
     """Replaces the stacked `layers` by a list of L Blocks; returns self."""
     graph, stacked = nnx.split(self.layers)
+    leaves, tree = jax.tree.flatten(stacked)
+    # Not x[i]: its gradient is a sum of L arrays that are padded with zeros.
+    of_layers = zip(*map(jnp.unstack, leaves), strict=True)
     self.layers = nnx.List(
-      nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], stacked))
-      for i in range(self.cfg.n_layers)
+      nnx.merge(graph, jax.tree.unflatten(tree, layer)) for layer in of_layers
     )
     return self
 

@@ -208,19 +208,37 @@ def float32_sums(
   equation: str, a: Array, b: Array, where: P | None = None
 ) -> Array:
   """einsum of operands in the compute dtype, accumulated in float32."""
-  return jnp.einsum(
+  on_cpu = a.dtype == jnp.bfloat16 and sharding.platform() == "cpu"
+  if on_cpu:
+    equation, a = _summed_along_rows(equation, a)
+  sums = jnp.einsum(
     equation, a, b, preferred_element_type=jnp.float32, out_sharding=where
   )
+  # JAX 0.10 fails to run such a product if XLA makes a transpose part of it.
+  return jax.lax.optimization_barrier(sums) if on_cpu else sums
+
+
+def _summed_along_rows(equation: str, a: Array) -> tuple[str, Array]:
+  """The equation with the summed axes of its left operand `a` last, and a copy
+  of `a` in that order. XLA multiplies bfloat16 on a CPU as such, by YNNPACK,
+  only so; else it converts matrices to float32 first (benchmarks/products.py).
+  """
+  operands, output = equation.split("->")
+  left, right = operands.split(",")
+  kept = "".join(letter for letter in left if letter in output)
+  if left.startswith(kept):
+    return equation, a
+  order = kept + "".join(letter for letter in left if letter not in output)
+  a = jnp.transpose(a, [left.index(letter) for letter in order])
+  # A transposed array is a view to XLA, unless another axis comes between.
+  a = jax.lax.optimization_barrier(jnp.expand_dims(a, 0))
+  return f"{order},{right}->{output}", jnp.squeeze(a, 0)
 
 
 def _bfloat16_sums(equation: str, where: P | None, x: Array, w: Array) -> Array:
   """A product of two matrices, "TD,DF->TF" or "TD,FD->TF", sharded as `where`.
 
-  XLA multiplies bfloat16 on a CPU as such, by YNNPACK, where the sums leave it
-  in float32 and the left operand's rows are summed; else it converts matrices
-  to float32 first. JAX's own gradients would have neither, so they are written
-  out (benchmarks/products.py). Sums are rounded before anything else: in JAX
-  0.10 a transposed result of such a product ends in UNIMPLEMENTED.
+  Its gradients are written out, for JAX's own do not come from `float32_sums`.
   """
   return float32_sums(equation, x, w, where).astype(x.dtype)
 
@@ -238,13 +256,10 @@ def _bfloat16_backward(equation, where, saved, dy):
   of, outputs = equation.split("->")
   inputs, letters = of.split(",")
   dx = float32_sums(f"{outputs},{letters}->{inputs}", dy, w, of_x)
-  left, right = (x, dy) if letters[0] in inputs else (dy, x)
-  # A transposed array is a view to XLA, unless another axis comes between.
-  left = jnp.squeeze(
-    jax.lax.optimization_barrier(jnp.expand_dims(left.T, 0)), 0
-  )
-  rows, columns = letters
-  dw = float32_sums(f"{rows}T,T{columns}->{letters}", left, right, of_w)
+  if letters[0] in inputs:
+    dw = float32_sums(f"{inputs},{outputs}->{letters}", x, dy, of_w)
+  else:
+    dw = float32_sums(f"{outputs},{inputs}->{letters}", dy, x, of_w)
   return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
