@@ -72,6 +72,8 @@ def run(spec: specs.Spec) -> int:
     if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)
   }
   children: list[subprocess.Popen] = []
+  # `python` is the one that runs this, though its environment is not active.
+  path = os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"]))
   try:
     for step in render(spec):
       children.append(
@@ -80,6 +82,7 @@ def run(spec: specs.Spec) -> int:
           stdout=subprocess.PIPE,
           stderr=subprocess.STDOUT,
           start_new_session=True,
+          env=os.environ | {"PATH": path},
         )
       )
     readers = [

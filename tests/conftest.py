@@ -69,7 +69,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
-# As chips.forgo_unsafe_cache, by program: most are of one device.
+# Programs over several devices are not kept. chips.forgo_unsafe_cache would
+# turn the cache off for those of one device, too, which most are.
 _keep = compilation_cache.put_executable_and_time
 
 

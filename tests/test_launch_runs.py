@@ -417,6 +417,20 @@ def test_local_runs_all_and_says_who_failed():
   assert child.returncode == 3
 
 
+def test_local_runs_its_own_python():
+  """In an environment that is not active."""
+  command = ("python", "-c", "import sys; print(sys.executable)")
+  ended = subprocess.run(
+    [sys.executable, "-m", "launch", "--to=local", "--", *command],
+    cwd=ROOT,
+    env=os.environ | {"PATH": "/usr/bin:/bin"},
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  own = pathlib.Path(sys.executable).with_name("python")
+  assert set(ended.stdout.splitlines()) == {f"[0] {own}", f"[1] {own}"}
+
+
 def test_local_passes_sigterm_on():
   child = start_local("60", "60")
   assert child.stdout
