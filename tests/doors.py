@@ -139,6 +139,8 @@ def joined(program, arguments, n: int, **environment) -> list[Popen]:
   environment |= {
     "COORDINATOR_ADDRESS": f"{host}:{port}",
     "PROCESS_COUNT": str(n),
+    # Nor would chips.forgo_unsafe_cache use it, which says so.
+    "JAX_ENABLE_COMPILATION_CACHE": "0",
   }
   return [
     Popen(program, arguments(i), PROCESS_INDEX=str(i), **environment)
