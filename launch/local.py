@@ -1,5 +1,6 @@
 """This machine: N processes of M CPU devices each, joined over loopback."""
 
+import dataclasses
 import os
 import signal
 import socket
@@ -72,8 +73,9 @@ def run(spec: specs.Spec) -> int:
     if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)
   }
   children: list[subprocess.Popen] = []
-  # `python` is the one that runs this, though its environment is not active.
-  path = os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"]))
+  program, *arguments = spec.command
+  if program == "python":  # the one that runs this, also where it isn't in PATH
+    spec = dataclasses.replace(spec, command=(sys.executable, *arguments))
   try:
     for step in render(spec):
       children.append(
@@ -82,7 +84,6 @@ def run(spec: specs.Spec) -> int:
           stdout=subprocess.PIPE,
           stderr=subprocess.STDOUT,
           start_new_session=True,
-          env=os.environ | {"PATH": path},
         )
       )
     readers = [
