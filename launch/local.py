@@ -74,7 +74,10 @@ def run(spec: specs.Spec) -> int:
   }
   children: list[subprocess.Popen] = []
   program, *arguments = spec.command
-  if program == "python":  # the one that runs this, also where it isn't in PATH
+  if program in (
+    "python",
+    "python3",
+  ):  # that which runs this, whatever PATH has
     spec = dataclasses.replace(spec, command=(sys.executable, *arguments))
   try:
     for step in render(spec):

@@ -139,7 +139,7 @@ def joined(program, arguments, n: int, **environment) -> list[Popen]:
   environment |= {
     "COORDINATOR_ADDRESS": f"{host}:{port}",
     "PROCESS_COUNT": str(n),
-    # Nor would chips.forgo_unsafe_cache use it, which says so.
+    # chips.forgo_unsafe_cache would turn it off, and say so in a line.
     "JAX_ENABLE_COMPILATION_CACHE": "0",
   }
   return [

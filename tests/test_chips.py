@@ -37,21 +37,30 @@ def test_variants_of_a_card_are_told_apart():
   assert chips.peak_flops("cpu") is chips.memory_bandwidth("cpu") is None
 
 
-def test_programs_over_several_cpu_devices_come_from_no_cache(tmp_path):
-  program = """
-import sys, jax, numpy as np
-from lm import chips
+MESHES = {
+  "lm.train": """
+config = config_lib.Config(mesh=config_lib.MeshConfig(data=n_devices, fsdp=1))
+mesh = mesh_lib.make(config, jax.devices()[:n_devices])
+""",
+  "lm.sample": "mesh = flags._mesh([str(n_devices), '1', '1'])",
+}
 
-def run(n_devices):
-  devices = jax.devices()[:n_devices]
-  chips.forgo_unsafe_cache(devices)
-  rows = jax.sharding.PartitionSpec("all")
-  rows = jax.NamedSharding(jax.sharding.Mesh(devices, "all"), rows)
-  x = jax.device_put(np.ones(8, np.float32), rows)
-  jax.block_until_ready(jax.jit(lambda x: x / x.sum())(x))
+
+@pytest.mark.parametrize("command", MESHES)
+def test_programs_over_several_cpu_devices_come_from_no_cache(
+  command, tmp_path
+):
+  program = f"""
+import sys, jax, numpy as np
+from lm import config as config_lib
+from lm import mesh as mesh_lib
+from lm.sample import flags
 
 for n_devices in map(int, sys.argv[1:]):
-  run(n_devices)
+  {MESHES[command].strip().replace(chr(10), chr(10) + "  ")}
+  rows = jax.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+  x = jax.device_put(np.ones(8, np.float32), rows)
+  jax.block_until_ready(jax.jit(lambda x: x / x.sum())(x))
 """
 
   def kept(*n_devices):

@@ -477,7 +477,7 @@ def test_steps_that_are_outliers_or_not_finite_are_left_out_and_counted():
   assert metrics["skipped"] < 6
 
 
-def _lowered(config, **options):
+def _lowered(config):
   """The step's program for one device, as text."""
   mesh = mesh_lib.make(config, jax.devices()[:1])
   with jax.set_mesh(mesh):
@@ -485,7 +485,7 @@ def _lowered(config, **options):
       programs.abstract_state(config, mesh),
       batch_lib.abstract(config, programs.batch_sharding(config, mesh)),
     )
-  return program.as_text(**options)
+  return program.as_text()
 
 
 def test_layers_add_nothing_to_the_program():
