@@ -12,6 +12,7 @@ PyTorch's speed.
 """
 
 import argparse
+import functools
 import os
 import sys
 import time
@@ -111,9 +112,7 @@ def bfloat16() -> None:
   def gradients(product):
     return jax.grad(lambda x, w: jnp.sum(product(x, w)) ** 2, argnums=(0, 1))
 
-  written = gradients(
-    lambda x, w: weights._bfloat16_product("TD,DF->TF", None, x, w)
-  )
+  written = gradients(lambda x, w: weights._product("TD,DF->TF", None, x, w))
   own = gradients(lambda x, w: x @ w)
   compare(
     "a product in bfloat16 and its gradients",
@@ -124,26 +123,6 @@ def bfloat16() -> None:
     },
     x,
     w,
-  )
-
-  d, x = (a.astype(jnp.bfloat16) for a in (draw(B * T, B * T), draw(B * T, D)))
-
-  def plain(d, x):
-    return jnp.einsum("CV,CD->VD", d, x, preferred_element_type=jnp.float32)
-
-  def summed_along_rows(d, x):
-    return weights.float32_sums("CV,CD->VD", d, x)
-
-  compare(
-    "the loss's gradient of the head in bfloat16",
-    {
-      "left operand copied, its rows summed": compiled(
-        summed_along_rows, d, x, dtype="bfloat16"
-      ),
-      "its columns summed": compiled(plain, d, x, dtype="bfloat16"),
-    },
-    d,
-    x,
   )
 
   def slope(dtype):
@@ -161,6 +140,45 @@ def bfloat16() -> None:
     },
     x,
   )
+
+
+def gradients_of_weights() -> None:
+  """Both operands are summed over their first axes; the left one is wider."""
+  from lm.model import weights
+
+  for title, equation, left, right in (
+    ("the loss's gradient of the head", "CV,CD->VD", (512, 2048), (512, D)),
+    (
+      "an MLP's gradient of its second matrix",
+      "TF,TD->FD",
+      (B * T, F),
+      (B * T, D),
+    ),
+    (
+      "attention's gradient of keys",
+      "BKRS,BKRH->BKSH",
+      (B, N, T // 2, T),
+      (B, N, T // 2, H),
+    ),
+  ):
+
+    def plain(a, b, equation=equation):
+      return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+    ours = functools.partial(weights.float32_sums, equation)
+    for dtype in ("float32", "bfloat16"):
+      a, b = (draw(*shape).astype(dtype) for shape in (left, right))
+      compare(
+        f"{title} in {dtype}",
+        {
+          "the narrow operand on the left": compiled(ours, a, b, dtype=dtype),
+          "the wide one, its columns summed": compiled(
+            plain, a, b, dtype=dtype
+          ),
+        },
+        a,
+        b,
+      )
 
 
 # --- beside PyTorch -----------------------------------------------------------
@@ -257,7 +275,7 @@ def side(name: str, dtype: str):
     def multiply(x, w):
       if dtype == "float32":
         return x @ w
-      return weights._bfloat16_product("TD,DF->TF", None, x, w)
+      return weights._product("TD,DF->TF", None, x, w)
 
     def products(x, w, dy):
       y, pull = jax.vjp(multiply, x, w)
@@ -330,3 +348,4 @@ if __name__ == "__main__":
     mlp()
     attention()
     bfloat16()
+    gradients_of_weights()

@@ -83,7 +83,7 @@ def test_bfloat16_is_near_the_reference_and_ends_in_float32():
   assert 1e-3 < worst < 0.3
 
 
-BF16_CASES = {
+PRODUCTS = {
   "BTD,DF->BTF": ((16, 24), ("embed", "mlp"), 1),
   "BTD,DNH->BTNH": ((16, 4, 6), ("embed", "heads", None), 1),
   "BTNH,NHD->BTD": ((4, 6, 16), ("heads", None, "embed"), 2),
@@ -93,21 +93,22 @@ BF16_CASES = {
 
 
 @pytest.mark.parametrize("mesh", [None, (1, 1, 1), (2, 2, 2)])
-@pytest.mark.parametrize("equation", BF16_CASES)
-def test_products_in_bfloat16_are_rounded_once(equation, mesh):
-  """As are their gradients: each is that of NumPy in float64, to half of the
-  last of bfloat16's eight bits.
+@pytest.mark.parametrize("equation", PRODUCTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_are_rounded_once(dtype, equation, mesh):
+  """As are their gradients: each is that of NumPy in float64, in bfloat16 to
+  half of the last of its eight bits.
   """
-  shape, axes, n_inputs = BF16_CASES[equation]
+  shape, axes, n_inputs = PRODUCTS[equation]
   equation, in_reverse = equation.split()[-1], "reversed" in equation
   inputs, rest = equation.split(",")
   letters, outputs = rest.split("->")
-  sizes = dict(zip(letters, shape, strict=True)) | {"B": 4, "T": 3}
+  sizes = dict(zip(letters, shape, strict=True)) | {"B": 4, "T": 5}
   rng = np.random.default_rng(0)
 
   def draw(which):
     x = rng.standard_normal([sizes[letter] for letter in which])
-    return jnp.asarray(x, jnp.bfloat16)
+    return jnp.asarray(x, dtype)
 
   x, w, dy = draw(inputs), draw(letters), draw(outputs)
   heads = ("batch", "length", "heads", None)
@@ -138,7 +139,7 @@ def test_products_in_bfloat16_are_rounded_once(equation, mesh):
         for a, names in ((x, named[inputs]), (w, axes), (dy, named[outputs]))
       ]
       y, dx, dw = run(*placed)
-  assert (y.dtype, dx.dtype) == (jnp.bfloat16, jnp.bfloat16)
+  assert (y.dtype, dx.dtype) == (dtype, dtype)
   x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
   for got, want in (
     (y, np.einsum(equation, x, w)),
@@ -146,20 +147,22 @@ def test_products_in_bfloat16_are_rounded_once(equation, mesh):
     (dw, np.einsum(f"{inputs},{outputs}->{letters}", x, dy)),
   ):
     got = np.asarray(got, np.float64)
-    np.testing.assert_allclose(got, want, rtol=1.01 * 2**-8, atol=1e-5)
+    half = 2**-8 if dtype == "bfloat16" else 1e-6
+    np.testing.assert_allclose(got, want, rtol=1.01 * half, atol=1e-5)
 
 
 @pytest.mark.parametrize(
   "equation",
   ["CV,CD->VD", "BKRS,BKRH->BKSH", "BKRH,BKSH->BKRS", "CBA,ACD->BD"],
 )
-def test_sums_in_float32(equation, optimised):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sums_in_float32(dtype, equation, optimised):
   """They may be transposed, as the gradient of an untied head is."""
   operands, output = equation.split("->")
-  sizes = {letter: i for i, letter in enumerate("ABCDHKRSV", 2)}
+  sizes = {letter: i for i, letter in enumerate("ABDCHKRSV", 2)}
   rng = np.random.default_rng(0)
   a, b = (
-    jnp.asarray(rng.standard_normal([sizes[x] for x in letters]), jnp.bfloat16)
+    jnp.asarray(rng.standard_normal([sizes[x] for x in letters]), dtype)
     for letters in operands.split(",")
   )
   want = np.einsum(equation, *(np.asarray(x, np.float64) for x in (a, b)))
@@ -169,7 +172,7 @@ def test_sums_in_float32(equation, optimised):
       sums = weights.float32_sums(equation, a, b)
       return jnp.swapaxes(sums, -1, -2) if transposed else sums
 
-    options = chips.compiler_options("cpu", "bfloat16")
+    options = chips.compiler_options("cpu", dtype)
     got = jax.jit(run, compiler_options=options)(a, b)
     assert got.dtype == jnp.float32
     got = np.swapaxes(got, -1, -2) if transposed else got

@@ -10,6 +10,8 @@ B batch, T query length, D model, V vocabulary.
 
 import dataclasses
 import functools
+import math
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -196,10 +198,7 @@ def _flat_dot(inputs, letters, outputs, x, values, axes):
     values, letters = _merge(values, 1), letters[:2]
   equation = f"{inputs[1:]},{letters}->{outputs[1] + outputs[2]}"
   where, matrix = sharding.spec(axes[0], axes[2]), _merge(x, 0)
-  if x.dtype == jnp.bfloat16:
-    y = _bfloat16_product(equation, where, matrix, values)
-  else:
-    y = jnp.einsum(equation, matrix, values, out_sharding=where)
+  y = _product(equation, where, matrix, values)
   shape = tuple(sizes[letter] for letter in outputs)
   return jax.lax.reshape(y, shape, out_sharding=sharding.spec(*axes))
 
@@ -208,34 +207,59 @@ def float32_sums(
   equation: str, a: Array, b: Array, where: P | None = None
 ) -> Array:
   """einsum of operands in the compute dtype, accumulated in float32."""
-  on_cpu = a.dtype == jnp.bfloat16 and sharding.platform() == "cpu"
-  if on_cpu:
-    equation, a = _summed_along_rows(equation, a)
-  sums = jnp.einsum(
+  on_cpu = sharding.platform() == "cpu"
+  left, right, out = re.split(",|->", equation)
+  kept = [letter for letter in left if letter in out]
+  if on_cpu and not left.startswith("".join(kept)):
+    return _sums_of_columns(left, right, out, a, b, where)
+  sums = _sums(equation, a, b, where)
+  # JAX 0.10 fails to run such a product if XLA makes a transpose part of it.
+  in_bfloat16 = on_cpu and a.dtype == jnp.bfloat16
+  return jax.lax.optimization_barrier(sums) if in_bfloat16 else sums
+
+
+def _sums(equation: str, a: Array, b: Array, where: P | None) -> Array:
+  return jnp.einsum(
     equation, a, b, preferred_element_type=jnp.float32, out_sharding=where
   )
-  # JAX 0.10 fails to run such a product if XLA makes a transpose part of it.
-  return jax.lax.optimization_barrier(sums) if on_cpu else sums
 
 
-def _summed_along_rows(equation: str, a: Array) -> tuple[str, Array]:
-  """The equation with the summed axes of its left operand `a` last, and a copy
-  of `a` in that order. XLA multiplies bfloat16 on a CPU as such, by YNNPACK,
-  only so; else it converts matrices to float32 first (benchmarks/products.py).
+def _sums_of_columns(
+  left: str, right: str, out: str, a: Array, b: Array, where: P | None
+) -> Array:
+  """`float32_sums` over axes of `a` that are not its last, in the form for
+  which XLA's products on CPUs are fast (benchmarks/products.py).
+
+  XLA copies such a left operand number by number, so the narrower one takes its
+  place, unless the sums are too short to pay for transposing the product. In
+  bfloat16 the left operand is copied here, its summed axes last: only then XLA
+  multiplies bfloat16 as such, by YNNPACK, and does not convert it to float32.
   """
-  operands, output = equation.split("->")
-  left, right = operands.split(",")
-  kept = "".join(letter for letter in left if letter in output)
-  if left.startswith(kept):
-    return equation, a
-  order = kept + "".join(letter for letter in left if letter not in output)
-  a = jnp.transpose(a, [left.index(letter) for letter in order])
-  # A transposed array is a view to XLA, unless another axis comes between.
-  a = jax.lax.optimization_barrier(jnp.expand_dims(a, 0))
-  return f"{order},{right}->{output}", jnp.squeeze(a, 0)
+  sizes = dict(zip(left + right, a.shape + b.shape, strict=True))
+
+  def size(letters):
+    return math.prod(sizes[letter] for letter in letters)
+
+  of_left, of_right = set(left) - set(right), set(right) - set(left)
+  order = out
+  if size(of_right) < min(size(of_left), size(set(left) - set(out))):
+    left, right, a, b = right, left, b, a
+    order = "".join(sorted(out, key=lambda letter: letter in of_left))
+  if a.dtype == jnp.bfloat16:
+    rows = "".join(sorted(left, key=lambda letter: letter not in out))
+    a = jnp.transpose(a, [left.index(letter) for letter in rows])
+    # A transposed array is a view to XLA, unless another axis comes between.
+    a = jax.lax.optimization_barrier(jnp.expand_dims(a, 0))
+    left, a = rows, jnp.squeeze(a, 0)
+  if where is not None:
+    where = P(*(where[out.index(letter)] for letter in order))
+  # Without a barrier XLA would make the transpose part of the product.
+  sums = _sums(f"{left},{right}->{order}", a, b, where)
+  sums = jax.lax.optimization_barrier(sums)
+  return jnp.transpose(sums, [order.index(letter) for letter in out])
 
 
-def _bfloat16_sums(equation: str, where: P | None, x: Array, w: Array) -> Array:
+def _rounded_sums(equation: str, where: P | None, x: Array, w: Array) -> Array:
   """A product of two matrices, "TD,DF->TF" or "TD,FD->TF", sharded as `where`.
 
   Its gradients are written out, for JAX's own do not come from `float32_sums`.
@@ -243,11 +267,11 @@ def _bfloat16_sums(equation: str, where: P | None, x: Array, w: Array) -> Array:
   return float32_sums(equation, x, w, where).astype(x.dtype)
 
 
-def _bfloat16_forward(equation, where, x, w):
-  return _bfloat16_sums(equation, where, x, w), (x, w)
+def _forward(equation, where, x, w):
+  return _rounded_sums(equation, where, x, w), (x, w)
 
 
-def _bfloat16_backward(equation, where, saved, dy):
+def _backward(equation, where, saved, dy):
   del where
   x, w = saved
   of_x, of_w = (
@@ -263,8 +287,8 @@ def _bfloat16_backward(equation, where, saved, dy):
   return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
-_bfloat16_product = jax.custom_vjp(_bfloat16_sums, nondiff_argnums=(0, 1))
-_bfloat16_product.defvjp(_bfloat16_forward, _bfloat16_backward)
+_product = jax.custom_vjp(_rounded_sums, nondiff_argnums=(0, 1))
+_product.defvjp(_forward, _backward)
 
 
 def _merge(x: Array, axis: int) -> Array:
