@@ -31,6 +31,8 @@ _PASSING = (
   "DELETING",
 )
 _GONE = ("SUSPENDED", "FAILED")
+# What is left by another command that deleted it.
+_DELETED = ("DELETING", "NONE")
 
 # A worker's scripts. They run in the run's directory; beside it lie the lock,
 # which the trainer and all that it started hold while they go on, and the rest.
@@ -100,6 +102,7 @@ def steps(spec: specs.Spec) -> dict[str, shell.Step]:
   delete = ("delete", spec.name, "--force", "--quiet")
   return {
     "describe": _gcloud(spec, *state, about="the state, every half minute"),
+    **({} if spec.install else _pack(spec)),
     "create": _gcloud(spec, *create, about="where there is none"),
     **_on_workers(spec),
     "delete": _gcloud(
@@ -108,16 +111,21 @@ def steps(spec: specs.Spec) -> dict[str, shell.Step]:
   }
 
 
-def _on_workers(spec: specs.Spec) -> dict[str, shell.Step]:
-  archive = f"runs/{spec.name}.tar.gz"
-  pack = ("git", "archive", "--format=tar.gz", f"--output={archive}", "HEAD")
-  copied = {
+def _archive(spec: specs.Spec) -> str:
+  return f"runs/{spec.name}.tar.gz"
+
+
+def _pack(spec: specs.Spec) -> dict[str, shell.Step]:
+  pack = ("git", "archive", "--format=tar.gz", f"--output={_archive(spec)}")
+  return {
     "runs": shell.Step(("mkdir", "-p", "runs")),
-    "pack": shell.Step(pack, about="what is committed"),
-    "copy": _gcloud(
-      spec, "scp", archive, f"{spec.name}:", *_ALL, about="to all workers"
-    ),
+    "pack": shell.Step((*pack, "HEAD"), about="what is committed"),
   }
+
+
+def _on_workers(spec: specs.Spec) -> dict[str, shell.Step]:
+  copy = ("scp", _archive(spec), f"{spec.name}:", *_ALL)
+  copied = {"copy": _gcloud(spec, *copy, about="to all workers")}
   install = _INSTALL.format(
     unpack="" if spec.install else f"tar -xzf ../{spec.name}.tar.gz\n",
     install=(spec.install or shell.install("tpu", spec.bucket)).rstrip(),
@@ -182,36 +190,59 @@ class _Machine:
     self.left = spec.retries
     self.delay = 10.0
     self.seen = None  # the last state that gcloud said
+    self.ours = False  # there is a queued resource that only we may make anew
 
   def run(self) -> int:
+    self._state()
+    for name in ("runs", "pack"):  # before anything is billed
+      if name in self.step and self._do(name):
+        raise schema.ConfigError(
+          f"{shlex.join(self.step[name].argv)}: failed, see above; run this in "
+          "a git checkout, or set spec.install"
+        )
     while True:
       self._await_active()
-      code = self._train()
+      last, code = self._train()
       # No exit code is trusted before the state: a preemption ends commands
       # in any way.
-      if self._state() != "ACTIVE":
-        continue
-      if code == 0:
+      state = self._state()
+      if (last, code) == ("follow", 0) and state in ("ACTIVE", *_DELETED):
         _say("complete")
-        return self._do("delete")
-      if code == 2:
+        return self._delete()
+      if state != "ACTIVE":
+        continue
+      if (last, code) == ("follow", 2):
         return self._give_up(code, "a mistake in the config or the flags")
-      if code == 130:
+      if (last, code) == ("follow", 130):
         return self._give_up(code, "the run was interrupted")
-      _say(f"exit code {code}, and the TPUs are there")
+      _say(f"{last}: exit code {code}, and the TPUs are there")
       if not self._retry():
         return self._give_up(code, "no retries left")
-      if code != _SSH_FAILED:
+      # What fails earlier says nothing of a run that goes on.
+      if last in ("start", "follow") and code != _SSH_FAILED:
         self._do("stop")
 
   def _await_active(self) -> None:
     """Returns once the queued resource is ACTIVE, made or remade as needed.
 
-    Raises ConfigError where gcloud refuses it, or it ends once too often.
+    Raises ConfigError where gcloud refuses it, it ends once too often, or
+    another command has deleted it.
     """
     while (state := self._state()) != "ACTIVE":
       if state == "NONE":
-        self._must("create")
+        if self.ours:
+          raise schema.ConfigError(
+            f"{self.spec.name}: another command has deleted its queued "
+            "resource, so it is not made anew; to go on with the run, give "
+            "this command again"
+          )
+        code = self._do("create")
+        # Without a quota it is told at once, after a preemption tried again.
+        if code and (self.left == self.spec.retries or not self._retry()):
+          raise schema.ConfigError(
+            f"gcloud could not create {self.spec.name} (exit code {code}); see "
+            "what it says above"
+          )
       elif state in _GONE:
         if not self._retry():
           raise schema.ConfigError(
@@ -219,15 +250,24 @@ class _Machine:
             f"{shlex.join(self.step['describe'].argv[:-2])}, or raise "
             "spec.retries"
           )
-        self._must("delete")
+        self.ours &= self._do("delete") != 0
       else:
         self.sleep(_POLL_SECONDS)
 
-  def _train(self) -> int:
-    for name in ("runs", "pack", "copy", "install", "start", "follow"):
+  def _train(self) -> tuple[str, int]:
+    """The last step that was taken, and its exit code."""
+    name, code = "", 0
+    for name in ("copy", "install", "start", "follow"):
       code = self._do(name) if name in self.step else 0
-      if code:  # 2 says something of the run alone
-        return code if name == "follow" else 1
+      if code:
+        break
+    return name, code
+
+  def _delete(self) -> int:
+    """Deletes what a complete run leaves; returns 0 once that is under way."""
+    while self._state() not in _DELETED and (code := self._do("delete")):
+      if not self._retry():
+        return self._give_up(code, "complete, but gcloud could not delete it")
     return 0
 
   def _state(self) -> str:
@@ -243,8 +283,13 @@ class _Machine:
         state = "NONE"
       if state is not None:
         break
-      if self.seen is None or not self._retry():
+      if self.seen is None:
         raise schema.ConfigError(f"gcloud: {done.stderr.strip()}")
+      if not self._retry():
+        raise schema.ConfigError(
+          f"gcloud: {done.stderr.strip()}; the run may go on and what is there "
+          "is billed: this command follows it again, --delete ends it"
+        )
     if state not in (*_PASSING, *_GONE, "ACTIVE", "NONE"):
       raise schema.ConfigError(
         f"{self.spec.name}: its queued resource is in state {state!r}, which "
@@ -253,18 +298,12 @@ class _Machine:
     if state != self.seen:
       _say(f"{self.spec.name}: {state}")
     self.seen = state
+    self.ours |= state not in (*_DELETED, *_GONE)
     return state
 
   def _do(self, name: str) -> int:
     _say(name)
     return self.step[name].run(stdin=subprocess.DEVNULL).returncode
-
-  def _must(self, name: str) -> None:
-    if code := self._do(name):
-      raise schema.ConfigError(
-        f"gcloud could not {name} {self.spec.name} (exit code {code}); see "
-        "what it says above"
-      )
 
   def _retry(self) -> bool:
     """Takes one retry and waits; False where there is none left."""

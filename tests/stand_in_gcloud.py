@@ -3,7 +3,9 @@
 Keeps a queued resource of two workers in the directory CLOUD, where a worker's
 home is a folder. `ssh` really runs the command in each home, as sshd would.
 The first runs that are followed are preempted, as many as CLOUD/preemptions
-says; then as many connections are lost as CLOUD/losses says.
+says; then as many connections are lost as CLOUD/losses says. A verb fails as
+often as CLOUD/fails-VERB says; another command deletes all once a run is
+followed, where CLOUD/deletions says so.
 """
 
 import contextlib
@@ -34,6 +36,9 @@ def main(argv: list[str]) -> int:
   options = dict(
     w.split("=", 1) for w in rest if w.startswith("--") and "=" in w
   )
+  if take(f"fails-{verb}"):
+    print("ERROR: UNAVAILABLE: try again", file=sys.stderr)
+    return 1
   if verb == "describe":
     return describe()
   if verb == "create":
@@ -42,10 +47,7 @@ def main(argv: list[str]) -> int:
       home.mkdir(parents=True)
     return 0
   if verb == "delete":
-    STATE.unlink()
-    for home in homes():
-      shutil.rmtree(home)
-    return 0
+    return delete()
   if verb == "scp":
     for home in homes():
       shutil.copy(rest[0], home)
@@ -68,7 +70,17 @@ def describe() -> int:
     return 1
   state = STATE.read_text()
   print(state)
-  STATE.write_text(NEXT.get(state, state))
+  if state == "DELETING":
+    STATE.unlink()
+  else:
+    STATE.write_text(NEXT.get(state, state))
+  return 0
+
+
+def delete() -> int:
+  STATE.unlink()
+  for home in homes():
+    shutil.rmtree(home)
   return 0
 
 
@@ -94,12 +106,15 @@ def ssh(command: str) -> int:
         worker.kill()
       return 255
   codes = [worker.wait() for worker in workers]
+  if "tail -n +1" in command and take("deletions"):
+    delete()
   return next((code for code in codes if code), 0)
 
 
 def take(name: str) -> bool:
-  left = int((CLOUD / name).read_text())
-  (CLOUD / name).write_text(str(max(0, left - 1)))
+  file = CLOUD / name
+  left = int(file.read_text()) if file.exists() else 0
+  file.write_text(str(max(0, left - 1)))
   return left > 0
 
 

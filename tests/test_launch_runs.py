@@ -327,6 +327,79 @@ def test_tpu_vm_refused_by_gcloud(tools):
   assert verbs(tools) == []
 
 
+@pytest.mark.parametrize(("code", "ends"), [(0, 0), (7, None)])
+def test_tpu_vm_makes_nothing_anew_that_was_deleted(code, ends, tools, capfd):
+  """By --delete while it follows, or by a second command that follows too."""
+  (tools / "deletions").write_text("1")
+  command = ("bash", "-c", f"exit {code}")
+  if ends is None:
+    with pytest.raises(schema.ConfigError, match="another command has deleted"):
+      run_on_tpu(capfd, command=command)
+  else:
+    assert run_on_tpu(capfd, command=command)[0] == ends
+  assert verbs(tools) == ["create", "install", "start", "follow"]
+
+
+def test_tpu_vm_makes_anew_what_was_being_deleted_before(tools, capfd):
+  (tools / "state").write_text("DELETING")
+  assert run_on_tpu(capfd, command=("true",))[0] == 0
+  assert verbs(tools) == ["create", "install", "start", "follow", "delete"]
+
+
+@pytest.mark.parametrize("verb", ["create", "delete"])
+def test_tpu_vm_asks_again_after_a_preemption(verb, tools, capfd, monkeypatch):
+  """Where gcloud fails once, hours after the first answer."""
+  (tools / "preemptions").write_text("1")
+  do = tpu_vm._Machine._do
+
+  def fails_once(machine, name):
+    if machine.left == 9 and name == verb:
+      (tools / f"fails-{verb}").write_text("1")
+      monkeypatch.setattr(tpu_vm._Machine, "_do", do)
+    return do(machine, name)
+
+  monkeypatch.setattr(tpu_vm._Machine, "_do", fails_once)
+  command = ("bash", "-c", "[ -e ../../begun ] || { >> ../../begun; sleep 9; }")
+  code, said, pauses = run_on_tpu(capfd, command=command)
+  assert code == 0, said
+  assert verbs(tools)[-4:] == ["install", "start", "follow", "delete"]
+  assert [p for p in pauses if p != 30] == [10.0, 20.0]
+
+
+def test_tpu_vm_says_that_it_could_not_delete(tools, capfd):
+  """After it has tried as often as it may: what is there is billed."""
+  (tools / "fails-delete").write_text("1")
+  assert run_on_tpu(capfd, command=("true",))[0] == 0
+  (tools / "fails-delete").write_text("3")
+  code, said, _ = run_on_tpu(capfd, command=("true",), retries=2)
+  assert code == 1 and "still yours and are billed" in said
+
+
+def test_tpu_vm_refuses_at_once_what_cannot_begin(tools, capfd):
+  """No quota; and no checkout, before anything is made and billed."""
+  (tools / "fails-create").write_text("1")
+  with pytest.raises(schema.ConfigError, match="could not create"):
+    run_on_tpu(capfd, command=("true",))
+  with pytest.raises(schema.ConfigError, match="git archive .*in a git check"):
+    run_on_tpu(capfd, command=("true",), install=None)
+  assert verbs(tools) == ["create"]
+
+
+def test_tpu_vm_stops_no_run_that_it_did_not_reach(tools, capfd):
+  """Given again while the run goes on, and the network is down for a while."""
+  command = ("bash", "-c", "echo begun >> ../../begun; sleep 3")
+  fields = {**CLOUD, "accelerator": "v5e-16", "install": "true"}
+  step = tpu_vm.steps(spec(**fields, command=command))
+  for name in ("create", "start"):
+    assert step[name].run().returncode == 0
+  (tools / "state").write_text("ACTIVE")
+  (tools / "fails-ssh").write_text("1")
+  code, said, _ = run_on_tpu(capfd, command=command)
+  assert code == 0 and "install: exit code 1" in said
+  assert "stop" not in verbs(tools)
+  assert (tools / "begun").read_text() == "begun\n" * 2  # workers
+
+
 def test_tpu_vm_stops_what_hangs(tools):
   """`stop` ends a run on the worker, and the lock is free after."""
   given = spec(**CLOUD, accelerator="v5e-16", command=("sleep", "60"))

@@ -2,15 +2,15 @@
 gcloud compute tpus queued-resources describe llama-1b \
   '--format=value(state.state)' --zone=us-west4-a
 
-# where there is none
-gcloud compute tpus queued-resources create llama-1b --node-id=llama-1b \
-  --accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --spot \
-  --zone=us-west4-a
-
 mkdir -p runs
 
 # what is committed
 git archive --format=tar.gz --output=runs/llama-1b.tar.gz HEAD
+
+# where there is none
+gcloud compute tpus queued-resources create llama-1b --node-id=llama-1b \
+  --accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --spot \
+  --zone=us-west4-a
 
 # to all workers
 gcloud compute tpus queued-resources scp runs/llama-1b.tar.gz llama-1b: \
