@@ -1,5 +1,6 @@
 """This machine: N processes of M CPU devices each, joined over loopback."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -96,11 +97,12 @@ def run(spec: specs.Spec) -> int:
     for reader in readers:
       reader.start()
     code = _wait(children, told)
+    _kill(children)  # what they left would hold the pipes open
     for reader in readers:
       reader.join()
     return code
   finally:
-    _kill(children)  # none is left but where one could not be started
+    _kill(children)  # where one could not be started
     for child in children:
       with child:  # which closes the pipe and waits
         pass
@@ -130,13 +132,15 @@ def _wait(children: list[subprocess.Popen], told: list[int]) -> int:
 def _kill(children: list[subprocess.Popen]) -> None:
   """Ends those that still run, and whatever they started."""
   for child in children:
-    if child.poll() is None:
+    with contextlib.suppress(ProcessLookupError):
       os.killpg(child.pid, signal.SIGKILL)
 
 
 def _prefix(index: int, stream) -> None:
-  """Passes lines on, each after the index of its process."""
-  with stream:
+  """Passes lines on, each after the index of its process. Where the reader of
+  ours has gone, as `head` does, the process loses its own.
+  """
+  with stream, contextlib.suppress(BrokenPipeError):
     for line in stream:
       sys.stdout.write(f"[{index}] {line.decode(errors='replace')}")
       sys.stdout.flush()

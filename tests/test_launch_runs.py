@@ -580,6 +580,27 @@ def test_local_leaves_handlers_as_they_were(monkeypatch, capfd):
   assert time.monotonic() - began < 60
 
 
+def test_nothing_outlives_local(capfd):
+  """Nor does it wait for what a process left, which holds its output open."""
+  began = time.monotonic()
+  assert local.run(spec(command=("bash", "-c", "sleep 60 & echo $!"))) == 0
+  assert time.monotonic() - began < 30
+  for line in capfd.readouterr().out.splitlines():
+    state = pathlib.Path(f"/proc/{line.split()[1]}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_local_ends_with_the_reader_of_its_output():
+  command = f"{sys.executable} -m launch --to=local -- yes | head -n 1"
+  done = subprocess.run(
+    ["bash", "-o", "pipefail", "-c", command],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_local_kills_who_misses_its_peer(monkeypatch, capfd):
   monkeypatch.setattr(local, "GRACE_SECONDS", 0.5)
   command = (sys.executable, "-c", PROCESS, "60", "0")
