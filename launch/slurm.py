@@ -44,7 +44,7 @@ def render(spec: specs.Spec) -> list[shell.Step]:
   gpus = accelerator.count if isinstance(accelerator, accelerators.Gpu) else 0
   script = _SCRIPT.format(
     retry=shell.RETRY,
-    install=f"\n{spec.install}\n" if spec.install else "",
+    install=f"\nset -e\n{spec.install}\nset +e\n" if spec.install else "",
     task=shlex.quote(f'{shell.SUPERVISE}supervise "$@"'),
     retries=spec.retries,
     command=shlex.join(spec.argv),

@@ -46,7 +46,7 @@ class Spec:
 
   @property
   def workdir(self) -> str:
-    return f"{self.bucket or 'runs'}/{self.name}"
+    return f"{(self.bucket or 'runs').rstrip('/')}/{self.name}"
 
   @property
   def argv(self) -> list[str]:
@@ -117,10 +117,11 @@ def validate(spec: Spec) -> Spec:
   )
   accelerators.find(spec.accelerator)
   require(
-    len(spec.command) > 0,
+    re.match(r"[^-=][^=]*$", (*spec.command, "")[0]) is not None,
     "command",
     spec.command,
-    "names no program; set it, or give the command after --",
+    "names no program; set it, or give the command after --. Variables are set "
+    "by env: -- env NAME=VALUE PROGRAM",
   )
   for path, value, least, most in (
     ("slices", spec.slices, 1, 100_000),
@@ -146,7 +147,7 @@ def refusal(path: str, value: object, rule: str) -> schema.ConfigError:
 def require_bucket(spec: Spec) -> None:
   """Machines that come and go keep nothing; every process must reach it."""
   require(
-    spec.bucket is not None and "://" in spec.bucket,
+    re.match(r"\w+://[^/]", spec.bucket or "") is not None,
     "bucket",
     spec.bucket,
     "must be an object store such as gs://my-bucket/runs: these machines' "

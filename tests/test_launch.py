@@ -273,6 +273,9 @@ MISTAKES = {
   "accelerator: H100:3": "spec.accelerator='H100:3': unknown; did you mean 'H1",
   "zone: a;b": "spec.zone='a;b': must be a zone",
   "command: []": "spec.command=(): names no program",
+  "command: ['']": "spec.command=('',): names no program",
+  "command: [A=1, a]": "env NAME=VALUE PROGRAM",
+  "command: [-m, a]": "spec.command=('-m', 'a'): names no program",
   "name: a\nname: b": "'name' is said twice",
   "name: [": "--spec=",
   "- a": "must be an object of fields",
@@ -300,6 +303,7 @@ REFUSALS = {
   ("tpu_vm", "accelerator"): {**CLOUD, "accelerator": "H100:8"},
   ("tpu_vm", "zone"): {**CLOUD, "accelerator": "v5e-16", "zone": None},
   ("tpu_vm", "bucket"): {**CLOUD, "accelerator": "v5e-16", "bucket": "/tmp"},
+  ("sky", "bucket"): {**CLOUD, "accelerator": "H100:8", "bucket": "gs://"},
   ("gke", "image"): {**CLOUD, "accelerator": "v5e-16"},
   ("gke", "bucket"): {"accelerator": "v5e-16", "image": "x"},
   ("gke", "accelerator"): {**CLOUD, "image": "x"},
@@ -319,6 +323,11 @@ def test_what_a_place_cannot_do_is_refused(to, field):
   refused = specs.validate(spec(**REFUSALS[to, field]))
   with pytest.raises(schema.ConfigError, match=f"^spec.{field}="):
     door.PLACES[to].render(refused)
+
+
+def test_a_bucket_may_end_in_a_slash():
+  for bucket in ("gs://my-bucket/runs", "gs://my-bucket/runs/"):
+    assert spec(bucket=bucket).workdir == "gs://my-bucket/runs/tiny"
 
 
 # --- the command line --------------------------------------------------------

@@ -41,9 +41,11 @@ retry() {
   done
 }
 
+set -e
 module load cuda
 source .venv/bin/activate
 
+set +e
 
 # A task says 143 where SIGTERM reached it: from the time limit's notice, a
 # preemption, or scancel. A job that still counts as running then goes back into
