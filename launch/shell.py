@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -65,7 +66,13 @@ class Step:
     """Runs it; raises ConfigError where the program is not installed."""
     try:
       return subprocess.run(
-        self.argv, input=self.stdin, text=True, check=False, **options
+        self.argv,
+        input=self.stdin,
+        # The bytes of the arguments, whatever the locale.
+        encoding="utf-8",
+        errors="surrogateescape",
+        check=False,
+        **options,
       )
     except FileNotFoundError as error:
       raise schema.ConfigError(
@@ -109,10 +116,14 @@ def _heredoc(command: str, text: str | None) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-  """YAML that shows a script as a script."""
+  """YAML that shows a script as a script, and keeps as text what kubectl would
+  read otherwise, such as 1e-3 and y.
+  """
 
   def represent_str(self, text: str) -> yaml.Node:
     style = "|" if "\n" in text else None
+    if re.fullmatch(r"[yYnN]|[-+._]*[0-9].*", text):
+      style = "'"
     return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
@@ -120,4 +131,4 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def to_yaml(tree: dict) -> str:
-  return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+  return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)

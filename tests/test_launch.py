@@ -187,6 +187,25 @@ def test_job_and_pod_are_kubernetes(case):
       kubernetes_validate.validate(pod, version, strict=True)
 
 
+# What Go's YAML takes for a truth value or a number, where PyYAML may not.
+GO_NO_TEXT = r"y|Y|n|N|[-+.]?[0-9][0-9a-fA-FoOxX_.+-]*"
+
+
+@pytest.mark.parametrize(
+  "word",
+  ["1e-3", "-1E3", "08", "0o17", "1_e3", "y", "N", "on", "a\x85b", "é\nb"],
+)
+def test_words_are_text_to_kubectl(word):
+  """Which reads YAML as Go does: `kubectl create` said of 1e-3 that a number is
+  no text.
+  """
+  manifest = shell.to_yaml({"command": [word]})
+  assert yaml.safe_load(manifest) == {"command": [word]}
+  plain = re.fullmatch(r"command:\n- ([^'\"|].*)\n", manifest)
+  assert not plain or not re.fullmatch(GO_NO_TEXT, plain[1]), manifest
+  assert manifest.isascii()
+
+
 def test_a_slice_has_all_its_chips():
   for name, tpu in accelerators.TPUS.items():
     sides = [int(side) for side in tpu.topology.split("x")]

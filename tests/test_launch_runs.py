@@ -116,6 +116,30 @@ def test_quoting_local(tools, capfd):
   assert nothing_else_ran(tools)
 
 
+def test_bytes_that_are_no_text_arrive(tools):
+  """In any locale."""
+  word = os.fsdecode("é€".encode() + b"\xff")
+  program(tools / "tools" / "sbatch", "#!/bin/sh\ncat > script\n")
+  code = f"from launch import __main__ as m; m.main({['--to=slurm']!r} + "
+  code += f"{['--spec', str(ROOT / 'launch/pod.yaml')]!r} + "
+  code += "['--', 'record', *__import__('sys').argv[1:]])"
+  for locale in ({}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0"}):
+    more = {"PYTHONPATH": str(ROOT), "PYTHONCOERCECLOCALE": "0", **locale}
+    done = subprocess.run(
+      [sys.executable, "-c", code, word], env={**os.environ, **more}
+    )
+    assert done.returncode == 0
+    assert bash("bash script", SLURM_JOB_ID="1").returncode == 0
+    assert recorded(tools) == [[[word], None]]
+
+
+def test_slurm_ends_where_install_fails(tools):
+  """It would go on with another Python, and be tried again and again."""
+  script = slurm.render(hostile(install="false"))[1].stdin
+  assert script and bash(script).returncode == 1
+  assert not (tools / "record").exists()
+
+
 def test_a_shell_runs_local_processes_at_the_same_time(tools):
   """Each ends once the other has begun."""
   other = "$((1 - PROCESS_INDEX))"

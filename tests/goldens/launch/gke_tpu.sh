@@ -38,7 +38,7 @@ spec:
             terminationGracePeriodSeconds: 25
             nodeSelector:
               cloud.google.com/gke-tpu-accelerator: tpu-v6e-slice
-              cloud.google.com/gke-tpu-topology: 8x8
+              cloud.google.com/gke-tpu-topology: '8x8'
               cloud.google.com/gke-spot: 'true'
               topology.kubernetes.io/zone: us-west4-a
             tolerations:
