@@ -47,7 +47,8 @@ def render(spec: specs.Spec) -> list[shell.Step]:
     install=f"\nset -e\n{spec.install}\nset +e\n" if spec.install else "",
     task=shlex.quote(f'{shell.SUPERVISE}supervise "$@"'),
     retries=spec.retries,
-    command=shlex.join(spec.argv),
+    # sbatch takes no script with DOS line ends, not even within a word.
+    command=shlex.join(spec.argv).replace("\r", "'$'\\r''"),
   )
   options = {
     "partition": spec.slurm.partition,

@@ -25,7 +25,7 @@ spec = test_launch.spec
 
 HOSTILE = (
   "a b'c\"d$(touch PWNED)`touch PWNED`;touch PWNED\n&&touch PWNED #"
-  "\\ $HOME$$(HOME)$(HOME) ${HOME} * ~ {workdir"
+  "\\ $HOME$$(HOME)$(HOME) ${HOME} * ~ \r\n{workdir"
 )
 
 
@@ -156,6 +156,7 @@ def test_quoting_slurm(tools):
   assert bash("\n".join(map(str, slurm.render(given)))).returncode == 0
   one, two = recorded(tools, "sbatch")
   assert one == two
+  assert "\r\n" not in (slurm.render(given)[1].stdin or "")
   assert f"--job-name={HOSTILE}" in one[0] and f"--account={HOSTILE}" in one[0]
   assert bash(one[1], SLURM_JOB_ID="1").returncode == 0
   assert recorded(tools) == [[WORDS, None]]
