@@ -176,8 +176,9 @@ def run(spec: specs.Spec, sleep: Callable[[float], object] = time.sleep) -> int:
     return _Machine(spec, step, sleep).run()
   except KeyboardInterrupt:
     _say(
-      "left; the run goes on, and the same command follows it again. To end "
-      f"it: {shlex.join(step['delete'].argv)}"
+      "left; a run that was started goes on, and TPUs that are there or in the "
+      "queue are billed, run or not; the same command goes on from here. To "
+      f"end that: {shlex.join(step['delete'].argv)}"
     )
     return 130
 

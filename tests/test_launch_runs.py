@@ -425,6 +425,17 @@ def test_tpu_vm_stops_no_run_that_it_did_not_reach(tools, capfd):
   assert (tools / "begun").read_text() == "begun\n" * 2  # workers
 
 
+def test_tpu_vm_left_in_the_queue_says_what_is_billed(tools, capfd):
+  def interrupted(_):
+    raise KeyboardInterrupt
+
+  given = spec(**CLOUD, accelerator="v5e-16", install="true")
+  assert tpu_vm.run(given, sleep=interrupted) == 130
+  said = capfd.readouterr().err
+  assert "in the queue are billed" in said and "delete llama-1b" in said
+  assert verbs(tools) == ["create"]
+
+
 def test_tpu_vm_stops_what_hangs(tools):
   """`stop` ends a run on the worker, and the lock is free after."""
   given = spec(**CLOUD, accelerator="v5e-16", command=("sleep", "60"))
