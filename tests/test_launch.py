@@ -406,6 +406,15 @@ def test_mistakes_on_the_command_line(arguments, said):
   assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("to", ["gke", "sky"])
+def test_bytes_that_yaml_cannot_hold_are_refused(to):
+  fields = ("bucket=gs://b/runs", "image=x", "accelerator=H100:8")
+  arguments = [f"--spec.{field}" for field in fields]
+  done = launch(f"--to={to}", *arguments, "--dry_run", "--", "echo", b"a\xff")
+  assert (done.returncode, done.stdout) == (2, "")
+  assert re.match(r"error: .*a\\udcff.*: not UTF-8", done.stderr)
+
+
 def test_a_missing_tool_is_named(tmp_path):
   done = launch("--to=slurm", env={"PATH": str(tmp_path)})
   assert done.returncode == 2 and "not on the PATH" in done.stderr
