@@ -314,6 +314,26 @@ def test_a_read_that_fails_moves_nothing(error, broken, monkeypatch):
   assert places(workdir) == before
 
 
+@pytest.mark.parametrize("part", ["meta", "params"])
+def test_a_checkpoint_removed_by_its_run_is_not_called_damaged(
+  part, broken, monkeypatch
+):
+  """The run saves a later one while the checkpoint is read."""
+  config, workdir = broken
+  module, name = {"meta": (files, "unseal"), "params": (items, "read")}[part]
+  original = getattr(module, name)
+
+  def late(*args, **kwargs):
+    shutil.rmtree(workdir / "checkpoints" / "12")
+    if part == "meta":
+      raise FileNotFoundError("no such file")
+    return original(*args, **kwargs)
+
+  monkeypatch.setattr(module, name, late)
+  with pytest.raises(schema.RunError, match="was removed while it was read"):
+    checkpoint.load_params(str(workdir), config.model)
+
+
 WAYS = {
   "deleted": None,
   "halved": lambda b: b[: len(b) // 2],
