@@ -396,6 +396,8 @@ def _directory(workdir: str) -> epath.Path:
 
 
 def _find_step(workdir: str, step: int | None) -> int:
+  if files.is_local(workdir):
+    files.check_name(workdir, "workdir")
   found = steps(workdir)
   if not found:
     raise schema.ConfigError(

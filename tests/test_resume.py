@@ -479,13 +479,22 @@ def test_a_second_start_is_refused_until_the_first_is_gone(name, tmp_path):
   assert not (run / "lock.json").exists()
 
 
-@pytest.mark.parametrize("name", ["[x]", "a*", "b?c"])
+@pytest.mark.parametrize("name", ["[x]", "a*", "b?c", "d\\e"])
 def test_a_directory_that_orbax_cannot_list_is_refused(name, tmp_path):
   """Its checkpoints would be complete by their names, and have no arrays."""
   keep = config_lib.CheckpointConfig()
   with pytest.raises(schema.ConfigError, match="name another directory"):
     checkpoint.Checkpoints(str(tmp_path / name / "run"), keep)
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["d\\e", "\udce9"])
+def test_a_run_moved_to_a_name_that_tensorstore_misreads(name, broken):
+  """It is not damaged: by another name, it is whole."""
+  config, workdir = broken
+  moved = workdir.rename(workdir.with_name(name))
+  with pytest.raises(schema.ConfigError, match="name another directory"):
+    checkpoint.load_params(str(moved), config.model)
 
 
 def record(**changed):
