@@ -479,6 +479,21 @@ def test_a_second_start_is_refused_until_the_first_is_gone(name, tmp_path):
   assert not (run / "lock.json").exists()
 
 
+def test_damage_of_config_history_is_not_called_that_of_config_json(
+  make, tmp_path
+):
+  """The entry is added below what cannot be read."""
+  workdir = str(tmp_path)
+  assert resume.write_config(workdir, make(train__steps=2), 0) is None
+  history = tmp_path / "config_history.jsonl"
+  history.write_bytes(b"\xff\n")
+  assert resume.write_config(workdir, make(train__steps=3), 2) is None
+  damaged, entry = history.read_bytes().splitlines()
+  assert damaged == b"\xff"
+  assert json.loads(entry)["config"]["train"]["steps"] == 2
+  assert {p.name for p in tmp_path.iterdir()} == {"config.json", history.name}
+
+
 @pytest.mark.parametrize("name", ["[x]", "a*", "b?c", "d\\e"])
 def test_a_directory_that_orbax_cannot_list_is_refused(name, tmp_path):
   """Its checkpoints would be complete by their names, and have no arrays."""
