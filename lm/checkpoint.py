@@ -229,11 +229,12 @@ def load_meta(workdir: str, step: int | None = None) -> Meta:
   """
   step = _find_step(workdir, step)
   path = _directory(workdir) / str(step) / "meta" / "metadata"
-  content = files.attempt(
-    path,
-    lambda: files.unseal(path.read_bytes(), without=_FORMAT_1),
-    corrupt=(ValueError,),
-  )
+  with _removed_or_damaged(path.parent.parent):
+    content = files.attempt(
+      path,
+      lambda: files.unseal(path.read_bytes(), without=_FORMAT_1),
+      corrupt=(ValueError,),
+    )
   try:
     version = content.pop("format", 1)
     if version > FORMAT:
@@ -329,7 +330,8 @@ def _restore(
       f"checkpoint {path}: holds other arrays than this program wants: "
       f"{items.describe(different)}. Use the code and config that wrote it"
     )
-  found = items.read(path, like)
+  with _removed_or_damaged(path):
+    found = items.read(path, like)
   for name, tree in found.items():
     got, want = items.digest_of(tree), meta.digests[name]
     if got != want:
@@ -338,6 +340,23 @@ def _restore(
         f"digest of `{name}` is {got}, and of what was saved {want}"
       )
   return found
+
+
+@contextlib.contextmanager
+def _removed_or_damaged(path: epath.Path) -> Iterator[None]:
+  """Says of the checkpoint at `path`, if what is read inside is Damaged since
+  the checkpoint is there no more, that it was removed.
+  """
+  try:
+    yield
+  except files.Damaged as error:
+    if path.exists():
+      raise
+    raise files.Damaged(
+      f"checkpoint {path}: was removed while it was read, as a training does "
+      "with those that config.checkpoint does not keep: run the command again, "
+      "or name a step that is kept"
+    ) from error
 
 
 def _mend_losses(workdir: str) -> None:
@@ -377,6 +396,8 @@ def _directory(workdir: str) -> epath.Path:
 
 
 def _find_step(workdir: str, step: int | None) -> int:
+  if files.is_local(workdir):
+    files.check_name(workdir, "workdir")
   found = steps(workdir)
   if not found:
     raise schema.ConfigError(

@@ -67,13 +67,7 @@ def check_directory(path: str, name: str) -> None:
   """
   if not is_local(path):
     return
-  try:
-    os.path.abspath(path).encode()
-  except UnicodeEncodeError as error:
-    raise schema.ConfigError(
-      f"{name}={path[:100]}: its name is not UTF-8, as TensorStore wants; name "
-      "another directory"
-    ) from error
+  check_name(path, name)
   try:
     nearest = pathlib.Path(path).absolute()
     while not _is_there(nearest):
@@ -89,6 +83,25 @@ def check_directory(path: str, name: str) -> None:
   except (OSError, ValueError) as error:  # a name too long, a NUL
     said = getattr(error, "strerror", None) or error
     raise schema.ConfigError(f"{name}={path[:100]}: {said}") from error
+
+
+def check_name(path: str, name: str) -> None:
+  """Raises ConfigError, naming the flag or field `name`, if TensorStore would
+  not find the local directory `path`: it wants UTF-8, and takes \\ for /.
+  """
+  whole = os.path.abspath(path)
+  if "\\" in whole:
+    raise schema.ConfigError(
+      f"{name}={path}: {whole} has a \\ in it, and TensorStore takes that for "
+      "a /; name another directory"
+    )
+  try:
+    whole.encode()
+  except UnicodeEncodeError as error:
+    raise schema.ConfigError(
+      f"{name}={path[:100]}: its name is not UTF-8, as TensorStore wants; name "
+      "another directory"
+    ) from error
 
 
 def check_run_directory(path: str, name: str) -> None:

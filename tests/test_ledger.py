@@ -1,9 +1,12 @@
 """The account of a run's time, and the watch over its steps."""
 
 import io
+import json
 import sys
 import time
 import types
+
+import pytest
 
 from lm.train import ledger, watchdog
 
@@ -130,3 +133,22 @@ def test_a_step_as_long_as_others_is_not_reported(capfd, monkeypatch):
     watch.step_done(step)
   watch.close()
   assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+  "content", ["", "{}", "7", "[" * 100_000, '[{"seconds": {}}]', "no saved"]
+)
+def test_a_damaged_file_is_set_aside(content, tmp_path, capsys):
+  """Whatever JSON it is, and whichever field it lacks."""
+  path = tmp_path / "goodput.json"
+  if content == "no saved":
+    ledger.Ledger(str(tmp_path), time.time())
+    (attempt,) = json.loads(path.read_text())
+    del attempt["saved"]
+    content = json.dumps([attempt])
+  path.write_text(content)
+  ledger.Ledger(str(tmp_path), time.time()).starts_from(0)
+  assert len(ledger.read(str(tmp_path))) == 1
+  (aside,) = tmp_path.glob("goodput.json.damaged-*")
+  assert aside.read_text() == content
+  assert "is damaged: moved to" in capsys.readouterr().err

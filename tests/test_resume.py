@@ -314,6 +314,26 @@ def test_a_read_that_fails_moves_nothing(error, broken, monkeypatch):
   assert places(workdir) == before
 
 
+@pytest.mark.parametrize("part", ["meta", "params"])
+def test_a_checkpoint_removed_by_its_run_is_not_called_damaged(
+  part, broken, monkeypatch
+):
+  """The run saves a later one while the checkpoint is read."""
+  config, workdir = broken
+  module, name = {"meta": (files, "unseal"), "params": (items, "read")}[part]
+  original = getattr(module, name)
+
+  def late(*args, **kwargs):
+    shutil.rmtree(workdir / "checkpoints" / "12")
+    if part == "meta":
+      raise FileNotFoundError("no such file")
+    return original(*args, **kwargs)
+
+  monkeypatch.setattr(module, name, late)
+  with pytest.raises(schema.RunError, match="was removed while it was read"):
+    checkpoint.load_params(str(workdir), config.model)
+
+
 WAYS = {
   "deleted": None,
   "halved": lambda b: b[: len(b) // 2],
@@ -459,13 +479,37 @@ def test_a_second_start_is_refused_until_the_first_is_gone(name, tmp_path):
   assert not (run / "lock.json").exists()
 
 
-@pytest.mark.parametrize("name", ["[x]", "a*", "b?c"])
+def test_damage_of_config_history_is_not_called_that_of_config_json(
+  make, tmp_path
+):
+  """The entry is added below what cannot be read."""
+  workdir = str(tmp_path)
+  assert resume.write_config(workdir, make(train__steps=2), 0) is None
+  history = tmp_path / "config_history.jsonl"
+  history.write_bytes(b"\xff\n")
+  assert resume.write_config(workdir, make(train__steps=3), 2) is None
+  damaged, entry = history.read_bytes().splitlines()
+  assert damaged == b"\xff"
+  assert json.loads(entry)["config"]["train"]["steps"] == 2
+  assert {p.name for p in tmp_path.iterdir()} == {"config.json", history.name}
+
+
+@pytest.mark.parametrize("name", ["[x]", "a*", "b?c", "d\\e"])
 def test_a_directory_that_orbax_cannot_list_is_refused(name, tmp_path):
   """Its checkpoints would be complete by their names, and have no arrays."""
   keep = config_lib.CheckpointConfig()
   with pytest.raises(schema.ConfigError, match="name another directory"):
     checkpoint.Checkpoints(str(tmp_path / name / "run"), keep)
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["d\\e", "\udce9"])
+def test_a_run_moved_to_a_name_that_tensorstore_misreads(name, broken):
+  """It is not damaged: by another name, it is whole."""
+  config, workdir = broken
+  moved = workdir.rename(workdir.with_name(name))
+  with pytest.raises(schema.ConfigError, match="name another directory"):
+    checkpoint.load_params(str(moved), config.model)
 
 
 def record(**changed):

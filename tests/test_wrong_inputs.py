@@ -226,7 +226,7 @@ def paths(door: str) -> Iterator[Case]:
   if door == "lm.train":
     for value in (
       *("file", "file/below", "readonly", "readonly/x", LONG, "\udce9"),
-      *("[x]/run", "a*"),
+      *("[x]/run", "a*", "d\\e"),
     ):
       yield case(f"--workdir={value}", says="workdir")
     for value in (

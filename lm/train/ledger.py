@@ -42,7 +42,6 @@ class Ledger:
 
   def __init__(self, workdir: str, began: float):
     self._path = epath.Path(workdir) / "goodput.json"
-    self._attempts = _earlier(self._path)
     self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
     self._attempt: dict[str, Any] = {
       "began": began,
@@ -52,7 +51,7 @@ class Ledger:
       # Seconds of steps at each checkpoint, to compute what a kill lost.
       "saved": {},
     }
-    self._attempts.append(self._attempt)
+    self._attempts = [*_earlier(self._path, self._attempt), self._attempt]
     self.phase = "start"
     self._booked = time.perf_counter() - max(0.0, time.time() - began)
     self.book()
@@ -108,18 +107,19 @@ class Ledger:
     )
 
 
-def _earlier(path: epath.Path) -> list[dict[str, Any]]:
-  """Attempts of earlier starts. A damaged file gives []: process 0 copies the
-  content to a file beside it and prints a message.
+def _earlier(path: epath.Path, now: dict[str, Any]) -> list[dict[str, Any]]:
+  """Attempts of starts before that of `now`. A damaged file gives []: process 0
+  copies the content to a file beside it and prints a message.
   """
   if not path.exists():
     return []
   content = path.read_bytes()
   try:
     attempts = json.loads(content)
-    summarize(attempts)
+    # With `now`, since only of what a later one follows are all fields read.
+    summarize(attempts + [now | {"first_step": 0}])
     return attempts
-  except (ValueError, TypeError, KeyError, AttributeError):
+  except files.MALFORMED:
     if jax.process_index() == 0:
       where = metrics.set_aside(path, content)
       print(f"{path} is damaged: moved to {where}", file=sys.stderr)

@@ -124,8 +124,8 @@ def write_config(
     try:
       entry = {"until_step": start, "config": json.loads(before)}
       history = path.with_name("config_history.jsonl")
-      lines = history.read_text() if history.exists() else ""
-      files.replace(history, f"{lines}{json.dumps(entry)}\n")
+      lines = history.read_bytes() if history.exists() else b""
+      files.replace(history, lines + f"{json.dumps(entry)}\n".encode())
     except (ValueError, RecursionError):
       where = metrics.set_aside(path, before)
       said = f"{path} is damaged: moved to {where}, and written again"
