@@ -45,7 +45,9 @@ def old(tmp_path_factory):
   """The run of format 1, and its config for a corpus at another path."""
   folder = tmp_path_factory.mktemp("old")
   with tarfile.open(GOLDENS / "run_format1.tar.gz") as packed:
-    packed.extractall(folder, filter="data")
+    # Python before 3.11.4, such as that of Debian 12, knows no filters.
+    packed.extraction_filter = getattr(tarfile, "data_filter", None)
+    packed.extractall(folder)
   config = validation.from_json((folder / "run" / "config.json").read_text())
   config.data.train = (f"text:{folder}/corpus/*.txt",)
   config.data.validation = (f"text:{folder}/corpus/0.txt",)
