@@ -273,8 +273,6 @@ def side(name: str, dtype: str):
       return jnp.asarray(array, dtype)
 
     def multiply(x, w):
-      if dtype == "float32":
-        return x @ w
       return weights._product("TD,DF->TF", None, x, w)
 
     def products(x, w, dy):

@@ -74,11 +74,10 @@ def run(spec: specs.Spec) -> int:
     if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)
   }
   children: list[subprocess.Popen] = []
+  readers: list[threading.Thread] = []
   program, *arguments = spec.command
-  if program in (
-    "python",
-    "python3",
-  ):  # that which runs this, whatever PATH has
+  # The Python that runs this, whatever PATH has.
+  if program in ("python", "python3"):
     spec = dataclasses.replace(spec, command=(sys.executable, *arguments))
   try:
     for step in render(spec):
@@ -90,19 +89,17 @@ def run(spec: specs.Spec) -> int:
           start_new_session=True,
         )
       )
-    readers = [
-      threading.Thread(target=_prefix, args=(i, child.stdout), daemon=True)
-      for i, child in enumerate(children)
-    ]
-    for reader in readers:
+    for i, child in enumerate(children):
+      reader = threading.Thread(
+        target=_prefix, args=(i, child.stdout), daemon=True
+      )
       reader.start()
-    code = _wait(children, told)
+      readers.append(reader)
+    return _wait(children, told)
+  finally:
     _kill(children)  # what they left would hold the pipes open
     for reader in readers:
       reader.join()
-    return code
-  finally:
-    _kill(children)  # where one could not be started
     for child in children:
       with child:  # which closes the pipe and waits
         pass

@@ -121,13 +121,7 @@ class _Dumper(yaml.SafeDumper):
   """
 
   def represent_str(self, text: str) -> yaml.Node:
-    try:
-      text.encode()
-    except UnicodeEncodeError as error:
-      near = text[max(0, error.start - 20) : error.end + 20]
-      raise schema.ConfigError(
-        f"{near!r}: not UTF-8, of which --to=gke and --to=sky need all text"
-      ) from error
+    schema.check_text("text for --to=gke or --to=sky", text)
     style = "|" if "\n" in text else None
     if re.fullmatch(r"[yYnN]|[-+._]*[0-9].*", text):
       style = "'"

@@ -191,10 +191,10 @@ class _Machine:
     self.left = spec.retries
     self.delay = 10.0
     self.seen = None  # the last state that gcloud said
-    self.ours = False  # there is a queued resource that only we may make anew
+    self.expected = False  # a queued resource that we have not deleted
 
   def run(self) -> int:
-    self._state()
+    self._state()  # where gcloud refuses all, that is told first
     for name in ("runs", "pack"):  # before anything is billed
       if name in self.step and self._do(name):
         raise schema.ConfigError(
@@ -231,7 +231,7 @@ class _Machine:
     """
     while (state := self._state()) != "ACTIVE":
       if state == "NONE":
-        if self.ours:
+        if self.expected:
           raise schema.ConfigError(
             f"{self.spec.name}: another command has deleted its queued "
             "resource, so it is not made anew; to go on with the run, give "
@@ -251,7 +251,8 @@ class _Machine:
             f"{shlex.join(self.step['describe'].argv[:-2])}, or raise "
             "spec.retries"
           )
-        self.ours &= self._do("delete") != 0
+        if self._do("delete") == 0:
+          self.expected = False
       else:
         self.sleep(_POLL_SECONDS)
 
@@ -299,7 +300,8 @@ class _Machine:
     if state != self.seen:
       _say(f"{self.spec.name}: {state}")
     self.seen = state
-    self.ours |= state not in (*_DELETED, *_GONE)
+    if state not in (*_DELETED, *_GONE):
+      self.expected = True
     return state
 
   def _do(self, name: str) -> int:

@@ -344,8 +344,8 @@ def _restore(
 
 @contextlib.contextmanager
 def _removed_or_damaged(path: epath.Path) -> Iterator[None]:
-  """Says of the checkpoint at `path`, if what is read inside is Damaged since
-  the checkpoint is there no more, that it was removed.
+  """Where what is read inside is Damaged and the checkpoint at `path` is gone,
+  raises Damaged that says so.
   """
   try:
     yield
@@ -396,8 +396,7 @@ def _directory(workdir: str) -> epath.Path:
 
 
 def _find_step(workdir: str, step: int | None) -> int:
-  if files.is_local(workdir):
-    files.check_name(workdir, "workdir")
+  files.check_name(workdir, "workdir")
   found = steps(workdir)
   if not found:
     raise schema.ConfigError(

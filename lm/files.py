@@ -65,9 +65,9 @@ def check_directory(path: str, name: str) -> None:
   """Raises ConfigError, naming the flag or field `name`, unless files can be
   written in the directory `path`. The directory need not exist. Writes nothing.
   """
+  check_name(path, name)
   if not is_local(path):
     return
-  check_name(path, name)
   try:
     nearest = pathlib.Path(path).absolute()
     while not _is_there(nearest):
@@ -89,19 +89,15 @@ def check_name(path: str, name: str) -> None:
   """Raises ConfigError, naming the flag or field `name`, if TensorStore would
   not find the local directory `path`: it wants UTF-8, and takes \\ for /.
   """
+  if not is_local(path):
+    return
   whole = os.path.abspath(path)
   if "\\" in whole:
     raise schema.ConfigError(
       f"{name}={path}: {whole} has a \\ in it, and TensorStore takes that for "
       "a /; name another directory"
     )
-  try:
-    whole.encode()
-  except UnicodeEncodeError as error:
-    raise schema.ConfigError(
-      f"{name}={path[:100]}: its name is not UTF-8, as TensorStore wants; name "
-      "another directory"
-    ) from error
+  schema.check_text(name, whole)
 
 
 def check_run_directory(path: str, name: str) -> None:

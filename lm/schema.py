@@ -150,6 +150,20 @@ def bare(hint: Any) -> tuple[Any, bool]:
   return hint, optional
 
 
+def check_text(name: str, text: str) -> None:
+  """Raises ConfigError if `text` holds a surrogate, invalid in UTF-8: half a
+  character, or a byte of a command line that is not UTF-8.
+  """
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    shown = text[max(0, error.start - 20) : error.start + 1]
+    raise ConfigError(
+      f"{name}={shown!r}: holds half a character (a surrogate), which UTF-8 "
+      "cannot spell; give text that is UTF-8"
+    ) from error
+
+
 def require(holds: bool, path: str, value: Any, rule: str) -> None:
   if not holds:
     raise ConfigError(f"{path}={shown(value)}: {rule}")

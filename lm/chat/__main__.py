@@ -11,9 +11,8 @@ import sys
 
 from absl import flags
 
-from lm import cli
+from lm import cli, schema
 from lm.chat import talk
-from lm.data import tokenizer as tokenizer_lib
 from lm.sample import flags as sample_flags
 
 _, _request = sample_flags.define_request(
@@ -27,7 +26,7 @@ _SYSTEM = flags.DEFINE_string("system", None, "System message.")
 def main() -> int:
   sample_flags.check()
   request = _request("")
-  tokenizer_lib.check_text("--system", _SYSTEM.value or "")
+  schema.check_text("--system", _SYSTEM.value or "")
   found, tokenizer = sample_flags.checked([request])
   start = talk.opening(tokenizer, _SYSTEM.value)
   sampler = sample_flags.sampler(found)

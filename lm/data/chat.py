@@ -304,7 +304,7 @@ def _check(messages: Sequence[Any], roles: Sequence[str] = ()) -> None:
         raise schema.ConfigError(
           f"messages[{i}].{name}={schema.shown(value)}: must be a text"
         )
-      tokenizer_lib.check_text(f"messages[{i}].{name}", value)
+      schema.check_text(f"messages[{i}].{name}", value)
     if roles and item["role"] not in roles:
       raise schema.ConfigError(
         f"messages[{i}].role={schema.shown(item['role'])}: must be one of "

@@ -20,7 +20,7 @@ def mask_ids(tokenizer: tokenizer_lib.Tokenizer, text: str) -> list[int]:
 
   Raises ConfigError unless the text, and the vocabulary, have a <mask>.
   """
-  tokenizer_lib.check_text("fill", text)
+  schema.check_text("fill", text)
   if _MASK.search(text) is None:
     raise schema.ConfigError(
       f"fill={schema.shown(text)}: has no <mask>; write one for each token "
@@ -40,7 +40,7 @@ def sentinel_ids(tokenizer: tokenizer_lib.Tokenizer, text: str) -> list[int]:
   Raises ConfigError unless the sentinels are <sentinel_0>, <sentinel_1>, ... in
   order, each once.
   """
-  tokenizer_lib.check_text("fill", text)
+  schema.check_text("fill", text)
   parts = _SENTINEL.split(text)
   names = tokenizer_lib.SENTINELS
   found = parts[1::2]

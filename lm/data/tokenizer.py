@@ -204,7 +204,7 @@ class Tokenizer:
       return self.vocabulary.encode(texts, threads, continues)
     except (TypeError, UnicodeEncodeError) as error:
       for text in texts:
-        check_text("text", text)
+        schema.check_text("text", text)
       raise error
 
   def decode(self, ids: Iterable[int], continues: bool = False) -> str:
@@ -315,7 +315,7 @@ def check_special(names: Sequence[str]) -> None:
   """Raises ConfigError unless `names` can be special tokens."""
   where = "config.tokenizer.special_tokens"
   for i, name in enumerate(names):
-    check_text(where, name)
+    schema.check_text(where, name)
     for rule, wrong in {
       "is empty; leave it out": not name,
       "is given twice; give it once": name in names[:i],
@@ -325,20 +325,6 @@ def check_special(names: Sequence[str]) -> None:
     }.items():
       if wrong:
         raise schema.ConfigError(f"{where}: {name!r} {rule}")
-
-
-def check_text(name: str, text: str) -> None:
-  """Raises ConfigError if `text` holds a surrogate, invalid in UTF-8: half a
-  character, or a byte of a command line that is not UTF-8.
-  """
-  try:
-    text.encode()
-  except UnicodeEncodeError as error:
-    shown = text[max(0, error.start - 20) : error.start + 1]
-    raise schema.ConfigError(
-      f"{name}={shown!r}: holds half a character (a surrogate), which UTF-8 "
-      "cannot spell; give text that is UTF-8"
-    ) from error
 
 
 def load(config: config_lib.Config) -> Tokenizer:

@@ -67,7 +67,7 @@ def main() -> int:
     # A stop text would end the text of all gaps together, sentinels left out.
     ignored = (*_PROMPTS.names, "stream", "stop", "bidirectional_prompt")
     sample_flags.refuse_beside("fill", ignored)
-    tokenizer_lib.check_text("fill", _FILL.value)
+    schema.check_text("fill", _FILL.value)
     texts = [_FILL.value]
   requests = [_request(text) for text in texts]
   n_samples = sum(request.n_samples for request in requests)

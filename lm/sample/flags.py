@@ -243,7 +243,7 @@ class Prompts:
     text, path = self._suffix.value, self._suffix_file.value
     if path is None:
       if text is not None:
-        tokenizer_lib.check_text("--suffix", text)
+        schema.check_text("--suffix", text)
       return text
     if text is not None:
       raise schema.ConfigError(

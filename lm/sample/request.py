@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 import numpy as np
 
 from lm import schema
-from lm.data import tokenizer as tokenizer_lib
 
 DEFAULT_NEW_TOKENS = 256
 # Most alternatives per token; sizes the buffers of the decode loop.
@@ -231,7 +230,7 @@ def _check_sequences(request: Request, n_ids: int) -> None:
     raise schema.ConfigError(f"{name}={value!r}: {rule}")
 
   if isinstance(request.prompt, str):
-    tokenizer_lib.check_text("prompt", request.prompt)
+    schema.check_text("prompt", request.prompt)
   elif not isinstance(request.prompt, Sequence) or not all(
     isinstance(i, numbers.Integral) for i in request.prompt
   ):
@@ -243,7 +242,7 @@ def _check_sequences(request: Request, n_ids: int) -> None:
   for text in request.stop:
     if not isinstance(text, str) or not text:
       refuse("stop", text, "must be texts of at least one character")
-    tokenizer_lib.check_text("stop", text)
+    schema.check_text("stop", text)
   if not isinstance(request.logit_bias, Mapping):
     refuse("logit_bias", request.logit_bias, "must map ids to floats")
   for name in ("forbidden", "stop_ids", "logit_bias"):

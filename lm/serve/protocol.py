@@ -15,7 +15,6 @@ from typing import Any
 from lm import schema
 from lm.data import chat as chat_lib
 from lm.data import fim
-from lm.data import tokenizer as tokenizer_lib
 from lm.sample import request as request_lib
 from lm.sample import sampler as sampler_lib
 from lm.serve import fields as fields_lib
@@ -244,10 +243,10 @@ def _infill(
     raise fields_lib.Refusal(
       400, "suffix: needs a prompt of text, not of ids", "suffix"
     )
-  checked(tokenizer_lib.check_text, "suffix", suffix)
+  checked(schema.check_text, "suffix", suffix)
 
   def encode(sampler, fields, prompt):
-    checked(tokenizer_lib.check_text, "prompt", prompt)
+    checked(schema.check_text, "prompt", prompt)
     try:
       ids = fim.fim_ids(sampler.tokenizer, prompt, suffix, order)
     except schema.ConfigError as error:
