@@ -16,6 +16,7 @@ import yaml
 
 from launch import __main__ as door
 from launch import accelerators, local, shell, specs
+from lm import config as config_lib
 from lm import schema
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -161,6 +162,37 @@ def test_shell_files_pass_shellcheck():
   for name in ("supervise.sh", "retry.sh"):
     assert shellcheck((ROOT / "launch" / name).read_text(), "style") == ""
   assert "SC2086" in shellcheck("rm $1", "style")  # it does look
+
+
+@pytest.mark.parametrize("run", [None, "float32", "bfloat16"])
+def test_the_quickstart_is_in_bfloat16_where_it_is_fast(tmp_path, run):
+  """By the processor's flags; a run that is there keeps its dtype, and what the
+  user says comes last. The training is a script that prints its arguments.
+  """
+  (tmp_path / "launch").mkdir()
+  script = (ROOT / "launch/quickstart.sh").read_text()
+  (tmp_path / "launch/quickstart.sh").write_text(script)
+  (tmp_path / "launch/environment.sh").write_text(
+    'say() { :; }; environment() { :; }; python() { echo "$@"; }'
+  )
+  if run is not None:
+    (tmp_path / "runs/quickstart").mkdir(parents=True)
+    config = config_lib.Config()
+    config.model.dtype = run
+    held = tmp_path / "runs/quickstart/config.json"
+    held.write_text(config_lib.to_json(config))
+  command = ["bash", "launch/quickstart.sh", "--config.train.steps=1"]
+  done = subprocess.run(
+    command, cwd=tmp_path, capture_output=True, text=True, check=True
+  )
+  training = done.stdout.splitlines()[0].split()
+  assert training[:2] == ["-m", "lm.train"]
+  assert training[-1] == "--config.train.steps=1"
+  processor = pathlib.Path("/proc/cpuinfo")
+  fast = processor.exists() and "avx512_bf16" in processor.read_text().split()
+  expected = run or ("bfloat16" if fast else "float32")
+  said = "--config.model.dtype=bfloat16" in training
+  assert said == (expected == "bfloat16")
 
 
 @pytest.mark.parametrize("case", ["gke_tpu", "gke_gpu"])
