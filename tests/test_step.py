@@ -540,6 +540,22 @@ def test_products_have_the_form_that_is_fast_on_cpus(name, dtype):
   assert (others > 5) == (dtype == "float32")
 
 
+def test_products_of_a_bfloat16_step_are_in_bfloat16_on_cpus():
+  """XLA's CPU compiler converts an operand to float32 if it is a view."""
+  options = {"model__dtype": "bfloat16", "model__scan_layers": False}
+  config = _config("muon", **options)
+  mesh = mesh_lib.make(config, jax.devices()[:1])
+  text = programs.compile_step(config, mesh).as_text()
+  products = 0
+  for computation in text.split("\n\n"):
+    kinds = dict(re.findall(r"%?([\w.-]+) = (\w+)\[", computation))
+    for operands in re.findall(r" dot\(([^)]*)\)", computation):
+      products += 1
+      for name in operands.split(", "):
+        assert kinds[name.lstrip("%")] == "bf16", (operands, computation)
+  assert products > 20
+
+
 def test_a_profile_reads_like_the_code():
   """Operations are named after their stage, forward and backward. Products are
   what takes the time; the loss computes its gradient with its value.

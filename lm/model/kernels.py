@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lm import config as config_lib
 from lm import schema, sharding
 from lm.model import remat
-from lm.model.weights import float32_sums
+from lm.model.weights import float32_sums, in_order
 
 # Score of a masked key: low enough for exp() to give 0, high enough for sums
 # to stay finite.
@@ -310,7 +310,7 @@ def blocked(
     (B, T, N, H), K = q.shape, k.shape[2]
     # The queries of a kv head are the rows of a matrix, G of each position.
     q = q.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, K, -1, H)
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    q, k, v = map(in_order, (q, k.swapaxes(1, 2), v.swapaxes(1, 2)))
     out = _attend_blocks((causal, window, softcap), q, k, v, seen)
     out = out.reshape(B, K, T, N // K, H).swapaxes(1, 2)
     return out.reshape(B, T, N, H)
@@ -365,7 +365,7 @@ def _attend_backward(options, saved, d_out):
   """Gradients of q, k and v."""
   (*how, softcap), f32 = options, jnp.float32
   # Not before the backward pass: XLA would compute the scores in the forward.
-  saved, d_out = jax.lax.optimization_barrier((saved, d_out))
+  saved, d_out = jax.lax.optimization_barrier((saved, in_order(d_out)))
   q, k, v, seen, out, logs = saved
   delta = jnp.sum(d_out.astype(f32) * out.astype(f32), axis=-1, keepdims=True)
   d_q, d_k, d_v = [], jnp.zeros(k.shape, f32), jnp.zeros(v.shape, f32)

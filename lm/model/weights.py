@@ -248,15 +248,23 @@ def _sums_of_columns(
   if a.dtype == jnp.bfloat16:
     rows = "".join(sorted(left, key=lambda letter: letter not in out))
     a = jnp.transpose(a, [left.index(letter) for letter in rows])
-    # A transposed array is a view to XLA, unless another axis comes between.
-    a = jax.lax.optimization_barrier(jnp.expand_dims(a, 0))
-    left, a = rows, jnp.squeeze(a, 0)
+    left, a = rows, in_order(a)
   if where is not None:
     where = P(*(where[out.index(letter)] for letter in order))
   # Without a barrier XLA would make the transpose part of the product.
   sums = _sums(f"{left},{right}->{order}", a, b, where)
   sums = jax.lax.optimization_barrier(sums)
   return jnp.transpose(sums, [order.index(letter) for letter in out])
+
+
+def in_order(a: Array) -> Array:
+  """`a`, on CPUs in bfloat16 laid out as its axes are: XLA's product is in
+  bfloat16 only so, and converts a transposed operand, a view, to float32.
+  """
+  if sharding.platform() != "cpu" or a.dtype != jnp.bfloat16:
+    return a
+  # Without another axis the barrier would be of the view.
+  return jax.lax.optimization_barrier(jnp.expand_dims(a, 0))[0]
 
 
 def _rounded_sums(equation: str, where: P | None, x: Array, w: Array) -> Array:
