@@ -264,7 +264,7 @@ def in_order(a: Array) -> Array:
   if sharding.platform() != "cpu" or a.dtype != jnp.bfloat16:
     return a
   # Without another axis the barrier would be of the view.
-  return jax.lax.optimization_barrier(jnp.expand_dims(a, 0))[0]
+  return jnp.squeeze(jax.lax.optimization_barrier(jnp.expand_dims(a, 0)), 0)
 
 
 def _rounded_sums(equation: str, where: P | None, x: Array, w: Array) -> Array:
