@@ -11,9 +11,8 @@ source launch/environment.sh
 # fewer page faults, and takes a fifth less time (docs/figures.md).
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 workdir=runs/quickstart
-# Where the processor multiplies bfloat16, a step takes three quarters of its time
-# in float32, and over seeds the bits per byte are the same (docs/figures.md). A
-# run keeps its dtype.
+# Where the processor multiplies bfloat16, a step takes 0.7 of its time in float32,
+# and seeds differ more than the two (docs/figures.md). A run keeps its dtype.
 chosen="$workdir/config.json"
 [ -e "$chosen" ] || chosen=/proc/cpuinfo
 if grep -qsE '"dtype": "bfloat16"|avx512_bf16' "$chosen"; then

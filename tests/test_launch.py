@@ -167,7 +167,7 @@ def test_shell_files_pass_shellcheck():
 @pytest.mark.parametrize("run", [None, "float32", "bfloat16"])
 def test_the_quickstart_is_in_bfloat16_where_it_is_fast(tmp_path, run):
   """By the processor's flags; a run that is there keeps its dtype, and what the
-  user says comes last. The training is a script that prints its arguments.
+  user says comes last. `python` prints its arguments here.
   """
   (tmp_path / "launch").mkdir()
   script = (ROOT / "launch/quickstart.sh").read_text()

@@ -310,6 +310,7 @@ def blocked(
     (B, T, N, H), K = q.shape, k.shape[2]
     # The queries of a kv head are the rows of a matrix, G of each position.
     q = q.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, K, -1, H)
+    # Laid out once, for all products; in each of them it would take longer.
     q, k, v = map(in_order, (q, k.swapaxes(1, 2), v.swapaxes(1, 2)))
     out = _attend_blocks((causal, window, softcap), q, k, v, seen)
     out = out.reshape(B, K, T, N // K, H).swapaxes(1, 2)
