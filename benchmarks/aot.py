@@ -12,7 +12,7 @@ import os
 
 from absl import flags
 
-from lm import cli
+from lm import cli, schema
 from lm import config as config_lib
 
 _TOPOLOGY = flags.DEFINE_string(
@@ -37,11 +37,17 @@ def main(config: config_lib.Config) -> None:
   from lm.model import counts
   from lm.train import programs
 
-  topology = topologies.get_topology_desc(
-    platform="tpu",
-    topology_name=_TOPOLOGY.value,
-    num_slices=_SLICES.value,
-  )
+  try:
+    topology = topologies.get_topology_desc(
+      platform="tpu",
+      topology_name=_TOPOLOGY.value,
+      num_slices=_SLICES.value,
+    )
+  except RuntimeError as error:
+    raise schema.ConfigError(
+      f"--topology={_TOPOLOGY.value}: {error}; write chips that libtpu knows, "
+      "such as v5p:4x4x4 (pip install -e '.[tpu]')"
+    ) from error
   mesh = mesh_lib.make(config, topology.devices)
   started = time.perf_counter()
   program = programs.compile_step(config, mesh)

@@ -26,6 +26,7 @@ from lm.model import attention
 # Rows, tokens, query heads, key heads, head size: llama_1b's, llama3_8b's.
 SHAPES = ((4, 4096, 32, 8, 64), (2, 8192, 32, 8, 128))
 SMALL = ((2, 768, 4, 2, 64),)
+KERNELS = ("mosaic", "cudnn", "reference")
 DOCUMENT = 700  # tokens of a document on average
 # Of each error: window, soft-cap, tokens of a document's prefix.
 KINDS = {
@@ -133,7 +134,9 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--small", action="store_true", help="for a CPU")
   parser.add_argument("--errors", action="store_true", help="no times")
-  parser.add_argument("--kernel", action="append", help="default: all")
+  parser.add_argument(
+    "--kernel", choices=KERNELS, action="append", help="default: all"
+  )
   parser.add_argument("--json", action="store_true")
   options = parser.parse_args()
   names = options.kernel
@@ -161,4 +164,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  turns.run(main)

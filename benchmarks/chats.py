@@ -11,6 +11,8 @@ import os
 import statistics
 import time
 
+import turns
+
 from lm import checkpoint
 from lm.data import chat, sources
 from lm.data import tokenizer as tokenizer_lib
@@ -18,7 +20,7 @@ from lm.train import metrics
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser()
+  parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--workdir", default="runs/chat")
   options = parser.parse_args()
   meta = checkpoint.load_meta(options.workdir)
@@ -41,4 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  turns.run(main)

@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 
-from lm import chips, sharding
+from lm import chips, cli, sharding
 from lm import config as config_lib
 from lm import mesh as mesh_lib
 from lm.train import programs
@@ -77,6 +77,10 @@ def compare_options() -> None:
   )
 
 
-if __name__ == "__main__":
+def main() -> None:
   compare_depths()
   compare_options()
+
+
+if __name__ == "__main__":
+  cli.run(main, takes_config=False)

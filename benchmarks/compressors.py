@@ -8,7 +8,7 @@ What a language model must beat: both predict a document from itself alone.
 import gzip
 import lzma
 
-from lm import cli
+from lm import cli, schema
 from lm import config as config_lib
 
 
@@ -28,6 +28,11 @@ def bits_per_byte(config: config_lib.Config) -> dict[str, float]:
       strongest = 9 | lzma.PRESET_EXTREME
       compressed["xz -9e"] += len(lzma.compress(raw, preset=strongest))
       compressed["gzip -9"] += len(gzip.compress(raw, compresslevel=9))
+  if not n_bytes:
+    raise schema.ConfigError(
+      f"config.data.validation={config.data.validation}: no text to compress; "
+      "name a source"
+    )
   return {name: 8 * size / n_bytes for name, size in compressed.items()}
 
 

@@ -19,6 +19,8 @@ import sys
 import tempfile
 import time
 
+import turns
+
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 CONFIG = {
@@ -67,10 +69,12 @@ def peak() -> float:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--layers", type=int, default=32)
-  parser.add_argument("--devices", type=int, default=1)
+  parser.add_argument("--layers", type=turns.at_least(1), default=32)
+  parser.add_argument("--devices", type=turns.at_least(1), default=1)
   parser.add_argument("--run", action="store_true")
   asked = parser.parse_args()
+  if (width := CONFIG["hidden_size"]) % asked.devices:
+    parser.error(f"--devices={asked.devices}: must divide the width, {width}")
   os.environ["JAX_PLATFORMS"] = "cpu"
   import jax
   import numpy as np

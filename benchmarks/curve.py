@@ -1,7 +1,8 @@
 """Draws docs/quickstart.png: a run's loss, and its bits per byte beside
 compressors' on the same documents, each alone.
 
-  PYTHONPATH=. python benchmarks/curve.py --workdir=runs/quickstart
+  PYTHONPATH=. python benchmarks/curve.py --workdir=runs/quickstart \
+    --output=docs/quickstart.png
 """
 
 import compressors
@@ -12,7 +13,7 @@ from lm import checkpoint, cli
 from lm.train import metrics
 
 _WORKDIR = cli.define_path("workdir", "Run directory of lm.train.")
-_OUTPUT = cli.define_path("output", "Picture; default: docs/quickstart.png.")
+_OUTPUT = cli.define_path("output", "Picture, .png.")
 
 
 def main() -> None:
@@ -50,9 +51,9 @@ def main() -> None:
   right.bar_label(bars, fmt="%.2f", padding=3)
   right.set_xlim(0, max(bits.values()) * 1.15)
   right.set_xlabel("bits per byte of the validation documents")
-  figure.savefig(_OUTPUT.value or "docs/quickstart.png", dpi=110)
+  figure.savefig(_OUTPUT.value, dpi=110, format="png")
 
 
 if __name__ == "__main__":
-  flags.mark_flag_as_required("workdir")
+  flags.mark_flags_as_required(["workdir", "output"])
   cli.run(main, takes_config=False)

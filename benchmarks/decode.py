@@ -400,7 +400,7 @@ def serve(options, rules: Rules) -> None:
 
 
 def numbers(text: str) -> list[int]:
-  return [int(n) for n in text.split(",")]
+  return [turns.at_least(1)(n) for n in text.split(",")]
 
 
 def main() -> None:
@@ -409,8 +409,10 @@ def main() -> None:
   )
   add = parser.add_argument
   add("--batch", type=numbers, default=[1, 8, 32], help="samples at once")
-  add("--n_new", type=int, default=64, help="tokens to draw of each")
-  add("--turns", type=int, default=3)
+  add(
+    "--n_new", type=turns.at_least(2), default=64, help="tokens to draw of each"
+  )
+  add("--turns", type=turns.at_least(1), default=3)
   add("--temperature", type=float, default=0.0, help="0 is greedy")
   add("--top_k", type=int, default=0)
   add("--top_p", type=float, default=1.0)
@@ -436,4 +438,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  turns.run(main)

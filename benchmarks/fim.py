@@ -18,6 +18,8 @@ import random
 import sys
 import tempfile
 
+import turns
+
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 # Characters of a gap.
@@ -134,13 +136,16 @@ def judge(
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser()
-  parser.add_argument("--seeds", type=int, default=3)
-  parser.add_argument("--steps", type=int)
-  parser.add_argument("--gaps", type=int, default=200)
+  from lm import schema
+
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--seeds", type=turns.at_least(1), default=3)
+  parser.add_argument("--steps", type=turns.at_least(1))
+  parser.add_argument("--gaps", type=turns.at_least(len(KINDS)), default=200)
   parser.add_argument("--only", choices=ORDERS, help="else both")
   parser.add_argument("--workdir", help="where runs are kept and resumed")
-  options, fields = parser.parse_known_args()
+  fields, own = schema.split_arguments(sys.argv[1:], "config")
+  options = parser.parse_args(own)
   with tempfile.TemporaryDirectory() as folder:
     folder = options.workdir or folder
     for seed in range(options.seeds):
@@ -161,4 +166,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  turns.run(main)

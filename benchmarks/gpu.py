@@ -325,8 +325,8 @@ def main() -> None:
   )
   add = parser.add_argument
   add("--small", action="store_true", help="tiny shapes, on a CPU too")
-  add("--turns", type=int, default=3, help="at most")
-  add("--seconds", type=float, default=570)
+  add("--turns", type=turns.at_least(1), default=3, help="at most")
+  add("--seconds", type=turns.at_least(1), default=570)
   add("--only", choices=("training", "decoding"), help="else both")
   add("--json", action="store_true")
   hidden = {"help": argparse.SUPPRESS}
@@ -350,4 +350,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  turns.run(main)

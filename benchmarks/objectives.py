@@ -60,14 +60,17 @@ def side(config_path: str, objective: str):
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser()
+  from lm import cli
+
+  parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--config", default="configs/quickstart.py")
-  parser.add_argument("--turns", type=int, default=5)
-  parser.add_argument("--steps", type=int, default=40)
-  parser.add_argument("--side")
+  parser.add_argument("--turns", type=turns.at_least(1), default=5)
+  parser.add_argument("--steps", type=turns.at_least(1), default=40)
+  parser.add_argument("--side", help=argparse.SUPPRESS)
   options = parser.parse_args()
   if options.side:
     return turns.serve(lambda: side(options.config, options.side))
+  cli.load(options.config)  # a mistake is told once
   sides = {
     name: turns.Side(
       f"--config={options.config}", f"--side={name}", environment=ENVIRONMENT
@@ -85,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  turns.run(main)

@@ -330,20 +330,28 @@ def beside_torch(dtype: str) -> None:
     one.close()
 
 
-if __name__ == "__main__":
-  parser = argparse.ArgumentParser()
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--torch", action="store_true")
   parser.add_argument(
     "--dtype", choices=("float32", "bfloat16"), default="float32"
   )
-  parser.add_argument("--side", choices=("ours", "torch"))
+  parser.add_argument(
+    "--side", choices=("ours", "torch"), help=argparse.SUPPRESS
+  )
   options = parser.parse_args()
   if options.side:
     turns.serve(lambda: side(options.side, options.dtype))
   elif options.torch:
+    if absent := turns.missing("torch"):
+      parser.error(absent)
     beside_torch(options.dtype)
   else:
     mlp()
     attention()
     bfloat16()
     gradients_of_weights()
+
+
+if __name__ == "__main__":
+  turns.run(main)

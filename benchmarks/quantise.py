@@ -17,20 +17,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import rich
-from absl import app, flags, logging
+from absl import flags
 from flax import nnx
 from rich import table as table_lib
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from lm import checkpoint
+from lm import checkpoint, cli, schema
 from lm.data import sources
 from lm.data import tokenizer as tokenizer_lib
 from lm.model import inference, kv_cache
 from lm.sample import sampler as sampler_lib
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of lm.train.")
-_TEXTS = flags.DEFINE_integer("texts", 64, "Pieces of text to score.")
+_WORKDIR = cli.define_path("workdir", "Run directory of lm.train.")
+_TEXTS = flags.DEFINE_integer(
+  "texts", 64, "Pieces of text to score.", lower_bound=1
+)
 
 
 def read_texts(meta, tokenizer, n: int) -> np.ndarray:
@@ -45,7 +47,9 @@ def read_texts(meta, tokenizer, n: int) -> np.ndarray:
         pieces.append([tokenizer.bos, *ids[start : start + context]])
         if len(pieces) == n:
           return np.array(pieces, np.int32)
-  raise ValueError(f"--texts={n}: the validation text has {len(pieces)}")
+  raise schema.ConfigError(
+    f"--texts={n}: the validation text has {len(pieces)}; write as many at most"
+  )
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "int8"))
@@ -66,9 +70,7 @@ def score(graph, state, texts, int8):
   return jnp.sum(logs)
 
 
-def main(argv) -> None:
-  del argv
-  logging.set_verbosity(logging.ERROR)  # Orbax tells of each file
+def main() -> None:
   meta = checkpoint.load_meta(_WORKDIR.value, None)
   tokenizer = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
   params = checkpoint.load_params(
@@ -106,4 +108,4 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
   flags.mark_flag_as_required("workdir")
-  app.run(main)
+  cli.run(main, takes_config=False)

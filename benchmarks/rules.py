@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import rich.console
 import rich.table
 
+from lm import cli
 from lm.sample import rules
 
 V = 131072
@@ -99,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.run(main, takes_config=False)

@@ -16,8 +16,7 @@ All times are CPU seconds, since these hardly depend on what else the machine
 does: of the process, but in `devices` of the one thread that places a batch,
 dispatches the step and reads the metrics, without the computation of the
 devices. What is compared takes turns; a time is the least of the turns, since
-other work only adds to it (in `devices` the median of the steps), and a ratio
-the median of those of the turns.
+other work only adds to it, and a ratio the median of those of the turns.
 `--json` prints the same as JSON, with versions and cores.
 """
 
@@ -325,7 +324,7 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--part", choices=[*PARTS], action="append")
-  parser.add_argument("--turns", type=int, default=5)
+  parser.add_argument("--turns", type=turns.at_least(1), default=5)
   parser.add_argument("--json", action="store_true")
   parser.add_argument("--side", help=argparse.SUPPRESS)
   options = parser.parse_args()
@@ -344,4 +343,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  turns.run(main)

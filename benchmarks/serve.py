@@ -8,6 +8,7 @@ lengthen completions of 4 tokens threefold, no more.
 """
 
 import contextlib
+import json
 import os
 import statistics
 import subprocess
@@ -15,12 +16,17 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 
-import httpx
-from absl import app, flags
+import turns
+from absl import flags
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory.")
-_N = flags.DEFINE_integer("n", 30, "Completions measured, idle and loaded.")
+from lm import cli
+
+_WORKDIR = cli.define_path("workdir", "Run directory.")
+_N = flags.DEFINE_integer(
+  "n", 30, "Completions measured, idle and loaded.", lower_bound=1
+)
 _FLAGS = flags.DEFINE_string("serve", "", "More flags of lm.serve.")
 
 
@@ -43,31 +49,40 @@ def served(workdir: str):
     text=True,
   ) as process:
     assert process.stdout is not None
-    yield process.stdout.readline().split()[-1].rstrip("/")
-    process.terminate()
+    try:
+      if not (line := process.stdout.readline()):
+        raise turns.Ended(f"lm.serve ended with {process.wait()}")
+      yield line.split()[-1].rstrip("/")
+    finally:
+      process.terminate()
+
+
+def post(url: str, body: dict, seconds: float = 600) -> None:
+  kind = {"Content-Type": "application/json"}
+  request = urllib.request.Request(url, json.dumps(body).encode(), kind)
+  with urllib.request.urlopen(request, timeout=seconds) as answer:
+    answer.read()
 
 
 def complete(url: str, n: int) -> list[float]:
   """Seconds that each of `n` completions of 4 tokens took."""
   seconds = []
-  with httpx.Client(timeout=600) as client:
-    for i in range(n):
-      body = {"prompt": "def f(", "max_tokens": 4, "min_tokens": 4, "seed": i}
-      start = time.perf_counter()
-      client.post(f"{url}/v1/completions", json=body).raise_for_status()
-      seconds.append(time.perf_counter() - start)
+  for i in range(n):
+    body = {"prompt": "def f(", "max_tokens": 4, "min_tokens": 4, "seed": i}
+    start = time.perf_counter()
+    post(f"{url}/v1/completions", body)
+    seconds.append(time.perf_counter() - start)
   return seconds
 
 
 def score(url: str, over: threading.Event) -> None:
   text = "the quick brown fox " * 50_000
   while not over.is_set():
-    with contextlib.suppress(httpx.TimeoutException):
-      httpx.post(f"{url}/v1/score", json={"input": text}, timeout=0.7)
+    with contextlib.suppress(OSError):  # it leaves
+      post(f"{url}/v1/score", {"input": text}, 0.7)
 
 
-def main(argv) -> None:
-  del argv
+def main() -> None:
   with contextlib.ExitStack() as stack:
     workdir = _WORKDIR.value
     if workdir is None:
@@ -75,9 +90,10 @@ def main(argv) -> None:
       train(workdir)
     url = stack.enter_context(served(workdir))
     complete(url, 3)  # compiles
-    httpx.post(f"{url}/v1/score", json={"input": "a" * 5000}, timeout=600)
+    post(f"{url}/v1/score", {"input": "a" * 5000})
     idle = complete(url, _N.value)
     over = threading.Event()
+    stack.callback(over.set)
     other = threading.Thread(target=score, args=(url, over))
     other.start()
     time.sleep(1)
@@ -94,4 +110,4 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
-  app.run(main)
+  cli.run(main, takes_config=False)

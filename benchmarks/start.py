@@ -12,6 +12,7 @@ turns; the range of each is printed behind it.
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
 import resource
@@ -20,6 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+
+import turns
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 IMPORT = "import sys; sys.argv = ['{}']; import lm.train.loop"
@@ -63,6 +67,24 @@ def cpu_seconds(pid: int) -> float:
   return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
+@contextlib.contextmanager
+def running(
+  command: list[str], checkout: pathlib.Path, cache: str | None
+) -> Iterator[subprocess.Popen]:
+  """The child, which is waited for; it ends with the benchmark."""
+  where = environment(checkout, cache)
+  with subprocess.Popen(
+    command, env=where, cwd=checkout, stdout=subprocess.PIPE
+  ) as child:
+    try:
+      yield child
+      child.communicate()
+    finally:
+      child.kill()
+  if child.returncode:
+    sys.exit(f"error: {' '.join(command)}: exit code {child.returncode}")
+
+
 def first_step(
   checkout: pathlib.Path, cache: str | None
 ) -> tuple[float, float]:
@@ -71,23 +93,15 @@ def first_step(
     workdir = pathlib.Path(folder) / "run"
     command = [sys.executable, "-m", "lm.train", *TRAIN]
     command += [f"--workdir={workdir}", f"--config.data.cache_dir={ROOT}/data"]
-    began = time.monotonic()
-    child = subprocess.Popen(
-      command,
-      env=environment(checkout, cache),
-      cwd=checkout,
-      stdout=subprocess.DEVNULL,
-    )
     report = workdir / "metrics.jsonl"
-    # The file is empty until the first report.
-    while not (report.exists() and report.stat().st_size):
-      if child.poll() is not None:
-        sys.exit(f"error: {' '.join(command)}: exit code {child.returncode}")
-      time.sleep(0.01)
-    spent = time.monotonic() - began, cpu_seconds(child.pid)
-    if child.wait():
-      sys.exit(f"error: {' '.join(command)}: exit code {child.returncode}")
-  return spent
+    began = time.monotonic()
+    with running(command, checkout, cache) as child:
+      # The file is empty until the first report.
+      while not (report.exists() and report.stat().st_size):
+        if child.poll() is not None:
+          return 0.0, 0.0  # `running` tells of it
+        time.sleep(0.01)
+      return time.monotonic() - began, cpu_seconds(child.pid)
 
 
 def first_token(
@@ -96,27 +110,18 @@ def first_token(
   """(wall seconds, CPU seconds) from the command to the first character."""
   command = [sys.executable, "-m", "lm.sample", f"--workdir={workdir}", *SAMPLE]
   began = time.monotonic()
-  with subprocess.Popen(
-    command,
-    env=environment(checkout, cache),
-    cwd=checkout,
-    stdout=subprocess.PIPE,
-  ) as child:
+  with running(command, checkout, cache) as child:
     assert child.stdout is not None
     while child.stdout.read(1) == b" ":
       pass
-    spent = time.monotonic() - began, cpu_seconds(child.pid)
-    child.stdout.read()
-  if child.returncode:
-    sys.exit(f"error: {' '.join(command)}: exit code {child.returncode}")
-  return spent
+    return time.monotonic() - began, cpu_seconds(child.pid)
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--workdir", type=os.path.abspath)
   parser.add_argument("--checkout", type=pathlib.Path)
-  parser.add_argument("--turns", type=int, default=3)
+  parser.add_argument("--turns", type=turns.at_least(1), default=3)
   arguments = parser.parse_args()
   sides = {"this checkout": ROOT}
   if arguments.checkout:
@@ -147,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  turns.run(main)

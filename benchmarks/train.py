@@ -303,7 +303,7 @@ def main() -> None:
     "--dtype", choices=["float32", "bfloat16"], action="append"
   )
   parser.add_argument("--optimizer", default="adamw")
-  parser.add_argument("--turns", type=int, default=5)
+  parser.add_argument("--turns", type=turns.at_least(1), default=5)
   parser.add_argument("--json", action="store_true")
   parser.add_argument("--profile", action="store_true")
   parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -348,4 +348,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  turns.run(main)

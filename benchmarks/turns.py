@@ -4,6 +4,8 @@ The benchmark starts itself once for each side, with a flag that names the side,
 and asks it for one measurement after the other; a side that is not asked idles.
 """
 
+import argparse
+import atexit
 import contextlib
 import importlib.util
 import json
@@ -45,10 +47,13 @@ class Side:
       stdout=subprocess.PIPE,
       text=True,
       env={**os.environ, **(environment or {})},
+      process_group=0,  # Ctrl-C ends this process, which then ends the child
     )
+    atexit.register(self._child.kill)
     self._timer = None
     if seconds is not None:
       self._timer = threading.Timer(seconds, self._child.kill)
+      self._timer.daemon = True
       self._timer.start()
 
   def ask(self, *arguments) -> Any:
@@ -76,13 +81,34 @@ class Side:
       self._timer.cancel()
 
 
+def run(main: Callable[[], None]) -> None:
+  """Calls `main`, and tells a mistake or Ctrl-C in a line, as commands do."""
+  from lm import cli
+
+  sys.exit(cli.guarded(main))
+
+
+def at_least(least: int) -> Callable[[str], int]:
+  """Makes argparse's type of a whole number that is not below `least`."""
+
+  def number(text: str) -> int:
+    if (n := int(text)) < least:
+      raise argparse.ArgumentTypeError(f"{n}: must be at least {least}")
+    return n
+
+  return number
+
+
 def serve(make: Callable[[], Callable]) -> None:
   """Runs a side in the child: answers the parent by the function that `make`
   returns. What `make` and the function print goes to stderr.
   """
   with os.fdopen(os.dup(1), "w") as answers:
     os.dup2(2, 1)
-    answer = make()
+    try:
+      answer = make()
+    except ImportError as error:
+      sys.exit(f"error: {error}: pip install -e '.[bench]'")
     for line in sys.stdin:
       print(json.dumps(answer(*json.loads(line))), file=answers, flush=True)
 

@@ -11,6 +11,8 @@ import os
 import sys
 import tempfile
 
+import turns
+
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 KINDS = ("sentencepiece", "bpe")
@@ -37,9 +39,11 @@ def train(
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser()
-  parser.add_argument("--steps", type=int, help="default: the config's")
-  parser.add_argument("--seeds", type=int, default=2)
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument(
+    "--steps", type=turns.at_least(1), help="default: the config's"
+  )
+  parser.add_argument("--seeds", type=turns.at_least(1), default=2)
   args = parser.parse_args()
   for seed in range(args.seeds):
     for kind in KINDS:
@@ -54,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  turns.run(main)

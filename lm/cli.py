@@ -89,8 +89,8 @@ def run(
     sys.stdout.flush()
     return code
 
-  guarded = functools.partial(_guarded, work)
-  app.run(guarded, argv=arguments, flags_parser=parse)
+  within = functools.partial(guarded, work)
+  app.run(within, argv=arguments, flags_parser=parse)
 
 
 def _fields_hint(name: str) -> str:
@@ -105,12 +105,10 @@ def _fields_hint(name: str) -> str:
   return f"; a field of the config is set by --{' or --'.join(paths)}=VALUE"
 
 
-def _guarded(
-  work: Callable[[list[str]], int | None], argv: list[str]
-) -> int | None:
-  """work(argv), or the exit code of what stops it, told on stderr."""
+def guarded(work: Callable[..., int | None], *arguments) -> int | None:
+  """work(*arguments), or the exit code of what stops it, told on stderr."""
   try:
-    return work(argv)
+    return work(*arguments)
   except KeyboardInterrupt:
     print("stopped by Ctrl-C", file=sys.stderr)
     return _leave(130)
