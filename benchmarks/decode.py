@@ -294,12 +294,12 @@ def compare_all(options, arguments: list[str]) -> list[dict]:
       names += ["torch", "torch-compiled"]
   sides = {name: turns.Side(*arguments, f"--side={name}") for name in names}
   sides["ceiling"].ask(1)  # compiles
-  if "torch-compiled" in sides:
+  for name in names[2:]:
     try:
-      sides["torch-compiled"].ask(1, 4)
-    except turns.Ended as error:  # no C++ compiler
-      print(f"torch.compile is left out: {error}", file=sys.stderr)
-      del sides["torch-compiled"]
+      sides[name].ask(1, 4)
+    except turns.Ended as error:  # for torch-compiled, no C++ compiler
+      print(f"{name} is left out: {error}", file=sys.stderr)
+      del sides[name]
   results = [compare(sides, cfg, n_rows, options) for n_rows in options.batch]
   for side in sides.values():
     side.close()

@@ -8,6 +8,7 @@ verbatim. A mistake ends in a line on stderr and exit code 2, before any
 compilation or write.
 """
 
+import atexit
 import contextlib
 import difflib
 import functools
@@ -111,6 +112,8 @@ def guarded(work: Callable[..., int | None], *arguments) -> int | None:
     return work(*arguments)
   except KeyboardInterrupt:
     print("stopped by Ctrl-C", file=sys.stderr)
+    if not _joined():
+      atexit._run_exitfuncs()
     return _leave(130)
   except BrokenPipeError:  # the reader of the pipe has exited, as `head` does
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -313,10 +316,11 @@ def _joined() -> bool:
 
 def _leave(code: int) -> int:
   """Returns `code`, or calls os._exit if `code` is 1 (mostly outside failures)
-  or the run has several processes: normal shutdown would block on a full disk,
-  or on processes that wait for this process.
+  or 130, or the run has several processes: normal shutdown would block on a
+  full disk, or on processes that wait for this process, and crash where XLA was
+  stopped while it compiled.
   """
-  if code == 1 or _joined():
+  if code in (1, 130) or _joined():
     for stream in (sys.stdout, sys.stderr):
       with contextlib.suppress(OSError):
         stream.flush()

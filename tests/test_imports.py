@@ -140,6 +140,16 @@ def test_the_path_from_text_to_gradient_is_short():
   assert all(ast.get_docstring(ast.parse(text)) for text in texts)
 
 
+def test_each_benchmark_reads_its_command_line():
+  """One that does not would start on `--help`, and on any misspelt flag."""
+  paths = (LM.parent / "benchmarks").glob("*.py")
+  texts = {path.name: path.read_text() for path in paths}
+  scripts = {name for name, text in texts.items() if "__main__" in text}
+  readers = (".parse_args(", "cli.run(main")
+  read = {n for n in scripts if any(r in texts[n] for r in readers)}
+  assert len(scripts) > 15 and scripts == read
+
+
 def test_no_script_or_helper_hides_another_module():
   """A benchmark named as a package, before which Python finds it; a helper of
   tests named as a folder of results, for which ruff takes its imports.
