@@ -8,7 +8,8 @@ Parts, all by default:
               and its compilation
   optimizer   a step of the quickstart's shape with Muon beside one with AdamW
   devices     what the host does for a step, by the number of local devices,
-              which XLA simulates
+              which XLA simulates; beside it the dispatch of `x + 1` with as
+              many inputs and outputs, which is JAX's own
   evaluation  a batch of the quickstart's evaluation beside matrix products of
               as many FLOPs
 
@@ -71,6 +72,7 @@ class Step:
       train.placed, config, mesh, train.rows(shape)
     )
     self._batch = self._place()
+    self._copies = None
 
   def seconds(self, n_steps: int = 1) -> float:
     """CPU seconds of a step, of `n_steps` in a row."""
@@ -97,7 +99,25 @@ class Step:
     dispatch, out = spent(lambda: self._program(self._state, batch))
     self._state, metrics = out
     read, _ = spent(lambda: jax.device_get(metrics))
-    return {"place": place, "dispatch": dispatch, "read": read}
+    if self._copies is None:
+      self._copies = jax.tree.map(lambda x: x.copy(), self._state)
+    arguments = self._copies, batch, metrics
+    plain, (self._copies, _) = spent(lambda: self._plain(*arguments))
+    return {"place": place, "dispatch": dispatch, "read": read, "plain": plain}
+
+  @functools.cached_property
+  def _plain(self) -> Callable:
+    """`x + 1` of the step's inputs and outputs, laid out and donated as there:
+    what JAX takes to dispatch them.
+    """
+    import jax
+
+    def plus_one(state, batch, metrics):
+      return jax.tree.map(lambda x: x + 1, (state, metrics))
+
+    where = self._program.output_shardings
+    how = {"donate_argnums": 0, "keep_unused": True, "out_shardings": where}
+    return jax.jit(plus_one, **how)
 
 
 def in_turns(
@@ -191,7 +211,7 @@ def devices(n_turns: int) -> dict:
     found[n] = {
       name: min(answer[name] for answer in answers) for name in answers[0]
     }
-  sums = [sum(parts.values()) for parts in found.values()]
+  sums = [sum(parts.values()) - parts["plain"] for parts in found.values()]
   return {"seconds": found, **line(DEVICES, sums)}
 
 
@@ -292,7 +312,7 @@ def say_devices(found: dict) -> None:
     [str(n), *(f"{1e3 * parts[name]:.2f}" for name in parts)]
     for n, parts in found["seconds"].items()
   ]
-  columns = ["devices", "place", "dispatch", "read"]
+  columns = ["devices", "place", "dispatch", "read", "dispatch of x + 1"]
   turns.print_table("host, ms of CPU for a step", columns, rows)
   print(
     f"{1e3 * found['intercept']:.2f} ms, and {1e3 * found['slope']:.3f} ms a "
