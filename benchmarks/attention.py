@@ -142,6 +142,9 @@ def main() -> None:
   names = options.kernel
   if names is None:
     names = ["reference"] if options.small else ["mosaic", "cudnn"]
+  platform = jax.default_backend()
+  if platform != "gpu" and not (options.small and {*names} == {"reference"}):
+    parser.error(f"no GPU but {platform}: write --small --kernel=reference")
   say = functools.partial(print, file=sys.stderr, flush=True)
   errors, times = {}, {}
   for name in names:
