@@ -81,7 +81,7 @@ def report(
     for names in ((*config.data.validation, *more), config.data.train)
   )
   found = _find(held_out, training, n)
-  show(found, n, rich.console.Console())
+  show(found, n, cli.console())
   if output is not None:
     _write(to_json(found, training, n), output)
 
