@@ -427,6 +427,18 @@ def test_the_flags_are_one_pair_or_the_other(copied, tmp_path):
 # --- what real folders look like ----------------------------------------------
 
 
+def test_what_a_killed_export_left_is_named(tmp_path):
+  """In a container, the next process often has the same id."""
+  left = tmp_path / f"new.{os.getpid()}.partial"
+  left.mkdir()
+  with (
+    pytest.raises(schema.ConfigError, match=f"{left.name}: .*remove it"),
+    huggingface.made(str(tmp_path / "new")),
+  ):
+    pass
+  assert [*tmp_path.iterdir()] == [left]
+
+
 def test_one_process_converts(tmp_path, monkeypatch):
   """By whatever the others are named; what a job has alone may convert."""
   asked = ("--from=none", f"--to={tmp_path}/run")
