@@ -392,6 +392,16 @@ def table(*columns: str, title: str | None = None) -> rich.table.Table:
   return found
 
 
+def console() -> rich.console.Console:
+  """A console on stdout; 100 columns of a file or a pipe, which have no width
+  of their own.
+  """
+  found = rich.console.Console()
+  if not found.is_terminal:
+    found.width = 100
+  return found
+
+
 def print_lines(console: rich.console.Console, lines: Iterable[str]) -> None:
   """Prints text as it is, each line whole."""
   for line in lines:

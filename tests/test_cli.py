@@ -12,7 +12,9 @@ import pytest
 
 from lm import cli, schema
 from lm import config as config_lib
+from lm.evaluate import output
 from lm.train import metrics
+from lm.verify import result
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -184,3 +186,15 @@ def test_a_cache_that_cannot_be_written_is_refused(tmp_path):
   ended = doors.run("lm.train", flags, str(tmp_path))
   assert ended.code == 2 and "is not a directory" in ended.err
   assert ended.err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_tables_in_a_file_hold_whole_names(capsys):
+  """The widest row of lm.evaluate's table, and a path in lm.verify's."""
+  name, path = "tfds:python_stdlib:validation", "/" + 300 * "x"
+  table = output._table("run", "source", "docs", "overlap")
+  numbers = ("5.7008", "3.9512", "71.51", "7.209e+15", "386,283", "386,257")
+  table.add_row(name, *numbers, "26", "12.4%")
+  cli.console().print(table)
+  assert name in capsys.readouterr().out
+  result.show([result.Result("batches", "", None, None, False, path)], "")
+  assert capsys.readouterr().out.count("x") == 300

@@ -298,6 +298,7 @@ def test_links_are_followed_within_the_folder_and_in_the_hubs_cache(
       "'odd' is not supported",
     ),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_fac"),
+    ({"rope_parameters": {"rope_type": "linear"}}, "'linear': lacks 'factor'"),
     ({"hidden_size": ...}, "lacks 'hidden_size'"),
     ({"hidden_size": "24"}, "d_model='24': must be of type int"),
     ({"num_key_value_heads": 4}, "n_heads=6: must be a multiple of n_kv_heads"),
@@ -424,6 +425,18 @@ def test_the_flags_are_one_pair_or_the_other(copied, tmp_path):
 
 
 # --- what real folders look like ----------------------------------------------
+
+
+def test_what_a_killed_export_left_is_named(tmp_path):
+  """In a container, the next process often has the same id."""
+  left = tmp_path / f"new.{os.getpid()}.partial"
+  left.mkdir()
+  with (
+    pytest.raises(schema.ConfigError, match=f"{left.name}: .*remove it"),
+    huggingface.made(str(tmp_path / "new")),
+  ):
+    pass
+  assert [*tmp_path.iterdir()] == [left]
 
 
 def test_one_process_converts(tmp_path, monkeypatch):

@@ -655,6 +655,7 @@ def test_bodies_of_docstrings_are_questions_of_this_machine(workdir):
     (["choice"], {}, "--tasks: 'choice' is unknown; did you mean 'choices'"),
     (["rolling", "x*y"], {}, "--tasks: 'x[*]y' is unknown"),
     (["hub"], {}, "--tasks=hub: cannot be loaded .*--include_path=FOLDER"),
+    (["own"], {}, "^data.cache_dir: full$"),
     (["choices"], {"include_path": "/none"}, "--include_path='/none': no such"),
     (["choices"], {"chats": True}, "--apply_chat_template: this checkpoint"),
     (["choices"], {"step": 6}, "--step=6: no such checkpoint"),
@@ -671,6 +672,15 @@ def test_bad_input_is_refused_before_anything_is_loaded(
     "task: hub\ndataset_path: nobody/nothing\n"
     "output_type: loglikelihood_rolling\ntest_split: test\n"
     'doc_to_text: ""\ndoc_to_target: ""\nmetric_list: []\n'
+  )
+  (tmp_path / "own.yaml").write_text(
+    "task: own\ncustom_dataset: !function own.load\n"
+    "output_type: loglikelihood_rolling\ntest_split: test\n"
+    'doc_to_text: ""\ndoc_to_target: ""\nmetric_list: []\n'
+  )
+  (tmp_path / "own.py").write_text(
+    "from lm import schema\n\n\ndef load(**metadata):\n"
+    "  raise schema.ConfigError('data.cache_dir: full')\n"
   )
   manager = tasks_lib.TaskManager
   monkeypatch.setattr(  # Its 14,683 tasks take 13 seconds to read.

@@ -453,6 +453,22 @@ def test_no_more_checkpoints_are_moved_than_allowed(broken):
   assert "going back to step 6" in said
 
 
+def test_a_run_whose_last_checkpoint_is_damaged_is_not_complete(broken):
+  config, workdir = broken
+
+  def complete():
+    with start.opened(config, str(workdir), None, None) as opened:
+      return opened.complete
+
+  assert complete()
+  last = workdir / "checkpoints" / "12"
+  os.truncate(last / "meta" / "metadata", 99)
+  assert not complete()
+  shutil.rmtree(last)
+  last.mkdir()
+  assert not complete()
+
+
 def test_from_step_goes_on_from_an_earlier_checkpoint(broken):
   """Later ones are moved, and none is deleted."""
   config, workdir = broken

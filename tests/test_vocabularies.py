@@ -183,6 +183,13 @@ def test_reserved_tokens_are_the_vocabularys_own(folders, ours):
       {"tokenizer.json": '{"model": {"type": "BPE", "vocab": {"a": 0}}}'},
       "no token ends a text; name the vocabulary's eos_token",
     ),
+    (
+      {
+        "tokenizer.json": '{"normalizer": ["x"], "model": {"type": "BPE", '
+        '"vocab": {"</s>": 0}, "merges": []}}'
+      },
+      "not a tokenizer.json .TypeError",
+    ),
     ({"tokenizer_config.json": "]"}, "tokenizer_config.json: not JSON"),
     ({"chat_template.jinja": "{% if %}"}, "jinja: chat template, line 1"),
     (

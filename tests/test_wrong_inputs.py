@@ -292,6 +292,8 @@ def paths(door: str) -> Iterator[Case]:
     yield from outputs(functools.partial(case, "--overlap"), "--output")
     yield case("--output=new", says="--overlap")
     yield case("--overlap", "--show=3", says="--show")
+    none = "--config.data.validation=()"
+    yield case("--overlap", none, says="--overlap_source=SPEC")
     yield case("--overlap", "--draw=new.png", says="--draw")
     for value in ("", "text:absent*", "nonesuch"):
       yield case("--overlap", f"--overlap_source={value}", says="source")

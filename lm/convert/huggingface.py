@@ -107,7 +107,12 @@ def made(output: str) -> Iterator[str]:
     return
   output = output.rstrip(os.sep)
   partial = f"{output}.{os.getpid()}.partial"
-  os.makedirs(partial)
+  try:
+    os.makedirs(partial)
+  except FileExistsError:
+    raise schema.ConfigError(
+      f"{partial}: exists, as an export that was killed leaves it; remove it"
+    ) from None
   try:
     yield partial
     if os.path.lexists(output):

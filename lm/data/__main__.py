@@ -82,7 +82,7 @@ def describe(
   )
   # Sources that differ in their objective share a store.
   stores = {t.path: t for t in (*prepared.train, *prepared.validation)}
-  console = rich.console.Console()
+  console = cli.console()
   lines = []
   for tokens in stores.values():
     source, _ = objective_lib.split_source(tokens.spec)

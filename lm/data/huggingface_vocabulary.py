@@ -64,11 +64,11 @@ class HuggingFace(vocabulary_lib.Vocabulary):
       tree["model"]["dropout"] = None
       self._tree = tree
       self._tokenizer = _load(tree)
+      steps = pretokenizing.read(tree, ids)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
       raise schema.ConfigError(
         f"not a tokenizer.json ({type(error).__name__}: {error})"
       ) from error
-    steps = pretokenizing.read(tree, ids)
     self.prefix, self.prefix_once = steps.prefix, steps.prefix_once
     self.lossy = steps.lossy
     # The vocabulary's own tokens, and the first id after these tokens.

@@ -66,16 +66,22 @@ def report(
   `more` with the training sources of `config`, in N-grams of `n` words, and
   writes JSON to the file `output` unless None.
 
-  Raises ConfigError on unreadable sources, RunError if a source changes.
+  Raises ConfigError on unreadable sources, and on none to look for; RunError if
+  a source changes.
   """
   if output is not None:
     files.check_output(output, "--output")
+  if not (config.data.validation or more):
+    raise schema.ConfigError(
+      "--overlap: config.data.validation=() names nothing to look for; add "
+      "--overlap_source=SPEC, or a validation source"
+    )
   held_out, training = (
     [overlap.open_source(spec, config.data) for spec in _specs(names)]
     for names in ((*config.data.validation, *more), config.data.train)
   )
   found = _find(held_out, training, n)
-  show(found, n, rich.console.Console())
+  show(found, n, cli.console())
   if output is not None:
     _write(to_json(found, training, n), output)
 

@@ -14,7 +14,6 @@ does tasks of lm-evaluation-harness (extra `eval`).
 from typing import Any
 
 import jax
-import rich.console
 from absl import flags
 from etils import epath
 
@@ -204,7 +203,7 @@ def _evaluate(data: dict[str, Any]) -> None:
     max_new_tokens=_MAX_NEW_TOKENS.value,
   )
   if jax.process_index() == 0:
-    output.show(evaluation, rich.console.Console(), _DOCUMENTS.value)
+    output.show(evaluation, cli.console(), _DOCUMENTS.value)
     if _OUTPUT.value is not None:
       output.write(evaluation, _OUTPUT.value, _DOCUMENTS.value)
 
@@ -235,7 +234,7 @@ def _compare(data: dict[str, Any]) -> None:
     overlap=_OVERLAP.value,
   )
   if jax.process_index() == 0:
-    compare_output.show(comparison, rich.console.Console())
+    compare_output.show(comparison, cli.console())
     if _OUTPUT.value is not None:
       compare_output.write(comparison, _OUTPUT.value, _DOCUMENTS.value)
     if _DRAW.value is not None:
@@ -261,7 +260,7 @@ def _run_tasks(
     cache_dir=_CACHE_DIR.value,
   )
   if content is not None:
-    harness.show(content, rich.console.Console())
+    harness.show(content, cli.console())
     if _OUTPUT.value is not None:
       harness.write(content, _OUTPUT.value)
 

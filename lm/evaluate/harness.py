@@ -240,6 +240,8 @@ def _load(
 ) -> Any:
   try:
     return manager.load(matching)
+  except schema.UserError:  # From a task of this project.
+    raise
   except Exception as error:  # From the Hub, from YAML, from a task's code.
     raise schema.ConfigError(
       f"{flags[0]}={name}: cannot be loaded ({type(error).__name__}: "

@@ -187,6 +187,11 @@ def _scaling(
     )
   if kind == "default":
     return None
+  if kind in ("linear", "llama3") and "factor" not in form:
+    raise schema.ConfigError(
+      f"config.json: rope scaling {kind!r}: lacks 'factor', which says by how "
+      "much; add it"
+    )
   longest = parts.get(c, "max_position_embeddings")
   # Phi-3 has the original length at the top level of config.json, and this
   # value has precedence.

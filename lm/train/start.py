@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import jax
 from etils import epath
 
-from lm import checkpoint, locks, processes, validation
+from lm import checkpoint, files, locks, processes, validation
 from lm import config as config_lib
 from lm import mesh as mesh_lib
 from lm.data import pipeline, store
@@ -142,9 +142,16 @@ class Start:
 
   @property
   def complete(self) -> bool:
-    """Whether nothing is left to do."""
-    at_end = self.step >= self.config.train.steps
-    return at_end and not self.evaluation.lacks(self.workdir, self.step)
+    """Whether nothing is left to do; `first_state` mends a checkpoint of which
+    the metadata cannot be read.
+    """
+    if self.step < self.config.train.steps:
+      return False
+    try:
+      checkpoint.load_meta(self.workdir, self.step)
+    except files.Damaged:
+      return False
+    return not self.evaluation.lacks(self.workdir, self.step)
 
   def first_state(
     self, ledger: ledger_lib.Ledger

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import rich.box
-import rich.console
 import rich.markup
 import rich.table
 
-from lm import files
+from lm import cli, files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +51,7 @@ def show(results: Sequence[Result], title: str) -> None:
     padding=(0, 1, 0, 0),
   )
   table.add_column("check", no_wrap=True)
-  table.add_column("compared", ratio=1)
+  table.add_column("compared", overflow="fold", ratio=1)
   table.add_column("error", justify="right", no_wrap=True)
   table.add_column("limit", justify="right", no_wrap=True)
   table.add_column("", no_wrap=True)
@@ -65,10 +64,7 @@ def show(results: Sequence[Result], title: str) -> None:
       _number(result.limit),
       "[green]pass[/]" if result.passed else "[bold red]FAIL[/]",
     )
-  console = rich.console.Console()
-  if not console.is_terminal:
-    console.width = 100  # a file or a pipe has no width of its own
-  console.print(table)
+  cli.console().print(table)
 
 
 def write(results: Sequence[Result], path: str, about: dict[str, Any]) -> None:
