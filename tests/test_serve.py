@@ -803,6 +803,43 @@ REFUSED = [
     "response_format",
     "not supported",
   ),
+  # In the client's own words.
+  *(
+    (
+      "chat/completions",
+      {"messages": HELLO, name: value},
+      name,
+      f"{name}={value!r}: ",
+    )
+    for name in ("max_tokens", "max_completion_tokens")
+    for value in (-1, 0, 200, "x")
+  ),
+  (
+    "chat/completions",
+    {"messages": HELLO, "logprobs": True, "top_logprobs": 21},
+    "top_logprobs",
+    "top_logprobs=21: must be at most 20",
+  ),
+  (
+    "completions",
+    {"prompt": "a", "max_new_tokens": 200},
+    "max_new_tokens",
+    "max_new_tokens=200",
+  ),
+  (
+    "chat/completions",
+    {"messages": HELLO, "max_completion_tokens": 3, "min_tokens": 5},
+    "min_tokens",
+    "must be at most 3, the most tokens to draw",
+  ),
+  (
+    "completions",
+    {"prompt": "a", "n": 2, "seed": 2**32 - 1},
+    "seed",
+    "must be at most 4294967294, so that 2 samples have",
+  ),
+  ("completions", {"prompt": [10**2000]}, "prompt", "is not in [0"),
+  ("completions", {"prompt": "a", "forbidden": [10**2000]}, "forbidden", "ids"),
   ("next_token", {"prompt": "a", "candidates": 0}, "candidates", "must be in"),
   ("next_token", {"prompt": ["a", "b"]}, "prompt", "one only"),
   ("next_token", {"prompt": "a", "max_tokens": 1}, "max_tokens", "unknown"),
