@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import time
 
 import httpx
 import hypothesis
@@ -131,7 +132,19 @@ def test_completions_are_those_of_the_sampler(sampler, client, form):
   assert found.model == "tiny" and found.object == "text_completion"
 
 
-def test_a_stream_is_the_whole_in_parts(sampler, client):
+@pytest.mark.parametrize("late", [False, True])
+def test_a_stream_is_the_whole_in_parts(
+  sampler, tiny, client, monkeypatch, late
+):
+  """Also if all is drawn before the first chunk is written."""
+  opening = answers.Completion.opening
+
+  def slow(*arguments):
+    while late and tiny.worker.n_live:
+      time.sleep(0.01)
+    return opening(*arguments)
+
+  monkeypatch.setattr(answers.Completion, "opening", slow)
   asked = {
     "model": "tiny",
     "prompt": ["ab", "\u4f60"],
@@ -157,7 +170,7 @@ def test_a_stream_is_the_whole_in_parts(sampler, client):
       for choice in chunk.choices
       if choice.index == expected.index
     ]
-    assert len(parts) > 3
+    assert len(parts) > 3 or late
     assert "".join(part.text for part in parts) == expected.text
     assert [part.finish_reason for part in parts[:-1]] == [None] * (
       len(parts) - 1
