@@ -687,6 +687,15 @@ def test_where_no_server_can_listen(monkeypatch, host, failure, kind, message):
       listen.bind(host, port)
 
 
+def test_a_port_taken_while_the_model_was_loaded_is_said():
+  (first,) = listen.bind("127.0.0.1", 0)
+  (second,) = listen.bind("127.0.0.1", first.getsockname()[1])
+  with first, second:
+    listen.listen("127.0.0.1", [first])
+    with pytest.raises(schema.RunError, match="the port is taken"):
+      listen.listen("127.0.0.1", [second])
+
+
 def test_a_server_listens_on_all_addresses_of_its_host():
   sockets = listen.bind("localhost", 0)
   assert len({one.getsockname()[1] for one in sockets}) == 1
