@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import time
 
 import httpx
 import hypothesis
@@ -131,7 +132,19 @@ def test_completions_are_those_of_the_sampler(sampler, client, form):
   assert found.model == "tiny" and found.object == "text_completion"
 
 
-def test_a_stream_is_the_whole_in_parts(sampler, client):
+@pytest.mark.parametrize("late", [False, True])
+def test_a_stream_is_the_whole_in_parts(
+  sampler, tiny, client, monkeypatch, late
+):
+  """Also if all is drawn before the first chunk is written."""
+  opening = answers.Completion.opening
+
+  def slow(*arguments):
+    while late and tiny.worker.n_live:
+      time.sleep(0.01)
+    return opening(*arguments)
+
+  monkeypatch.setattr(answers.Completion, "opening", slow)
   asked = {
     "model": "tiny",
     "prompt": ["ab", "\u4f60"],
@@ -157,7 +170,7 @@ def test_a_stream_is_the_whole_in_parts(sampler, client):
       for choice in chunk.choices
       if choice.index == expected.index
     ]
-    assert len(parts) > 3
+    assert len(parts) > 3 or late
     assert "".join(part.text for part in parts) == expected.text
     assert [part.finish_reason for part in parts[:-1]] == [None] * (
       len(parts) - 1
@@ -803,6 +816,43 @@ REFUSED = [
     "response_format",
     "not supported",
   ),
+  # In the client's own words.
+  *(
+    (
+      "chat/completions",
+      {"messages": HELLO, name: value},
+      name,
+      f"{name}={value!r}: ",
+    )
+    for name in ("max_tokens", "max_completion_tokens")
+    for value in (-1, 0, 200, "x")
+  ),
+  (
+    "chat/completions",
+    {"messages": HELLO, "logprobs": True, "top_logprobs": 21},
+    "top_logprobs",
+    "top_logprobs=21: must be at most 20",
+  ),
+  (
+    "completions",
+    {"prompt": "a", "max_new_tokens": 200},
+    "max_new_tokens",
+    "max_new_tokens=200",
+  ),
+  (
+    "chat/completions",
+    {"messages": HELLO, "max_completion_tokens": 3, "min_tokens": 5},
+    "min_tokens",
+    "must be at most 3, the most tokens to draw",
+  ),
+  (
+    "completions",
+    {"prompt": "a", "n": 2, "seed": 2**32 - 1},
+    "seed",
+    "must be at most 4294967294, so that 2 samples have",
+  ),
+  ("completions", {"prompt": [10**2000]}, "prompt", "is not in [0"),
+  ("completions", {"prompt": "a", "forbidden": [10**2000]}, "forbidden", "ids"),
   ("next_token", {"prompt": "a", "candidates": 0}, "candidates", "must be in"),
   ("next_token", {"prompt": ["a", "b"]}, "prompt", "one only"),
   ("next_token", {"prompt": "a", "max_tokens": 1}, "max_tokens", "unknown"),

@@ -448,6 +448,30 @@ def test_connections_that_say_nothing_are_closed(sampler, text):
     assert all(map(closed, silent))
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_response_that_is_not_read_is_not_kept(sampler, stream):
+  """Its megabytes would stay with the server, whatever `timeout_seconds` is."""
+  body = {"prompt": [[5]], "n": 1 << 15, "max_tokens": 0, "echo": True}
+  text = json.dumps({**body, "stream": stream}).encode()
+  kind = b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+  with (
+    serving.serve(sampler, idle_seconds=0.5, timeout_seconds=5.0) as running,
+    socket.socket() as deaf,
+  ):
+    deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 12)
+    deaf.connect(("127.0.0.1", running.port))
+    deaf.sendall(HEAD + kind % len(text) + text)
+    state = running.server.server_state
+    for there in (True, False):
+      deadline = time.monotonic() + 20
+      while bool(state.connections) != there:
+        assert time.monotonic() < deadline, "the connection is kept"
+        time.sleep(0.01)
+    assert post(
+      running, "completions", {"prompt": "a", "max_tokens": 1}
+    ).is_success
+
+
 def test_a_head_in_drops_is_not_waited_for(sampler):
   with (
     serving.serve(sampler, idle_seconds=0.5) as running,
@@ -661,6 +685,15 @@ def test_where_no_server_can_listen(monkeypatch, host, failure, kind, message):
       monkeypatch.setattr(socket.socket, "bind", bind)
     with pytest.raises(kind, match=rf"--host={host}.*{message}"):
       listen.bind(host, port)
+
+
+def test_a_port_taken_while_the_model_was_loaded_is_said():
+  (first,) = listen.bind("127.0.0.1", 0)
+  (second,) = listen.bind("127.0.0.1", first.getsockname()[1])
+  with first, second:
+    listen.listen("127.0.0.1", [first])
+    with pytest.raises(schema.RunError, match="the port is taken"):
+      listen.listen("127.0.0.1", [second])
 
 
 def test_a_server_listens_on_all_addresses_of_its_host():

@@ -168,8 +168,9 @@ class LoadedModel:
     for i in ids:
       if not 0 <= i < self.tokenizer.size:
         raise schema.ConfigError(
-          f"prompt: id {i} is not in [0, {self.tokenizer.size}), the ids of "
-          "the tokenizer; encode the prompt with the checkpoint's own"
+          f"prompt: id {schema.shown(i)} is not in "
+          f"[0, {self.tokenizer.size}), the ids of the tokenizer; encode the "
+          "prompt with the checkpoint's own"
         )
     return ids or [bos]
 

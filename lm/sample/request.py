@@ -207,7 +207,7 @@ def check(request: Request, n_ids: int) -> None:
     (
       "min_tokens",
       r.max_new_tokens is None or r.min_tokens <= r.max_new_tokens,
-      "must be at most max_new_tokens",
+      f"must be at most {r.max_new_tokens}, the most tokens to draw",
     ),
     (
       "n_samples",
@@ -218,7 +218,8 @@ def check(request: Request, n_ids: int) -> None:
     (
       "seed",
       r.seed + r.n_samples <= 2**32,
-      "seed + n_samples must be at most 2**32",
+      f"must be at most {2**32 - r.n_samples}, so that "
+      f"{schema.counted(r.n_samples, 'sample')} have seeds below 2**32",
     ),
     ("alternatives", r.alternatives <= most, f"must be at most {most}"),
   ):
@@ -227,7 +228,7 @@ def check(request: Request, n_ids: int) -> None:
 
 def _check_sequences(request: Request, n_ids: int) -> None:
   def refuse(name: str, value: object, rule: str):
-    raise schema.ConfigError(f"{name}={value!r}: {rule}")
+    raise schema.ConfigError(f"{name}={schema.shown(value)}: {rule}")
 
   if isinstance(request.prompt, str):
     schema.check_text("prompt", request.prompt)

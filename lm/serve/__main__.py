@@ -174,6 +174,7 @@ def _serve(name: str, sockets: list[socket.socket], limits) -> None:
   for stop in _STOPS:
     signal.signal(stop, server.handle_exit)
   worker.on_failure = lambda: setattr(server, "should_exit", True)
+  listen.listen(_HOST.value, sockets)
   server.run(sockets)
   if worker.failure is not None:
     raise worker.failure

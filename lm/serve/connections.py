@@ -2,7 +2,7 @@
 
 Uvicorn's keep-alive timeout covers only the time between two requests. The
 timeout here also closes a connection if a request head does not arrive, or if
-the client does not read the response.
+the client does not read the response, in the midst of a stream, too.
 """
 
 import asyncio
@@ -32,7 +32,8 @@ def limited(limits: guard.Limits) -> type[h11_impl.H11Protocol]:
 class _Limited(h11_impl.H11Protocol):
   _limits: guard.Limits
   _open: "set[_Limited]"
-  # Idle connections (no request under way), the longest idle first.
+  # Idle connections (no request under way, or a response that is not read), the
+  # longest idle first.
   _waiting: "dict[_Limited, None]"
   _timer: asyncio.TimerHandle | None = None
   # Unsent bytes of a response when the timer was set.
@@ -62,8 +63,23 @@ class _Limited(h11_impl.H11Protocol):
   def data_received(self, data: bytes) -> None:
     before = self.cycle
     super().data_received(data)
-    if self.cycle is not before and not self.cycle.response_complete:
+    if self.cycle is not before and self._answers():
       self._go_on()  # The head is complete; the application times the rest.
+
+  def pause_writing(self) -> None:
+    super().pause_writing()
+    # The application's own timeout cannot end what waits for the client.
+    self._wait()
+
+  def resume_writing(self) -> None:
+    super().resume_writing()
+    if self._answers():
+      self._go_on()
+
+  def _answers(self) -> bool:
+    """Whether a request is under way, and its client reads the response."""
+    ended = self.cycle is None or self.cycle.response_complete
+    return not (ended or self.flow.write_paused)
 
   def on_response_complete(self) -> None:
     before = self.cycle

@@ -40,16 +40,34 @@ def bind(host: str, port: int) -> list[socket.socket]:
   except OSError as error:
     for one in sockets:
       one.close()
-    where = f"--host={host} --port={port}"
-    raise {
-      errno.EADDRINUSE: schema.RunError(
-        f"{where}: the port is taken; name another, or 0 for any that is free"
-      ),
-      errno.EACCES: schema.RunError(
-        f"{where}: the port is for privileged users; name one from 1024 on"
-      ),
-      errno.EADDRNOTAVAIL: schema.ConfigError(
-        f"{where}: that is no address of this machine; name one that is"
-      ),
-    }.get(error.errno or 0, error) from error
+    raise _explained(error, host, port) from error
   return sockets
+
+
+def listen(host: str, sockets: list[socket.socket]) -> None:
+  """Lets the sockets of `bind(host, ...)` listen.
+
+  Raises RunError if another process does, on the same port: until one listens,
+  two may bind it.
+  """
+  for one in sockets:
+    try:
+      one.listen(2048)
+    except OSError as error:
+      port = one.getsockname()[1]
+      raise _explained(error, host, port) from error
+
+
+def _explained(error: OSError, host: str, port: int) -> Exception:
+  where = f"--host={host} --port={port}"
+  return {
+    errno.EADDRINUSE: schema.RunError(
+      f"{where}: the port is taken; name another, or 0 for any that is free"
+    ),
+    errno.EACCES: schema.RunError(
+      f"{where}: the port is for privileged users; name one from 1024 on"
+    ),
+    errno.EADDRNOTAVAIL: schema.ConfigError(
+      f"{where}: that is no address of this machine; name one that is"
+    ),
+  }.get(error.errno or 0, error)

@@ -9,7 +9,7 @@ labels, e.g. `user`, and nulls are ignored (fields.py).
 import dataclasses
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lm import schema
@@ -77,12 +77,12 @@ def completion(
   fields = fields_lib.read(body, model, COMPLETION)
   echo = fields_lib.typed(fields, "echo", bool, False)
   logprobs = fields_lib.typed(fields, "logprobs", int, None)
-  limit = fields_lib.typed(fields, "max_tokens", int, None)
-  # The name in lm-eval's tasks, which its client sends beside its own default.
-  limit = fields_lib.typed(fields, "max_new_tokens", int, limit)
+  # The first is the name in lm-eval's tasks, which its client sends beside its
+  # own default.
+  limit, name = _limit(fields, "max_new_tokens", "max_tokens")
   if limit == 0 and not echo:
     raise fields_lib.Refusal(
-      400, "max_tokens=0: must be at least 1, but for echo=true", "max_tokens"
+      400, f"{name}=0: must be at least 1, but for echo=true", name
     )
   if "prompt" not in fields:
     raise fields_lib.Refusal(400, "prompt: missing", "prompt")
@@ -98,7 +98,8 @@ def completion(
     prompts.append(ids)
     n_hidden.append(hidden)
     requests.append(_request(fields, ids, n_tokens, logprobs))
-  plan = _plan(sampler, fields, requests, prompts, logprobs, shown)
+  names = {**_RENAMED, "max_new_tokens": name}
+  plan = _plan(sampler, fields, requests, prompts, logprobs, shown, names)
   if echo:
     _check_listed("prompt", plan.n * sum(map(len, prompts)), logprobs or 0)
   return dataclasses.replace(plan, echo=echo, n_hidden=n_hidden)
@@ -114,12 +115,9 @@ def chat(sampler: sampler_lib.Sampler, model: str, body: bytes) -> Plan:
       400, f"top_logprobs={top}: needs logprobs=true", "top_logprobs"
     )
   logprobs = top if wanted else None
-  limits = ("max_completion_tokens", "max_tokens")
-  limit = next((fields[name] for name in limits if name in fields), None)
+  limit, name = _limit(fields, "max_completion_tokens", "max_tokens")
   if limit == 0:
-    raise fields_lib.Refusal(
-      400, "max_tokens=0: must be at least 1", "max_tokens"
-    )
+    raise fields_lib.Refusal(400, f"{name}=0: must be at least 1", name)
   if "messages" not in fields:
     raise fields_lib.Refusal(400, "messages: missing", "messages")
   try:
@@ -133,7 +131,8 @@ def chat(sampler: sampler_lib.Sampler, model: str, body: bytes) -> Plan:
     fields["stop_ids"] = [*more, *(i for i in ends if i not in more)]
   request = _request(fields, ids, limit, logprobs)
   said = "".join(message["content"] for message in messages)
-  return _plan(sampler, fields, [request], [ids], logprobs, [said])
+  names = {**_RENAMED, "max_new_tokens": name, "alternatives": "top_logprobs"}
+  return _plan(sampler, fields, [request], [ids], logprobs, [said], names)
 
 
 def next_token(
@@ -257,6 +256,12 @@ def _infill(
   return encode
 
 
+def _limit(fields: fields_lib.Fields, *names: str) -> tuple[int | None, str]:
+  """The first of the limits `names` that is given, and its name."""
+  found = [(fields_lib.typed(fields, name, int, None), name) for name in names]
+  return next((one for one in found if one[0] is not None), found[-1])
+
+
 def _check_listed(name: str, n_tokens: int, n_alternatives: int) -> None:
   most = MAX_LISTED // (1 + n_alternatives)
   if n_tokens > most:
@@ -276,8 +281,11 @@ def _plan(
   prompts: list[list[int]],
   logprobs: int | None,
   shown: Sequence[str | list[int]],
+  names: Mapping[str, str],
 ) -> Plan:
-  """Validates and builds a Plan; errors quote `shown`, the client's prompts."""
+  """Validates and builds a Plan; errors quote `shown`, the client's prompts,
+  and `names`, the client's names of fields.
+  """
   stream = fields_lib.typed(fields, "stream", bool, False)
   options = fields_lib.typed(fields, "stream_options", dict, None)
   if options is not None and not stream:
@@ -294,10 +302,10 @@ def _plan(
   samples = requests[0].max_new_tokens != 0
   for request, prompt in zip(requests, shown, strict=True):
     if samples:
-      checked(sampler.resolve, request, None, prompt)
+      checked(sampler.resolve, request, None, prompt, names=names)
     else:
       # A prompt that is only scored may exceed the context length.
-      checked(request_lib.check, request, sampler.tokenizer.size)
+      checked(request_lib.check, request, sampler.tokenizer.size, names=names)
   usage = fields_lib.typed(options, "include_usage", bool, False)
   n = requests[0].n_samples
   return Plan(requests, prompts, n, samples, stream, usage, logprobs)
@@ -329,8 +337,6 @@ def _request(
       fields_lib.bias_id(i): fields_lib.as_float("logit_bias", value)
       for i, value in bias.items()
     }
-  if limit is not None:
-    checked(schema.check_types, limit, int, "max_tokens")
   n = fields_lib.typed(fields, "n", int, 1)
   if "seed" not in rules:
     rules["seed"] = secrets.randbelow(2**32 - min(max(n, 1), 2**31))
@@ -343,14 +349,16 @@ def _request(
   )
 
 
-def checked(function: Callable, *arguments: Any) -> Any:
+def checked(
+  function: Callable, *arguments: Any, names: Mapping[str, str] = _RENAMED
+) -> Any:
   """Calls `function`; a ConfigError becomes a Refusal (400) with API names."""
   try:
     return function(*arguments)
   except schema.ConfigError as error:
     text = str(error)
     name = re.split(r"[=\[:]", text, maxsplit=1)[0]
-    said = _RENAMED.get(name, name)
+    said = names.get(name, name)
     raise fields_lib.Refusal(
       400, said + text.removeprefix(name), said
     ) from error

@@ -45,7 +45,7 @@ class Ticket:
   """
 
   def __init__(self, n: int, watched: bool):
-    self.n_left = n
+    self.n = self.n_left = n
     self.watched = watched
     self.news: asyncio.Queue[tuple[int, request_lib.Piece] | Exception] = (
       asyncio.Queue()
@@ -54,7 +54,8 @@ class Ticket:
     self.jobs: list[int] = []
 
   async def __aiter__(self) -> AsyncIterator[tuple[int, request_lib.Piece]]:
-    n_left = self.n_left
+    # Not `n_left`: samples may end before the caller begins to read.
+    n_left = self.n
     while n_left:
       item = await self.news.get()
       if isinstance(item, Exception):
