@@ -4,8 +4,8 @@
 
 Needs the `tpu` extra (libtpu). Prints bytes per chip as XLA's memory analysis
 has them, and what the compiler estimates of the step (benchmarks/cycles.py); a
-step that does not fit is an error of the compiler, with its table. Options of
-the compiler are tried by LIBTPU_INIT_ARGS="--xla_NAME=VALUE ...".
+step that does not fit is told as out of memory, in the compiler's words.
+Options of the compiler are tried by LIBTPU_INIT_ARGS="--xla_NAME=VALUE ...".
 """
 
 import os

@@ -342,7 +342,10 @@ ALL_BUT_ENDS = [i for i in range(384) if i not in (7, EOS)]
       "min_tokens=1: forbidden leaves eos and stop ids alone",
     ),
     ({"seed": -1}, "seed=-1: must not be negative"),
-    ({"seed": 2**32 - 1, "n_samples": 2}, "seed=4294967295.*at most 4294967294"),
+    (
+      {"seed": 2**32 - 1, "n_samples": 2},
+      "seed=4294967295.*at most 4294967294",
+    ),
   ],
 )
 def test_requests_that_cannot_be_met_are_refused(changes, message, monkeypatch):
