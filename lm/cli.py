@@ -393,11 +393,11 @@ def table(*columns: str, title: str | None = None) -> rich.table.Table:
 
 
 def console() -> rich.console.Console:
-  """A console on stdout; 100 columns of a file or a pipe, which have no width
-  of their own.
+  """A console on stdout; a file or a pipe, which have no width of their own,
+  has 100 columns, or as many as COLUMNS says.
   """
   found = rich.console.Console()
-  if not found.is_terminal:
+  if not (found.is_terminal or "COLUMNS" in os.environ):
     found.width = 100
   return found
 

@@ -192,8 +192,9 @@ def test_a_cache_that_cannot_be_written_is_refused(tmp_path):
   assert ended.err.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
-def test_tables_in_a_file_hold_whole_names(capsys):
+def test_tables_in_a_file_hold_whole_names(capsys, monkeypatch):
   """The widest row of lm.evaluate's table, and a path in lm.verify's."""
+  monkeypatch.delenv("COLUMNS", raising=False)  # pytest-xdist sets it
   name, path = "tfds:python_stdlib:validation", "/" + 300 * "x"
   table = output._table("run", "source", "docs", "overlap")
   numbers = ("5.7008", "3.9512", "71.51", "7.209e+15", "386,283", "386,257")
