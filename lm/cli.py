@@ -112,8 +112,6 @@ def guarded(work: Callable[..., int | None], *arguments) -> int | None:
     return work(*arguments)
   except KeyboardInterrupt:
     print("stopped by Ctrl-C", file=sys.stderr)
-    if not _joined():
-      atexit._run_exitfuncs()
     return _leave(130)
   except BrokenPipeError:  # the reader of the pipe has exited, as `head` does
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -315,12 +313,15 @@ def _joined() -> bool:
 
 
 def _leave(code: int) -> int:
-  """Returns `code`, or calls os._exit if `code` is 1 (mostly outside failures)
-  or 130, or the run has several processes: normal shutdown would block on a
-  full disk, or on processes that wait for this process, and crash where XLA was
-  stopped while it compiled.
+  """Returns `code`, or calls os._exit where normal shutdown would block or
+  crash: if the run has several processes, which may wait for this process; if
+  `code` is 1, mostly an outside failure, such as a full disk; or if `code` is
+  130, since Ctrl-C may have stopped XLA while it compiled.
   """
-  if code in (1, 130) or _joined():
+  joined = _joined()
+  if code == 130 and not joined:
+    atexit._run_exitfuncs()  # which end child processes
+  if code in (1, 130) or joined:
     for stream in (sys.stdout, sys.stderr):
       with contextlib.suppress(OSError):
         stream.flush()

@@ -299,6 +299,7 @@ def test_links_are_followed_within_the_folder_and_in_the_hubs_cache(
     ),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_fac"),
     ({"rope_parameters": {"rope_type": "linear"}}, "'linear': lacks 'factor'"),
+    ({"rope_parameters": {"rope_type": "llama3"}}, "'llama3': lacks 'factor'"),
     ({"hidden_size": ...}, "lacks 'hidden_size'"),
     ({"hidden_size": "24"}, "d_model='24': must be of type int"),
     ({"num_key_value_heads": 4}, "n_heads=6: must be a multiple of n_kv_heads"),

@@ -187,18 +187,19 @@ def _scaling(
     )
   if kind == "default":
     return None
-  if kind in ("linear", "llama3") and "factor" not in form:
-    raise schema.ConfigError(
-      f"config.json: rope scaling {kind!r}: lacks 'factor', which says by how "
-      "much; add it"
-    )
   longest = parts.get(c, "max_position_embeddings")
   # Phi-3 has the original length at the top level of config.json, and this
   # value has precedence.
   original = c.get(_ORIGINAL) or form.get(_ORIGINAL) or longest
   if _ORIGINAL in known:
     form[_ORIGINAL] = original
+  if kind in ("yarn", "longrope"):
     form.setdefault("factor", longest / original)
+  elif "factor" not in form:
+    raise schema.ConfigError(
+      f"config.json: rope scaling {kind!r}: lacks 'factor', which says by how "
+      "much; add it"
+    )
   fields = {
     known[key]: parts.as_declared(config_lib.RopeScaling, known[key], value)
     for key, value in form.items()
