@@ -101,22 +101,52 @@ def test_every_second_is_in_one_phase_and_survives(tmp_path, monkeypatch):
   assert ", 2 attempts: " in again.describe()
 
 
+class _Watched:
+  """A watchdog by a clock that moves when it is told to."""
+
+  def __init__(self, monkeypatch, shortest, factor):
+    self.now, self._n_looks = 0.0, 0
+    clock = types.SimpleNamespace(monotonic=lambda: self.now)
+    monkeypatch.setattr(watchdog, "time", clock)
+    monkeypatch.setattr(watchdog, "_SHORTEST", shortest)
+    self.watch = watchdog.Watchdog(factor)
+    wait = self.watch._ended.wait
+
+    def noted(seconds):
+      self._n_looks += 1
+      return wait(seconds)
+
+    self.watch._ended.wait = noted
+
+  def looked(self):
+    """Waits until it has looked, from beginning to end."""
+    n, deadline = self._n_looks + 2, time.monotonic() + 60
+    while self._n_looks < n:
+      assert time.monotonic() < deadline
+      time.sleep(0.001)
+
+  def sleep(self, seconds):
+    self.now += seconds
+    self.looked()
+
+
 def test_a_slow_step_is_reported_with_stacks(monkeypatch):
   """To a stderr without a file descriptor, as a notebook's is."""
   stderr = io.StringIO()
   monkeypatch.setattr(sys, "stderr", stderr)
-  monkeypatch.setattr(watchdog, "_SHORTEST", 0.2)
-  watch = watchdog.Watchdog(factor=3.0)
+  watched = _Watched(monkeypatch, shortest=0.2, factor=3.0)
+  watch = watched.watch
   for step in range(8):
-    time.sleep(0.01)
+    watched.sleep(0.01)
     watch.step_done(step)
   watch.pause()  # an evaluation
-  time.sleep(0.4)
+  watched.looked()
+  watched.sleep(0.4)
   assert stderr.getvalue() == ""
   watch.step_done(8)
 
   def hangs_here():
-    time.sleep(0.5)
+    watched.sleep(0.5)
 
   hangs_here()
   watch.close()
@@ -126,12 +156,11 @@ def test_a_slow_step_is_reported_with_stacks(monkeypatch):
 
 
 def test_a_step_as_long_as_others_is_not_reported(capfd, monkeypatch):
-  monkeypatch.setattr(watchdog, "_SHORTEST", 0.01)
-  watch = watchdog.Watchdog(factor=10.0)
+  watched = _Watched(monkeypatch, shortest=0.01, factor=10.0)
   for step in range(8):
-    time.sleep(0.05)
-    watch.step_done(step)
-  watch.close()
+    watched.sleep(0.05)
+    watched.watch.step_done(step)
+  watched.watch.close()
   assert capfd.readouterr().err == ""
 
 
