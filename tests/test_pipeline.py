@@ -169,7 +169,7 @@ def test_a_far_step_is_reached_at_once(make):
   started = time.perf_counter()
   batches = pipeline.train_batches(config, prepared, start_step=10**12)
   assert next(batches).weights.any()
-  assert time.perf_counter() - started < 5
+  assert time.perf_counter() - started < 60  # else for ever
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -324,17 +324,27 @@ def test_batches_are_placed_ahead_and_in_order():
 
 
 def test_what_is_made_while_the_caller_is_busy_is_not_waited_for():
-  def slow():
-    for _ in range(4):
-      time.sleep(0.1)
-      yield {"i": np.zeros(1)}
+  placed, go_on = [], threading.Event()
 
-  batches = prefetch.DevicePrefetch(slow(), lambda batch: batch)
-  next(batches)
-  time.sleep(1.0)
-  started = time.perf_counter()
-  next(batches), next(batches)
-  assert time.perf_counter() - started < 0.05
+  def source():
+    for i in range(4):
+      # Without the fourth, the caller has three.
+      assert i < 3 or go_on.wait(20)
+      yield {"i": np.array(i)}
+
+  def place(batch):
+    placed.append(batch)
+    return int(batch["i"])
+
+  batches = prefetch.DevicePrefetch(source(), place)
+  seen = [next(batches)]
+  deadline = time.monotonic() + 60
+  while len(placed) < 3:
+    assert time.monotonic() < deadline
+    time.sleep(0.001)
+  seen += [next(batches), next(batches)]
+  go_on.set()
+  assert [*seen, *batches] == [0, 1, 2, 3]
 
 
 def test_an_error_of_the_source_reaches_the_caller():
