@@ -146,7 +146,9 @@ def test_a_shell_runs_local_processes_at_the_same_time(tools):
   script = f"touch $PROCESS_INDEX; until [ -e {other} ]; do sleep 0.1; done"
   given = spec(local=specs.LocalConfig(), command=("bash", "-c", script))
   printed = "\n".join(map(str, local.render(given)))
-  assert subprocess.run(["timeout", "9", "bash", "-c", printed]).returncode == 0
+  assert (
+    subprocess.run(["timeout", "60", "bash", "-c", printed]).returncode == 0
+  )
 
 
 def test_quoting_slurm(tools):
@@ -223,6 +225,11 @@ done
 """
 
 
+# Waits, on a worker, until its output has been asked for.
+UNTIL_FOLLOWED = """\
+until grep -q 'tail -n [+]1' ../../calls; do sleep 0.1; done"""
+
+
 def verbs(tools: pathlib.Path) -> list[str]:
   """What gcloud was asked for, repeated looks at the state left out."""
   calls = [json.loads(x) for x in (tools / "calls").read_text().splitlines()]
@@ -281,7 +288,8 @@ def test_tpu_vm_comes_back_after_a_preemption(tools, capfd):
 
 def test_tpu_vm_goes_on_with_what_is_there(tools, capfd):
   """Given again while the run goes on, it follows it and installs nothing."""
-  command = ("bash", "-c", "echo begun; sleep 4; echo ended", HOSTILE)
+  script = f"echo begun; {UNTIL_FOLLOWED}; echo ended"
+  command = ("bash", "-c", script, HOSTILE)
   given = spec(
     **CLOUD, accelerator="v5e-16", install="echo installing", command=command
   )
@@ -412,7 +420,7 @@ def test_tpu_vm_refuses_at_once_what_cannot_begin(tools, capfd):
 
 def test_tpu_vm_stops_no_run_that_it_did_not_reach(tools, capfd):
   """Given again while the run goes on, and the network is down for a while."""
-  command = ("bash", "-c", "echo begun >> ../../begun; sleep 3")
+  command = ("bash", "-c", f"echo begun >> ../../begun; {UNTIL_FOLLOWED}")
   fields = {**CLOUD, "accelerator": "v5e-16", "install": "true"}
   step = tpu_vm.steps(spec(**fields, command=command))
   for name in ("create", "start"):
@@ -438,11 +446,17 @@ def test_tpu_vm_left_in_the_queue_says_what_is_billed(tools, capfd):
 
 def test_tpu_vm_stops_what_hangs(tools):
   """`stop` ends a run on the worker, and the lock is free after."""
-  given = spec(**CLOUD, accelerator="v5e-16", command=("sleep", "60"))
+  command = ("bash", "-c", "echo begun >> ../../begun; exec sleep 60")
+  given = spec(**CLOUD, accelerator="v5e-16", command=command)
   step = tpu_vm.steps(given)
-  for name in ("create", "start", "stop", "follow"):
-    done = step[name].run()
-  assert done.returncode == 143
+  for name in ("create", "start"):
+    assert step[name].run().returncode == 0
+  begun, deadline = tools / "begun", time.monotonic() + 30
+  while not begun.exists() or begun.read_text() != "begun\n" * 2:  # workers
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+  step["stop"].run()
+  assert step["follow"].run().returncode == 143
 
 
 # --- supervise and retry -----------------------------------------------------
@@ -459,7 +473,8 @@ def test_supervise_returns_the_exit_code(code):
 def test_supervise_says_143_after_sigterm(stopped, tmp_path):
   """The command is told, gets the time it takes, and is not complete."""
   script = (
-    f"trap 'sleep 0.5; echo saved; {stopped}' TERM; echo ready; sleep 1 & wait"
+    f"trap 'sleep 0.5; echo saved; {stopped}' TERM; echo ready; "
+    "for i in {1..600}; do sleep 0.1; done"
   )
   outer = f'{shell.SUPERVISE}supervise "$@"; code=$?; echo over; exit $code'
   command = (outer, "-", "bash", "-c", script)
