@@ -245,10 +245,9 @@ def test_it_runs_until_it_is_stopped_or_full(page, sampler):
   expect(spans.nth(20)).to_be_visible()
   page.keyboard.press("r")
   expect(run).to_have_attribute("aria-pressed", "false")
-  page.wait_for_timeout(300)
   n = spans.count()
-  page.wait_for_timeout(300)
-  assert spans.count() == n
+  page.wait_for_timeout(600)
+  assert spans.count() <= n + 1  # one was asked for before
   slide(page, "temperature", 0)
   run.click()
   full = "The context of 101 tokens is full."
