@@ -5,7 +5,6 @@ starts jobs as their user) and `apt-get install slurm-wlm munge`.
 """
 
 import getpass
-import json
 import os
 import pathlib
 import re
@@ -17,6 +16,8 @@ import tempfile
 import time
 
 import pytest
+
+from lm.train import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 PATH = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"
@@ -196,10 +197,8 @@ class Cluster:
 
   def reports(self, name: str) -> dict[int, dict[str, float]]:
     """Step -> what was reported then, time left out."""
-    path = self.folder / name / "metrics.jsonl"
-    if not path.exists():
-      return {}
-    entries = map(json.loads, path.read_text().splitlines())
+    # Its last line may be half written.
+    entries = metrics.read(str(self.folder / name))
     exact = ("train/loss", "grad_norm", "lr", "eval/loss")
     return {e["step"]: {k: e[k] for k in exact if k in e} for e in entries}
 
