@@ -259,6 +259,7 @@ class Worker:
       if command is None:
         return False
       command()
+      del command  # and what it holds, while the next one is waited for
     start = time.monotonic()
     if not self._engine.idle:
       self._step()
