@@ -32,8 +32,14 @@ def talk(
 
   `start` is the `opening`. Answers go to stdout, notes and errors to stderr.
   Returns 1 if any line got an error in place of an answer; the history omits
-  failed lines.
+  failed lines. Raises ConfigError if even the shortest line would get one.
   """
+  asked = [*start, _message("user", "?")]
+  ids = chat.chat_ids(sampler.tokenizer, asked)
+  sampler.require_causal()
+  shortest = _turn(sampler, request, ids)
+  sampler.resolve(shortest, shown=asked[0]["content"])
+  _fit(sampler, asked, len(start), request)
   terminal = sys.stdin.isatty()
   if terminal:
     importlib.import_module("readline")  # Gives input() line editing.
@@ -75,6 +81,7 @@ def _fit(
   context, room = sampler.cfg.context_length, request.max_new_tokens
   if room is None:
     room = min(request_lib.DEFAULT_NEW_TOKENS, context // 4)
+  room = max(room, request.min_tokens)
   n_messages = len(messages)
   while True:
     ids = chat.chat_ids(sampler.tokenizer, messages)
@@ -83,9 +90,12 @@ def _fit(
       break
     turns = [i for i, m in enumerate(messages) if m["role"] == "user"]
     if len(turns) == 1:
+      n_letters = len(messages[-1]["content"])
+      beside = " and the system message make" if n_kept else " alone makes"
       raise schema.ConfigError(
-        f"this message alone makes a prompt of {n_tokens} tokens; the context "
-        f"of {context} keeps {room} for the answer: shorten it"
+        f"a message of {schema.counted(n_letters, 'character')}{beside} a "
+        f"prompt of {n_tokens} tokens; the context of {context} keeps {room} "
+        "for the answer: shorten the prompt or the answer"
       )
     messages = messages[:n_kept] + messages[turns[1] :]
   if len(messages) < n_messages:
@@ -94,6 +104,18 @@ def _fit(
       f"context has {context} tokens"
     )
   return messages, ids
+
+
+def _turn(
+  sampler: sampler_lib.Sampler,
+  request: request_lib.Request,
+  prompt: list[int],
+) -> request_lib.Request:
+  """The request for the answer to a prompt: a single one, of one turn."""
+  ends = {*request.stop_ids, *chat.stop_ids(sampler.tokenizer)}
+  return dataclasses.replace(
+    request, prompt=prompt, stop_ids=sorted(ends), n_samples=1
+  )
 
 
 def _answer(
@@ -106,13 +128,9 @@ def _answer(
   Ctrl-C ends the answer early and keeps the text. Raises RunError on NaN
   logits.
   """
-  ends = {*request.stop_ids, *chat.stop_ids(sampler.tokenizer)}
-  request = dataclasses.replace(
-    request, prompt=prompt, stop_ids=sorted(ends), n_samples=1
-  )
   text, reason = "", None
   try:
-    for piece in sampler.stream([request]):
+    for piece in sampler.stream([_turn(sampler, request, prompt)]):
       text += piece.text
       output.write(piece.text)
       reason = piece.result.finish_reason if piece.result else reason
