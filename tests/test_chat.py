@@ -425,3 +425,9 @@ def test_old_turns_make_room_for_the_fewest_tokens(talk):
   code, out, err = talk("a\nb\n", request)
   assert (code, out) == (0, f"{'a' * 28}\n" * 2), err
   assert "[the oldest 2 messages are forgotten" in err
+
+
+def test_a_line_that_is_not_utf8_is_told_as_a_line(talk):
+  code, out, err = talk("one\nh\udce9\n", REQUEST)
+  assert (code, out) == (1, f"{answer(say('one'))}\n")
+  assert "[error: line='h\\udce9': holds half a character" in err

@@ -58,8 +58,9 @@ def talk(
     elif line.strip():
       asked = [*history, _message("user", line)]
       try:
-        asked, prompt = _fit(sampler, asked, len(start), request)
-        answer = _answer(sampler, request, prompt)
+        schema.check_text("line", line)
+        asked, ids = _fit(sampler, asked, len(start), request)
+        answer = _answer(sampler, request, ids)
         history = [*asked, _message("assistant", answer)]
       except schema.UserError as error:
         _note(f"error: {error}")
