@@ -431,3 +431,16 @@ def test_a_line_that_is_not_utf8_is_told_as_a_line(talk):
   code, out, err = talk("one\nh\udce9\n", REQUEST)
   assert (code, out) == (1, f"{answer(say('one'))}\n")
   assert "[error: line='h\\udce9': holds half a character" in err
+
+
+def test_a_file_of_answers_has_no_prompts(monkeypatch, capsys):
+  """Where the lines come from a terminal."""
+
+  class Terminal(io.StringIO):
+    def isatty(self):
+      return True
+
+  monkeypatch.setattr(sys, "stdin", Terminal("one\n"))
+  assert talk_lib.talk(sampler(), REQUEST, []) == 0
+  out, err = capsys.readouterr()
+  assert out == f"{answer(say('one'))}\n" and "[/reset forgets" in err

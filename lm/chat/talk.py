@@ -44,10 +44,12 @@ def talk(
   if terminal:
     importlib.import_module("readline")  # Gives input() line editing.
     _note("/reset forgets the conversation; /exit or Ctrl-D ends it")
+  # Where stdout is a file, it holds the answers alone.
+  prompt = "> " if terminal and sys.stdout.isatty() else ""
   history, failed = start, False
   while True:
     try:
-      line = input("> " if terminal else "")
+      line = input(prompt)
     except (EOFError, KeyboardInterrupt):
       break
     if line.strip() == "/exit":
