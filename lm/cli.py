@@ -51,6 +51,9 @@ def run(
   stderr and exits with its exit code; Ctrl-C exits with 130, a closed output
   pipe with 141. Every other exception is a bug and keeps the traceback.
   """
+  for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    if getattr(sys, name) is None:  # closed, as by `>&-`
+      setattr(sys, name, open(os.devnull, mode))
   for stream in (sys.stdout, sys.stderr):
     # Text that the terminal's encoding cannot show is printed as escapes.
     if isinstance(stream, io.TextIOWrapper):

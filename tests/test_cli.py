@@ -84,6 +84,8 @@ def main():
     for _ in range(10**6):
       print("a line")
     return 0
+  if os.environ["WHAT"] == "streams":
+    return len(sys.stdin.read()) + sys.stdout.isatty()
   if os.environ["WHAT"] == "stop":
     atexit.register(print, "cleared", file=sys.stderr)
     threading.Thread(target=time.sleep, args=(60,)).start()
@@ -148,6 +150,16 @@ def test_a_reader_that_leaves_ends_the_program_quietly():
   said = child.stderr.read()
   child.stderr.close()
   assert child.wait() == 141 and said == ""
+
+
+def test_closed_streams_are_empty_ones():
+  """As `<&- >&- 2>&-` of a shell, or a daemon, leave them."""
+  child = subprocess.run(
+    ["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, PROGRAM],
+    cwd=ROOT,
+    env={"PYTHONPATH": str(ROOT), "WHAT": "streams"},
+  )
+  assert child.returncode == 0
 
 
 @pytest.mark.slow
