@@ -59,6 +59,8 @@ def run(
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors="backslashreplace")
   _hush_libraries()
+  # rich would exit with 1 in place of the BrokenPipeError.
+  rich.console.Console.on_broken_pipe = _reraise
   _define_shared_flags()
   overrides, arguments = [], spread(sys.argv, lists)
   if takes_config:
@@ -197,6 +199,10 @@ def _hush_libraries() -> None:
       hook(unraisable)
 
   sys.unraisablehook = told
+
+
+def _reraise(self: rich.console.Console) -> None:
+  raise
 
 
 def explain(error: Exception) -> schema.UserError | None:

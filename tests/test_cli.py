@@ -84,6 +84,10 @@ def main():
     for _ in range(10**6):
       print("a line")
     return 0
+  if os.environ["WHAT"] == "table":
+    for _ in range(10**6):
+      cli.console().print("a line")
+    return 0
   if os.environ["WHAT"] == "streams":
     return len(sys.stdin.read()) + sys.stdout.isatty()
   if os.environ["WHAT"] == "stop":
@@ -142,9 +146,10 @@ def test_ctrl_c_during_imports_is_a_line(module, tmp_path):
   assert child.returncode == 130 and said == "stopped by Ctrl-C\n"
 
 
-def test_a_reader_that_leaves_ends_the_program_quietly():
+@pytest.mark.parametrize("what", ["write", "table"])
+def test_a_reader_that_leaves_ends_the_program_quietly(what):
   """As `head` does."""
-  child = start("write")
+  child = start(what)
   assert child.stdout.readline() == "a line\n"
   child.stdout.close()
   said = child.stderr.read()
