@@ -652,6 +652,7 @@ def test_what_is_refused_before_a_checkpoint_is_read(module, workdir, tmp_path):
     (["--logit_bias=3"], "--logit_bias=3: must be ID:VALUE, such as"),
     (["--ahead=17"], "flag --ahead=17"),
     (["--draft=x"], "--draft=x: proposes --ahead tokens"),
+    (["--draft=x", "--ahead=2"], "--draft=x: has no checkpoint"),
     ([run, "--mesh=1,1,2"], "--mesh=1,1,2: config.model.n_heads=3: must"),
   ]
   cases += {

@@ -87,6 +87,10 @@ def check() -> str:
     raise schema.ConfigError(
       f"--draft={_DRAFT.value}: proposes --ahead tokens; set that too"
     )
+  if _DRAFT.value is not None and not checkpoint.steps(_DRAFT.value):
+    raise schema.ConfigError(
+      f"--draft={_DRAFT.value}: has no checkpoint; name a run of lm.train"
+    )
   return _WORKDIR.value
 
 
