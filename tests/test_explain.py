@@ -682,6 +682,7 @@ def test_what_is_refused_before_a_checkpoint_is_read(module, workdir, tmp_path):
       (["--score=x", "--trace"], "--trace: has no part in --score"),
       (["--n_samples=2"], "Unknown command line flag 'n_samples'"),
       (["--max_new_tokens=2"], "--max_new_tokens: is for --trace; add that"),
+      (["--stop=x"], "--stop: is for --trace; add that"),
       (["--html=x"], "--html: is for --score; add that"),
       (["--score=/absent"], "--score=/absent: .*UTF-8 text"),
       (["--candidates=0"], "flag --candidates=0"),

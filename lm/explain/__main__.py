@@ -60,7 +60,8 @@ def main() -> int:
     sample_flags.refuse_beside("fill", ignored)
     return _fill(_FILL.value)
   if not _TRACE.value:
-    sample_flags.require_beside("max_new_tokens", "trace")
+    for name in ("max_new_tokens", "stop"):
+      sample_flags.require_beside(name, "trace")
   requests = [_request(text) for text in _PROMPTS.texts()]
   found, tokenizer = sample_flags.checked(requests)
   _check_candidates(tokenizer, all_ids=not _TRACE.value)
