@@ -671,6 +671,10 @@ def test_what_is_refused_before_a_checkpoint_is_read(module, workdir, tmp_path):
         [run, "--suffix=x", "--prompt=a", "--prompt=b"],
         "--suffix: fills one gap; give one prompt, not 2",
       ),
+      (
+        [run, f"--suffix_file={text}", "--prompt=a", f"--prefix_file={text}"],
+        "--suffix_file: fills one gap; give one prompt, not 2",
+      ),
       ([run, "--forbidden=400"], "forbidden=400: ids must be integers in"),
       ([run, "--mesh=1,16,1"], "--mesh=1,16,1: config.model.d_model=24: m"),
       (["--beams=100000"], "flag --beams=100000"),

@@ -238,8 +238,9 @@ class Prompts:
             "leave it out"
           )
     elif len(texts) > 1:
+      name = "suffix" if given("suffix") else "suffix_file"
       raise schema.ConfigError(
-        f"--suffix: fills one gap; give one prompt, not {len(texts)}"
+        f"--{name}: fills one gap; give one prompt, not {len(texts)}"
       )
     return texts or [""]
 
