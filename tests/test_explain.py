@@ -8,6 +8,7 @@ import html.parser
 import io
 import json
 import math
+import os
 import pathlib
 import re
 import shutil
@@ -647,6 +648,8 @@ def test_what_is_refused_before_a_checkpoint_is_read(module, workdir, tmp_path):
   (tmp_path / "empty").touch()
   text = tmp_path / "text"
   text.write_text("a")
+  pipe = tmp_path / "pipe"
+  os.mkfifo(pipe)
   cases = [
     ([], "--workdir: missing"),
     (["--logit_bias=3"], "--logit_bias=3: must be ID:VALUE, such as"),
@@ -698,6 +701,7 @@ def test_what_is_refused_before_a_checkpoint_is_read(module, workdir, tmp_path):
       ([run, "--candidates=385"], "--candidates=385: must be at most 384"),
       ([run, f"--score={text}", "--html=/absent/a"], "--html=.*no directory"),
       ([run, f"--score={text}", f"--html={tmp_path}"], "--html=.*be written"),
+      ([run, f"--score={text}", f"--html={pipe}"], "--html=.*be written"),
     ],
     "lm.chat": [
       (["--prompt=x"], "Unknown command line flag 'prompt'"),
