@@ -701,6 +701,7 @@ def test_what_is_refused_before_a_checkpoint_is_read(module, workdir, tmp_path):
       ([run, "--candidates=385"], "--candidates=385: must be at most 384"),
       ([run, f"--score={text}", "--html=/absent/a"], "--html=.*no directory"),
       ([run, f"--score={text}", f"--html={tmp_path}"], "--html=.*be written"),
+      ([run, f"--score={text}", f"--html={text}"], "--html=.*is the text of"),
       ([run, f"--score={text}", f"--html={pipe}"], "--html=.*be written"),
     ],
     "lm.chat": [

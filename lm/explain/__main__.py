@@ -111,6 +111,10 @@ def _score(path: str) -> int:
     raise schema.ConfigError(f"--score={path}: is empty; name a text")
   if _HTML.value is not None:
     files.check_output(_HTML.value, "--html")
+    if os.path.exists(_HTML.value) and os.path.samefile(path, _HTML.value):
+      raise schema.ConfigError(
+        f"--html={_HTML.value}: is the text of --score; name another file"
+      )
   found, tokenizer = sample_flags.checked([])
   _check_candidates(tokenizer)
   if not tokenizer.n_bytes(tokenizer.encode(text)):
