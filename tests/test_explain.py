@@ -719,6 +719,22 @@ def test_what_is_refused_before_a_checkpoint_is_read(module, workdir, tmp_path):
     assert out == ""
 
 
+@pytest.mark.parametrize("module", ["lm.sample", "lm.explain"])
+def test_what_does_not_fit_is_told_as_text(module, workdir):
+  """Also where the model reads other ids than those of a prompt."""
+  run, long = f"--workdir={workdir}", "a" * 70
+  calls = [
+    [run, "--prompt=b", f"--prompt={long}"],
+    [run, f"--suffix={long}"],
+    [run, f"--fill=<sentinel_0>{long}"],
+  ]
+  if module == "lm.explain":  # whose --fill is of an encoder
+    calls.pop()
+  for code, out in doors.many(module, calls):
+    assert re.match(r"prompt='(a{20}|<sentinel_0>a{8})'...: has 7", str(code))
+    assert out == ""
+
+
 @pytest.mark.slow
 def test_nan_is_said_and_nothing_else(workdir, tmp_path_factory):
   """Where the token Z has no numbers."""

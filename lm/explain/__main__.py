@@ -62,12 +62,16 @@ def main() -> int:
   if not _TRACE.value:
     for name in ("max_new_tokens", "stop"):
       sample_flags.require_beside(name, "trace")
-  requests = [_request(text) for text in _PROMPTS.texts()]
+  texts = _PROMPTS.texts()
+  requests = [_request(text) for text in texts]
   found, tokenizer = sample_flags.checked(requests)
   _check_candidates(tokenizer, all_ids=not _TRACE.value)
   requests = _PROMPTS.infilled(requests, tokenizer)
   show = _trace if _TRACE.value else _next_token
-  return show(sample_flags.sampler(found), requests)
+  sampler = sample_flags.sampler(found)
+  for request, text in zip(requests, texts, strict=True):
+    sampler.resolve(request, shown=text + (_PROMPTS.suffix or ""))
+  return show(sampler, requests)
 
 
 def _check_candidates(
