@@ -460,6 +460,17 @@ def test_json_has_no_number_that_is_none():
   }
 
 
+def test_a_narrow_terminal_loses_nothing(monkeypatch, capsys):
+  table = tables.new_table("rank", "candidate ", "probability")
+  table.add_row("12345", "x" * 30, "0.12%")
+  for name, value in {"COLUMNS": "20", "FORCE_COLOR": "1"}.items():
+    monkeypatch.setenv(name, value)
+  tables.put(None, [table], as_json=False)
+  out = capsys.readouterr().out
+  for whole in ("candidate", "probability", "12345", "x" * 30, "0.12%"):
+    assert whole in out, out
+
+
 # --- the command line --------------------------------------------------------
 
 
