@@ -269,12 +269,17 @@ def sampler():
   return sampler_lib.Sampler(CFG, params, bytes_tokenizer())
 
 
+class Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
 @pytest.fixture
 def talk(monkeypatch, capsys):
   """Says lines; (exit code, stdout, stderr)."""
 
-  def run(lines, request, system=None):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+  def run(lines, request, system=None, stdin=io.StringIO):
+    monkeypatch.setattr(sys, "stdin", stdin(lines))
     start = talk_lib.opening(sampler().tokenizer, system)
     code = talk_lib.talk(sampler(), request, start)
     return code, *capsys.readouterr()
@@ -368,12 +373,15 @@ def test_an_interrupted_answer_is_kept_as_it_is(talk, monkeypatch):
 
   prompts = []
   monkeypatch.setattr(sampler(), "stream", interrupted)
-  code, out, err = talk("one\ntwo\n", REQUEST)
+  code, out, err = talk("one\ntwo\n", REQUEST, stdin=Terminal)
   part = out.partition("\n")[0]
   assert code == 0 and whole.startswith(part) and part != whole
   assert "[the answer was cut short]" in err
   t = bytes_tokenizer()
   assert prompts[1] == chat.chat_ids(t, say("one", part, "two"))
+  prompts.clear()
+  with pytest.raises(KeyboardInterrupt):  # of a pipe, the whole conversation
+    talk("one\ntwo\n", REQUEST)
 
 
 @pytest.mark.parametrize(
@@ -433,14 +441,8 @@ def test_a_line_that_is_not_utf8_is_told_as_a_line(talk):
   assert "[error: line='h\\udce9': holds half a character" in err
 
 
-def test_a_file_of_answers_has_no_prompts(monkeypatch, capsys):
+def test_a_file_of_answers_has_no_prompts(talk):
   """Where the lines come from a terminal."""
-
-  class Terminal(io.StringIO):
-    def isatty(self):
-      return True
-
-  monkeypatch.setattr(sys, "stdin", Terminal("one\n"))
-  assert talk_lib.talk(sampler(), REQUEST, []) == 0
-  out, err = capsys.readouterr()
+  code, out, err = talk("one\n", REQUEST, stdin=Terminal)
+  assert code == 0
   assert out == f"{answer(say('one'))}\n" and "[/reset forgets" in err

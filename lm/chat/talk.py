@@ -50,7 +50,11 @@ def talk(
   while True:
     try:
       line = input(prompt)
-    except (EOFError, KeyboardInterrupt):
+    except EOFError:
+      break
+    except KeyboardInterrupt:
+      if not terminal:
+        raise
       break
     if line.strip() == "/exit":
       break
@@ -128,8 +132,8 @@ def _answer(
 ) -> str:
   """Streams the answer to stdout and returns the text.
 
-  Ctrl-C ends the answer early and keeps the text. Raises RunError on NaN
-  logits.
+  Ctrl-C at a terminal ends the answer early and keeps the text; of other
+  lines nobody waits for the next. Raises RunError on NaN logits.
   """
   text, reason = "", None
   try:
@@ -138,6 +142,8 @@ def _answer(
       output.write(piece.text)
       reason = piece.result.finish_reason if piece.result else reason
   except KeyboardInterrupt:
+    if not sys.stdin.isatty():
+      raise
     reason = "cancelled"
   output.write("\n")
   if reason == "error":
