@@ -116,6 +116,8 @@ def guarded(work: Callable[..., int | None], *arguments) -> int | None:
   try:
     return work(*arguments)
   except KeyboardInterrupt:
+    # A second one would be a traceback out of what ends the program.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     print("stopped by Ctrl-C", file=sys.stderr)
     return _leave(130)
   except BrokenPipeError:  # the reader of the pipe has exited, as `head` does

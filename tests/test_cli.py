@@ -77,7 +77,7 @@ def test_a_flag_that_names_a_field_says_how_it_is_set(flag, said, tmp_path):
 
 
 PROGRAM = """
-import atexit, os, sys, threading, time
+import atexit, os, signal, sys, threading, time
 from lm import cli
 def main():
   if os.environ["WHAT"] == "write":
@@ -92,6 +92,7 @@ def main():
     return len(sys.stdin.read()) + sys.stdout.isatty()
   if os.environ["WHAT"] == "stop":
     atexit.register(print, "cleared", file=sys.stderr)
+    atexit.register(signal.raise_signal, signal.SIGINT)  # a second Ctrl-C
     threading.Thread(target=time.sleep, args=(60,)).start()
   raised = {"bug": KeyError("lost"), "stop": KeyboardInterrupt()}
   raise raised[os.environ["WHAT"]]
@@ -120,7 +121,9 @@ def test_a_bug_shows_its_traceback_once_and_says_where_to_report_it():
 
 
 def test_ctrl_c_is_a_line():
-  """And no thread is waited for: one that XLA left would crash the process."""
+  """And no thread is waited for: one that XLA left would crash the process.
+  A second one adds nothing.
+  """
   child = start("stop")
   _, said = child.communicate(timeout=50)
   assert child.returncode == 130 and said == "stopped by Ctrl-C\ncleared\n"
