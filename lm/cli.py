@@ -51,11 +51,16 @@ def run(
   stderr and exits with its exit code; Ctrl-C exits with 130, a closed output
   pipe with 141. Every other exception is a bug and keeps the traceback.
   """
+  for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    if getattr(sys, name) is None:  # closed, as by `>&-`
+      setattr(sys, name, open(os.devnull, mode))
   for stream in (sys.stdout, sys.stderr):
     # Text that the terminal's encoding cannot show is printed as escapes.
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors="backslashreplace")
   _hush_libraries()
+  # rich would exit with 1 in place of the BrokenPipeError.
+  rich.console.Console.on_broken_pipe = _reraise
   _define_shared_flags()
   overrides, arguments = [], spread(sys.argv, lists)
   if takes_config:
@@ -111,6 +116,8 @@ def guarded(work: Callable[..., int | None], *arguments) -> int | None:
   try:
     return work(*arguments)
   except KeyboardInterrupt:
+    # A second one would be a traceback out of what ends the program.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     print("stopped by Ctrl-C", file=sys.stderr)
     return _leave(130)
   except BrokenPipeError:  # the reader of the pipe has exited, as `head` does
@@ -194,6 +201,10 @@ def _hush_libraries() -> None:
       hook(unraisable)
 
   sys.unraisablehook = told
+
+
+def _reraise(self: rich.console.Console) -> None:
+  raise
 
 
 def explain(error: Exception) -> schema.UserError | None:

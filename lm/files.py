@@ -138,7 +138,9 @@ def check_output(path: str, name: str) -> None:
     raise schema.ConfigError(
       f"{name}={path}: no directory {directory!r}; create it"
     )
-  if os.path.isdir(path) or not os.access(directory, os.W_OK):
+  # `replace` would put a file in the place of a device or a pipe, too.
+  other = os.path.exists(path) and not os.path.isfile(path)
+  if other or not os.access(directory, os.W_OK):
     raise schema.ConfigError(
       f"{name}={path}: cannot be written; name a file in a directory of yours"
     )

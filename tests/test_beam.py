@@ -242,6 +242,7 @@ def test_nothing_to_find():
   "fields, options, message",
   [
     ({"temperature": 0.5}, {}, "temperature=0.5: means nothing"),
+    ({"seed": 5}, {}, "seed=5: means nothing"),
     ({"stop": ["a"]}, {}, "stop=.*ends at ids"),
     ({"n_samples": 2}, {}, "n_samples=2"),
     ({}, {"n_beams": 0}, "n_beams=0"),

@@ -1,5 +1,6 @@
 """Chat templates, gaps, and the loop in the terminal."""
 
+import dataclasses
 import functools
 import inspect
 import io
@@ -268,12 +269,17 @@ def sampler():
   return sampler_lib.Sampler(CFG, params, bytes_tokenizer())
 
 
+class Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
 @pytest.fixture
 def talk(monkeypatch, capsys):
   """Says lines; (exit code, stdout, stderr)."""
 
-  def run(lines, request, system=None):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+  def run(lines, request, system=None, stdin=io.StringIO):
+    monkeypatch.setattr(sys, "stdin", stdin(lines))
     start = talk_lib.opening(sampler().tokenizer, system)
     code = talk_lib.talk(sampler(), request, start)
     return code, *capsys.readouterr()
@@ -348,7 +354,8 @@ def test_a_line_without_an_answer_leaves_the_history_alone(talk):
   second = answer(say("one", first, "two"))
   code, out, err = talk(f"one\n{'x' * 53}\ntwo\n", REQUEST)
   assert (code, out) == (1, f"{first}\n{second}\n")
-  assert "[error: this message alone makes a prompt of 57 tokens; the" in err
+  said = "[error: a message of 53 characters alone makes a prompt of 57 tokens;"
+  assert said in err
   # One letter less is the edge of what fits.
   assert talk("x" * 52, REQUEST)[0] == 0
 
@@ -366,12 +373,15 @@ def test_an_interrupted_answer_is_kept_as_it_is(talk, monkeypatch):
 
   prompts = []
   monkeypatch.setattr(sampler(), "stream", interrupted)
-  code, out, err = talk("one\ntwo\n", REQUEST)
+  code, out, err = talk("one\ntwo\n", REQUEST, stdin=Terminal)
   part = out.partition("\n")[0]
   assert code == 0 and whole.startswith(part) and part != whole
   assert "[the answer was cut short]" in err
   t = bytes_tokenizer()
   assert prompts[1] == chat.chat_ids(t, say("one", part, "two"))
+  prompts.clear()
+  with pytest.raises(KeyboardInterrupt):  # of a pipe, the whole conversation
+    talk("one\ntwo\n", REQUEST)
 
 
 @pytest.mark.parametrize(
@@ -384,3 +394,55 @@ def test_what_can_never_answer_is_refused_at_once(
   monkeypatch.setattr(sampler(), "tokenizer", bytes_tokenizer(template))
   with pytest.raises(schema.ConfigError, match=message):
     talk("one\n", REQUEST)
+
+
+@pytest.mark.parametrize(
+  "changes, system, message",
+  [
+    ({"max_new_tokens": 300}, None, "max_new_tokens=300: with the 5 tokens of"),
+    ({"min_tokens": 300}, None, "min_tokens=300: at most 56 tokens can be"),
+    ({"stop_ids": range(30, 38)}, None, "stop_ids=.*: at most 7 ids beside"),
+    ({}, "S" * 99, "prompt='SSSSSSSSSSSSSSSSSSSS'...: has 106 tokens"),
+    ({}, "S" * 42, "message of 1 character and the system message make a pro"),
+  ],
+)
+def test_flags_by_which_no_line_is_answered_are_refused_at_once(
+  talk, changes, system, message
+):
+  request = Request(**{"seed": 3, **changes})
+  with pytest.raises(schema.ConfigError, match=message):
+    talk("one\n", request, system)
+
+
+def test_an_encoder_holds_no_conversation(talk, monkeypatch):
+  encoder = dataclasses.replace(CFG, causal=False)
+  monkeypatch.setattr(sampler(), "cfg", encoder)
+  with pytest.raises(schema.ConfigError, match="model.causal=False: every tok"):
+    talk("one\n", REQUEST)
+
+
+def test_old_turns_make_room_for_the_fewest_tokens(talk):
+  """28 of them, where by default the answer is left a quarter of 61."""
+  t = bytes_tokenizer()
+  drawn = {*t.encode("a"), t.eos}
+  request = Request(
+    min_tokens=28,
+    logit_bias={t.eos: 1e9},
+    forbidden=[i for i in range(t.size) if i not in drawn],
+  )
+  code, out, err = talk("a\nb\n", request)
+  assert (code, out) == (0, f"{'a' * 28}\n" * 2), err
+  assert "[the oldest 2 messages are forgotten" in err
+
+
+def test_a_line_that_is_not_utf8_is_told_as_a_line(talk):
+  code, out, err = talk("one\nh\udce9\n", REQUEST)
+  assert (code, out) == (1, f"{answer(say('one'))}\n")
+  assert "[error: line='h\\udce9': holds half a character" in err
+
+
+def test_a_file_of_answers_has_no_prompts(talk):
+  """Where the lines come from a terminal."""
+  code, out, err = talk("one\n", REQUEST, stdin=Terminal)
+  assert code == 0
+  assert out == f"{answer(say('one'))}\n" and "[/reset forgets" in err

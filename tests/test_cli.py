@@ -77,15 +77,22 @@ def test_a_flag_that_names_a_field_says_how_it_is_set(flag, said, tmp_path):
 
 
 PROGRAM = """
-import atexit, os, sys, threading, time
+import atexit, os, signal, sys, threading, time
 from lm import cli
 def main():
   if os.environ["WHAT"] == "write":
     for _ in range(10**6):
       print("a line")
     return 0
+  if os.environ["WHAT"] == "table":
+    for _ in range(10**6):
+      cli.console().print("a line")
+    return 0
+  if os.environ["WHAT"] == "streams":
+    return len(sys.stdin.read()) + sys.stdout.isatty()
   if os.environ["WHAT"] == "stop":
     atexit.register(print, "cleared", file=sys.stderr)
+    atexit.register(signal.raise_signal, signal.SIGINT)  # a second Ctrl-C
     threading.Thread(target=time.sleep, args=(60,)).start()
   raised = {"bug": KeyError("lost"), "stop": KeyboardInterrupt()}
   raise raised[os.environ["WHAT"]]
@@ -114,7 +121,9 @@ def test_a_bug_shows_its_traceback_once_and_says_where_to_report_it():
 
 
 def test_ctrl_c_is_a_line():
-  """And no thread is waited for: one that XLA left would crash the process."""
+  """And no thread is waited for: one that XLA left would crash the process.
+  A second one adds nothing.
+  """
   child = start("stop")
   _, said = child.communicate(timeout=50)
   assert child.returncode == 130 and said == "stopped by Ctrl-C\ncleared\n"
@@ -140,14 +149,25 @@ def test_ctrl_c_during_imports_is_a_line(module, tmp_path):
   assert child.returncode == 130 and said == "stopped by Ctrl-C\n"
 
 
-def test_a_reader_that_leaves_ends_the_program_quietly():
+@pytest.mark.parametrize("what", ["write", "table"])
+def test_a_reader_that_leaves_ends_the_program_quietly(what):
   """As `head` does."""
-  child = start("write")
+  child = start(what)
   assert child.stdout.readline() == "a line\n"
   child.stdout.close()
   said = child.stderr.read()
   child.stderr.close()
   assert child.wait() == 141 and said == ""
+
+
+def test_closed_streams_are_empty_ones():
+  """As `<&- >&- 2>&-` of a shell, or a daemon, leave them."""
+  child = subprocess.run(
+    ["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, PROGRAM],
+    cwd=ROOT,
+    env={"PYTHONPATH": str(ROOT), "WHAT": "streams"},
+  )
+  assert child.returncode == 0
 
 
 @pytest.mark.slow

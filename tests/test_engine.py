@@ -393,11 +393,10 @@ def test_what_cannot_be_is_refused():
   ):
     with pytest.raises(schema.ConfigError, match=message):
       sampler_lib.Sampler(cfg, params, tokenizer, **options)
-  short = dataclasses.replace(cfg, context_length=50)
-  with pytest.raises(schema.ConfigError, match="draft: its context_length"):
-    sampler_lib.Sampler(
-      cfg, params, tokenizer, ahead=2, draft=sampler_of(short)
-    )
+  for name, value in {"context_length": 50, "causal": False}.items():
+    draft = sampler_of(dataclasses.replace(cfg, **{name: value}))
+    with pytest.raises(schema.ConfigError, match=f"draft: its {name} is"):
+      sampler_lib.Sampler(cfg, params, tokenizer, ahead=2, draft=draft)
   engine = sampler_of(cfg).engine(1, 32)
   with pytest.raises(schema.ConfigError, match="context of 32"):
     engine.submit(Request("a" * 40))

@@ -8,6 +8,7 @@ import html.parser
 import io
 import json
 import math
+import os
 import pathlib
 import re
 import shutil
@@ -459,6 +460,17 @@ def test_json_has_no_number_that_is_none():
   }
 
 
+def test_a_narrow_terminal_loses_nothing(monkeypatch, capsys):
+  table = tables.new_table("rank", "candidate ", "probability")
+  table.add_row("12345", "x" * 30, "0.12%")
+  for name, value in {"COLUMNS": "20", "FORCE_COLOR": "1"}.items():
+    monkeypatch.setenv(name, value)
+  tables.put(None, [table], as_json=False)
+  out = capsys.readouterr().out
+  for whole in ("candidate", "probability", "12345", "x" * 30, "0.12%"):
+    assert whole in out, out
+
+
 # --- the command line --------------------------------------------------------
 
 
@@ -647,11 +659,14 @@ def test_what_is_refused_before_a_checkpoint_is_read(module, workdir, tmp_path):
   (tmp_path / "empty").touch()
   text = tmp_path / "text"
   text.write_text("a")
+  pipe = tmp_path / "pipe"
+  os.mkfifo(pipe)
   cases = [
     ([], "--workdir: missing"),
     (["--logit_bias=3"], "--logit_bias=3: must be ID:VALUE, such as"),
     (["--ahead=17"], "flag --ahead=17"),
     (["--draft=x"], "--draft=x: proposes --ahead tokens"),
+    (["--draft=x", "--ahead=2"], "--draft=x: has no checkpoint"),
     ([run, "--mesh=1,1,2"], "--mesh=1,1,2: config.model.n_heads=3: must"),
   ]
   cases += {
@@ -670,6 +685,10 @@ def test_what_is_refused_before_a_checkpoint_is_read(module, workdir, tmp_path):
         [run, "--suffix=x", "--prompt=a", "--prompt=b"],
         "--suffix: fills one gap; give one prompt, not 2",
       ),
+      (
+        [run, f"--suffix_file={text}", "--prompt=a", f"--prefix_file={text}"],
+        "--suffix_file: fills one gap; give one prompt, not 2",
+      ),
       ([run, "--forbidden=400"], "forbidden=400: ids must be integers in"),
       ([run, "--mesh=1,16,1"], "--mesh=1,16,1: config.model.d_model=24: m"),
       (["--beams=100000"], "flag --beams=100000"),
@@ -681,6 +700,7 @@ def test_what_is_refused_before_a_checkpoint_is_read(module, workdir, tmp_path):
       (["--score=x", "--trace"], "--trace: has no part in --score"),
       (["--n_samples=2"], "Unknown command line flag 'n_samples'"),
       (["--max_new_tokens=2"], "--max_new_tokens: is for --trace; add that"),
+      (["--stop=x"], "--stop: is for --trace; add that"),
       (["--html=x"], "--html: is for --score; add that"),
       (["--score=/absent"], "--score=/absent: .*UTF-8 text"),
       (["--candidates=0"], "flag --candidates=0"),
@@ -692,6 +712,8 @@ def test_what_is_refused_before_a_checkpoint_is_read(module, workdir, tmp_path):
       ([run, "--candidates=385"], "--candidates=385: must be at most 384"),
       ([run, f"--score={text}", "--html=/absent/a"], "--html=.*no directory"),
       ([run, f"--score={text}", f"--html={tmp_path}"], "--html=.*be written"),
+      ([run, f"--score={text}", f"--html={text}"], "--html=.*is the text of"),
+      ([run, f"--score={text}", f"--html={pipe}"], "--html=.*be written"),
     ],
     "lm.chat": [
       (["--prompt=x"], "Unknown command line flag 'prompt'"),
@@ -705,6 +727,22 @@ def test_what_is_refused_before_a_checkpoint_is_read(module, workdir, tmp_path):
     doors.many(module, calls), cases, strict=True
   ):
     assert re.match(message, str(code)), (arguments, code)
+    assert out == ""
+
+
+@pytest.mark.parametrize("module", ["lm.sample", "lm.explain"])
+def test_what_does_not_fit_is_told_as_text(module, workdir):
+  """Also where the model reads other ids than those of a prompt."""
+  run, long = f"--workdir={workdir}", "a" * 70
+  calls = [
+    [run, "--prompt=b", f"--prompt={long}"],
+    [run, f"--suffix={long}"],
+    [run, f"--fill=<sentinel_0>{long}"],
+  ]
+  if module == "lm.explain":  # whose --fill is of an encoder
+    calls.pop()
+  for code, out in doors.many(module, calls):
+    assert re.match(r"prompt='(a{20}|<sentinel_0>a{8})'...: has 7", str(code))
     assert out == ""
 
 

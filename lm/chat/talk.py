@@ -32,17 +32,29 @@ def talk(
 
   `start` is the `opening`. Answers go to stdout, notes and errors to stderr.
   Returns 1 if any line got an error in place of an answer; the history omits
-  failed lines.
+  failed lines. Raises ConfigError if even the shortest line would get one.
   """
+  asked = [*start, _message("user", "?")]
+  ids = chat.chat_ids(sampler.tokenizer, asked)
+  sampler.require_causal()
+  shortest = _turn(sampler, request, ids)
+  sampler.resolve(shortest, shown=asked[0]["content"])
+  _fit(sampler, asked, len(start), request)
   terminal = sys.stdin.isatty()
   if terminal:
     importlib.import_module("readline")  # Gives input() line editing.
     _note("/reset forgets the conversation; /exit or Ctrl-D ends it")
+  # Where stdout is a file, it holds the answers alone.
+  prompt = "> " if terminal and sys.stdout.isatty() else ""
   history, failed = start, False
   while True:
     try:
-      line = input("> " if terminal else "")
-    except (EOFError, KeyboardInterrupt):
+      line = input(prompt)
+    except EOFError:
+      break
+    except KeyboardInterrupt:
+      if not terminal:
+        raise
       break
     if line.strip() == "/exit":
       break
@@ -52,8 +64,9 @@ def talk(
     elif line.strip():
       asked = [*history, _message("user", line)]
       try:
-        asked, prompt = _fit(sampler, asked, len(start), request)
-        answer = _answer(sampler, request, prompt)
+        schema.check_text("line", line)
+        asked, ids = _fit(sampler, asked, len(start), request)
+        answer = _answer(sampler, request, ids)
         history = [*asked, _message("assistant", answer)]
       except schema.UserError as error:
         _note(f"error: {error}")
@@ -75,6 +88,7 @@ def _fit(
   context, room = sampler.cfg.context_length, request.max_new_tokens
   if room is None:
     room = min(request_lib.DEFAULT_NEW_TOKENS, context // 4)
+  room = max(room, request.min_tokens)
   n_messages = len(messages)
   while True:
     ids = chat.chat_ids(sampler.tokenizer, messages)
@@ -83,9 +97,12 @@ def _fit(
       break
     turns = [i for i, m in enumerate(messages) if m["role"] == "user"]
     if len(turns) == 1:
+      n_letters = len(messages[-1]["content"])
+      beside = " and the system message make" if n_kept else " alone makes"
       raise schema.ConfigError(
-        f"this message alone makes a prompt of {n_tokens} tokens; the context "
-        f"of {context} keeps {room} for the answer: shorten it"
+        f"a message of {schema.counted(n_letters, 'character')}{beside} a "
+        f"prompt of {n_tokens} tokens; the context of {context} keeps {room} "
+        "for the answer: shorten the prompt or the answer"
       )
     messages = messages[:n_kept] + messages[turns[1] :]
   if len(messages) < n_messages:
@@ -96,6 +113,18 @@ def _fit(
   return messages, ids
 
 
+def _turn(
+  sampler: sampler_lib.Sampler,
+  request: request_lib.Request,
+  prompt: list[int],
+) -> request_lib.Request:
+  """The request for the answer to a prompt: a single one, of one turn."""
+  ends = {*request.stop_ids, *chat.stop_ids(sampler.tokenizer)}
+  return dataclasses.replace(
+    request, prompt=prompt, stop_ids=sorted(ends), n_samples=1
+  )
+
+
 def _answer(
   sampler: sampler_lib.Sampler,
   request: request_lib.Request,
@@ -103,20 +132,18 @@ def _answer(
 ) -> str:
   """Streams the answer to stdout and returns the text.
 
-  Ctrl-C ends the answer early and keeps the text. Raises RunError on NaN
-  logits.
+  Ctrl-C at a terminal ends the answer early and keeps the text; of other
+  lines nobody waits for the next. Raises RunError on NaN logits.
   """
-  ends = {*request.stop_ids, *chat.stop_ids(sampler.tokenizer)}
-  request = dataclasses.replace(
-    request, prompt=prompt, stop_ids=sorted(ends), n_samples=1
-  )
   text, reason = "", None
   try:
-    for piece in sampler.stream([request]):
+    for piece in sampler.stream([_turn(sampler, request, prompt)]):
       text += piece.text
       output.write(piece.text)
       reason = piece.result.finish_reason if piece.result else reason
   except KeyboardInterrupt:
+    if not sys.stdin.isatty():
+      raise
     reason = "cancelled"
   output.write("\n")
   if reason == "error":

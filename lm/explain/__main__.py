@@ -60,13 +60,18 @@ def main() -> int:
     sample_flags.refuse_beside("fill", ignored)
     return _fill(_FILL.value)
   if not _TRACE.value:
-    sample_flags.require_beside("max_new_tokens", "trace")
-  requests = [_request(text) for text in _PROMPTS.texts()]
+    for name in ("max_new_tokens", "stop"):
+      sample_flags.require_beside(name, "trace")
+  texts = _PROMPTS.texts()
+  requests = [_request(text) for text in texts]
   found, tokenizer = sample_flags.checked(requests)
   _check_candidates(tokenizer, all_ids=not _TRACE.value)
   requests = _PROMPTS.infilled(requests, tokenizer)
   show = _trace if _TRACE.value else _next_token
-  return show(sample_flags.sampler(found), requests)
+  sampler = sample_flags.sampler(found)
+  for request, text in zip(requests, texts, strict=True):
+    sampler.resolve(request, shown=text + (_PROMPTS.suffix or ""))
+  return show(sampler, requests)
 
 
 def _check_candidates(
@@ -110,6 +115,10 @@ def _score(path: str) -> int:
     raise schema.ConfigError(f"--score={path}: is empty; name a text")
   if _HTML.value is not None:
     files.check_output(_HTML.value, "--html")
+    if os.path.exists(_HTML.value) and os.path.samefile(path, _HTML.value):
+      raise schema.ConfigError(
+        f"--html={_HTML.value}: is the text of --score; name another file"
+      )
   found, tokenizer = sample_flags.checked([])
   _check_candidates(tokenizer)
   if not tokenizer.n_bytes(tokenizer.encode(text)):

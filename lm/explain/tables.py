@@ -32,8 +32,8 @@ def put(value: Any, shown: Sequence[Any], as_json: bool) -> None:
     print(output.dumps(value))
     return
   console = rich.console.Console(markup=False, highlight=False, emoji=False)
-  if not console.is_terminal:
-    console.width = 120  # Files and pipes have no width.
+  # A table is as wide as its numbers: rich would cut them to fit a terminal.
+  console.width = 10_000
   for i, item in enumerate(shown):
     if i:
       console.print()

@@ -88,7 +88,10 @@ def main() -> int:
       dataclasses.replace(r, prompt=prompt, bidirectional_prompt=True)
       for r in requests
     ]
-  return _generate(sample_flags.sampler(found), requests, texts)
+  sampler = sample_flags.sampler(found)
+  for request, text in zip(requests, texts, strict=True):
+    sampler.resolve(request, shown=text + (_PROMPTS.suffix or ""))
+  return _generate(sampler, requests, texts)
 
 
 def _generate(

@@ -54,6 +54,7 @@ _MEANINGLESS = (
   "temperature",
   "temperature_last",
   "stop",
+  "seed",
   "n_samples",
   "alternatives",
   *(cut.field for cut in rules.CUTS),

@@ -87,6 +87,10 @@ def check() -> str:
     raise schema.ConfigError(
       f"--draft={_DRAFT.value}: proposes --ahead tokens; set that too"
     )
+  if _DRAFT.value is not None and not checkpoint.steps(_DRAFT.value):
+    raise schema.ConfigError(
+      f"--draft={_DRAFT.value}: has no checkpoint; name a run of lm.train"
+    )
   return _WORKDIR.value
 
 
@@ -234,8 +238,9 @@ class Prompts:
             "leave it out"
           )
     elif len(texts) > 1:
+      name = "suffix" if given("suffix") else "suffix_file"
       raise schema.ConfigError(
-        f"--suffix: fills one gap; give one prompt, not {len(texts)}"
+        f"--{name}: fills one gap; give one prompt, not {len(texts)}"
       )
     return texts or [""]
 

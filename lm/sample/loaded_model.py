@@ -74,7 +74,6 @@ class LoadedModel:
     if weights in ("float32", "bfloat16"):
       cfg = dataclasses.replace(cfg, dtype=weights)
     if draft is not None:
-      draft.require_causal()
       _check_draft(cfg, tokenizer, mesh, draft)
     # `unroll` merges adapters.
     self.cfg, self.tokenizer, self.mesh = lora.base(cfg), tokenizer, mesh
@@ -200,6 +199,7 @@ def _start(prompt: str | Sequence[int]) -> str:
 
 def _check_draft(cfg, tokenizer, mesh, draft) -> None:
   for what, same in (
+    ("causal", draft.cfg.causal == cfg.causal),
     ("tokenizer", draft.tokenizer.fingerprint == tokenizer.fingerprint),
     ("mesh", draft.mesh == mesh),
     ("vocab_size", draft.cfg.vocab_size == cfg.vocab_size),
@@ -208,5 +208,6 @@ def _check_draft(cfg, tokenizer, mesh, draft) -> None:
     if not same:
       raise schema.ConfigError(
         f"draft: its {what} is not that of the model; both must be trained "
-        "with the same tokenizer and a context at least as long"
+        "to read forwards, with the same tokenizer and a context at least as "
+        "long"
       )
