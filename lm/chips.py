@@ -1,5 +1,5 @@
-"""What is known of chips: peak rates, memory bandwidth, compiler options, and
-where compiled programs may not come from a cache.
+"""What is known of chips: peak rates, memory bandwidth, compiler options; and
+JAX's cache of compiled programs: where none may come from it, how they come in.
 """
 
 import sys
@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax._src import lru_cache
 from jax.experimental.compilation_cache import compilation_cache
+
+from lm import files
 
 Options = dict[str, Any]
 
@@ -129,3 +132,24 @@ def forgo_unsafe_cache(devices: Sequence[Any]) -> None:
       f"{len(devices)} CPU devices can deadlock when they come from a cache",
       file=sys.stderr,
     )
+
+
+def write_cache_atomically() -> None:
+  """Lets compiled programs come into JAX's compilation cache whole.
+
+  JAX writes them in place, and an entry that is there for good: a process that
+  starts meanwhile reads a part of a program, and after a kill every start finds
+  one, warns, and compiles. A cache of bounded size stays as it is.
+  """
+  in_place = lru_cache.LRUCache.put
+  if in_place.__module__ == __name__:
+    return
+
+  def put(self: Any, key: str, value: bytes) -> None:
+    if self.eviction_enabled:
+      return in_place(self, key, value)
+    path = self.path / f"{key}-cache"
+    if not path.exists():
+      files.replace(path, value)
+
+  lru_cache.LRUCache.put = put

@@ -179,6 +179,9 @@ def _use_shared_flags() -> None:
     files.check_directory(directory, "--compilation_cache")
     import jax
 
+    from lm import chips
+
+    chips.write_cache_atomically()
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 

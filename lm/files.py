@@ -12,6 +12,7 @@ import pathlib
 import re
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -129,7 +130,7 @@ def check_output(path: str, name: str) -> None:
   """
   directory = os.path.dirname(path) or "."
   try:
-    _is_there(f"{path}.{os.getpid()}.partial")  # temporary name in `replace`
+    _is_there(_partial(path))
   except OSError as error:
     raise schema.ConfigError(
       f"{name}={path[:100]}: {error.strerror}"
@@ -149,13 +150,13 @@ def check_output(path: str, name: str) -> None:
 def replace(path: Any, content: str | bytes) -> None:
   """Atomic write by rename: a reader finds the old content or the new content.
 
-  `path` is an `epath.Path` or a local path. If several processes write the
-  same file at once, the last write wins.
+  `path` is an `epath.Path` or a local path. If several threads, processes or
+  hosts write the same file at once, the last write wins.
   """
   from etils import epath
 
   path = epath.Path(path)
-  partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+  partial = path.with_name(_partial(path.name))
   try:
     if isinstance(content, str):
       content = content.encode()
@@ -166,6 +167,11 @@ def replace(path: Any, content: str | bytes) -> None:
     if isinstance(error, OSError) and error.filename is None:
       error.filename = os.fspath(path)  # a full-disk error names no file
     raise
+
+
+def _partial(path: str) -> str:
+  """A name for what is not yet whole, another one for each writer."""
+  return f"{path}.{uuid.uuid4().hex[:8]}.partial"
 
 
 # --- reading: damaged file, or outside failure --------------------------------

@@ -17,7 +17,6 @@ import shutil
 import signal
 import tempfile
 
-import doors
 import jax
 import jaxtyping
 import pytest
@@ -81,9 +80,9 @@ def _keep_safe(key, name, executable, *rest):
 
 
 compilation_cache.put_executable_and_time = _keep_safe
-doors.keep_whole()
 chips = importlib.import_module("lm.chips")  # with its annotations executed
 chips.forgo_unsafe_cache = lambda devices: None
+chips.write_cache_atomically()  # for pytest's other workers
 
 
 def pytest_report_header():

@@ -21,7 +21,6 @@ import pathlib
 import runpy
 import socket
 import sys
-import tempfile
 import threading
 
 ROOT = str(pathlib.Path(__file__).parent.parent)
@@ -149,22 +148,6 @@ def joined(program, arguments, n: int, **environment) -> list[Popen]:
   ]
 
 
-def keep_whole() -> None:
-  """JAX writes a program into the compilation cache in place: another process
-  that needs it at that moment reads a part, and warns. Here it comes whole.
-  """
-  from jax._src import lru_cache
-
-  def put(cache, key, value):
-    path = os.path.join(cache.path, f"{key}-cache")
-    if not os.path.exists(path):
-      with tempfile.NamedTemporaryFile(dir=cache.path, delete=False) as file:
-        file.write(value)
-      os.replace(file.name, path)
-
-  lru_cache.LRUCache.put = put
-
-
 # Starting a process asks all others whether they have ended, and an exit code
 # can be read once.
 _ONE = threading.Lock()
@@ -205,7 +188,9 @@ def _program(
     _be_nobody()
   import jax
 
-  keep_whole()
+  from lm import chips
+
+  chips.write_cache_atomically()
   for name, value in ({"JAX_PLATFORMS": "cpu"} | environment).items():
     if name.startswith("JAX_"):
       number = value.isdecimal()
@@ -250,7 +235,9 @@ def _many(module, calls, lines, there):
   sys.path.insert(0, ROOT)
   import jax
 
-  keep_whole()
+  from lm import chips
+
+  chips.write_cache_atomically()
   jax.config.update("jax_platforms", "cpu")
   program = importlib.import_module(f"{module}.__main__")
   from absl import flags

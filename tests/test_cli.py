@@ -77,7 +77,7 @@ def test_a_flag_that_names_a_field_says_how_it_is_set(flag, said, tmp_path):
 
 
 PROGRAM = """
-import atexit, os, signal, sys, threading, time
+import atexit, os, resource, signal, sys, threading, time, warnings
 from lm import cli
 def main():
   if os.environ["WHAT"] == "write":
@@ -90,6 +90,14 @@ def main():
     return 0
   if os.environ["WHAT"] == "streams":
     return len(sys.stdin.read()) + sys.stdout.isatty()
+  if os.environ["WHAT"] == "compile":
+    import jax
+    with warnings.catch_warnings(record=True) as found:
+      most = 10**9 if "WHOLE" in os.environ else 100
+      limits = most, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+      resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+      jax.jit(lambda x: x + 1)(1.0)
+    return print(len(found))
   if os.environ["WHAT"] == "stop":
     atexit.register(print, "cleared", file=sys.stderr)
     atexit.register(signal.raise_signal, signal.SIGINT)  # a second Ctrl-C
@@ -100,11 +108,11 @@ cli.run(main, takes_config=False)
 """
 
 
-def start(what):
+def start(what, *flags, **environment):
   return subprocess.Popen(
-    [sys.executable, "-c", PROGRAM],
+    [sys.executable, "-c", PROGRAM, *flags],
     cwd=ROOT,
-    env={"PYTHONPATH": str(ROOT), "WHAT": what},
+    env={"PYTHONPATH": str(ROOT), "WHAT": what} | environment,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -201,6 +209,18 @@ def test_what_one_run_has_compiled_serves_the_next(make, tmp_path):
     path.write_bytes(path.read_bytes()[:100])
   train(tmp_path / "third")
   assert reports[0] == reports[1] == reports[2]
+
+
+def test_no_part_of_a_program_is_in_the_cache(tmp_path):
+  """Nothing of what could not be written whole; the next start writes it."""
+  flag = f"--compilation_cache={tmp_path}"
+  for whole, n_warnings in (({}, 1), ({"WHOLE": ""}, 0)):
+    child = start("compile", flag, JAX_PLATFORMS="cpu", **whole)
+    out, said = child.communicate(timeout=50)
+    assert (child.returncode, out) == (0, f"{n_warnings}\n"), said
+    entries = list(tmp_path.iterdir())
+    assert len(entries) == len(whole)
+  assert entries[0].stat().st_size > 100
 
 
 def test_a_cache_that_cannot_be_written_is_refused(tmp_path):
