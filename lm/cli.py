@@ -161,6 +161,7 @@ def _define_shared_flags() -> None:
     "compilation_cache",
     "Directory of compiled programs, for many runs and processes: a start "
     "compiles nothing that is there.",
+    run=True,
   )
 
 
@@ -241,27 +242,34 @@ def explain(error: Exception) -> schema.UserError | None:
 
 
 class _Path(flags.ArgumentParser):
-  """absl parser of a flag that holds a path."""
+  """absl parser of a flag that holds a path, `run` one of a run directory."""
 
-  def __init__(self, name: str):
-    self._name = name
+  def __init__(self, name: str, run: bool = False):
+    self._name, self._run = name, run
 
   def parse(self, argument: Any) -> Any:
-    return files.user_path(argument, f"--{self._name}")
+    check = files.user_path if self._run else files.local_path
+    return check(argument, f"--{self._name}")
 
   def flag_type(self) -> str:
-    return "path"
+    return "path or URL" if self._run else "path"
 
 
-def define_path(name: str, about: str) -> flags.FlagHolder:
-  """Defines a path flag: `~` is the home directory, and '' is refused."""
-  return flags.DEFINE(_Path(name), name, None, about)
+def define_path(
+  name: str, about: str, *, run: bool = False
+) -> flags.FlagHolder:
+  """Defines a path flag: `~` is the home directory, and '' is refused, as are
+  object stores, but for the directory of a run.
+  """
+  return flags.DEFINE(_Path(name, run), name, None, about)
 
 
-def define_paths(name: str, about: str) -> flags.FlagHolder:
+def define_paths(
+  name: str, about: str, *, run: bool = False
+) -> flags.FlagHolder:
   """Defines a repeatable path flag, as `define_path`; default []."""
   return flags.DEFINE_multi(
-    _Path(name), flags.ArgumentSerializer(), name, [], about
+    _Path(name, run), flags.ArgumentSerializer(), name, [], about
   )
 
 

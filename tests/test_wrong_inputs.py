@@ -145,10 +145,13 @@ def _fields(door: str, kind: type, root: str) -> Iterator[Case]:
 
 
 BAD_PATHS = {
-  "": "empty",
-  "gs://bucket/x": "gcsfs",
-  "s3://bucket/x": "s3fs",
-  "s4://bucket/x": "object stores are",
+  "path": {"": "empty", "gs://bucket/x": "on a disk of this machine"},
+  "path or URL": {
+    "": "empty",
+    "gs://bucket/x": "gcsfs",
+    "s3://bucket/x": "s3fs",
+    "s4://bucket/x": "object stores are",
+  },
 }
 # Flags that mean something only beside others.
 BESIDE = {
@@ -174,13 +177,13 @@ def wrong_flags(door: str) -> Iterator[Case]:
       values = ["maybe", ""]
     elif kind == "string enum":
       values = ["nonesuch", "", "\udce9"]
-    elif kind == "path":
-      values = list(BAD_PATHS)
+    elif kind in BAD_PATHS:
+      values = list(BAD_PATHS[kind])
     for value in values:
       if value == HUGE and name in CLAMPED:
         continue
-      says = BAD_PATHS[value] if kind == "path" else name
-      beside = [] if kind == "path" else BESIDE.get(name, [])
+      says = BAD_PATHS.get(kind, {}).get(value, name)
+      beside = [] if kind in BAD_PATHS else BESIDE.get(name, [])
       flag = f"--{name}={value}"
       yield Case(door, right_but(door, *beside, flag), says)
   yield Case(door, right_but(door, "--nonesuch=1"), "nonesuch")

@@ -28,10 +28,10 @@ from lm.sample import load
 
 _FORMATS = ("huggingface", "merged", "peft")
 _FROM = cli.define_path(
-  "from", "Folder of a Hugging Face checkpoint, or a run."
+  "from", "Folder of a Hugging Face checkpoint, or a run.", run=True
 )
 _WORKDIR = cli.define_path(
-  "workdir", "Run of lm.train, where --from is not set."
+  "workdir", "Run of lm.train, where --from is not set.", run=True
 )
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default: the last.")
 _TO = flags.DEFINE_string(
@@ -40,7 +40,9 @@ _TO = flags.DEFINE_string(
   "With --from, the folder or run to write; else what to write of --workdir: "
   f"{' | '.join(_FORMATS)}.",
 )
-_OUTPUT = cli.define_path("output", "Folder to write; it must not exist.")
+_OUTPUT = cli.define_path(
+  "output", "Folder to write; it must not exist.", run=True
+)
 _DTYPE = flags.DEFINE_enum(
   "dtype",
   "float32",

@@ -25,7 +25,7 @@ from lm.data import tokenizer as tokenizer_lib
 from lm.evaluate import compare, compare_output, corpora, harness, output
 from lm.sample import request as request_lib
 
-_WORKDIR = cli.define_path("workdir", "Run to evaluate.")
+_WORKDIR = cli.define_path("workdir", "Run to evaluate.", run=True)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default: the last.")
 _SOURCE = flags.DEFINE_multi_string(
   "source", [], "Source spec, repeatable; default: the run's validation."
@@ -62,7 +62,9 @@ _CACHE_DIR = cli.define_path(
   "cache_dir", "Directory of what is made of data; default: the run's."
 )
 _ADAPTER = cli.define_path(
-  "adapter", "Adapter (LoRA) to evaluate: a folder in PEFT's format, or a run."
+  "adapter",
+  "Adapter (LoRA) to evaluate: a folder in PEFT's format, or a run.",
+  run=True,
 )
 _OUTPUT = cli.define_path("output", "JSON file to write.")
 _CHAT_TEMPLATE = cli.define_path(
@@ -130,6 +132,7 @@ _COMPARE = cli.define_paths(
   "compare",
   "Two or more of RUN, RUN@STEP and files of --documents --output: compares "
   "each with the first on the same documents.",
+  run=True,
 )
 _DRAW = cli.define_path("draw", "With --compare: PNG file to write.")
 # Flags of one kind of evaluation, refused beside the other.

@@ -21,7 +21,7 @@ from lm.sample import loaded_model
 from lm.sample import request as request_lib
 from lm.sample import sampler as sampler_lib
 
-_WORKDIR = cli.define_path("workdir", "Run directory of lm.train.")
+_WORKDIR = cli.define_path("workdir", "Run directory of lm.train.", run=True)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default: the last.")
 _MESH = flags.DEFINE_list(
   "mesh",
@@ -46,12 +46,13 @@ _AHEAD = flags.DEFINE_integer(
   upper_bound=loaded_model.MAX_AHEAD,
 )
 _DRAFT = cli.define_path(
-  "draft", "Run directory of a smaller model that proposes tokens."
+  "draft", "Run directory of a smaller model that proposes tokens.", run=True
 )
 _ADAPTER = cli.define_path(
   "adapter",
   "Adapter (LoRA) for the model: a folder in PEFT's format, or a run. A run "
   "that was trained with model.lora has its own.",
+  run=True,
 )
 
 

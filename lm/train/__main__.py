@@ -20,7 +20,7 @@ from lm import config as config_lib  # noqa: E402
 from lm.train import stop as stop_lib  # noqa: E402
 
 _WORKDIR = cli.define_path(
-  "workdir", "Directory of the run; an unfinished one goes on."
+  "workdir", "Directory of the run; an unfinished one goes on.", run=True
 )
 _FROM_STEP = flags.DEFINE_integer(
   "from_step",
