@@ -42,6 +42,12 @@ _OPTIONS: dict[str, Options] = {
   # Reductions, not products, by YNNPACK. Its products are as fast as Eigen's
   # for large matrices; for the small ones of attention (256 x 64 x 256) they
   # take 1.7 times as long (benchmarks/products.py).
+  # Tried without a gain for the quickstart's step, by XLA_FLAGS:
+  # xla_cpu_prefer_vector_width=512, xla_cpu_enable_platform_dependent_math,
+  # xla_cpu_ftz, xla_cpu_enable_fast_min_max and
+  # xla_cpu_copy_insertion_use_region_analysis; with a loss:
+  # xla_cpu_experimental_enable_tiling_propagation,
+  # xla_cpu_use_fusion_emitters=false.
   "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
   # None for "tpu": of those tried with libtpu 0.0.42 on a product whose weight
   # is gathered over all chips, and its gradient, none changed a collective.
