@@ -60,10 +60,8 @@ echo "$?" > "$status"
 """
 
 _FOLLOW = """\
-tail -n +1 -F "$beside.log" &
-flock "$beside.lock" true
-sleep 1
-kill "$!"
+flock "$beside.lock" true &
+tail -n +1 -F --pid="$!" "$beside.log"
 exit "$(cat "$beside.status" 2> /dev/null || echo 1)"
 """
 

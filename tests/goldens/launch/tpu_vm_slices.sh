@@ -64,10 +64,8 @@ gcloud compute tpus queued-resources ssh llama-1b --worker=all --node=all \
   '--command=bash -c '"'"'mkdir -p "$1" && cd "$1" || exit
 beside=../$1
 shift
-tail -n +1 -F "$beside.log" &
-flock "$beside.lock" true
-sleep 1
-kill "$!"
+flock "$beside.lock" true &
+tail -n +1 -F --pid="$!" "$beside.log"
 exit "$(cat "$beside.status" 2> /dev/null || echo 1)"
 '"'"' launch llama-1b' \
   --zone=us-west4-a
