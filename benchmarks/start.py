@@ -123,6 +123,8 @@ def main() -> None:
   parser.add_argument("--checkout", type=pathlib.Path)
   parser.add_argument("--turns", type=turns.at_least(1), default=3)
   arguments = parser.parse_args()
+  if arguments.workdir and not os.path.isdir(arguments.workdir):
+    parser.error(f"--workdir={arguments.workdir}: is not there; name a run")
   sides = {"this checkout": ROOT}
   if arguments.checkout:
     sides["the other"] = arguments.checkout.resolve()
