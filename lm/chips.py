@@ -44,7 +44,7 @@ _OPTIONS: dict[str, Options] = {
   # take 1.7 times as long (benchmarks/products.py).
   # Tried without a gain for the quickstart's step, by XLA_FLAGS:
   # xla_cpu_prefer_vector_width=512, xla_cpu_enable_platform_dependent_math,
-  # xla_cpu_ftz, xla_cpu_enable_fast_min_max and
+  # xla_cpu_ftz, xla_cpu_enable_fast_min_max, xla_cpu_scheduler_type and
   # xla_cpu_copy_insertion_use_region_analysis; with a loss:
   # xla_cpu_experimental_enable_tiling_propagation,
   # xla_cpu_use_fusion_emitters=false.

@@ -344,6 +344,7 @@ def texts(door: str) -> Iterator[Case]:
       (["--logit_bias=3:nan"], "logit_bias"),
       (["--logit_bias=3:1e39"], "logit_bias"),
       (["--logit_bias=-1:1"], "logit_bias"),
+      (["--logit_bias=3:1", "--logit_bias=3:2"], "stands twice"),
       ([f"--logit_bias={HUGE}:1"], "logit_bias"),
       (["--forbidden=384"], "forbidden"),
       ([f"--stop_ids={i}" for i in range(8, 16)], "stop_ids"),

@@ -300,7 +300,7 @@ def define_request(
   """Defines a flag for each field of Request but `prompt` and `left_out`.
 
   Returns the names, and a function from a prompt to the Request of the flags,
-  which raises ConfigError on a malformed --logit_bias.
+  which raises ConfigError on a malformed --logit_bias, or two of an id.
   """
   default = request_lib.Request()
   about = schema.comments(request_lib.Request)
@@ -314,7 +314,10 @@ def define_request(
 
   def request(prompt: str) -> request_lib.Request:
     fields: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}
-    fields["logit_bias"] = dict(map(_bias, fields["logit_bias"]))
+    biases = list(map(_bias, fields["logit_bias"]))
+    fields["logit_bias"] = dict(biases)
+    if len(fields["logit_bias"]) < len(biases):
+      raise schema.ConfigError("--logit_bias: an id stands twice; name it once")
     return request_lib.Request(prompt=prompt, **fields)
 
   return names, request
