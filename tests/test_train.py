@@ -236,6 +236,22 @@ def test_a_finished_run_is_left_alone(unbroken):
   assert (workdir / "metrics.jsonl").read_text() == before
 
 
+def test_a_finished_run_without_its_reports_is_complete(unbroken, tmp_path):
+  config, workdir = unbroken
+  shutil.copytree(workdir, tmp_path / "run")
+  (tmp_path / "run" / "metrics.jsonl").unlink()
+  (tmp_path / "run" / "curves.png").touch()
+  assert loop.train(config, str(tmp_path / "run")) == 0
+
+
+def test_a_report_without_numbers_is_no_point_of_the_picture(tmp_path, curves):
+  lines = '{"step": 1}\n{"step": 2, "tokens": "x", "lr": "y"}\n'
+  lines += '{"step": 3, "train/loss": 1.5}\n'
+  (tmp_path / "metrics.jsonl").write_text(lines)
+  plot.draw(str(tmp_path))
+  assert (tmp_path / "curves.png").exists()
+
+
 def test_resumed_run_is_bit_equal(unbroken, tmp_path):
   """Also dropout and the average; reports after the checkpoint are redone."""
   config, workdir = unbroken
