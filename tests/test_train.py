@@ -582,8 +582,11 @@ def test_a_run_that_leaves_out_every_step_stops(make, tmp_path):
     train__steps=40,
     train__log_every=1,
   )
-  with pytest.raises(report_lib.Diverged, match="the last 5 steps .* left out"):
+  with pytest.raises(
+    report_lib.Diverged, match="last 5 steps .* left out"
+  ) as error:
     loop.train(config, str(tmp_path))
+  assert str(error.value).endswith(" optimizer.peak_lr")
 
   def no_constant(name):
     raise AssertionError(f"{name} is not JSON")
