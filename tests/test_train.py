@@ -628,13 +628,16 @@ def test_a_run_with_damaged_reports_goes_on(unbroken, tmp_path, capsys):
   bad = [b"{\n", b"\xff\x00\n", b"null\n", b'{"step": "1"}\n', b"\n"]
   path.write_bytes(b"".join([lines[0], *bad, *lines[1:], b'{"step": 7']))
   (tmp_path / "run" / "goodput.json").write_text("")
-  (tmp_path / "run" / "goodput.json.7.partial").write_text("[")  # of a kill
+  left = tmp_path / "run" / "goodput.json.0123abcd.partial"  # of a kill
+  left.write_text("[")
+  (tmp_path / "run" / "film.partial").touch()  # the user's own
   assert loop.train(config, str(tmp_path / "run")) == 0
   assert _exact(tmp_path / "run") == _exact(workdir)
   said = capsys.readouterr().err.replace("\n", "")
   assert "metrics.jsonl: 5 damaged lines moved to" in said
   assert "goodput.json is damaged: moved to" in said
-  assert not list((tmp_path / "run").glob("*.partial"))
+  partials = [p.name for p in (tmp_path / "run").glob("*.partial")]
+  assert partials == ["film.partial"]
   (aside,) = (tmp_path / "run").glob("metrics.jsonl.damaged-*")
   assert aside.read_bytes() == b"".join(bad)
   assert len(ledger.read(str(tmp_path / "run"))) == 1

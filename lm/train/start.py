@@ -107,7 +107,7 @@ def _locked(
   )
   own.callback(lock.release)
   stop.on_leave = lock.release
-  for left in path.glob("*.partial"):
+  for left in path.glob(files.PARTIALS):
     left.unlink()  # left by a start killed during a write
   return lock
 
