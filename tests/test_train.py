@@ -655,6 +655,7 @@ def test_a_run_of_another_config_is_refused(unbroken, make):
 
 
 def test_other_data_is_refused(unbroken, make, tmp_path):
+  """And nothing is written or moved."""
   config, workdir = unbroken
   copy = tmp_path / "run"
   shutil.copytree(workdir, copy)
@@ -662,11 +663,15 @@ def test_other_data_is_refused(unbroken, make, tmp_path):
   path = folder / "config.py"
   text = path.read_text()
   path.write_text(text + "\n# changed\n")
+  before = {p: p.stat().st_mtime_ns for p in copy.rglob("*")}
   try:
     with pytest.raises(schema.ConfigError, match="other data"):
       loop.train(make(train__steps=20), str(copy))
+    with pytest.raises(schema.ConfigError, match="other data"):
+      loop.train(make(train__steps=20), str(copy), from_step=9)
   finally:
     path.write_text(text)
+  assert {p: p.stat().st_mtime_ns for p in copy.rglob("*")} == before
 
 
 @pytest.mark.parametrize(

@@ -264,7 +264,6 @@ def first_state(
     try:
       meta = checkpoint.load_meta(workdir, step)
       refuse_other_config(config, meta.config, workdir)
-      _refuse_other_data(workdir, meta, now)
       for line in _changes(meta, now):
         say(line)
       return _restored(
@@ -293,13 +292,18 @@ def first_state(
   return programs.create_state(config, mesh, loaded), None
 
 
-def _refuse_other_data(
-  workdir: str, before: checkpoint.Meta, now: checkpoint.Meta
+def refuse_other_data(
+  workdir: str, from_step: int | None, prepared: store.Prepared
 ) -> None:
-  if before.fingerprint != now.fingerprint:
+  """Raises ConfigError if the last undamaged checkpoint (up to `from_step`) was
+  trained on other data than those of this start.
+  """
+  before = checkpoint.last_undamaged(workdir, from_step)
+  now = fingerprint(prepared.train, prepared.tokenizer)
+  if before is not None and before.fingerprint != now:
     raise schema.ConfigError(
       f"--workdir={workdir}: its checkpoint was trained on other data "
-      f"(fingerprint {before.fingerprint}, now {now.fingerprint}): the "
+      f"(fingerprint {before.fingerprint}, now {now}): the "
       "sources have changed since. Restore them, or name another workdir"
     )
 

@@ -76,7 +76,9 @@ def prepare(
   resume.check_from_step(workdir, from_step)
   before = resume.earlier_config(workdir, from_step)
   resume.refuse_other_config(config, before, workdir)
-  return store.prepare(config, init_from.tokenizer(config, workdir))
+  prepared = store.prepare(config, init_from.tokenizer(config, workdir))
+  resume.refuse_other_data(workdir, from_step, prepared)
+  return prepared
 
 
 def _ending_with_data(
