@@ -238,6 +238,9 @@ def explain(error: Exception) -> schema.UserError | None:
       )
     if notes := getattr(error, "__notes__", ()):
       return schema.RunError(f"{text[:300]}. {' '.join(notes)}")
+  # JAX's, of a JAX_PLATFORMS that is none, or of an accelerator in use.
+  if str(error).startswith("Unable to initialize backend"):
+    return schema.RunError(str(error))
   return None
 
 

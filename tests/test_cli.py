@@ -39,6 +39,11 @@ def noted(error, note):
       "out of device memory: RESOURCE_EXHAUSTED: 9 GiB; lower",
     ),
     (
+      RuntimeError("Unable to initialize backend 'x': not known"),
+      1,
+      "Unable to initialize backend 'x': not known",
+    ),
+    (
       noted(jax.errors.JaxRuntimeError("UNAVAILABLE: peer"), "Start again."),
       1,
       "UNAVAILABLE: peer. Start again.",
