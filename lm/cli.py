@@ -58,6 +58,8 @@ def run(
     # Text that the terminal's encoding cannot show is printed as escapes.
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors="backslashreplace")
+  if os.environ.get("COLUMNS") == "0":
+    del os.environ["COLUMNS"]  # rich would print nothing
   _hush_libraries()
   # rich would exit with 1 in place of the BrokenPipeError.
   rich.console.Console.on_broken_pipe = _reraise

@@ -93,6 +93,8 @@ def main():
     for _ in range(10**6):
       cli.console().print("a line")
     return 0
+  if os.environ["WHAT"] == "said":
+    return cli.console().print("a line")
   if os.environ["WHAT"] == "streams":
     return len(sys.stdin.read()) + sys.stdout.isatty()
   if os.environ["WHAT"] == "compile":
@@ -235,6 +237,12 @@ def test_a_cache_that_cannot_be_written_is_refused(tmp_path):
   ended = doors.run("lm.train", flags, str(tmp_path))
   assert ended.code == 2 and "is not a directory" in ended.err
   assert ended.err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_no_columns_lose_no_output():
+  """In none, rich would print nothing."""
+  said, _ = start("said", COLUMNS="0").communicate()
+  assert said == "a line\n"
 
 
 def test_tables_in_a_file_hold_whole_names(capsys, monkeypatch):
