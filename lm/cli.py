@@ -69,13 +69,16 @@ def run(
     define_path("config", "Config file; --config.FIELD=VALUE changes a field.")
     overrides, arguments = schema.split_arguments(arguments, "config")
 
+  def show_help() -> None:
+    app.usage(shorthelp=True, writeto_stdout=True)
+    if takes_config:
+      print("\nFields of the config, with their defaults:\n")
+      print("\n".join(schema.described(config_lib.Config, "config")))
+    sys.stdout.flush()
+
   def parse(argv: list[str]) -> list[str]:
     if {"--help", "-help", "-?"} & {*argv}:
-      app.usage(shorthelp=True, writeto_stdout=True)
-      if takes_config:
-        print("\nFields of the config, with their defaults:\n")
-        print("\n".join(schema.described(config_lib.Config, "config")))
-      sys.exit(0)
+      sys.exit(guarded(show_help))
     # By default absl prints every line that libraries log.
     flags.FLAGS.verbosity = logging.ERROR
     try:

@@ -1,6 +1,7 @@
 """What becomes of an error that reaches a door."""
 
 import errno
+import os
 import pathlib
 import signal
 import subprocess
@@ -173,6 +174,20 @@ def test_a_reader_that_leaves_ends_the_program_quietly(what):
   said = child.stderr.read()
   child.stderr.close()
   assert child.wait() == 141 and said == ""
+
+
+def test_help_without_a_reader_ends_quietly():
+  read, write = os.pipe()
+  os.close(read)
+  child = subprocess.run(
+    [sys.executable, "-c", PROGRAM, "--help"],
+    cwd=ROOT,
+    env={"PYTHONPATH": str(ROOT), "WHAT": "help"},
+    stdout=write,
+    stderr=subprocess.PIPE,
+  )
+  os.close(write)
+  assert child.returncode == 141 and child.stderr == b""
 
 
 def test_closed_streams_are_empty_ones():
