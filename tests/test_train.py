@@ -606,6 +606,7 @@ def test_a_longer_run_says_what_becomes_of_the_learning_rate(
   shutil.copytree(workdir, tmp_path / "run")
   longer = copy.deepcopy(config)
   longer.train.steps, longer.data.validation = 14, config.data.train
+  longer.train.eval_batches = 2
   assert loop.train(longer, str(tmp_path / "run")) == 0
   said = capsys.readouterr().err.replace("\n", "")
   old, new = (
@@ -613,6 +614,7 @@ def test_a_longer_run_says_what_becomes_of_the_learning_rate(
   )
   assert f"the learning rate goes from {old:.3g} to {new:.3g}" in said
   assert "from step 12 on the validation set is another one" in said
+  assert "from step 12 on config.train.eval_batches is 2; was 3" in said
   saved = (tmp_path / "run" / "config.json").read_text()
   assert validation.from_json(saved) == longer
   history = (tmp_path / "run" / "config_history.jsonl").read_text()

@@ -309,7 +309,7 @@ def refuse_other_data(
 
 
 def _changes(before: checkpoint.Meta, now: checkpoint.Meta) -> list[str]:
-  """Messages: changes of validation set, optimizer fields and learning rate."""
+  """Messages: changes of validation, optimizer fields and learning rate."""
   lines = []
   old, new, step = before.config, now.config, before.step
   if before.validation not in (None, now.validation):
@@ -319,7 +319,7 @@ def _changes(before: checkpoint.Meta, now: checkpoint.Meta) -> list[str]:
       "not compare"
     )
   for name, (was, now_is) in validation.differences(old, new).items():
-    if name.startswith("config.optimizer."):
+    if name.startswith(("config.optimizer.", "config.train.eval_batches")):
       lines.append(f"from step {step} on {name} is {now_is!r}; was {was!r}")
   if (old.optimizer, old.train.steps) == (new.optimizer, new.train.steps):
     return lines  # a rate is a dozen programs to compile
