@@ -821,3 +821,25 @@ def test_sigterm_while_compiling_exits_0(make, tmp_path):
   assert child.returncode == 0, said
   assert "stopped by SIGTERM while" in said
   assert time.monotonic() - started < 30
+
+
+def test_sigterm_while_python_ends_exits_0():
+  """A second one, or one that comes after the last step."""
+  program = """
+import os, signal, sys
+from lm import config
+from lm.train import __main__, loop
+
+class Last:
+  def __del__(self, kill=os.kill, me=os.getpid()):
+    kill(me, signal.SIGTERM)
+
+loop.train = lambda *_, **__: 0
+sys.modules["last"] = Last()
+__main__._WORKDIR = type("Flag", (), {"value": "run"})
+__main__._FROM_STEP = type("Flag", (), {"value": None})
+sys.exit(__main__.main(config.Config()))
+"""
+  environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+  child = subprocess.run([sys.executable, "-c", program], env=environment)
+  assert child.returncode == 0
