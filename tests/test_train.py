@@ -27,6 +27,7 @@ from lm.data import objectives, pipeline, prefetch, store
 from lm.evaluate import perplexity
 from lm.train import evaluation, ledger, loop, optimizer, plot, programs, resume
 from lm.train import metrics as metrics_lib
+from lm.train import profile as profile_lib
 from lm.train import report as report_lib
 from lm.train import stop as stop_lib
 
@@ -207,6 +208,16 @@ def test_what_was_not_finite_stays_named_after_a_restart(tmp_path):
   (report,) = metrics_lib.read(str(tmp_path))
   assert report["nonfinite"] == ["train/loss", "eval/loss"]
   assert report["train/loss"] is None and report["eval/loss"] is None
+
+
+def test_a_trace_that_cannot_be_written_is_a_line(tmp_path):
+  """JAX's error of a full disk reads as one of device memory."""
+  (tmp_path / "profile").touch()
+  profile = profile_lib.Profile(str(tmp_path), (1, 1))
+  with profile.step(1):
+    pass
+  with pytest.raises(schema.RunError, match="profile: .* not be written"):
+    profile.dispatched(1, ())
 
 
 def test_event_files_need_no_torch(tmp_path):
