@@ -220,6 +220,18 @@ def test_a_trace_that_cannot_be_written_is_a_line(tmp_path):
     profile.dispatched(1, ())
 
 
+def test_a_full_disk_is_said_of_the_reports(tmp_path):
+  writer = metrics_lib.Writer(str(tmp_path), 0)
+  writer.write({"step": 1})
+  path = tmp_path / "metrics.jsonl"
+  path.unlink()
+  path.symlink_to("/dev/full")
+  with pytest.raises(OSError, match="No space left") as error:
+    writer.write({"step": 2})
+  assert error.value.filename == str(path)
+  writer.close()
+
+
 def test_event_files_need_no_torch(tmp_path):
   """tensorboardX would import it, for a second, where it is installed; later
   imports find it.
