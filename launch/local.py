@@ -118,6 +118,10 @@ def _wait(children: list[subprocess.Popen], told: list[int]) -> int:
     codes = [child.poll() for child in children]
     failed = [code for code in codes if code]
     if failed and not first:
+      for i, code in enumerate(codes):
+        if code and code < 0 and code != -signal.SIGPIPE:
+          how = f"signal {-code} ({signal.strsignal(-code)})"
+          print(f"[{i}] ended by {how}", file=sys.stderr)
       first, deadline = failed[0], time.monotonic() + GRACE_SECONDS
     if None not in codes:
       return 128 - first if first < 0 else first  # as shells say "by signal"

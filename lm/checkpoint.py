@@ -161,16 +161,18 @@ class Checkpoints:
     self._manager.reload()
 
   def set_aside(self, step: int, where: str) -> str:
-    """Moves the checkpoint of `step` into the directory `where` of the run;
-    returns the new path.
+    """Moves the checkpoint of `step` into the directory `where` of the run,
+    beside those moved earlier; returns the new path.
     """
     source = self._manager.directory / str(step)
-    target = self._manager.directory.parent / where / str(step)
+    aside = self._manager.directory.parent / where
+    target, n = aside / str(step), 1
+    while target.exists() and source.exists():
+      n += 1
+      target = aside / f"{step}.{n}"
     # Several processes may find the damage, and move the checkpoint at once.
     with contextlib.suppress(FileNotFoundError):
-      target.parent.mkdir(parents=True, exist_ok=True)
-      if target.exists():
-        target.rmtree()
+      aside.mkdir(parents=True, exist_ok=True)
       source.rename(target)
     self._manager.reload()
     return str(target)

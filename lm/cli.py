@@ -58,6 +58,8 @@ def run(
     # Text that the terminal's encoding cannot show is printed as escapes.
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors="backslashreplace")
+  if os.environ.get("COLUMNS") == "0":
+    del os.environ["COLUMNS"]  # rich would print nothing
   _hush_libraries()
   # rich would exit with 1 in place of the BrokenPipeError.
   rich.console.Console.on_broken_pipe = _reraise
@@ -67,13 +69,16 @@ def run(
     define_path("config", "Config file; --config.FIELD=VALUE changes a field.")
     overrides, arguments = schema.split_arguments(arguments, "config")
 
+  def show_help() -> None:
+    app.usage(shorthelp=True, writeto_stdout=True)
+    if takes_config:
+      print("\nFields of the config, with their defaults:\n")
+      print("\n".join(schema.described(config_lib.Config, "config")))
+    sys.stdout.flush()
+
   def parse(argv: list[str]) -> list[str]:
     if {"--help", "-help", "-?"} & {*argv}:
-      app.usage(shorthelp=True, writeto_stdout=True)
-      if takes_config:
-        print("\nFields of the config, with their defaults:\n")
-        print("\n".join(schema.described(config_lib.Config, "config")))
-      sys.exit(0)
+      sys.exit(guarded(show_help))
     # By default absl prints every line that libraries log.
     flags.FLAGS.verbosity = logging.ERROR
     try:
@@ -238,6 +243,9 @@ def explain(error: Exception) -> schema.UserError | None:
       )
     if notes := getattr(error, "__notes__", ()):
       return schema.RunError(f"{text[:300]}. {' '.join(notes)}")
+  # JAX's, of a JAX_PLATFORMS that is none, or of an accelerator in use.
+  if str(error).startswith("Unable to initialize backend"):
+    return schema.RunError(str(error))
   return None
 
 

@@ -174,6 +174,10 @@ def _partial(path: str) -> str:
   return f"{path}.{uuid.uuid4().hex[:8]}.partial"
 
 
+# Glob of such names, and of no file that a user calls *.partial.
+PARTIALS = f"*.{8 * '[0-9a-f]'}.partial"
+
+
 # --- reading: damaged file, or outside failure --------------------------------
 
 

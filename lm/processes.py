@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar, cast
@@ -36,11 +37,20 @@ def join(heartbeat_seconds: int) -> None:
   # Gloo: the only collectives between processes on CPUs.
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   if address is None and not _in_cluster():
+    if os.environ.get("PROCESS_COUNT", "1") != "1":
+      raise schema.ConfigError(
+        f"PROCESS_COUNT={count}: needs COORDINATOR_ADDRESS beside it, in the "
+        "environment or as a flag"
+      )
     return
   if address is not None and (count is None or index is None):
     raise schema.ConfigError(
       f"COORDINATOR_ADDRESS={address}: needs PROCESS_COUNT and PROCESS_INDEX "
       "beside it, in the environment or as flags"
+    )
+  if address and not re.search(r":\d+$", address):
+    raise schema.ConfigError(
+      f"COORDINATOR_ADDRESS={address}: needs host:port, of process 0"
     )
   try:
     jax.distributed.initialize(

@@ -1,6 +1,7 @@
 """What becomes of an error that reaches a door."""
 
 import errno
+import os
 import pathlib
 import signal
 import subprocess
@@ -37,6 +38,11 @@ def noted(error, note):
       jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB"),
       1,
       "out of device memory: RESOURCE_EXHAUSTED: 9 GiB; lower",
+    ),
+    (
+      RuntimeError("Unable to initialize backend 'x': not known"),
+      1,
+      "Unable to initialize backend 'x': not known",
     ),
     (
       noted(jax.errors.JaxRuntimeError("UNAVAILABLE: peer"), "Start again."),
@@ -88,6 +94,8 @@ def main():
     for _ in range(10**6):
       cli.console().print("a line")
     return 0
+  if os.environ["WHAT"] == "said":
+    return cli.console().print("a line")
   if os.environ["WHAT"] == "streams":
     return len(sys.stdin.read()) + sys.stdout.isatty()
   if os.environ["WHAT"] == "compile":
@@ -168,6 +176,20 @@ def test_a_reader_that_leaves_ends_the_program_quietly(what):
   assert child.wait() == 141 and said == ""
 
 
+def test_help_without_a_reader_ends_quietly():
+  read, write = os.pipe()
+  os.close(read)
+  child = subprocess.run(
+    [sys.executable, "-c", PROGRAM, "--help"],
+    cwd=ROOT,
+    env={"PYTHONPATH": str(ROOT), "WHAT": "help"},
+    stdout=write,
+    stderr=subprocess.PIPE,
+  )
+  os.close(write)
+  assert child.returncode == 141 and child.stderr == b""
+
+
 def test_closed_streams_are_empty_ones():
   """As `<&- >&- 2>&-` of a shell, or a daemon, leave them."""
   child = subprocess.run(
@@ -230,6 +252,12 @@ def test_a_cache_that_cannot_be_written_is_refused(tmp_path):
   ended = doors.run("lm.train", flags, str(tmp_path))
   assert ended.code == 2 and "is not a directory" in ended.err
   assert ended.err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_no_columns_lose_no_output():
+  """In none, rich would print nothing."""
+  said, _ = start("said", COLUMNS="0").communicate()
+  assert said == "a line\n"
 
 
 def test_tables_in_a_file_hold_whole_names(capsys, monkeypatch):

@@ -612,6 +612,14 @@ def test_local_passes_a_terminals_signal_on_once(number):
   assert child.returncode == 130
 
 
+def test_local_says_which_process_was_killed(capfd):
+  """As where memory runs out: the process itself can say nothing."""
+  script = "if test $PROCESS_INDEX = 1; then kill -9 $$; fi"
+  given = spec(local=specs.LocalConfig(), command=("sh", "-c", script))
+  assert local.run(given) == 137
+  assert "[1] ended by signal 9 (Killed)" in capfd.readouterr().err
+
+
 def test_local_leaves_handlers_as_they_were(monkeypatch, capfd):
   """Also where a process cannot be started; those that run are ended."""
   numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -479,6 +479,11 @@ def test_from_step_goes_on_from_an_earlier_checkpoint(broken):
   assert (workdir / "abandoned" / "12" / "params").exists()
   got = metrics_lib.read(str(workdir))
   assert [r["train/loss"] for r in got] == [r["train/loss"] for r in before]
+  checkpoints = checkpoint.Checkpoints(str(workdir), config.checkpoint)
+  assert checkpoints.set_aside(12, "abandoned").endswith("abandoned/12.2")
+  checkpoints.close()
+  assert (workdir / "abandoned" / "12" / "params").exists()
+  assert (workdir / "abandoned" / "12.2" / "params").exists()
 
 
 # --- one owner ----------------------------------------------------------------

@@ -256,12 +256,28 @@ def test_processes_are_found_in_the_environment(
   assert all(call["heartbeat_timeout_seconds"] == 7 for call in calls)
 
 
-def test_half_an_address_is_refused(monkeypatch):
+@pytest.mark.parametrize(
+  ("environment", "said"),
+  [
+    ({"COORDINATOR_ADDRESS": "h:1"}, "COORDINATOR_ADDRESS=h:1: needs PROCESS"),
+    (
+      {"COORDINATOR_ADDRESS": "h", "PROCESS_COUNT": "2", "PROCESS_INDEX": "0"},
+      "COORDINATOR_ADDRESS=h: needs host:port",
+    ),
+    # Each process would train by itself.
+    (
+      {"PROCESS_COUNT": "2", "PROCESS_INDEX": "0"},
+      "PROCESS_COUNT=2: needs COORDINATOR_ADDRESS",
+    ),
+  ],
+)
+def test_half_an_address_is_refused(environment, said, monkeypatch):
   for name in NAMES:
     monkeypatch.delenv(name, raising=False)
-  monkeypatch.setenv("COORDINATOR_ADDRESS", "h:1")
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
   monkeypatch.setattr(jax.config, "update", lambda *_: None)
-  with pytest.raises(schema.ConfigError, match="needs PROCESS_COUNT"):
+  with pytest.raises(schema.ConfigError, match=said):
     processes.join(heartbeat_seconds=7)
 
 

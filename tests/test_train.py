@@ -27,6 +27,7 @@ from lm.data import objectives, pipeline, prefetch, store
 from lm.evaluate import perplexity
 from lm.train import evaluation, ledger, loop, optimizer, plot, programs, resume
 from lm.train import metrics as metrics_lib
+from lm.train import profile as profile_lib
 from lm.train import report as report_lib
 from lm.train import stop as stop_lib
 
@@ -209,6 +210,28 @@ def test_what_was_not_finite_stays_named_after_a_restart(tmp_path):
   assert report["train/loss"] is None and report["eval/loss"] is None
 
 
+def test_a_trace_that_cannot_be_written_is_a_line(tmp_path):
+  """JAX's error of a full disk reads as one of device memory."""
+  (tmp_path / "profile").touch()
+  profile = profile_lib.Profile(str(tmp_path), (1, 1))
+  with profile.step(1):
+    pass
+  with pytest.raises(schema.RunError, match="profile: .* not be written"):
+    profile.dispatched(1, ())
+
+
+def test_a_full_disk_is_said_of_the_reports(tmp_path):
+  writer = metrics_lib.Writer(str(tmp_path), 0)
+  writer.write({"step": 1})
+  path = tmp_path / "metrics.jsonl"
+  path.unlink()
+  path.symlink_to("/dev/full")
+  with pytest.raises(OSError, match="No space left") as error:
+    writer.write({"step": 2})
+  assert error.value.filename == str(path)
+  writer.close()
+
+
 def test_event_files_need_no_torch(tmp_path):
   """tensorboardX would import it, for a second, where it is installed; later
   imports find it.
@@ -234,6 +257,22 @@ def test_a_finished_run_is_left_alone(unbroken):
   before = (workdir / "metrics.jsonl").read_text()
   assert loop.train(config, str(workdir)) == 0
   assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_a_finished_run_without_its_reports_is_complete(unbroken, tmp_path):
+  config, workdir = unbroken
+  shutil.copytree(workdir, tmp_path / "run")
+  (tmp_path / "run" / "metrics.jsonl").unlink()
+  (tmp_path / "run" / "curves.png").touch()
+  assert loop.train(config, str(tmp_path / "run")) == 0
+
+
+def test_a_report_without_numbers_is_no_point_of_the_picture(tmp_path, curves):
+  lines = '{"step": 1}\n{"step": 2, "tokens": "x", "lr": "y"}\n'
+  lines += '{"step": 3, "train/loss": 1.5}\n'
+  (tmp_path / "metrics.jsonl").write_text(lines)
+  plot.draw(str(tmp_path))
+  assert (tmp_path / "curves.png").exists()
 
 
 def test_resumed_run_is_bit_equal(unbroken, tmp_path):
@@ -566,8 +605,11 @@ def test_a_run_that_leaves_out_every_step_stops(make, tmp_path):
     train__steps=40,
     train__log_every=1,
   )
-  with pytest.raises(report_lib.Diverged, match="the last 5 steps .* left out"):
+  with pytest.raises(
+    report_lib.Diverged, match="last 5 steps .* left out"
+  ) as error:
     loop.train(config, str(tmp_path))
+  assert str(error.value).endswith(" optimizer.peak_lr")
 
   def no_constant(name):
     raise AssertionError(f"{name} is not JSON")
@@ -587,6 +629,7 @@ def test_a_longer_run_says_what_becomes_of_the_learning_rate(
   shutil.copytree(workdir, tmp_path / "run")
   longer = copy.deepcopy(config)
   longer.train.steps, longer.data.validation = 14, config.data.train
+  longer.train.eval_batches = 2
   assert loop.train(longer, str(tmp_path / "run")) == 0
   said = capsys.readouterr().err.replace("\n", "")
   old, new = (
@@ -594,6 +637,7 @@ def test_a_longer_run_says_what_becomes_of_the_learning_rate(
   )
   assert f"the learning rate goes from {old:.3g} to {new:.3g}" in said
   assert "from step 12 on the validation set is another one" in said
+  assert "from step 12 on config.train.eval_batches is 2; was 3" in said
   saved = (tmp_path / "run" / "config.json").read_text()
   assert validation.from_json(saved) == longer
   history = (tmp_path / "run" / "config_history.jsonl").read_text()
@@ -609,13 +653,16 @@ def test_a_run_with_damaged_reports_goes_on(unbroken, tmp_path, capsys):
   bad = [b"{\n", b"\xff\x00\n", b"null\n", b'{"step": "1"}\n', b"\n"]
   path.write_bytes(b"".join([lines[0], *bad, *lines[1:], b'{"step": 7']))
   (tmp_path / "run" / "goodput.json").write_text("")
-  (tmp_path / "run" / "goodput.json.7.partial").write_text("[")  # of a kill
+  left = tmp_path / "run" / "goodput.json.0123abcd.partial"  # of a kill
+  left.write_text("[")
+  (tmp_path / "run" / "film.partial").touch()  # the user's own
   assert loop.train(config, str(tmp_path / "run")) == 0
   assert _exact(tmp_path / "run") == _exact(workdir)
   said = capsys.readouterr().err.replace("\n", "")
   assert "metrics.jsonl: 5 damaged lines moved to" in said
   assert "goodput.json is damaged: moved to" in said
-  assert not list((tmp_path / "run").glob("*.partial"))
+  partials = [p.name for p in (tmp_path / "run").glob("*.partial")]
+  assert partials == ["film.partial"]
   (aside,) = (tmp_path / "run").glob("metrics.jsonl.damaged-*")
   assert aside.read_bytes() == b"".join(bad)
   assert len(ledger.read(str(tmp_path / "run"))) == 1
@@ -633,6 +680,7 @@ def test_a_run_of_another_config_is_refused(unbroken, make):
 
 
 def test_other_data_is_refused(unbroken, make, tmp_path):
+  """And nothing is written or moved."""
   config, workdir = unbroken
   copy = tmp_path / "run"
   shutil.copytree(workdir, copy)
@@ -640,11 +688,15 @@ def test_other_data_is_refused(unbroken, make, tmp_path):
   path = folder / "config.py"
   text = path.read_text()
   path.write_text(text + "\n# changed\n")
+  before = {p: p.stat().st_mtime_ns for p in copy.rglob("*")}
   try:
     with pytest.raises(schema.ConfigError, match="other data"):
       loop.train(make(train__steps=20), str(copy))
+    with pytest.raises(schema.ConfigError, match="other data"):
+      loop.train(make(train__steps=20), str(copy), from_step=9)
   finally:
     path.write_text(text)
+  assert {p: p.stat().st_mtime_ns for p in copy.rglob("*")} == before
 
 
 @pytest.mark.parametrize(
@@ -792,3 +844,25 @@ def test_sigterm_while_compiling_exits_0(make, tmp_path):
   assert child.returncode == 0, said
   assert "stopped by SIGTERM while" in said
   assert time.monotonic() - started < 30
+
+
+def test_sigterm_while_python_ends_exits_0():
+  """A second one, or one that comes after the last step."""
+  program = """
+import os, signal, sys
+from lm import config
+from lm.train import __main__, loop
+
+class Last:
+  def __del__(self, kill=os.kill, me=os.getpid()):
+    kill(me, signal.SIGTERM)
+
+loop.train = lambda *_, **__: 0
+sys.modules["last"] = Last()
+__main__._WORKDIR = type("Flag", (), {"value": "run"})
+__main__._FROM_STEP = type("Flag", (), {"value": None})
+sys.exit(__main__.main(config.Config()))
+"""
+  environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+  child = subprocess.run([sys.executable, "-c", program], env=environment)
+  assert child.returncode == 0

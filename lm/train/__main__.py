@@ -45,7 +45,12 @@ def main(config: config_lib.Config) -> int:
     return loop
 
   loop = stop.start("joining the other processes", load)
-  return loop.train(config, _WORKDIR.value, stop, from_step=_FROM_STEP.value)
+  code = loop.train(config, _WORKDIR.value, stop, from_step=_FROM_STEP.value)
+  # All is saved. Python takes half a second to end, and gives other handlers
+  # than this one back before.
+  for which in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(which, signal.SIG_IGN)
+  return code
 
 
 if __name__ == "__main__":

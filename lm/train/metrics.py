@@ -54,11 +54,12 @@ class Writer:
     if not self._writes:
       return
     line = _line(report)
-    if files.is_local(self._path):
-      with self._path.open("a") as file:
-        file.write(line)
-    else:  # object stores cannot append
-      self._path.write_text(self._path.read_text() + line)
+    with _named(self._path):
+      if files.is_local(self._path):
+        with self._path.open("a") as file:
+          file.write(line)
+      else:  # object stores cannot append
+        self._path.write_text(self._path.read_text() + line)
     self._events.add(
       {k: v for k, v in report.items() if k != "step"}, report["step"]
     )
@@ -77,6 +78,16 @@ class Writer:
       # A full disk was reported already; metrics.jsonl has every number.
       with contextlib.suppress(OSError):
         self._events.close()
+
+
+@contextlib.contextmanager
+def _named(path: Any) -> Iterator[None]:
+  """An OSError inside that names no file, as of a full disk, names `path`."""
+  try:
+    yield
+  except OSError as error:
+    error.filename = error.filename or os.fspath(path)
+    raise
 
 
 @contextlib.contextmanager
@@ -108,6 +119,7 @@ class _Events:
     made: Any = vars(event_pb2)
     self._event, self._scalar = made["Event"], summary.scalar
     record_writer.directory_check(directory)
+    self._directory = directory
     self._writer = event_file_writer.EventsWriter(
       os.path.join(directory, "events"), f".{os.getpid()}"
     )
@@ -123,7 +135,8 @@ class _Events:
       for curve, number in numbers.items():
         if isinstance(number, int | float) and math.isfinite(number):
           self._write(step, summary=self._scalar(curve, number))
-    self._writer.flush()
+    with _named(self._directory):
+      self._writer.flush()
 
   def _write(self, step: int, **content: Any) -> None:
     event = self._event(wall_time=time.time(), step=step, **content)

@@ -15,7 +15,9 @@ def draw_if_missing(workdir: str) -> None:
   picture, reports = (
     epath.Path(workdir) / name for name in ("curves.png", "metrics.jsonl")
   )
-  if not picture.exists() or picture.stat().mtime < reports.stat().mtime:
+  if not picture.exists() or (
+    reports.exists() and picture.stat().mtime < reports.stat().mtime
+  ):
     draw(workdir)
 
 
@@ -27,8 +29,9 @@ def draw(workdir: str) -> None:
 
   def series(name):
     # Nonfinite numbers are null in metrics.jsonl.
+    pairs = [(r.get("tokens"), r.get(name)) for r in reports]
     points = [
-      (r["tokens"], r[name]) for r in reports if r.get(name) is not None
+      pair for pair in pairs if all(isinstance(x, int | float) for x in pair)
     ]
     return tuple(zip(*points, strict=True)) if points else ((), ())
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+from lm import schema
+
 
 class Profile:
   """Traces steps first .. first + n - 1 of `steps` = (first, n), if a start
@@ -46,4 +48,9 @@ class Profile:
   def close(self) -> None:
     if self._active:
       self._active = False
-      jax.profiler.stop_trace()
+      try:
+        jax.profiler.stop_trace()
+      except jax.errors.JaxRuntimeError as error:
+        raise schema.RunError(
+          f"{self._where}: the trace could not be written: {error}"
+        ) from error

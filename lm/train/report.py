@@ -167,11 +167,11 @@ class Reporter:
   def _ways_back(self) -> str:
     """For messages: the checkpoints kept, and how to resume from them."""
     found = self._checkpoints.steps()
+    skip = ", or set optimizer.skip to leave such steps out"
+    if self._config.optimizer.skip is not None:
+      skip = ""
     if not found:
-      return (
-        "there is no checkpoint. Lower optimizer.peak_lr, or set "
-        "optimizer.skip to leave such steps out"
-      )
+      return f"there is no checkpoint. Lower optimizer.peak_lr{skip}"
     losses = {
       r["step"]: r.get("train/loss") for r in metrics_lib.read(self._workdir)
     }
@@ -185,7 +185,7 @@ class Reporter:
       f"last checkpoint: step {found[-1]}; all that are kept: "
       f"{', '.join(known)}. Go on from one by --from_step=STEP "
       "--config.checkpoint.on_mismatch=fresh_optimizer with a lower "
-      "optimizer.peak_lr, or with optimizer.skip to leave such steps out"
+      f"optimizer.peak_lr{skip}"
     )
 
 

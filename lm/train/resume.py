@@ -264,7 +264,6 @@ def first_state(
     try:
       meta = checkpoint.load_meta(workdir, step)
       refuse_other_config(config, meta.config, workdir)
-      _refuse_other_data(workdir, meta, now)
       for line in _changes(meta, now):
         say(line)
       return _restored(
@@ -293,19 +292,24 @@ def first_state(
   return programs.create_state(config, mesh, loaded), None
 
 
-def _refuse_other_data(
-  workdir: str, before: checkpoint.Meta, now: checkpoint.Meta
+def refuse_other_data(
+  workdir: str, from_step: int | None, prepared: store.Prepared
 ) -> None:
-  if before.fingerprint != now.fingerprint:
+  """Raises ConfigError if the last undamaged checkpoint (up to `from_step`) was
+  trained on other data than those of this start.
+  """
+  before = checkpoint.last_undamaged(workdir, from_step)
+  now = fingerprint(prepared.train, prepared.tokenizer)
+  if before is not None and before.fingerprint != now:
     raise schema.ConfigError(
       f"--workdir={workdir}: its checkpoint was trained on other data "
-      f"(fingerprint {before.fingerprint}, now {now.fingerprint}): the "
+      f"(fingerprint {before.fingerprint}, now {now}): the "
       "sources have changed since. Restore them, or name another workdir"
     )
 
 
 def _changes(before: checkpoint.Meta, now: checkpoint.Meta) -> list[str]:
-  """Messages: changes of validation set, optimizer fields and learning rate."""
+  """Messages: changes of validation, optimizer fields and learning rate."""
   lines = []
   old, new, step = before.config, now.config, before.step
   if before.validation not in (None, now.validation):
@@ -315,7 +319,7 @@ def _changes(before: checkpoint.Meta, now: checkpoint.Meta) -> list[str]:
       "not compare"
     )
   for name, (was, now_is) in validation.differences(old, new).items():
-    if name.startswith("config.optimizer."):
+    if name.startswith(("config.optimizer.", "config.train.eval_batches")):
       lines.append(f"from step {step} on {name} is {now_is!r}; was {was!r}")
   if (old.optimizer, old.train.steps) == (new.optimizer, new.train.steps):
     return lines  # a rate is a dozen programs to compile

@@ -76,7 +76,9 @@ def prepare(
   resume.check_from_step(workdir, from_step)
   before = resume.earlier_config(workdir, from_step)
   resume.refuse_other_config(config, before, workdir)
-  return store.prepare(config, init_from.tokenizer(config, workdir))
+  prepared = store.prepare(config, init_from.tokenizer(config, workdir))
+  resume.refuse_other_data(workdir, from_step, prepared)
+  return prepared
 
 
 def _ending_with_data(
@@ -107,7 +109,7 @@ def _locked(
   )
   own.callback(lock.release)
   stop.on_leave = lock.release
-  for left in path.glob("*.partial"):
+  for left in path.glob(files.PARTIALS):
     left.unlink()  # left by a start killed during a write
   return lock
 
