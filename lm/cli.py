@@ -419,7 +419,7 @@ def console() -> rich.console.Console:
   """A console on stdout; a file or a pipe, which have no width of their own,
   has 100 columns, or as many as COLUMNS says.
   """
-  found = rich.console.Console()
+  found = rich.console.Console(emoji=False)  # a path may hold ":cat:"
   if not (found.is_terminal or "COLUMNS" in os.environ):
     found.width = 100
   return found

@@ -243,3 +243,15 @@ def test_tables_in_a_file_hold_whole_names(capsys, monkeypatch):
   assert name in capsys.readouterr().out
   result.show([result.Result("batches", "", None, None, False, path)], "")
   assert capsys.readouterr().out.count("x") == 300
+
+
+def test_a_name_between_colons_is_no_emoji(capsys):
+  """`tfds:moon:test` is one, and files may be called so."""
+  console = cli.console()
+  table = cli.table("source", "docs", title="runs/:cat:")
+  table.add_row("tfds:moon:test", "1")
+  console.print(table)
+  cli.print_lines(console, ["a:book:.txt"])
+  out = capsys.readouterr().out
+  for whole in ("runs/:cat:", "tfds:moon:test", "a:book:.txt"):
+    assert whole in out, out
