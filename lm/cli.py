@@ -401,6 +401,9 @@ def _from_file(path: str) -> config_lib.Config:
 
 # --- output -------------------------------------------------------------------
 
+# Columns that a folded name has, even in a terminal too narrow for them.
+_NAME_WIDTH = 16
+
 
 def table(*columns: str, title: str | None = None) -> rich.table.Table:
   """A table for `console.print`. The first column folds long names; the others
@@ -423,6 +426,21 @@ def console() -> rich.console.Console:
   if not (found.is_terminal or "COLUMNS" in os.environ):
     found.width = 100
   return found
+
+
+def print_table(console: rich.console.Console, table: rich.table.Table) -> None:
+  """Prints a table with every name and number whole. In a console too narrow
+  for its numbers it is wider: rich would cut them.
+  """
+  width, names = console.width, [c for c in table.columns if not c.no_wrap]
+  for column in names:
+    column.max_width = _NAME_WIDTH
+  anywhere = console.options.update(width=10_000)
+  console.width = max(width, console.measure(table, options=anywhere).maximum)
+  for column in names:
+    column.max_width = None
+  console.print(table)
+  console.width = width
 
 
 def print_lines(console: rich.console.Console, lines: Iterable[str]) -> None:

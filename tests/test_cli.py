@@ -245,6 +245,27 @@ def test_tables_in_a_file_hold_whole_names(capsys, monkeypatch):
   assert capsys.readouterr().out.count("x") == 300
 
 
+@pytest.mark.parametrize("columns", ["1", "20", "80"])
+def test_a_narrow_terminal_cuts_nothing(columns, capsys, monkeypatch):
+  monkeypatch.setenv("COLUMNS", columns)
+  table = output._table("run", "source", "docs", "overlap")
+  numbers = ("5.7008", "3.9512", "71.51", "7.209e+15", "386,283", "386,257")
+  table.add_row(300 * "x", *numbers, "26", "12.4%")
+  console = cli.console()
+  cli.print_table(console, table)
+  assert console.width == int(columns)
+  out = capsys.readouterr().out
+  for whole in ("bits/byte", *numbers, "26", "12.4%"):
+    assert whole in out, out
+  assert out.count("x") == 300
+  failed = result.Result("batches", 300 * "z", 0.125, 0.5, False, "")
+  result.show([failed], "")
+  out = capsys.readouterr().out
+  for whole in ("batches", "0.125", "0.5", "FAIL"):
+    assert whole in out, out
+  assert out.count("z") == 300
+
+
 def test_a_name_between_colons_is_no_emoji(capsys):
   """`tfds:moon:test` is one, and files may be called so."""
   console = cli.console()

@@ -99,7 +99,7 @@ def describe(
     if tokens.n_scored is not None:
       share = tokens.n_scored / tokens.n_tokens
       lines.append(f"  training targets: {tokens.n_scored:,} ({share:.0%})")
-  console.print(table)
+  cli.print_table(console, table)
   lines += ["", *_rows(config, prepared)]
   cli.print_lines(console, lines)
   if n_shown:

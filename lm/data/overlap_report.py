@@ -168,7 +168,7 @@ def show(
         f"{name}, are bytes {m.training_start} to {m.training_stop} of "
         f"{m.training_document} ({m.training_source})"
       )
-  console.print(table)
+  cli.print_table(console, table)
   cli.print_lines(console, lines)
 
 

@@ -31,7 +31,7 @@ def show(comparison: compare.Comparison, console: rich.console.Console) -> None:
         interval = f"{found.low:+.4f} to {found.high:+.4f}"
         cells += [f"{found.value:+.4f}", interval, f"{p:.2g}"]
       table.add_row(rich.markup.escape(run.name), *cells)
-    console.print(table)
+    cli.print_table(console, table)
   lines = [
     compare.verdict(comparison, comparison.overall, k) + "."
     for k in range(1, len(comparison.runs))

@@ -387,7 +387,7 @@ def show(content: dict[str, Any], console: rich.console.Console) -> None:
       row = [*map(cell, first), metric, *map(cell, score.values()), *shares]
       table.add_row(label, *row)
       label, first = "", ["", "", ""]
-  console.print(table)
+  cli.print_table(console, table)
   cli.print_lines(console, _overlap_lines(content["tasks"]))
 
 

@@ -40,7 +40,7 @@ def show(
   if len(results) > 1 and all(r.is_causal for r in results):
     n = sum(len(r.documents) for r in results)
     table.add_row("total", *_cells(evaluation.totals), f"{n:,}")
-  console.print(table)
+  cli.print_table(console, table)
   lines = [_overlap(r) for r in results if r.overlap is not None]
   if any(r.is_causal for r in results):
     totals = evaluation.totals
@@ -66,7 +66,7 @@ def show(
         share = shown.of_bytes_by_document.get(document.name, 0.0)
         cells = (*cells, f"{share:.1%}")
       table.add_row(name, *cells)
-    console.print(table)
+    cli.print_table(console, table)
   for sample in evaluation.samples or ():
     _show_sample(sample, evaluation.context, console)
 
