@@ -806,6 +806,16 @@ def test_command_reports_a_mistake_in_one_line(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
+def test_a_reader_that_leaves_takes_no_file_with_it(workdir, tmp_path):
+  """`lm.evaluate --output=FILE | head -1` writes FILE."""
+  path = tmp_path / "eval.json"
+  arguments = [f"--workdir={workdir}", f"--output={path}"]
+  with doors.Popen("lm.evaluate", arguments, tmp_path) as program:
+    program.stdout.close()
+    assert program.wait(60) == 141
+  assert json.loads(path.read_text())["step"] == 7
+
+
 def test_a_full_disk_leaves_the_old_file(tmp_path):
   """The system lets no file grow beyond ten bytes."""
   path = tmp_path / "eval.json"

@@ -81,9 +81,9 @@ def report(
     for names in ((*config.data.validation, *more), config.data.train)
   )
   found = _find(held_out, training, n)
-  show(found, n, cli.console())
   if output is not None:
     _write(to_json(found, training, n), output)
+  show(found, n, cli.console())
 
 
 def _find(

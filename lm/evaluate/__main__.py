@@ -206,9 +206,9 @@ def _evaluate(data: dict[str, Any]) -> None:
     max_new_tokens=_MAX_NEW_TOKENS.value,
   )
   if jax.process_index() == 0:
-    output.show(evaluation, cli.console(), _DOCUMENTS.value)
     if _OUTPUT.value is not None:
       output.write(evaluation, _OUTPUT.value, _DOCUMENTS.value)
+    output.show(evaluation, cli.console(), _DOCUMENTS.value)
 
 
 def _compare(data: dict[str, Any]) -> None:
@@ -237,11 +237,11 @@ def _compare(data: dict[str, Any]) -> None:
     overlap=_OVERLAP.value,
   )
   if jax.process_index() == 0:
-    compare_output.show(comparison, cli.console())
     if _OUTPUT.value is not None:
       compare_output.write(comparison, _OUTPUT.value, _DOCUMENTS.value)
     if _DRAW.value is not None:
       compare_output.draw(comparison, _DRAW.value)
+    compare_output.show(comparison, cli.console())
 
 
 def _run_tasks(
@@ -263,9 +263,9 @@ def _run_tasks(
     cache_dir=_CACHE_DIR.value,
   )
   if content is not None:
-    harness.show(content, cli.console())
     if _OUTPUT.value is not None:
       harness.write(content, _OUTPUT.value)
+    harness.show(content, cli.console())
 
 
 def _overlap() -> str | overlap_report.Search | None:

@@ -71,9 +71,9 @@ def main(config: config_lib.Config) -> int:
           status.update(f"{len(results)} done, the last {found.compared}")
   devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
   title = f"{flags.FLAGS.config} on {devices}, {changed}"
-  result.show(results, title)
   if _OUTPUT.value is not None:
     result.write(results, _OUTPUT.value, {"title": title})
+  result.show(results, title)
   return 0 if all(r.passed for r in results) else 1
 
 
