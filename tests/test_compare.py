@@ -256,6 +256,13 @@ def test_files_of_scores_compare_as_their_runs_do(runs, tmp_path, quick):
     output_lib.write(evaluation, files[-1], documents=True)
   for given in (files, [a, files[1]], [files[0], b]):
     assert compare.compare(given).rows == from_runs.rows
+  for options in (
+    {"stride": 3},
+    {"batch_size": 1},
+    {"data": {"cache_dir": "d"}},
+  ):
+    with pytest.raises(schema.ConfigError, match="names files alone"):
+      compare.compare(files, **options)
   (one,) = compare.compare(files, specs=[f"text:{runs}/b.txt"]).rows
   assert one.difference == from_runs.rows[1].difference
   with pytest.raises(schema.ConfigError, match="are the same scores"):
