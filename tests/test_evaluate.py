@@ -768,6 +768,7 @@ def test_a_source_without_text_has_no_bits_per_byte(workdir, tmp_path):
     ({"specs": ["text:{}/empty.txt"]}, "empty, holds no document"),
     ({"specs": ["nothing"]}, "'nothing': malformed"),
     ({"batch_size": 10**9}, "--batch_size=1000000000: with a context of 11"),
+    ({"chat_template": "a"}, "a[*].txt' is of chats; leave it out"),
     ({"output": "{}/none/eval.json"}, "no directory .*; create it"),
     ({"output": "{}"}, "cannot be written"),
   ],

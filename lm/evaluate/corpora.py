@@ -189,6 +189,11 @@ def prepare(
   _check_objectives(config.model, names)
   tokenizer = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
   if chat_template is not None:
+    if not chat_samples.of_chats(names):
+      raise schema.ConfigError(
+        "--chat_template: none of the sources "
+        f"{', '.join(map(repr, names))} is of chats; leave it out"
+      )
     tokenizer = tokenizer.with_template(chat_template)
   asked = None
   if samples is not None:

@@ -158,6 +158,11 @@ def _tokenizer(
   )
   tokenizer = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
   if chat_template is not None:
+    if not chats:
+      raise schema.ConfigError(
+        "--chat_template: lays out chats; add --apply_chat_template, or leave "
+        "it out"
+      )
     tokenizer = tokenizer.with_template(chat_template)
   if chats and tokenizer.chat_template is None:
     raise schema.ConfigError(
