@@ -12,7 +12,7 @@ from absl import flags
 from lm import cli, files, schema
 from lm import config as config_lib
 from lm import objective as objective_lib
-from lm.data import overlap, overlap_report, pipeline, show, store
+from lm.data import overlap, overlap_report, pipeline, show, sources, store
 from lm.train import init_from
 
 _SHOW = flags.DEFINE_integer(
@@ -46,6 +46,12 @@ _OUTPUT = cli.define_path("output", "With --overlap: JSON file to write.")
 
 
 def main(config: config_lib.Config) -> None:
+  read = (*config.data.train, *config.data.validation, *_OVERLAP_SOURCE.value)
+  for flag in (_DRAW, _OUTPUT):
+    name = f"--{flag.name}"
+    if flag.value is not None:
+      files.check_apart([("--config", flags.FLAGS.config), (name, flag.value)])
+      sources.check_unread(flag.value, name, read)
   if _OVERLAP.value is not None:
     for flag in (_SHOW, _DRAW):
       if flag.value:

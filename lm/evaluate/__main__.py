@@ -20,7 +20,7 @@ from etils import epath
 from lm import checkpoint, cli, files, processes, schema, validation
 from lm import config as config_lib
 from lm.data import overlap as overlap_lib
-from lm.data import overlap_report
+from lm.data import overlap_report, sources
 from lm.data import tokenizer as tokenizer_lib
 from lm.evaluate import compare, compare_output, corpora, harness, output
 from lm.sample import request as request_lib
@@ -157,6 +157,13 @@ _OF_ONE_RUN = (
 def main() -> None:
   if _OUTPUT.value is not None:
     files.check_output(_OUTPUT.value, "--output")
+  read = [("--compare", name) for name in _COMPARE.value]
+  read += [(f"--{f.name}", f.value) for f in (_OVERLAP, _CHAT_TEMPLATE)]
+  written = (_OUTPUT, _OVERLAP_OUTPUT, _DRAW)
+  files.check_apart([*read, *((f"--{f.name}", f.value) for f in written)])
+  for flag in written:
+    if flag.value is not None:
+      sources.check_unread(flag.value, f"--{flag.name}", _SOURCE.value)
   of_data = _TEXT_UNIT, _INVALID_UTF8, _INVALID_DOCUMENTS, _CACHE_DIR
   data = {f.name: f.value for f in of_data if f.value is not None}
   if _COMPARE.value:

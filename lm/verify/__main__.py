@@ -38,6 +38,8 @@ _FAULTS = flags.DEFINE_bool(
 def main(config: config_lib.Config) -> int:
   if _OUTPUT.value is not None:
     files.check_output(_OUTPUT.value, "--output")
+    read = ("--config", flags.FLAGS.config)
+    files.check_apart([read, ("--output", _OUTPUT.value)])
   if _ONLY.value is not None and (_FAULTS.value or not _ONLY.value):
     raise schema.ConfigError(
       f"--only={','.join(_ONLY.value)}: must name checks, and has no part in "
