@@ -276,7 +276,7 @@ def paths(door: str) -> Iterator[Case]:
     for value in ("absent", "empty", "file", LONG, "GIVEN/run@8"):
       yield Case(door, ["--compare", "GIVEN/run", value], "--compare", FILE)
     yield Case(door, ["--compare", "GIVEN/run"], "two or more", FILE)
-    for flag in ("--draw=absent/x", "--draw=.", "--step=7"):
+    for flag in ("--draw=absent/x", "--draw=.", "--step=7", "--documents"):
       compared = ["--compare", "GIVEN/run", "other", flag]
       yield Case(door, compared, flag.partition("=")[0], FILE)
     for value in ("absent", "file", ".", "empty", LONG):

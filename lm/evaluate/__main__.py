@@ -91,7 +91,7 @@ _OVERLAP_OUTPUT = cli.define_path(
   "With --overlap, without a file: JSON file to write, of every passage.",
 )
 _DOCUMENTS = flags.DEFINE_bool(
-  "documents", False, "Show and write every document."
+  "documents", False, "Show and write every document; --compare only writes."
 )
 _SAMPLES = flags.DEFINE_integer(
   "samples",
@@ -229,6 +229,10 @@ def _compare(data: dict[str, Any]) -> None:
   if _OVERLAP.value is True:
     raise schema.ConfigError(
       "--overlap: with --compare, name a file of lm.data --overlap --output"
+    )
+  if _DOCUMENTS.value and _OUTPUT.value is None:
+    raise schema.ConfigError(
+      "--documents: with --compare, documents are written only; add --output"
     )
   if _DRAW.value is not None:
     files.check_output(_DRAW.value, "--draw")
