@@ -732,6 +732,14 @@ def test_total_weighs_sources_by_their_sums(workdir):
   assert math.isclose(evaluation.totals.loss, loss)
 
 
+def test_a_source_named_twice_is_scored_once(workdir):
+  specs = [f"text:{workdir}/{name}.txt" for name in "aba"]
+  evaluation = evaluate(workdir, specs=specs, data={"text_unit": "file"})
+  assert [r.source for r in evaluation.results] == specs[:2]
+  a, b = (r.totals for r in evaluation.results)
+  assert evaluation.totals == a + b
+
+
 def test_skipped_documents_are_counted(workdir, tmp_path):
   (tmp_path / "good.txt").write_text("good")
   (tmp_path / "bad.txt").write_bytes(b"b\xffd")

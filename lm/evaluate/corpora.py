@@ -126,7 +126,7 @@ def evaluate(
 ) -> Evaluation:
   """Scores every document of the sources `specs` with a checkpoint; where a
   source names another objective than `causal`, the rows that training has as
-  validation.
+  validation. A source named twice is scored once.
 
   Defaults for None or empty: the last step; a `stride` of the context length
   (only a document's last window overlaps); the rows of a training microbatch;
@@ -178,7 +178,7 @@ def prepare(
     )
   check_batch_size(batch_size, context)
   data_config = dataclasses.replace(config.data, **data)
-  names = specs or config.data.validation
+  names = list(dict.fromkeys(specs or config.data.validation))
   schema.require(
     len(names) > 0,
     "--source",
