@@ -136,9 +136,10 @@ def draw(comparison: compare.Comparison, path: str) -> None:
   height = 1.5 + (0.25 + 0.3 * len(runs)) * len(rows)
   figure = figure_lib.Figure(figsize=(10, height), layout="constrained")
   left, right = figure.subplots(1, 2, sharey=True)
-  for k, run in enumerate(runs):
+  handles = []
+  for k in range(len(runs)):
     colour = _COLOURS[k % len(_COLOURS)]
-    left.plot([], [], "o-", color=colour, label=_short(run.name, 60))
+    handles += left.plot([], [], "o-", color=colour)
     # Rows from top to bottom; runs apart within a row.
     shift = (k - (len(runs) - 1) / 2) * 0.7 / len(runs)
     for i, row in enumerate(rows):
@@ -173,7 +174,11 @@ def draw(comparison: compare.Comparison, path: str) -> None:
     for i in range(1, len(rows)):
       ax.axhline(i - 0.5, color="0.85", linewidth=0.8)
   figure.legend(
-    loc="outside upper center", ncols=min(3, len(runs)), frameon=False
+    handles,  # As plot's labels, names with a leading _ would be left out.
+    [_short(run.name, 60) for run in runs],
+    loc="outside upper center",
+    ncols=min(3, len(runs)),
+    frameon=False,
   )
   content = io.BytesIO()
   figure.savefig(content, dpi=130, format="png")
@@ -198,6 +203,9 @@ def _interval_line(ax, y, estimate, colour, form, filled=True) -> None:
 
 
 def _short(name: str, most: int) -> str:
-  """Shortens `name` in the middle to at most `most` characters."""
+  """Shortens `name` in the middle to at most `most` characters; in it, no $
+  begins a formula of Matplotlib.
+  """
   half = (most - 3) // 2
-  return name if len(name) <= most else f"{name[:half]}...{name[-half:]}"
+  found = name if len(name) <= most else f"{name[:half]}...{name[-half:]}"
+  return found.replace("$", r"\$")
