@@ -29,7 +29,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lm import batch as batch_lib
-from lm import checkpoint, schema, sharding
+from lm import checkpoint, cli, schema, sharding
 from lm import config as config_lib
 from lm.data import sources, tokenizer_training, windows
 from lm.data import tokenizer as tokenizer_lib
@@ -740,14 +740,17 @@ def test_a_source_named_twice_is_scored_once(workdir):
   assert evaluation.totals == a + b
 
 
-def test_skipped_documents_are_counted(workdir, tmp_path):
+def test_skipped_documents_are_counted(workdir, tmp_path, capsys):
   (tmp_path / "good.txt").write_text("good")
   (tmp_path / "bad.txt").write_bytes(b"b\xffd")
   options = {"text_unit": "file", "invalid_utf8": "skip"}
   specs = [f"text:{tmp_path}/*.txt"]
-  (result,) = evaluate(workdir, specs=specs, data=options).results
+  evaluation = evaluate(workdir, specs=specs, data=options)
+  (result,) = evaluation.results
   assert [d.name for d in result.documents] == [str(tmp_path / "good.txt")]
   assert result.n_skipped == 1
+  output_lib.show(evaluation, cli.console(), False)
+  assert "*.txt: 1 more document skipped, as inv" in capsys.readouterr().out
   (tmp_path / "good.txt").unlink()
   with pytest.raises(schema.ConfigError, match="has 1 document, and none has"):
     evaluate(workdir, specs=specs, data=options)

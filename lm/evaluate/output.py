@@ -11,7 +11,7 @@ import rich.markup
 import rich.table
 import rich.text
 
-from lm import cli, files
+from lm import cli, files, schema
 from lm.evaluate import chat_samples, corpora, perplexity
 from lm.sample import output as sample_output
 
@@ -41,7 +41,13 @@ def show(
     n = sum(len(r.documents) for r in results)
     table.add_row("total", *_cells(evaluation.totals), f"{n:,}")
   cli.print_table(console, table)
-  lines = [_overlap(r) for r in results if r.overlap is not None]
+  lines = [
+    f"{r.source}: {schema.counted(r.n_skipped, 'more document')} skipped, as "
+    "invalid."
+    for r in results
+    if r.n_skipped
+  ]
+  lines += [_overlap(r) for r in results if r.overlap is not None]
   if any(r.is_causal for r in results):
     totals = evaluation.totals
     lines.append(
