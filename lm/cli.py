@@ -25,6 +25,7 @@ from typing import Any
 
 import rich.box
 import rich.console
+import rich.markup
 import rich.table
 from absl import app, flags, logging
 
@@ -428,6 +429,20 @@ def console() -> rich.console.Console:
   return found
 
 
+def cell(name: str) -> str:
+  """A name for a table or its title, which take no markup and no control
+  character from it.
+  """
+  return rich.markup.escape(_printable(name))
+
+
+def _printable(text: str) -> str:
+  """`text` with escapes for what a terminal would obey: names of files may
+  hold it.
+  """
+  return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def print_table(console: rich.console.Console, table: rich.table.Table) -> None:
   """Prints a table with every name and number whole. In a console too narrow
   for its numbers it is wider: rich would cut them.
@@ -444,6 +459,8 @@ def print_table(console: rich.console.Console, table: rich.table.Table) -> None:
 
 
 def print_lines(console: rich.console.Console, lines: Iterable[str]) -> None:
-  """Prints text as it is, each line whole."""
+  """Prints text as it is, but for control characters, each line whole."""
   for line in lines:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(
+      _printable(line), markup=False, highlight=False, soft_wrap=True
+    )

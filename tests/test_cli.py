@@ -276,3 +276,12 @@ def test_a_name_between_colons_is_no_emoji(capsys):
   out = capsys.readouterr().out
   for whole in ("runs/:cat:", "tfds:moon:test", "a:book:.txt"):
     assert whole in out, out
+
+
+def test_a_name_has_no_power_over_the_terminal(capsys):
+  table = cli.table("source", "docs")
+  table.add_row(cli.cell("a\x1b[31mb\n[bold]"), "1")
+  cli.print_table(cli.console(), table)
+  cli.print_lines(cli.console(), ["longest: a\x1b[31mb\r"])
+  out = capsys.readouterr().out
+  assert r" a\x1b[31mb\n[bold] " in out and r": a\x1b[31mb\r" in out, out

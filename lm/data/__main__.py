@@ -6,7 +6,6 @@ python -m lm.data --config=configs/quickstart.py --overlap --output=overlap.json
 
 import numpy as np
 import rich.console
-import rich.markup
 from absl import flags
 
 from lm import cli, files, schema
@@ -94,7 +93,7 @@ def describe(
     source, _ = objective_lib.split_source(tokens.spec)
     lengths = np.diff(tokens.ends, prepend=0)
     table.add_row(
-      rich.markup.escape(source),
+      cli.cell(source),
       f"{tokens.n_documents:,}",
       f"{tokens.n_bytes:,}",
       f"{tokens.n_tokens:,}",

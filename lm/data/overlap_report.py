@@ -147,7 +147,7 @@ def show(
   lines = []
   for part in found:
     table.add_row(
-      rich.markup.escape(part.source),
+      cli.cell(part.source),
       f"{part.n_documents:,}",
       f"{len(part.touched):,}",
       f"{_share(len(part.touched), part.n_documents):.1%}",

@@ -5,7 +5,6 @@ import json
 from typing import Any
 
 import rich.console
-import rich.markup
 
 from lm import cli, files
 from lm.evaluate import bootstrap, compare, provenance
@@ -21,7 +20,7 @@ def show(comparison: compare.Comparison, console: rich.console.Console) -> None:
       f"{row.n_documents:,} documents",
       *_overlap(comparison, row.source),
     ]
-    title = f"{rich.markup.escape(row.source)}: {', '.join(about)}"
+    title = f"{cli.cell(row.source)}: {', '.join(about)}"
     columns = ("run", "bits/byte", "95 %", "difference", "95 %", "p")
     table = cli.table(*columns, title=title)
     for k, run in enumerate(comparison.runs):
@@ -30,7 +29,7 @@ def show(comparison: compare.Comparison, console: rich.console.Console) -> None:
       if found is not None:
         interval = f"{found.low:+.4f} to {found.high:+.4f}"
         cells += [f"{found.value:+.4f}", interval, f"{p:.2g}"]
-      table.add_row(rich.markup.escape(run.name), *cells)
+      table.add_row(cli.cell(run.name), *cells)
     cli.print_table(console, table)
   lines = [
     compare.verdict(comparison, comparison.overall, k) + "."

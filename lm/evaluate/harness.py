@@ -23,7 +23,6 @@ from typing import Any
 import jax
 import numpy as np
 import rich.console
-import rich.markup
 
 from lm import checkpoint, cli, files, processes, schema
 from lm import config as config_lib
@@ -371,7 +370,7 @@ def show(content: dict[str, Any], console: rich.console.Console) -> None:
   """
   tasks = content["tasks"].items()
   known = any("overlap" in task for _, task in tasks)
-  title = f"{content['workdir']}, step {content['step']}"
+  title = f"{cli.cell(content['workdir'])}, step {content['step']}"
   columns = ["task", "version ", "docs", "shots", "metric ", "value", "stderr"]
   columns += ["overlap", "bytes"] if known else []
   table = cli.table(*columns, title=title)
@@ -383,7 +382,7 @@ def show(content: dict[str, Any], console: rich.console.Console) -> None:
 
   for name, task in tasks:
     first = [str(task["version"]), task["n"], task["num_fewshot"]]
-    label = rich.markup.escape(name)
+    label = cli.cell(name)
     shares = ()
     if overlap := task.get("overlap"):
       parts = ("share_of_documents", "share_of_bytes")
