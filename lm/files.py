@@ -147,6 +147,20 @@ def check_output(path: str, name: str) -> None:
     )
 
 
+def check_apart(paths: Iterable[tuple[str, Any]]) -> None:
+  """Raises ConfigError if two flags, of (name, path), name one file, which the
+  later one would overwrite. What is no path is passed over.
+  """
+  known: dict[str, str] = {}
+  for name, path in paths:
+    if isinstance(path, str):
+      other = known.setdefault(os.path.realpath(path), name)
+      if other != name:
+        raise schema.ConfigError(
+          f"{name}={path}: is the file of {other}; name another"
+        )
+
+
 def replace(path: Any, content: str | bytes) -> None:
   """Atomic write by rename: a reader finds the old content or the new content.
 

@@ -222,7 +222,7 @@ def test_mistakes_are_refused_before_parameters_are_loaded(
 def test_a_checkpoint_without_a_chat_template(run, tmp_path):
   specs = (f"jsonl:{run}/../held_out.jsonl|chat",)
   bare = saved_runs.save(tmp_path, tokenizer_lib.Tokenizer(), CONTEXT, specs)
-  with pytest.raises(schema.ConfigError, match="has no chat template"):
+  with pytest.raises(schema.ConfigError, match="lm.evaluate by --chat_templ"):
     evaluate(bare)
 
 

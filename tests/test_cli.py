@@ -271,3 +271,45 @@ def test_tables_in_a_file_hold_whole_names(capsys, monkeypatch):
   assert name in capsys.readouterr().out
   result.show([result.Result("batches", "", None, None, False, path)], "")
   assert capsys.readouterr().out.count("x") == 300
+
+
+@pytest.mark.parametrize("columns", ["1", "20", "80"])
+def test_a_narrow_terminal_cuts_nothing(columns, capsys, monkeypatch):
+  monkeypatch.setenv("COLUMNS", columns)
+  table = output._table("run", "source", "docs", "overlap")
+  numbers = ("5.7008", "3.9512", "71.51", "7.209e+15", "386,283", "386,257")
+  table.add_row(300 * "x", *numbers, "26", "12.4%")
+  console = cli.console()
+  cli.print_table(console, table)
+  assert console.width == int(columns)
+  out = capsys.readouterr().out
+  for whole in ("bits/byte", *numbers, "26", "12.4%"):
+    assert whole in out, out
+  assert out.count("x") == 300
+  failed = result.Result("batches", 300 * "z", 0.125, 0.5, False, "")
+  result.show([failed], "")
+  out = capsys.readouterr().out
+  for whole in ("batches", "0.125", "0.5", "FAIL"):
+    assert whole in out, out
+  assert out.count("z") == 300
+
+
+def test_a_name_between_colons_is_no_emoji(capsys):
+  """`tfds:moon:test` is one, and files may be called so."""
+  console = cli.console()
+  table = cli.table("source", "docs", title="runs/:cat:")
+  table.add_row("tfds:moon:test", "1")
+  console.print(table)
+  cli.print_lines(console, ["a:book:.txt"])
+  out = capsys.readouterr().out
+  for whole in ("runs/:cat:", "tfds:moon:test", "a:book:.txt"):
+    assert whole in out, out
+
+
+def test_a_name_has_no_power_over_the_terminal(capsys):
+  table = cli.table("source", "docs")
+  table.add_row(cli.cell("a\x1b[31mb\n[bold]"), "1")
+  cli.print_table(cli.console(), table)
+  cli.print_lines(cli.console(), ["longest: a\x1b[31mb\r"])
+  out = capsys.readouterr().out
+  assert r" a\x1b[31mb\n[bold] " in out and r": a\x1b[31mb\r" in out, out

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import rich.console
 import saved_runs
+from matplotlib import figure as figure_lib
 from scipy import stats
 
 from lm import checkpoint, cli, schema
@@ -256,6 +257,13 @@ def test_files_of_scores_compare_as_their_runs_do(runs, tmp_path, quick):
     output_lib.write(evaluation, files[-1], documents=True)
   for given in (files, [a, files[1]], [files[0], b]):
     assert compare.compare(given).rows == from_runs.rows
+  for options in (
+    {"stride": 3},
+    {"batch_size": 1},
+    {"data": {"cache_dir": "d"}},
+  ):
+    with pytest.raises(schema.ConfigError, match="names files alone"):
+      compare.compare(files, **options)
   (one,) = compare.compare(files, specs=[f"text:{runs}/b.txt"]).rows
   assert one.difference == from_runs.rows[1].difference
   with pytest.raises(schema.ConfigError, match="are the same scores"):
@@ -323,6 +331,25 @@ def test_three_runs_are_corrected_and_drawn(runs, tmp_path, quick):
     nll / math.log(2) / n_bytes,
     [e.value for e in found.overall.bits_per_byte],
   )
+
+
+def test_a_picture_shows_names_as_they_are(runs, tmp_path, monkeypatch, quick):
+  """Matplotlib takes what is between two $ for a formula, mostly a wrong one,
+  and leaves a name that begins with _ out of a legend.
+  """
+  found = compare.compare(names(runs, "bytes", "random"))
+  for k, name in enumerate(["_a", "$x_$"]):
+    found.runs[k].name = name
+  found.rows[0].source = "text:$^$/*.txt"
+  drawn, save = [], figure_lib.Figure.savefig
+  monkeypatch.setattr(
+    figure_lib.Figure,
+    "savefig",
+    lambda self, *args, **kw: (drawn.append(self), save(self, *args, **kw)),
+  )
+  compare_output.draw(found, str(tmp_path / "a.png"))
+  labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+  assert labels == ["_a", r"\$x_\$"]
 
 
 def test_overlaps_stand_beside_the_sources(runs, tmp_path, quick):

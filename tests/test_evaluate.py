@@ -29,7 +29,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lm import batch as batch_lib
-from lm import checkpoint, schema, sharding
+from lm import checkpoint, cli, schema, sharding
 from lm import config as config_lib
 from lm.data import sources, tokenizer_training, windows
 from lm.data import tokenizer as tokenizer_lib
@@ -732,14 +732,25 @@ def test_total_weighs_sources_by_their_sums(workdir):
   assert math.isclose(evaluation.totals.loss, loss)
 
 
-def test_skipped_documents_are_counted(workdir, tmp_path):
+def test_a_source_named_twice_is_scored_once(workdir):
+  specs = [f"text:{workdir}/{name}.txt" for name in "aba"]
+  evaluation = evaluate(workdir, specs=specs, data={"text_unit": "file"})
+  assert [r.source for r in evaluation.results] == specs[:2]
+  a, b = (r.totals for r in evaluation.results)
+  assert evaluation.totals == a + b
+
+
+def test_skipped_documents_are_counted(workdir, tmp_path, capsys):
   (tmp_path / "good.txt").write_text("good")
   (tmp_path / "bad.txt").write_bytes(b"b\xffd")
   options = {"text_unit": "file", "invalid_utf8": "skip"}
   specs = [f"text:{tmp_path}/*.txt"]
-  (result,) = evaluate(workdir, specs=specs, data=options).results
+  evaluation = evaluate(workdir, specs=specs, data=options)
+  (result,) = evaluation.results
   assert [d.name for d in result.documents] == [str(tmp_path / "good.txt")]
   assert result.n_skipped == 1
+  output_lib.show(evaluation, cli.console(), False)
+  assert "*.txt: 1 more document skipped, as inv" in capsys.readouterr().out
   (tmp_path / "good.txt").unlink()
   with pytest.raises(schema.ConfigError, match="has 1 document, and none has"):
     evaluate(workdir, specs=specs, data=options)
@@ -768,6 +779,7 @@ def test_a_source_without_text_has_no_bits_per_byte(workdir, tmp_path):
     ({"specs": ["text:{}/empty.txt"]}, "empty, holds no document"),
     ({"specs": ["nothing"]}, "'nothing': malformed"),
     ({"batch_size": 10**9}, "--batch_size=1000000000: with a context of 11"),
+    ({"chat_template": "a"}, "a[*].txt' is of chats; leave it out"),
     ({"output": "{}/none/eval.json"}, "no directory .*; create it"),
     ({"output": "{}"}, "cannot be written"),
   ],
@@ -804,6 +816,16 @@ def test_command_reports_a_mistake_in_one_line(tmp_path):
   assert process.returncode == 2
   assert stderr.startswith("error: --workdir=") and stderr.count("\n") == 1
   assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_leaves_takes_no_file_with_it(workdir, tmp_path):
+  """`lm.evaluate --output=FILE | head -1` writes FILE."""
+  path = tmp_path / "eval.json"
+  arguments = [f"--workdir={workdir}", f"--output={path}"]
+  with doors.Popen("lm.evaluate", arguments, tmp_path) as program:
+    program.stdout.close()
+    assert program.wait(60) == 141
+  assert json.loads(path.read_text())["step"] == 7
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):

@@ -658,6 +658,7 @@ def test_bodies_of_docstrings_are_questions_of_this_machine(workdir):
     (["own"], {}, "^data.cache_dir: full$"),
     (["choices"], {"include_path": "/none"}, "--include_path='/none': no such"),
     (["choices"], {"chats": True}, "--apply_chat_template: this checkpoint"),
+    (["choices"], {"chat_template": "a"}, "; add --apply_chat_template, or"),
     (["choices"], {"step": 6}, "--step=6: no such checkpoint"),
     (["choices"], {"output": "/none/a.json"}, "--output"),
   ],

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import rich.console
 from hypothesis import strategies as st
+from matplotlib import figure as figure_lib
 
 from lm import config as config_lib
 from lm import objective as objective_lib
@@ -328,6 +329,29 @@ def test_what_is_shown_is_what_the_model_sees(name):
   assert [part.rpartition("\u2192")[2] for part in shown] == [
     BYTES.piece(int(i)) for i in at
   ]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_picture_holds_its_caption_and_any_token(n, tmp_path, monkeypatch):
+  """Matplotlib takes what stands between two $ for a formula."""
+  tokenizer = mock.Mock(spec=tokenizer_lib.Tokenizer, piece=lambda i: "$^$")
+  store = mock.Mock(spec=store_lib.TokenStore)
+  store.spec = "text:a"
+  rng = np.random.Generator(np.random.Philox(key=3))
+  row = objectives.row(
+    objective_lib.Causal(), BYTES, window("<abc>", length=4), rng
+  )
+  drawn, save = [], figure_lib.Figure.savefig
+  monkeypatch.setattr(
+    figure_lib.Figure,
+    "savefig",
+    lambda self, *args, **kw: (drawn.append(self), save(self, *args, **kw)),
+  )
+  show.draw(str(tmp_path / "a.png"), [(store, row)] * n, tokenizer)
+  (caption,) = drawn[0].texts
+  extent, bounds = caption.get_window_extent(), drawn[0].bbox
+  assert bounds.x0 <= extent.x0 and extent.x1 <= bounds.x1
+  assert drawn[0].axes[0].get_yticklabels()[0].get_text() == r"\$^\$"
 
 
 # --- packing ------------------------------------------------------------------

@@ -319,6 +319,18 @@ def test_report_names_what_overlaps(given, tmp_path, capsys):
   assert f"14 words, bytes 4 to {4 + n} of {given}/held.txt:2" in said
 
 
+def test_a_report_is_written_before_it_is_shown(given, tmp_path, monkeypatch):
+  """The reader of the table may have left, as `head` does."""
+
+  def leave(*_):
+    raise BrokenPipeError
+
+  monkeypatch.setattr(overlap_report, "show", leave)
+  with pytest.raises(BrokenPipeError):
+    report(given, tmp_path / "o.json")
+  assert json.loads((tmp_path / "o.json").read_text())["n"] == 13
+
+
 def test_chats_are_read_as_their_contents(given, tmp_path):
   chat = {"prompt": "say", "completion": QUOTE}
   (tmp_path / "chat.jsonl").write_text(json.dumps(chat))

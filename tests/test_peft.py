@@ -147,6 +147,10 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(schema.ConfigError) as error:
       peft.load(str(tmp_path), lora.base(CFG))
     assert says in str(error.value)
+  path.write_bytes(safetensors.numpy.save(found))
+  other = dataclasses.replace(lora.base(CFG), mlp="relu2")
+  with pytest.raises(schema.ConfigError, match="^adapter .*lacks config.model"):
+    peft.load(str(tmp_path), other)
   del found[first]
   path.write_bytes(safetensors.numpy.save(found))
   with pytest.raises(schema.ConfigError, match="layer 0 has only lora_B"):

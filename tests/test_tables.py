@@ -156,3 +156,16 @@ def test_what_is_no_such_table_is_refused(tmp_path, data, kind):
     with pytest.raises(schema.ConfigError, match="field 'a' is a number"):
       source[0]
   refused(f"{kind}:{path}#t", "no column 't'; its columns: 'a', 'b'")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_a_column_of_two_is_not_chosen_silently(tmp_path, data, kind):
+  path = tmp_path / f"a.{kind}"
+  if kind == "csv":
+    write_csv(path, [["t", "n", "t"], ["1", "2", "3"]])
+  else:
+    columns = [pyarrow.array([x]) for x in "123"]
+    parquet.write_table(pyarrow.table(columns, names=["t", "n", "t"]), path)
+  with pytest.raises(schema.ConfigError, match="has 2 columns 't'; rename"):
+    sources.open_source(f"{kind}:{path}#t", data)
+  assert sources.open_source(f"{kind}:{path}#n", data)[0].text == "2"

@@ -276,7 +276,7 @@ def paths(door: str) -> Iterator[Case]:
     for value in ("absent", "empty", "file", LONG, "GIVEN/run@8"):
       yield Case(door, ["--compare", "GIVEN/run", value], "--compare", FILE)
     yield Case(door, ["--compare", "GIVEN/run"], "two or more", FILE)
-    for flag in ("--draw=absent/x", "--draw=.", "--step=7"):
+    for flag in ("--draw=absent/x", "--draw=.", "--step=7", "--documents"):
       compared = ["--compare", "GIVEN/run", "other", flag]
       yield Case(door, compared, flag.partition("=")[0], FILE)
     for value in ("absent", "file", ".", "empty", LONG):
@@ -677,6 +677,28 @@ def test_wrong_input_is_one_line_and_writes_nothing(door, given, tmp_path):
     ]
   assert not faults, f"{len(faults)} of {len(todo)}:\n" + "\n".join(faults)
   assert listing(given) == before
+
+
+@pytest.mark.parametrize(
+  ("door", "arguments", "says"),
+  [
+    ("lm.evaluate", "--source=text:a* --output=./a", "a file of the source"),
+    ("lm.evaluate", "--source=jsonl:*#f|fim --output=a", "a file of the sou"),
+    ("lm.evaluate", "--overlap --overlap_output=o --output=o", "of --output"),
+    ("lm.evaluate", "--overlap=a --output=a", "the file of --overlap"),
+    ("lm.evaluate", "--chat_template=a --output=a", "of --chat_template"),
+    ("lm.evaluate", "--compare a b --output=a", "the file of --compare"),
+    ("lm.evaluate", "--compare a b --output=o --draw=o", "file of --output"),
+    ("lm.data", "--config=a.py --draw=a.py", "the file of --config"),
+    ("lm.data", "--overlap --overlap_source=text:a --output=a", "of the sour"),
+    ("lm.data", "--draw=GIVEN/text.txt", "is a file of the source"),
+    ("lm.verify", "--config=a.py --output=a.py", "the file of --config"),
+  ],
+)
+def test_no_output_is_an_input(door, arguments, says, given, tmp_path):
+  content = {"a": b"{}", "a.py": (given / "config.py").read_bytes()}
+  case = Case(door, right_but(door, *arguments.split()), says, content)
+  assert not fault(case, given, tmp_path / "case")
 
 
 def test_no_field_of_the_config_takes_a_wrong_text(given):

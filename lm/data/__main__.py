@@ -6,13 +6,12 @@ python -m lm.data --config=configs/quickstart.py --overlap --output=overlap.json
 
 import numpy as np
 import rich.console
-import rich.markup
 from absl import flags
 
 from lm import cli, files, schema
 from lm import config as config_lib
 from lm import objective as objective_lib
-from lm.data import overlap, overlap_report, pipeline, show, store
+from lm.data import overlap, overlap_report, pipeline, show, sources, store
 from lm.train import init_from
 
 _SHOW = flags.DEFINE_integer(
@@ -46,6 +45,12 @@ _OUTPUT = cli.define_path("output", "With --overlap: JSON file to write.")
 
 
 def main(config: config_lib.Config) -> None:
+  read = (*config.data.train, *config.data.validation, *_OVERLAP_SOURCE.value)
+  for flag in (_DRAW, _OUTPUT):
+    name = f"--{flag.name}"
+    if flag.value is not None:
+      files.check_apart([("--config", flags.FLAGS.config), (name, flag.value)])
+      sources.check_unread(flag.value, name, read)
   if _OVERLAP.value is not None:
     for flag in (_SHOW, _DRAW):
       if flag.value:
@@ -88,7 +93,7 @@ def describe(
     source, _ = objective_lib.split_source(tokens.spec)
     lengths = np.diff(tokens.ends, prepend=0)
     table.add_row(
-      rich.markup.escape(source),
+      cli.cell(source),
       f"{tokens.n_documents:,}",
       f"{tokens.n_bytes:,}",
       f"{tokens.n_tokens:,}",
@@ -99,7 +104,7 @@ def describe(
     if tokens.n_scored is not None:
       share = tokens.n_scored / tokens.n_tokens
       lines.append(f"  training targets: {tokens.n_scored:,} ({share:.0%})")
-  console.print(table)
+  cli.print_table(console, table)
   lines += ["", *_rows(config, prepared)]
   cli.print_lines(console, lines)
   if n_shown:

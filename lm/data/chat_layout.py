@@ -311,8 +311,8 @@ def marked_template(tokenizer: tokenizer_lib.Tokenizer) -> str:
   if tokenizer.chat_template is None:
     raise schema.ConfigError(
       "chat: this checkpoint has no chat template; train one with "
-      "--config.tokenizer.chat_template=FILE.jinja, name one for lm.chat or "
-      "lm.serve by --chat_template, or ask for a completion"
+      "--config.tokenizer.chat_template=FILE.jinja, name one for lm.chat, "
+      "lm.serve or lm.evaluate by --chat_template, or ask for a completion"
     )
   for name in tokenizer.marked_tokens:
     if name not in tokenizer.named:

@@ -81,9 +81,9 @@ def report(
     for names in ((*config.data.validation, *more), config.data.train)
   )
   found = _find(held_out, training, n)
-  show(found, n, cli.console())
   if output is not None:
     _write(to_json(found, training, n), output)
+  show(found, n, cli.console())
 
 
 def _find(
@@ -147,7 +147,7 @@ def show(
   lines = []
   for part in found:
     table.add_row(
-      rich.markup.escape(part.source),
+      cli.cell(part.source),
       f"{part.n_documents:,}",
       f"{len(part.touched):,}",
       f"{_share(len(part.touched), part.n_documents):.1%}",
@@ -168,7 +168,7 @@ def show(
         f"{name}, are bytes {m.training_start} to {m.training_stop} of "
         f"{m.training_document} ({m.training_source})"
       )
-  console.print(table)
+  cli.print_table(console, table)
   cli.print_lines(console, lines)
 
 

@@ -1,6 +1,7 @@
 """Rows of batches for people: as coloured text, and as attention masks."""
 
 import io
+import textwrap
 
 import numpy as np
 import rich.text
@@ -97,10 +98,11 @@ def draw(
     _draw_row(ax, row, store, tokenizer)
   for ax in axes[len(rows) :]:
     ax.set_axis_off()
-  figure.supxlabel(
+  said = (
     "A line is a position: its token on the left (blue: seen ahead), what it "
     "predicts on the right (green). A filled cell is a token that it sees."
   )
+  figure.supxlabel("\n".join(textwrap.wrap(said, 50 * n_columns)))
   content = io.BytesIO()
   figure.savefig(content, dpi=110, format="png")
   files.replace(path, content.getvalue())
@@ -114,8 +116,9 @@ def _draw_row(ax, row, store, tokenizer) -> None:
     np.where(seen, 0.35 + 0.3 * ahead[None], 0), cmap="Blues", vmin=0, vmax=1
   )
 
-  def name(i: int) -> str:
-    return tokenizer.piece(int(i)).replace(" ", "\u2423")
+  def name(i: int | np.integer) -> str:
+    # Matplotlib takes what stands between two bare $ for a formula.
+    return tokenizer.piece(int(i)).replace(" ", "\u2423").replace("$", r"\$")
 
   names = [name(i) for i in row.inputs[:n]]
   ax.set_yticks(range(n), names, fontsize=8, family="monospace")

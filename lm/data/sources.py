@@ -13,11 +13,12 @@ import codecs
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from lm import config as config_lib
 from lm import files, schema
+from lm import objective as objective_lib
 from lm.data import contents, conversations, json_lines, reading
 
 _GRAMMAR = (
@@ -159,6 +160,22 @@ def _open_tables(
       f"source {spec!r}: needs the package pyarrow: pip install pyarrow"
     ) from error
   return tables.TableSource(spec, match["table"], match["tables"], column, data)
+
+
+def check_unread(path: str, name: str, specs: Iterable[str]) -> None:
+  """Raises ConfigError if one of the sources `specs` reads the file `path`,
+  which the flag `name` would overwrite.
+  """
+  for spec in specs:
+    bare, _ = objective_lib.split_source(spec)
+    match = _SPEC.fullmatch(bare) or _CHAT_SPEC.fullmatch(bare)
+    found = match.groupdict() if match else {}
+    pattern = found.get("text") or found.get("jsonl") or found.get("tables")
+    paths = find(bare, files.local_path(pattern, "source")) if pattern else ()
+    if os.path.realpath(path) in map(os.path.realpath, paths):
+      raise schema.ConfigError(
+        f"{name}={path}: is a file of the source {spec!r}; name another"
+      )
 
 
 def cache_directory(data: config_lib.DataConfig) -> str:

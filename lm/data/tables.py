@@ -107,6 +107,10 @@ class TableSource:
           groups = range(meta.num_row_groups)
           sizes = [meta.row_group(group).num_rows for group in groups]
     field = self._field
+    if field and names.count(field) > 1:
+      raise schema.ConfigError(
+        f"{path}: has {names.count(field)} columns {field!r}; rename them"
+      )
     if field and field not in names and field.split(".")[0] not in names:
       raise schema.ConfigError(
         f"{path}: no column {field!r}; its columns: "

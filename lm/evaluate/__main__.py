@@ -20,7 +20,7 @@ from etils import epath
 from lm import checkpoint, cli, files, processes, schema, validation
 from lm import config as config_lib
 from lm.data import overlap as overlap_lib
-from lm.data import overlap_report
+from lm.data import overlap_report, sources
 from lm.data import tokenizer as tokenizer_lib
 from lm.evaluate import compare, compare_output, corpora, harness, output
 from lm.sample import request as request_lib
@@ -91,7 +91,7 @@ _OVERLAP_OUTPUT = cli.define_path(
   "With --overlap, without a file: JSON file to write, of every passage.",
 )
 _DOCUMENTS = flags.DEFINE_bool(
-  "documents", False, "Show and write every document."
+  "documents", False, "Show and write every document; --compare only writes."
 )
 _SAMPLES = flags.DEFINE_integer(
   "samples",
@@ -157,6 +157,13 @@ _OF_ONE_RUN = (
 def main() -> None:
   if _OUTPUT.value is not None:
     files.check_output(_OUTPUT.value, "--output")
+  read = [("--compare", name) for name in _COMPARE.value]
+  read += [(f"--{f.name}", f.value) for f in (_OVERLAP, _CHAT_TEMPLATE)]
+  written = (_OUTPUT, _OVERLAP_OUTPUT, _DRAW)
+  files.check_apart([*read, *((f"--{f.name}", f.value) for f in written)])
+  for flag in written:
+    if flag.value is not None:
+      sources.check_unread(flag.value, f"--{flag.name}", _SOURCE.value)
   of_data = _TEXT_UNIT, _INVALID_UTF8, _INVALID_DOCUMENTS, _CACHE_DIR
   data = {f.name: f.value for f in of_data if f.value is not None}
   if _COMPARE.value:
@@ -206,9 +213,9 @@ def _evaluate(data: dict[str, Any]) -> None:
     max_new_tokens=_MAX_NEW_TOKENS.value,
   )
   if jax.process_index() == 0:
-    output.show(evaluation, cli.console(), _DOCUMENTS.value)
     if _OUTPUT.value is not None:
       output.write(evaluation, _OUTPUT.value, _DOCUMENTS.value)
+    output.show(evaluation, cli.console(), _DOCUMENTS.value)
 
 
 def _compare(data: dict[str, Any]) -> None:
@@ -222,6 +229,10 @@ def _compare(data: dict[str, Any]) -> None:
   if _OVERLAP.value is True:
     raise schema.ConfigError(
       "--overlap: with --compare, name a file of lm.data --overlap --output"
+    )
+  if _DOCUMENTS.value and _OUTPUT.value is None:
+    raise schema.ConfigError(
+      "--documents: with --compare, documents are written only; add --output"
     )
   if _DRAW.value is not None:
     files.check_output(_DRAW.value, "--draw")
@@ -237,11 +248,11 @@ def _compare(data: dict[str, Any]) -> None:
     overlap=_OVERLAP.value,
   )
   if jax.process_index() == 0:
-    compare_output.show(comparison, cli.console())
     if _OUTPUT.value is not None:
       compare_output.write(comparison, _OUTPUT.value, _DOCUMENTS.value)
     if _DRAW.value is not None:
       compare_output.draw(comparison, _DRAW.value)
+    compare_output.show(comparison, cli.console())
 
 
 def _run_tasks(
@@ -263,9 +274,9 @@ def _run_tasks(
     cache_dir=_CACHE_DIR.value,
   )
   if content is not None:
-    harness.show(content, cli.console())
     if _OUTPUT.value is not None:
       harness.write(content, _OUTPUT.value)
+    harness.show(content, cli.console())
 
 
 def _overlap() -> str | overlap_report.Search | None:

@@ -37,6 +37,14 @@ class Sample:
   ended: bool = False
 
 
+def of_chats(names: Sequence[str]) -> list[str]:
+  return [
+    name
+    for name in names
+    if isinstance(objective_lib.of(name), objective_lib.Chat)
+  ]
+
+
 def find(
   names: Sequence[str],
   n: int,
@@ -52,11 +60,7 @@ def find(
   ConfigError if `data.invalid_documents` is "error".
   """
   schema.require(n >= 1, "--samples", n, "must be at least 1")
-  chats = [
-    name
-    for name in names
-    if isinstance(objective_lib.of(name), objective_lib.Chat)
-  ]
+  chats = of_chats(names)
   if not chats:
     raise schema.ConfigError(
       f"--samples={n}: none of the sources {', '.join(map(repr, names))} is of "

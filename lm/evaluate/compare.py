@@ -104,11 +104,13 @@ def compare(
   inputs = _found(names, stride)
   chosen = _specs(inputs, specs)
   _check_causal(chosen)
-  if overlap is not None and all(meta is None for _, meta in inputs):
-    raise schema.ConfigError(
-      f"--overlap={overlap}: needs a run, whose training sources it is about, "
-      "and --compare names files alone"
-    )
+  how = {"overlap": overlap, "stride": stride, "batch_size": batch_size}
+  for name, value in (how | (data or {})).items():
+    if value is not None and all(meta is None for _, meta in inputs):
+      raise schema.ConfigError(
+        f"--{name}={value}: is about a run that is scored, and --compare names "
+        "files alone, which have their scores; leave it out"
+      )
   known: dict[str, list[Document]] = {}
   for run, meta in inputs:
     if meta is not None:

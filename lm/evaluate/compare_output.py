@@ -5,7 +5,6 @@ import json
 from typing import Any
 
 import rich.console
-import rich.markup
 
 from lm import cli, files
 from lm.evaluate import bootstrap, compare, provenance
@@ -21,7 +20,7 @@ def show(comparison: compare.Comparison, console: rich.console.Console) -> None:
       f"{row.n_documents:,} documents",
       *_overlap(comparison, row.source),
     ]
-    title = f"{rich.markup.escape(row.source)}: {', '.join(about)}"
+    title = f"{cli.cell(row.source)}: {', '.join(about)}"
     columns = ("run", "bits/byte", "95 %", "difference", "95 %", "p")
     table = cli.table(*columns, title=title)
     for k, run in enumerate(comparison.runs):
@@ -30,8 +29,8 @@ def show(comparison: compare.Comparison, console: rich.console.Console) -> None:
       if found is not None:
         interval = f"{found.low:+.4f} to {found.high:+.4f}"
         cells += [f"{found.value:+.4f}", interval, f"{p:.2g}"]
-      table.add_row(rich.markup.escape(run.name), *cells)
-    console.print(table)
+      table.add_row(cli.cell(run.name), *cells)
+    cli.print_table(console, table)
   lines = [
     compare.verdict(comparison, comparison.overall, k) + "."
     for k in range(1, len(comparison.runs))
@@ -136,9 +135,10 @@ def draw(comparison: compare.Comparison, path: str) -> None:
   height = 1.5 + (0.25 + 0.3 * len(runs)) * len(rows)
   figure = figure_lib.Figure(figsize=(10, height), layout="constrained")
   left, right = figure.subplots(1, 2, sharey=True)
-  for k, run in enumerate(runs):
+  handles = []
+  for k in range(len(runs)):
     colour = _COLOURS[k % len(_COLOURS)]
-    left.plot([], [], "o-", color=colour, label=_short(run.name, 60))
+    handles += left.plot([], [], "o-", color=colour)
     # Rows from top to bottom; runs apart within a row.
     shift = (k - (len(runs) - 1) / 2) * 0.7 / len(runs)
     for i, row in enumerate(rows):
@@ -173,7 +173,11 @@ def draw(comparison: compare.Comparison, path: str) -> None:
     for i in range(1, len(rows)):
       ax.axhline(i - 0.5, color="0.85", linewidth=0.8)
   figure.legend(
-    loc="outside upper center", ncols=min(3, len(runs)), frameon=False
+    handles,  # As plot's labels, names with a leading _ would be left out.
+    [_short(run.name, 60) for run in runs],
+    loc="outside upper center",
+    ncols=min(3, len(runs)),
+    frameon=False,
   )
   content = io.BytesIO()
   figure.savefig(content, dpi=130, format="png")
@@ -198,6 +202,9 @@ def _interval_line(ax, y, estimate, colour, form, filled=True) -> None:
 
 
 def _short(name: str, most: int) -> str:
-  """Shortens `name` in the middle to at most `most` characters."""
+  """Shortens `name` in the middle to at most `most` characters; in it, no $
+  begins a formula of Matplotlib.
+  """
   half = (most - 3) // 2
-  return name if len(name) <= most else f"{name[:half]}...{name[-half:]}"
+  found = name if len(name) <= most else f"{name[:half]}...{name[-half:]}"
+  return found.replace("$", r"\$")

@@ -126,7 +126,7 @@ def evaluate(
 ) -> Evaluation:
   """Scores every document of the sources `specs` with a checkpoint; where a
   source names another objective than `causal`, the rows that training has as
-  validation.
+  validation. A source named twice is scored once.
 
   Defaults for None or empty: the last step; a `stride` of the context length
   (only a document's last window overlaps); the rows of a training microbatch;
@@ -178,7 +178,7 @@ def prepare(
     )
   check_batch_size(batch_size, context)
   data_config = dataclasses.replace(config.data, **data)
-  names = specs or config.data.validation
+  names = list(dict.fromkeys(specs or config.data.validation))
   schema.require(
     len(names) > 0,
     "--source",
@@ -189,6 +189,11 @@ def prepare(
   _check_objectives(config.model, names)
   tokenizer = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
   if chat_template is not None:
+    if not chat_samples.of_chats(names):
+      raise schema.ConfigError(
+        "--chat_template: none of the sources "
+        f"{', '.join(map(repr, names))} is of chats; leave it out"
+      )
     tokenizer = tokenizer.with_template(chat_template)
   asked = None
   if samples is not None:

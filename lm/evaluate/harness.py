@@ -23,7 +23,6 @@ from typing import Any
 import jax
 import numpy as np
 import rich.console
-import rich.markup
 
 from lm import checkpoint, cli, files, processes, schema
 from lm import config as config_lib
@@ -158,6 +157,11 @@ def _tokenizer(
   )
   tokenizer = tokenizer_lib.Tokenizer.from_json(meta.tokenizer)
   if chat_template is not None:
+    if not chats:
+      raise schema.ConfigError(
+        "--chat_template: lays out chats; add --apply_chat_template, or leave "
+        "it out"
+      )
     tokenizer = tokenizer.with_template(chat_template)
   if chats and tokenizer.chat_template is None:
     raise schema.ConfigError(
@@ -366,7 +370,7 @@ def show(content: dict[str, Any], console: rich.console.Console) -> None:
   """
   tasks = content["tasks"].items()
   known = any("overlap" in task for _, task in tasks)
-  title = f"{content['workdir']}, step {content['step']}"
+  title = f"{cli.cell(content['workdir'])}, step {content['step']}"
   columns = ["task", "version ", "docs", "shots", "metric ", "value", "stderr"]
   columns += ["overlap", "bytes"] if known else []
   table = cli.table(*columns, title=title)
@@ -378,7 +382,7 @@ def show(content: dict[str, Any], console: rich.console.Console) -> None:
 
   for name, task in tasks:
     first = [str(task["version"]), task["n"], task["num_fewshot"]]
-    label = rich.markup.escape(name)
+    label = cli.cell(name)
     shares = ()
     if overlap := task.get("overlap"):
       parts = ("share_of_documents", "share_of_bytes")
@@ -387,7 +391,7 @@ def show(content: dict[str, Any], console: rich.console.Console) -> None:
       row = [*map(cell, first), metric, *map(cell, score.values()), *shares]
       table.add_row(label, *row)
       label, first = "", ["", "", ""]
-  console.print(table)
+  cli.print_table(console, table)
   cli.print_lines(console, _overlap_lines(content["tasks"]))
 
 

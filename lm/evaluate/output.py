@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import rich.console
-import rich.markup
 import rich.table
 import rich.text
 
-from lm import cli, files
+from lm import cli, files, schema
 from lm.evaluate import chat_samples, corpora, perplexity
 from lm.sample import output as sample_output
 
@@ -29,19 +28,25 @@ def show(
   training text is a column of the tables. Samples, if any, follow the tables.
   """
   results = evaluation.results
-  title = f"{evaluation.workdir}, step {evaluation.step}"
+  title = f"{cli.cell(evaluation.workdir)}, step {evaluation.step}"
   known = any(r.overlap is not None for r in results)
   table = _table(title, "source", "docs", *(["overlap"] if known else []))
   for r in results:
     cells = [*_cells(r.totals), f"{len(r.documents):,}"]
     if known:
       cells.append(f"{r.overlap.of_bytes:.1%}" if r.overlap else "unknown")
-    table.add_row(rich.markup.escape(r.source), *cells)
+    table.add_row(cli.cell(r.source), *cells)
   if len(results) > 1 and all(r.is_causal for r in results):
     n = sum(len(r.documents) for r in results)
     table.add_row("total", *_cells(evaluation.totals), f"{n:,}")
-  console.print(table)
-  lines = [_overlap(r) for r in results if r.overlap is not None]
+  cli.print_table(console, table)
+  lines = [
+    f"{r.source}: {schema.counted(r.n_skipped, 'more document')} skipped, as "
+    "invalid."
+    for r in results
+    if r.n_skipped
+  ]
+  lines += [_overlap(r) for r in results if r.overlap is not None]
   if any(r.is_causal for r in results):
     totals = evaluation.totals
     lines.append(
@@ -56,17 +61,17 @@ def show(
       title, ranked = "documents", result.documents
     elif len(ranked) > 2 * _N_RANKED:
       ranked = ranked[:_N_RANKED] + ranked[-_N_RANKED:]
-    title = f"{rich.markup.escape(result.source)}: {title}"
+    title = f"{cli.cell(result.source)}: {title}"
     shown = result.overlap if result.is_causal else None
     table = _table(title, "document", *(["overlap"] if shown else []))
     for document in ranked:
-      name = rich.markup.escape(document.name)
+      name = cli.cell(document.name)
       cells = _cells(document.totals)
       if shown:
         share = shown.of_bytes_by_document.get(document.name, 0.0)
         cells = (*cells, f"{share:.1%}")
       table.add_row(name, *cells)
-    console.print(table)
+    cli.print_table(console, table)
   for sample in evaluation.samples or ():
     _show_sample(sample, evaluation.context, console)
 

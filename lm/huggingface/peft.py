@@ -211,7 +211,12 @@ def load(
   """
   content = _config(folder)
   tensors = _tensors(os.path.join(folder, TENSORS))
-  rows = _rows(cfg, _family(cfg, None))
+  try:
+    rows = _rows(cfg, _family(cfg, None))
+  except schema.ConfigError as error:
+    raise schema.ConfigError(
+      f"adapter {folder}: does not fit the model, since {error}"
+    ) from error
   full = _taken(folder, cfg, tensors, content.get("modules_to_save") or [])
   known = {
     f"{_module(row, i)}.lora_{factor}.weight": (name, i, factor)

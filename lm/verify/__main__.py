@@ -38,6 +38,8 @@ _FAULTS = flags.DEFINE_bool(
 def main(config: config_lib.Config) -> int:
   if _OUTPUT.value is not None:
     files.check_output(_OUTPUT.value, "--output")
+    read = ("--config", flags.FLAGS.config)
+    files.check_apart([read, ("--output", _OUTPUT.value)])
   if _ONLY.value is not None and (_FAULTS.value or not _ONLY.value):
     raise schema.ConfigError(
       f"--only={','.join(_ONLY.value)}: must name checks, and has no part in "
@@ -71,9 +73,9 @@ def main(config: config_lib.Config) -> int:
           status.update(f"{len(results)} done, the last {found.compared}")
   devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
   title = f"{flags.FLAGS.config} on {devices}, {changed}"
-  result.show(results, title)
   if _OUTPUT.value is not None:
     result.write(results, _OUTPUT.value, {"title": title})
+  result.show(results, title)
   return 0 if all(r.passed for r in results) else 1
 
 

@@ -64,7 +64,7 @@ def show(results: Sequence[Result], title: str) -> None:
       _number(result.limit),
       "[green]pass[/]" if result.passed else "[bold red]FAIL[/]",
     )
-  cli.console().print(table)
+  cli.print_table(cli.console(), table)
 
 
 def write(results: Sequence[Result], path: str, about: dict[str, Any]) -> None:
