@@ -27,14 +27,18 @@ _STORES = {"gs": "gcsfs", "s3": "s3fs"}
 def user_path(text: str, name: str) -> str:
   """Returns the path `text` with `~` expanded to the user's home.
 
-  Raises ConfigError, naming the flag or field `name`, on an empty path, an
-  unknown object store, or an object store without its package installed.
+  Raises ConfigError, naming the flag or field `name`, on an empty path, a `~`
+  of nobody, an unknown object store, or one without its package installed.
   """
   if not text:
     raise schema.ConfigError(f"{name}={text!r}: empty; name a path")
   scheme, found, _ = text.partition("://")
   if not found:
-    return os.path.expanduser(text)
+    if (path := os.path.expanduser(text)).startswith("~"):
+      raise schema.ConfigError(
+        f"{name}={text}: no such user; a name that begins with ~ is ./~NAME"
+      )
+    return path
   if scheme not in _STORES:
     raise schema.ConfigError(
       f"{name}={text}: object stores are gs:// and s3://; write a path of this "

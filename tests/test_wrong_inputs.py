@@ -145,9 +145,14 @@ def _fields(door: str, kind: type, root: str) -> Iterator[Case]:
 
 
 BAD_PATHS = {
-  "path": {"": "empty", "gs://bucket/x": "on a disk of this machine"},
+  "path": {
+    "": "empty",
+    "~nouser/x": "no such user",
+    "gs://bucket/x": "on a disk of this machine",
+  },
   "path or URL": {
     "": "empty",
+    "~nouser/x": "no such user",
     "gs://bucket/x": "gcsfs",
     "s3://bucket/x": "s3fs",
     "s4://bucket/x": "object stores are",
