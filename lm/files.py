@@ -3,6 +3,7 @@
 Paths are local or in an object store (gs://, s3://).
 """
 
+import contextlib
 import glob
 import hashlib
 import importlib.util
@@ -13,7 +14,7 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from lm import schema
@@ -178,12 +179,21 @@ def replace(path: Any, content: str | bytes) -> None:
   try:
     if isinstance(content, str):
       content = content.encode()
-    partial.write_bytes(content)
-    partial.replace(path)
-  except BaseException as error:
+    with named(path):
+      partial.write_bytes(content)
+      partial.replace(path)
+  except BaseException:
     partial.unlink(missing_ok=True)
-    if isinstance(error, OSError) and error.filename is None:
-      error.filename = os.fspath(path)  # a full-disk error names no file
+    raise
+
+
+@contextlib.contextmanager
+def named(path: Any) -> Iterator[None]:
+  """An OSError inside that names no file, as of a full disk, names `path`."""
+  try:
+    yield
+  except OSError as error:
+    error.filename = error.filename or os.fspath(path)
     raise
 
 

@@ -11,7 +11,7 @@ import doors
 import jax
 import pytest
 
-from lm import cli, schema
+from lm import cli, schema, terminal
 from lm import config as config_lib
 from lm.evaluate import output
 from lm.train import metrics
@@ -84,7 +84,7 @@ def test_a_flag_that_names_a_field_says_how_it_is_set(flag, said, tmp_path):
 
 PROGRAM = """
 import atexit, os, resource, signal, sys, threading, time, warnings
-from lm import cli
+from lm import cli, terminal
 def main():
   if os.environ["WHAT"] == "write":
     for _ in range(10**6):
@@ -92,10 +92,10 @@ def main():
     return 0
   if os.environ["WHAT"] == "table":
     for _ in range(10**6):
-      cli.console().print("a line")
+      terminal.console().print("a line")
     return 0
   if os.environ["WHAT"] == "said":
-    return cli.console().print("a line")
+    return terminal.console().print("a line")
   if os.environ["WHAT"] == "streams":
     return len(sys.stdin.read()) + sys.stdout.isatty()
   if os.environ["WHAT"] == "compile":
@@ -267,7 +267,7 @@ def test_tables_in_a_file_hold_whole_names(capsys, monkeypatch):
   table = output._table("run", "source", "docs", "overlap")
   numbers = ("5.7008", "3.9512", "71.51", "7.209e+15", "386,283", "386,257")
   table.add_row(name, *numbers, "26", "12.4%")
-  cli.console().print(table)
+  terminal.console().print(table)
   assert name in capsys.readouterr().out
   result.show([result.Result("batches", "", None, None, False, path)], "")
   assert capsys.readouterr().out.count("x") == 300
@@ -279,8 +279,8 @@ def test_a_narrow_terminal_cuts_nothing(columns, capsys, monkeypatch):
   table = output._table("run", "source", "docs", "overlap")
   numbers = ("5.7008", "3.9512", "71.51", "7.209e+15", "386,283", "386,257")
   table.add_row(300 * "x", *numbers, "26", "12.4%")
-  console = cli.console()
-  cli.print_table(console, table)
+  console = terminal.console()
+  terminal.print_table(console, table)
   assert console.width == int(columns)
   out = capsys.readouterr().out
   for whole in ("bits/byte", *numbers, "26", "12.4%"):
@@ -296,20 +296,20 @@ def test_a_narrow_terminal_cuts_nothing(columns, capsys, monkeypatch):
 
 def test_a_name_between_colons_is_no_emoji(capsys):
   """`tfds:moon:test` is one, and files may be called so."""
-  console = cli.console()
-  table = cli.table("source", "docs", title="runs/:cat:")
+  console = terminal.console()
+  table = terminal.table("source", "docs", title="runs/:cat:")
   table.add_row("tfds:moon:test", "1")
   console.print(table)
-  cli.print_lines(console, ["a:book:.txt"])
+  terminal.print_lines(console, ["a:book:.txt"])
   out = capsys.readouterr().out
   for whole in ("runs/:cat:", "tfds:moon:test", "a:book:.txt"):
     assert whole in out, out
 
 
 def test_a_name_has_no_power_over_the_terminal(capsys):
-  table = cli.table("source", "docs")
-  table.add_row(cli.cell("a\x1b[31mb\n[bold]"), "1")
-  cli.print_table(cli.console(), table)
-  cli.print_lines(cli.console(), ["longest: a\x1b[31mb\r"])
+  table = terminal.table("source", "docs")
+  table.add_row(terminal.cell("a\x1b[31mb\n[bold]"), "1")
+  terminal.print_table(terminal.console(), table)
+  terminal.print_lines(terminal.console(), ["longest: a\x1b[31mb\r"])
   out = capsys.readouterr().out
   assert r" a\x1b[31mb\n[bold] " in out and r": a\x1b[31mb\r" in out, out

@@ -29,7 +29,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lm import batch as batch_lib
-from lm import checkpoint, cli, schema, sharding
+from lm import checkpoint, schema, sharding, terminal
 from lm import config as config_lib
 from lm.data import sources, tokenizer_training, windows
 from lm.data import tokenizer as tokenizer_lib
@@ -749,7 +749,7 @@ def test_skipped_documents_are_counted(workdir, tmp_path, capsys):
   (result,) = evaluation.results
   assert [d.name for d in result.documents] == [str(tmp_path / "good.txt")]
   assert result.n_skipped == 1
-  output_lib.show(evaluation, cli.console(), False)
+  output_lib.show(evaluation, terminal.console(), False)
   assert "*.txt: 1 more document skipped, as inv" in capsys.readouterr().out
   (tmp_path / "good.txt").unlink()
   with pytest.raises(schema.ConfigError, match="has 1 document, and none has"):

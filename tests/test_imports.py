@@ -27,7 +27,7 @@ ORDER = (
   ("validation",),
   ("files",),
   ("locks",),
-  ("batch", "chips", "digest", "processes", "sharding"),
+  ("batch", "chips", "digest", "processes", "sharding", "terminal"),
   ("cli", "mesh"),
   ("items", "model", "data"),
   ("checkpoint",),

@@ -265,7 +265,8 @@ def test_a_config_json_that_is_none_is_written_again(
 ):
   config, workdir = broken
   (workdir / "config.json").write_bytes(content)
-  assert resume.earlier_config(str(workdir)) == config
+  last = checkpoint.last_undamaged(str(workdir))
+  assert resume.earlier_config(str(workdir), last) == config
   said = resume.write_config(str(workdir), config, 12)
   if content != b"{}":
     assert "config.json is damaged: moved to" in said

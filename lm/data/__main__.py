@@ -8,7 +8,7 @@ import numpy as np
 import rich.console
 from absl import flags
 
-from lm import cli, files, schema
+from lm import cli, files, schema, terminal
 from lm import config as config_lib
 from lm import objective as objective_lib
 from lm.data import overlap, overlap_report, pipeline, show, sources, store
@@ -80,20 +80,20 @@ def describe(
     files.check_output(picture, "--draw")
   prepared = store.prepare(config, init_from.tokenizer(config))
   window = config.train.sequence_length
-  table = cli.table(
+  table = terminal.table(
     *("source", "documents", "bytes", "tokens", "bytes/token"),
     f"over {window} tokens",
     title=f"{prepared.tokenizer.size} ids",
   )
   # Sources that differ in their objective share a store.
   stores = {t.path: t for t in (*prepared.train, *prepared.validation)}
-  console = cli.console()
+  console = terminal.console()
   lines = []
   for tokens in stores.values():
     source, _ = objective_lib.split_source(tokens.spec)
     lengths = np.diff(tokens.ends, prepend=0)
     table.add_row(
-      cli.cell(source),
+      terminal.cell(source),
       f"{tokens.n_documents:,}",
       f"{tokens.n_bytes:,}",
       f"{tokens.n_tokens:,}",
@@ -104,9 +104,9 @@ def describe(
     if tokens.n_scored is not None:
       share = tokens.n_scored / tokens.n_tokens
       lines.append(f"  training targets: {tokens.n_scored:,} ({share:.0%})")
-  cli.print_table(console, table)
+  terminal.print_table(console, table)
   lines += ["", *_rows(config, prepared)]
-  cli.print_lines(console, lines)
+  terminal.print_lines(console, lines)
   if n_shown:
     _show_rows(config, prepared, console, n_shown)
   if picture is not None:

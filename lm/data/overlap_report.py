@@ -12,8 +12,8 @@ import rich.console
 import rich.markup
 import rich.progress
 
-from lm import cli, files, schema
 from lm import config as config_lib
+from lm import files, schema, terminal
 from lm import objective as objective_lib
 from lm.data import overlap
 from lm.data import sources as sources_lib
@@ -83,7 +83,7 @@ def report(
   found = _find(held_out, training, n)
   if output is not None:
     _write(to_json(found, training, n), output)
-  show(found, n, cli.console())
+  show(found, n, terminal.console())
 
 
 def _find(
@@ -143,11 +143,11 @@ def show(
   """Prints a line per source, then the longest passages of each source."""
   title = f"passages of {n} words that training text has"
   counts = ("documents", "overlap", "share", "bytes", "overlap", "share")
-  table = cli.table("held out", *counts, title=title)
+  table = terminal.table("held out", *counts, title=title)
   lines = []
   for part in found:
     table.add_row(
-      cli.cell(part.source),
+      terminal.cell(part.source),
       f"{part.n_documents:,}",
       f"{len(part.touched):,}",
       f"{_share(len(part.touched), part.n_documents):.1%}",
@@ -168,8 +168,8 @@ def show(
         f"{name}, are bytes {m.training_start} to {m.training_stop} of "
         f"{m.training_document} ({m.training_source})"
       )
-  cli.print_table(console, table)
-  cli.print_lines(console, lines)
+  terminal.print_table(console, table)
+  terminal.print_lines(console, lines)
 
 
 def to_json(

@@ -17,7 +17,7 @@ import jax
 from absl import flags
 from etils import epath
 
-from lm import checkpoint, cli, files, processes, schema, validation
+from lm import checkpoint, cli, files, processes, schema, terminal, validation
 from lm import config as config_lib
 from lm.data import overlap as overlap_lib
 from lm.data import overlap_report, sources
@@ -215,7 +215,7 @@ def _evaluate(data: dict[str, Any]) -> None:
   if jax.process_index() == 0:
     if _OUTPUT.value is not None:
       output.write(evaluation, _OUTPUT.value, _DOCUMENTS.value)
-    output.show(evaluation, cli.console(), _DOCUMENTS.value)
+    output.show(evaluation, terminal.console(), _DOCUMENTS.value)
 
 
 def _compare(data: dict[str, Any]) -> None:
@@ -252,7 +252,7 @@ def _compare(data: dict[str, Any]) -> None:
       compare_output.write(comparison, _OUTPUT.value, _DOCUMENTS.value)
     if _DRAW.value is not None:
       compare_output.draw(comparison, _DRAW.value)
-    compare_output.show(comparison, cli.console())
+    compare_output.show(comparison, terminal.console())
 
 
 def _run_tasks(
@@ -276,7 +276,7 @@ def _run_tasks(
   if content is not None:
     if _OUTPUT.value is not None:
       harness.write(content, _OUTPUT.value)
-    harness.show(content, cli.console())
+    harness.show(content, terminal.console())
 
 
 def _overlap() -> str | overlap_report.Search | None:

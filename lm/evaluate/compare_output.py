@@ -6,7 +6,7 @@ from typing import Any
 
 import rich.console
 
-from lm import cli, files
+from lm import files, terminal
 from lm.evaluate import bootstrap, compare, provenance
 
 # The colours of Okabe and Ito (2008) are distinct for colour-blind readers.
@@ -20,22 +20,22 @@ def show(comparison: compare.Comparison, console: rich.console.Console) -> None:
       f"{row.n_documents:,} documents",
       *_overlap(comparison, row.source),
     ]
-    title = f"{cli.cell(row.source)}: {', '.join(about)}"
+    title = f"{terminal.cell(row.source)}: {', '.join(about)}"
     columns = ("run", "bits/byte", "95 %", "difference", "95 %", "p")
-    table = cli.table(*columns, title=title)
+    table = terminal.table(*columns, title=title)
     for k, run in enumerate(comparison.runs):
       bits, found, p = row.bits_per_byte[k], row.difference[k], row.p_holm[k]
       cells = [f"{bits.value:.4f}", f"{bits.low:.4f} to {bits.high:.4f}"]
       if found is not None:
         interval = f"{found.low:+.4f} to {found.high:+.4f}"
         cells += [f"{found.value:+.4f}", interval, f"{p:.2g}"]
-      table.add_row(cli.cell(run.name), *cells)
-    cli.print_table(console, table)
+      table.add_row(terminal.cell(run.name), *cells)
+    terminal.print_table(console, table)
   lines = [
     compare.verdict(comparison, comparison.overall, k) + "."
     for k in range(1, len(comparison.runs))
   ]
-  cli.print_lines(console, [*lines, method(comparison)])
+  terminal.print_lines(console, [*lines, method(comparison)])
 
 
 def _overlap(comparison: compare.Comparison, source: str) -> list[str]:

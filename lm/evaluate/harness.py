@@ -24,7 +24,7 @@ import jax
 import numpy as np
 import rich.console
 
-from lm import checkpoint, cli, files, processes, schema
+from lm import checkpoint, files, processes, schema, terminal
 from lm import config as config_lib
 from lm.data import overlap_report
 from lm.data import tokenizer as tokenizer_lib
@@ -370,10 +370,10 @@ def show(content: dict[str, Any], console: rich.console.Console) -> None:
   """
   tasks = content["tasks"].items()
   known = any("overlap" in task for _, task in tasks)
-  title = f"{cli.cell(content['workdir'])}, step {content['step']}"
+  title = f"{terminal.cell(content['workdir'])}, step {content['step']}"
   columns = ["task", "version ", "docs", "shots", "metric ", "value", "stderr"]
   columns += ["overlap", "bytes"] if known else []
-  table = cli.table(*columns, title=title)
+  table = terminal.table(*columns, title=title)
 
   def cell(value: Any) -> str:
     if value is None:
@@ -382,7 +382,7 @@ def show(content: dict[str, Any], console: rich.console.Console) -> None:
 
   for name, task in tasks:
     first = [str(task["version"]), task["n"], task["num_fewshot"]]
-    label = cli.cell(name)
+    label = terminal.cell(name)
     shares = ()
     if overlap := task.get("overlap"):
       parts = ("share_of_documents", "share_of_bytes")
@@ -391,8 +391,8 @@ def show(content: dict[str, Any], console: rich.console.Console) -> None:
       row = [*map(cell, first), metric, *map(cell, score.values()), *shares]
       table.add_row(label, *row)
       label, first = "", ["", "", ""]
-  cli.print_table(console, table)
-  cli.print_lines(console, _overlap_lines(content["tasks"]))
+  terminal.print_table(console, table)
+  terminal.print_lines(console, _overlap_lines(content["tasks"]))
 
 
 def _overlap_lines(tasks: dict[str, dict[str, Any]]) -> Iterator[str]:

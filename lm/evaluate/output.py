@@ -10,7 +10,7 @@ import rich.console
 import rich.table
 import rich.text
 
-from lm import cli, files, schema
+from lm import files, schema, terminal
 from lm.evaluate import chat_samples, corpora, perplexity
 from lm.sample import output as sample_output
 
@@ -28,18 +28,18 @@ def show(
   training text is a column of the tables. Samples, if any, follow the tables.
   """
   results = evaluation.results
-  title = f"{cli.cell(evaluation.workdir)}, step {evaluation.step}"
+  title = f"{terminal.cell(evaluation.workdir)}, step {evaluation.step}"
   known = any(r.overlap is not None for r in results)
   table = _table(title, "source", "docs", *(["overlap"] if known else []))
   for r in results:
     cells = [*_cells(r.totals), f"{len(r.documents):,}"]
     if known:
       cells.append(f"{r.overlap.of_bytes:.1%}" if r.overlap else "unknown")
-    table.add_row(cli.cell(r.source), *cells)
+    table.add_row(terminal.cell(r.source), *cells)
   if len(results) > 1 and all(r.is_causal for r in results):
     n = sum(len(r.documents) for r in results)
     table.add_row("total", *_cells(evaluation.totals), f"{n:,}")
-  cli.print_table(console, table)
+  terminal.print_table(console, table)
   lines = [
     f"{r.source}: {schema.counted(r.n_skipped, 'more document')} skipped, as "
     "invalid."
@@ -54,24 +54,24 @@ def show(
       f"{totals.bits_per_byte_without_eos:.4f} bits/byte, ppl "
       f"{totals.perplexity_without_eos:.4g}."
     )
-  cli.print_lines(console, lines)
+  terminal.print_lines(console, lines)
   for result in results:
     title, ranked = "best and worst documents", result.ranked
     if documents:
       title, ranked = "documents", result.documents
     elif len(ranked) > 2 * _N_RANKED:
       ranked = ranked[:_N_RANKED] + ranked[-_N_RANKED:]
-    title = f"{cli.cell(result.source)}: {title}"
+    title = f"{terminal.cell(result.source)}: {title}"
     shown = result.overlap if result.is_causal else None
     table = _table(title, "document", *(["overlap"] if shown else []))
     for document in ranked:
-      name = cli.cell(document.name)
+      name = terminal.cell(document.name)
       cells = _cells(document.totals)
       if shown:
         share = shown.of_bytes_by_document.get(document.name, 0.0)
         cells = (*cells, f"{share:.1%}")
       table.add_row(name, *cells)
-    cli.print_table(console, table)
+    terminal.print_table(console, table)
   for sample in evaluation.samples or ():
     _show_sample(sample, evaluation.context, console)
 
@@ -127,7 +127,7 @@ def _overlap(result: corpora.Result) -> str:
 
 def _table(title: str, first: str, *last: str) -> rich.table.Table:
   measures = ("bits/byte", "loss", "ppl", "word ppl", "tokens", "bytes")
-  return cli.table(first, *measures, *last, title=title)
+  return terminal.table(first, *measures, *last, title=title)
 
 
 def _cells(totals: perplexity.Totals) -> tuple[str, ...]:

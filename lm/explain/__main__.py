@@ -69,8 +69,7 @@ def main() -> int:
   requests = _PROMPTS.infilled(requests, tokenizer)
   show = _trace if _TRACE.value else _next_token
   sampler = sample_flags.sampler(found)
-  for request, text in zip(requests, texts, strict=True):
-    sampler.resolve(request, shown=text + (_PROMPTS.suffix or ""))
+  _PROMPTS.check_fit(sampler, requests, texts)
   return show(sampler, requests)
 
 

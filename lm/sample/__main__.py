@@ -89,8 +89,7 @@ def main() -> int:
       for r in requests
     ]
   sampler = sample_flags.sampler(found)
-  for request, text in zip(requests, texts, strict=True):
-    sampler.resolve(request, shown=text + (_PROMPTS.suffix or ""))
+  _PROMPTS.check_fit(sampler, requests, texts)
   return _generate(sampler, requests, texts)
 
 

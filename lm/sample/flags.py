@@ -269,6 +269,18 @@ class Prompts:
     ids = fim.fim_ids(tokenizer, prompt, self.suffix, self._order.value)
     return [dataclasses.replace(requests[0], prompt=ids)]
 
+  def check_fit(
+    self,
+    sampler: sampler_lib.Sampler,
+    requests: Iterable[request_lib.Request],
+    texts: Iterable[str],
+  ) -> None:
+    """Raises ConfigError, which quotes the texts that the user gave, unless all
+    requests fit the context: none is drawn before.
+    """
+    for request, text in zip(requests, texts, strict=True):
+      sampler.resolve(request, shown=text + (self.suffix or ""))
+
 
 def read_text(flag: str, path: str) -> str:
   """Text of the file named by a flag; raises ConfigError unless UTF-8 text."""

@@ -54,7 +54,7 @@ class Writer:
     if not self._writes:
       return
     line = _line(report)
-    with _named(self._path):
+    with files.named(self._path):
       if files.is_local(self._path):
         with self._path.open("a") as file:
           file.write(line)
@@ -78,16 +78,6 @@ class Writer:
       # A full disk was reported already; metrics.jsonl has every number.
       with contextlib.suppress(OSError):
         self._events.close()
-
-
-@contextlib.contextmanager
-def _named(path: Any) -> Iterator[None]:
-  """An OSError inside that names no file, as of a full disk, names `path`."""
-  try:
-    yield
-  except OSError as error:
-    error.filename = error.filename or os.fspath(path)
-    raise
 
 
 @contextlib.contextmanager
@@ -135,7 +125,7 @@ class _Events:
       for curve, number in numbers.items():
         if isinstance(number, int | float) and math.isfinite(number):
           self._write(step, summary=self._scalar(curve, number))
-    with _named(self._directory):
+    with files.named(self._directory):
       self._writer.flush()
 
   def _write(self, step: int, **content: Any) -> None:

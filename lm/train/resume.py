@@ -59,14 +59,14 @@ _FREE = (
 
 
 def earlier_config(
-  workdir: str, from_step: int | None = None
+  workdir: str, last: checkpoint.Meta | None
 ) -> config_lib.Config | None:
-  """The config of the run in `workdir`, from the last undamaged checkpoint (up
-  to `from_step`), or else from config.json; None if config.json is absent or
-  damaged, too. Raises ConfigError if it is not that of a run.
+  """The config of the run in `workdir`, from its `last` checkpoint, or else
+  from config.json; None if config.json is absent or damaged, too. Raises
+  ConfigError if it is not that of a run.
   """
-  if (meta := checkpoint.last_undamaged(workdir, from_step)) is not None:
-    return meta.config
+  if last is not None:
+    return last.config
   path = epath.Path(workdir) / "config.json"
   if not path.exists():
     return None
@@ -293,17 +293,16 @@ def first_state(
 
 
 def refuse_other_data(
-  workdir: str, from_step: int | None, prepared: store.Prepared
+  workdir: str, last: checkpoint.Meta | None, prepared: store.Prepared
 ) -> None:
-  """Raises ConfigError if the last undamaged checkpoint (up to `from_step`) was
-  trained on other data than those of this start.
+  """Raises ConfigError if the `last` checkpoint was trained on other data than
+  those of this start.
   """
-  before = checkpoint.last_undamaged(workdir, from_step)
   now = fingerprint(prepared.train, prepared.tokenizer)
-  if before is not None and before.fingerprint != now:
+  if last is not None and last.fingerprint != now:
     raise schema.ConfigError(
       f"--workdir={workdir}: its checkpoint was trained on other data "
-      f"(fingerprint {before.fingerprint}, now {now}): the "
+      f"(fingerprint {last.fingerprint}, now {now}): the "
       "sources have changed since. Restore them, or name another workdir"
     )
 

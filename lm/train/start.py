@@ -74,10 +74,11 @@ def prepare(
   Raises ConfigError if it may not.
   """
   resume.check_from_step(workdir, from_step)
-  before = resume.earlier_config(workdir, from_step)
+  last = checkpoint.last_undamaged(workdir, from_step)
+  before = resume.earlier_config(workdir, last)
   resume.refuse_other_config(config, before, workdir)
   prepared = store.prepare(config, init_from.tokenizer(config, workdir))
-  resume.refuse_other_data(workdir, from_step, prepared)
+  resume.refuse_other_data(workdir, last, prepared)
   return prepared
 
 

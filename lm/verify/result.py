@@ -10,7 +10,7 @@ import rich.box
 import rich.markup
 import rich.table
 
-from lm import cli, files
+from lm import files, terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def show(results: Sequence[Result], title: str) -> None:
       _number(result.limit),
       "[green]pass[/]" if result.passed else "[bold red]FAIL[/]",
     )
-  cli.print_table(cli.console(), table)
+  terminal.print_table(terminal.console(), table)
 
 
 def write(results: Sequence[Result], path: str, about: dict[str, Any]) -> None:
